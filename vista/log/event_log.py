@@ -27,7 +27,7 @@ from vista.log.features import (
     merged_features,
     values_of,
 )
-from vista.log.histories import ColumnValues, Histories, PackedTable, take_range
+from vista.log.histories import ColumnValues, Histories, PackedTable, take_histories
 from vista.log.segment import Segment, features_of, read_segments, read_vocabularies, with_row_features
 from vista.log.segment_files import EVENTS, IMPRESSIONS, ITEMS, USERS, stream_offsets
 
@@ -281,7 +281,7 @@ class EventLog:
         low = np.clip(low, 0, lengths)
         high = np.clip(high, low, lengths)
         tables = self._tables if features else [replace(table, features={}) for table in self._tables]
-        return take_range(tables, rows, low, high)
+        return take_histories(tables, rows, low, high)
 
     def has_boundary(self, after: int) -> bool:
         """Whether `EventLog.open(path, last_segment=after)` can read the log as it was after segment `after`.
@@ -336,9 +336,12 @@ class EventLog:
             LogFormatError: if the log ends before `after`, or a compacted segment contains older and newer events.
         """
         rows = self._checked_rows(user_rows)
-        tables = _filled(self._newer_segments(after)) or [self.segments[-1].events.of_users(0, 0)]
+        segments = self._newer_segments(after)
+        if not segments:
+            return self.gather(rows, np.zeros(len(rows), np.int64))
+        tables = _filled(segments)
         num = sum((table.counts(self.num_users) for table in tables), np.zeros(self.num_users, np.int64))[rows]
-        return take_range(tables, rows, np.zeros(len(rows), np.int64), num)
+        return take_histories(tables, rows, np.zeros(len(rows), np.int64), num)
 
     def _newer_segments(self, after: int) -> list[Segment]:
         self._check_number(after)
@@ -374,7 +377,7 @@ class EventLog:
         """
         row = self._checked_rows([user_row])
         low, high, _ = slice(start, stop).indices(int(self.lengths[row[0]]))
-        return take_range(self._tables, row, np.array([low]), np.array([max(low, high)]))
+        return take_histories(self._tables, row, np.array([low]), np.array([max(low, high)]))
 
     def _checked_rows(self, user_rows: Any) -> Int:
         rows = np.asarray(user_rows)
