@@ -15,7 +15,7 @@ import numpy as np
 
 from vista.arrays import Int
 from vista.config import FeatureTableConfig, ItemTableConfig, SourceColumns, SourceConfig, UserTableConfig
-from vista.config.checks import OnBadRows
+from vista.config.checks import OnBadRows, to_dict
 from vista.errors import ConfigError, LogFormatError, UnknownUserError, shown
 from vista.files import checked_path
 from vista.log.event_keys import Impressions, obey_deletions, read_impressions
@@ -113,32 +113,24 @@ class EventLog:
         # Imported here because ingest loads Polars, which no reader of a log needs.
         from vista.log.ingest.prepare import prepare_frames
 
-        columns = columns or SourceColumns()
-        keys: dict[str, Any] = {name: getattr(columns, name) for name in ("user", "item", "timestamp")}
-        keys["time_unit"] = time_unit
-        tables: dict[str, tuple[Any, SourceConfig | FeatureTableConfig]] = {}
-        if items is not None:
-            tables["items"] = items, ItemTableConfig(item=columns.item)
-        if users is not None:
-            tables["users"] = users, UserTableConfig(user=columns.user)
-        if not (append and tables and frame is None and impressions is None):
-            more: dict[str, Any] = {"action": columns.action, "rating": columns.rating, "sequence": columns.sequence}
-            tables["events"] = frame, SourceConfig(**keys, **more, categories=list(categories), numbers=list(numbers))
-        if impressions is not None:
-            tables["impressions"] = (
-                impressions,
-                SourceConfig(
-                    **keys,
-                    labels=columns.labels,
-                    probabilities=columns.probabilities,
-                    categories=list(request_categories),
-                    numbers=list(request_numbers),
-                ),
-            )
-        elif request_categories or request_numbers:
+        if impressions is None and (request_categories or request_numbers):
             raise ConfigError(
                 "request_categories, request_numbers: name columns of impressions; give these, or no columns"
             )
+        own = to_dict(columns or SourceColumns()) | {"time_unit": time_unit}
+        tables: dict[str, tuple[Any, SourceConfig | FeatureTableConfig]] = {}
+        if items is not None:
+            tables["items"] = items, ItemTableConfig(item=own["item"])
+        if users is not None:
+            tables["users"] = users, UserTableConfig(user=own["user"])
+        if not (append and tables and frame is None and impressions is None):
+            of_events = own | {"labels": [], "probabilities": []}
+            of_events |= {"categories": list(categories), "numbers": list(numbers)}
+            tables["events"] = frame, SourceConfig(**of_events)
+        if impressions is not None:
+            of_requests = own | {"action": None, "rating": None, "sequence": None}
+            of_requests |= {"categories": list(request_categories), "numbers": list(request_numbers)}
+            tables["impressions"] = impressions, SourceConfig(**of_requests)
         prepare_frames(tables, path, on_bad_rows=on_bad_rows, append=append)
         return cls.open(path)
 
@@ -336,22 +328,18 @@ class EventLog:
             LogFormatError: if the log ends before `after`, or a compacted segment contains older and newer events.
         """
         rows = self._checked_rows(user_rows)
-        segments = self._newer_segments(after)
+        self._check_number(after)
+        if mixed := [segment for segment in self.segments if segment.first <= after < segment.last]:
+            raise LogFormatError(
+                f"{self.path}: {mixed[0].path.name} was compacted and does not separate events after segment {after}; "
+                "read the whole histories of `changed_users` instead"
+            )
+        segments = [segment for segment in self.segments if segment.first > after]
         if not segments:
             return self.gather(rows, np.zeros(len(rows), np.int64))
         tables = _filled(segments)
         num = sum((table.counts(self.num_users) for table in tables), np.zeros(self.num_users, np.int64))[rows]
         return take_histories(tables, rows, np.zeros(len(rows), np.int64), num)
-
-    def _newer_segments(self, after: int) -> list[Segment]:
-        self._check_number(after)
-        mixed = [segment for segment in self.segments if segment.first <= after < segment.last]
-        if mixed:
-            raise LogFormatError(
-                f"{self.path}: {mixed[0].path.name} was compacted and does not separate events after segment {after}; "
-                "read the whole histories of `changed_users` instead"
-            )
-        return [segment for segment in self.segments if segment.first > after]
 
     def _check_number(self, after: int) -> None:
         if not 0 <= after <= self.last_segment:
