@@ -182,20 +182,39 @@ def _ids(column: str, dtype: pl.DataType, kind: str, table: str) -> tuple[pl.Exp
 
 
 def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> tuple[pl.Expr, list[RowRule]]:
-    unit = _time_unit(column, dtype, source, table)
-    remedy = f"correct it, or check {table}.time_unit (now {source.time_unit})"
+    unit, raw, rules = _time_unit(column, dtype, source, table), pl.col(column), list[RowRule]()
+    default = f"correct it, or check {table}.time_unit (now {source.time_unit})"
+
+    def refuse(bad: pl.Expr, reason: str, remedy: str = default) -> None:
+        rules.append(RowRule(column, bad, reason, remedy))
+
+    refuse(raw.is_null(), "is missing", f"give every row a time, or set {table}.timestamp=null")
+    factor = _MS_PER_UNIT.get(unit, 1.0)
     if dtype in (pl.Datetime, pl.Date):
-        ms, rules = _datetime(column, dtype, remedy)
+        ms = given = (raw.cast(pl.Datetime("ms")) if dtype == pl.Date else raw).dt.timestamp("ms")
     elif unit == "iso":
-        ms, rules = _iso_text(column, remedy)
-    elif dtype.is_integer():
-        ms, rules = _whole_time(column, _MS_PER_UNIT[unit], remedy)
+        text = raw.str.replace(" ", "T", literal=True)
+        zoned = text.str.to_datetime("%+", strict=False, time_unit="ms", time_zone="UTC").dt.timestamp("ms")
+        naive = (text.str.to_datetime(f, strict=False, time_unit="ms").dt.timestamp("ms") for f in _ISO_FORMATS)
+        ms = given = pl.coalesce(*naive, zoned)
+        refuse(ms.is_null(), "is not an ISO 8601 time", "write 2024-05-01T12:00:00Z or 2024-05-01")
     else:
-        ms, rules = _real_time(column, dtype, _MS_PER_UNIT[unit], remedy)
-    missing = RowRule(
-        column, pl.col(column).is_null(), "is missing", f"give every row a time, or set {table}.timestamp=null"
-    )
-    return ms, [missing, *rules]
+        whole = raw.cast(pl.Int64, strict=False)
+        truncated = whole * int(factor) if factor >= 1 else whole // round(1 / factor)
+        if dtype.is_integer():
+            ms, given = truncated, whole
+            refuse(whole.is_null(), "is after 2100")
+        else:
+            given = raw.cast(pl.Float64, strict=False)
+            ms = (given * factor).round(0, mode="half_to_even").cast(pl.Int64, strict=False)
+            if not dtype.is_float():  # integers in text are scaled as integers, exactly
+                ms = pl.coalesce(truncated, ms)
+            refuse(given.is_null(), "is not a number")
+            refuse(given.is_nan(), "is not a number")
+    # Compared in the source's unit, so that scaling cannot overflow before the check.
+    refuse(given < 0, "is negative (before 1970)")
+    refuse(given >= LATEST_MS / factor, "is after 2100")
+    return ms, rules
 
 
 def _time_unit(column: str, dtype: pl.DataType, source: Source, table: str) -> str:
@@ -219,54 +238,6 @@ def _time_unit(column: str, dtype: pl.DataType, source: Source, table: str) -> s
     if unit == "iso" and dtype != pl.String:
         raise ConfigError(f"{key}=iso: column {name!r} of {source.path} has type {dtype}, not text; set its unit")
     return unit
-
-
-def _datetime(column: str, dtype: pl.DataType, remedy: str) -> tuple[pl.Expr, list[RowRule]]:
-    raw = pl.col(column)
-    ms = (raw.cast(pl.Datetime("ms")) if dtype == pl.Date else raw).dt.timestamp("ms")
-    return ms, _range(column, ms, remedy)
-
-
-def _iso_text(column: str, remedy: str) -> tuple[pl.Expr, list[RowRule]]:
-    text = pl.col(column).str.replace(" ", "T", literal=True)
-    zoned = text.str.to_datetime("%+", strict=False, time_unit="ms", time_zone="UTC").dt.timestamp("ms")
-    naive = (text.str.to_datetime(f, strict=False, time_unit="ms").dt.timestamp("ms") for f in _ISO_FORMATS)
-    ms = pl.coalesce(*naive, zoned)
-    text_rule = RowRule(column, ms.is_null(), "is not an ISO 8601 time", "write 2024-05-01T12:00:00Z or 2024-05-01")
-    return ms, [text_rule, *_range(column, ms, remedy)]
-
-
-def _whole_time(column: str, factor: float, remedy: str) -> tuple[pl.Expr, list[RowRule]]:
-    whole = pl.col(column).cast(pl.Int64, strict=False)
-    huge = RowRule(column, whole.is_null(), "is after 2100", remedy)
-    return _scaled(whole, factor), [huge, *_range(column, whole, remedy, LATEST_MS / factor)]
-
-
-def _real_time(column: str, dtype: pl.DataType, factor: float, remedy: str) -> tuple[pl.Expr, list[RowRule]]:
-    """Floats, or text of numbers: its integers are scaled as integers, exactly."""
-    raw = pl.col(column)
-    real = raw.cast(pl.Float64, strict=False)
-    ms = (real * factor).round(0, mode="half_to_even").cast(pl.Int64, strict=False)
-    if not dtype.is_float():
-        ms = pl.coalesce(_scaled(raw.cast(pl.Int64, strict=False), factor), ms)
-    return ms, [
-        RowRule(column, real.is_null(), "is not a number", remedy),
-        RowRule(column, real.is_nan(), "is not a number", remedy),
-        *_range(column, real, remedy, LATEST_MS / factor),
-    ]
-
-
-def _scaled(whole: pl.Expr, factor: float) -> pl.Expr:
-    """Integers as milliseconds, truncated."""
-    return whole * int(factor) if factor >= 1 else whole // round(1 / factor)
-
-
-def _range(column: str, value: pl.Expr, remedy: str, limit: float = LATEST_MS) -> list[RowRule]:
-    """Rules for a time. `limit` is in the source's unit, so that scaling cannot overflow before the check."""
-    return [
-        RowRule(column, value < 0, "is negative (before 1970)", remedy),
-        RowRule(column, value >= limit, "is after 2100", remedy),
-    ]
 
 
 def _number(column: str, role: str) -> tuple[pl.Expr, list[RowRule]]:
