@@ -267,13 +267,14 @@ class TestFiles:
 
         monkeypatch.setattr(os, "fsync", note)
         simulate(replace(SMALL, out=str(out)))
-        assert {out / f"{name}.parquet.tmp" for name in ("events", "impressions", "items")} <= set(synced)
+        partial = {out / f".{name}.parquet.{os.getpid()}.tmp" for name in ("events", "impressions", "items")}
+        assert partial <= set(synced)
         assert {tmp_path, tmp_path / "new", out} <= set(synced)
         assert synced[-2].name.startswith(".simulation.json.") and synced[-1] == out
 
     def test_links_in_place_of_temporary_files_are_not_followed(self, tmp_path: Path) -> None:
         (tmp_path / "victim").write_bytes(b"kept")
-        (tmp_path / "events.parquet.tmp").symlink_to("victim")
+        (tmp_path / f".events.parquet.{os.getpid()}.tmp").symlink_to("victim")
         simulate(replace(SMALL, out=str(tmp_path)))
         assert (tmp_path / "victim").read_bytes() == b"kept"
         assert not (tmp_path / "events.parquet").is_symlink()
