@@ -83,25 +83,23 @@ class Diagnosis:
 
 
 def diagnose(config: DoctorConfig) -> Diagnosis:
-    """Run all checks. A check that fails becomes a finding, so the others still run."""
-    sections = [examine(title, config) for title in CHECKS]
-    return Diagnosis([section for section in sections if section.findings])
-
-
-def examine(title: str, config: DoctorConfig) -> Section:
-    """Run one check. If it fails, its error follows what it had found before."""
-    found: list[Finding] = []
-    try:
-        for finding in CHECKS[title](config):
-            found.append(finding)
-    except VistaError as error:
-        found.append(Finding(title.lower(), "cannot be used", Verdict.broken, str(error)))
-    except Exception as error:
-        advice = f"this check failed: {type(error).__name__}: {error}"
-        if isinstance(error, ModuleNotFoundError):
-            advice = f"this check needs {error.name}, which is not installed"
-        found.append(Finding(title.lower(), "unknown", Verdict.broken, advice))
-    return Section(title, found)
+    """Run all checks. The error of a check that fails follows what it had found before, so the others still run."""
+    sections = []
+    for title, check in CHECKS.items():
+        found: list[Finding] = []
+        try:
+            for finding in check(config):
+                found.append(finding)
+        except VistaError as error:
+            found.append(Finding(title.lower(), "cannot be used", Verdict.broken, str(error)))
+        except Exception as error:
+            advice = f"this check failed: {type(error).__name__}: {error}"
+            if isinstance(error, ModuleNotFoundError):
+                advice = f"this check needs {error.name}, which is not installed"
+            found.append(Finding(title.lower(), "unknown", Verdict.broken, advice))
+        if found:
+            sections.append(Section(title, found))
+    return Diagnosis(sections)
 
 
 EXTRAS = {

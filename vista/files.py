@@ -131,10 +131,12 @@ def create_file(path: str | Path, mode: int = 0o600, folder: int | None = None) 
     return open(os.open(path, flags, mode, dir_fd=folder), "wb")
 
 
-def replace_file(path: Path, content: bytes, mode: int | None = None) -> None:
-    """Write a small file atomically and durably: temporary name, fsync, rename, fsync of the folder.
+@contextmanager
+def replaced_file(path: Path, mode: int | None = None) -> Iterator[IO[bytes]]:
+    """Yield a file that replaces `path` when the `with` block ends without an error: atomically and durably.
 
-    A symbolic link of that name is replaced, not followed. All names are resolved in the folder that was opened first.
+    It has a temporary name until then. A symbolic link of the name is replaced, not followed. All names are resolved in
+    the folder that was opened first.
 
     Args:
         mode: exact permissions of the file; None for the default of a new file under the umask.
@@ -149,7 +151,7 @@ def replace_file(path: Path, content: bytes, mode: int | None = None) -> None:
         with create_file(partial, 0o666 if mode is None else 0o600, folder) as file:
             if mode is not None:
                 os.fchmod(file.fileno(), mode)
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path.name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -160,6 +162,12 @@ def replace_file(path: Path, content: bytes, mode: int | None = None) -> None:
         raise
     finally:
         os.close(folder)
+
+
+def replace_file(path: Path, content: bytes, mode: int | None = None) -> None:
+    """`replaced_file` for a small file."""
+    with replaced_file(path, mode) as file:
+        file.write(content)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -265,7 +273,7 @@ def writable_file(path: Path, key: str) -> None:
 
 
 def remove_leftovers(folder: Path, *names: str) -> None:
-    """Remove what `replace_file` and `replaced_folder` left behind in killed processes.
+    """Remove what `replaced_file` and `replaced_folder` left behind in killed processes.
 
     Args:
         folder: no other process may write files of these names in it. Folders that a process is writing stay.

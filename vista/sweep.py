@@ -8,7 +8,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -55,15 +55,14 @@ class GridSettings:
             raise ConfigError(
                 f"train: the values make {combinations:,} settings, but at most {MAX_SETTINGS:,} are trained"
             )
-        self._swept = swept
+        self._swept, self._combinations = swept, combinations
 
     def __len__(self) -> int:
-        return math.prod(len(one.values) for one in self._swept)
+        return self._combinations
 
     def __iter__(self) -> Iterator[dict[str, str]]:
-        keys = [one.key for one in self._swept]
         for values in itertools.product(*(one.values for one in self._swept)):
-            yield dict(zip(keys, values, strict=True))
+            yield {one.key: value for one, value in zip(self._swept, values, strict=True)}
 
     def tell(self, badness: float | None) -> None:
         """Do nothing: the settings of a grid do not depend on results."""
@@ -100,7 +99,7 @@ class Trial:
             folder: of the sweep.
             words: what all trials have in common.
         """
-        own = {**setting, **({} if seed is None else {"seed": seed})}
+        own = _own(setting, seed)
         path = folder / folder_name(own)
         reason, note, was_trained = None, None, False
         try:
@@ -116,6 +115,11 @@ class Trial:
         if reason is None and run.state != "finished":  # the tracker has refused the run
             reason, note = note or f"the run is {run.state}", None
         return cls(setting, seed, run, reason, note, was_trained)
+
+
+def _own(setting: Mapping[str, str], seed: str | None) -> dict[str, str]:
+    """What distinguishes a trial: swept keys and their values, with the seed if several are trained."""
+    return {**setting, **({} if seed is None else {SEED: seed})}
 
 
 def trial_config(words: Sequence[str], own: Mapping[str, str], train_file: str | None) -> TrainConfig:
@@ -156,23 +160,25 @@ class SweepReport:
     """The trials of a sweep, and the means of their validation metrics over seeds."""
 
     folder: Path
-    num_trials: int = 0
-    """Trials with results, including failed ones."""
     trials: dict[tuple[tuple[str, str], ...], list[Trial]] = field(default_factory=dict)
     """By setting."""
 
     def add(self, trials: list[Trial]) -> None:
         """Add the trials of one setting."""
         self.trials[tuple(trials[0].setting.items())] = trials
-        self.num_trials = sum(map(len, self.trials.values()))
+
+    @property
+    def num_trials(self) -> int:
+        """Trials with results, including failed ones."""
+        return sum(map(len, self.trials.values()))
 
     def failed(self) -> list[Trial]:
         """The trials that are not finished."""
-        return [trial for trials in self.trials.values() for trial in trials if trial.reason is not None]
+        return [trial for trial in self._all() if trial.reason is not None]
 
     def not_tracked(self) -> list[Trial]:
         """Finished trials that are incomplete in the tracker."""
-        return [trial for trials in self.trials.values() for trial in trials if trial.note is not None]
+        return [trial for trial in self._all() if trial.note is not None]
 
     def markdown(self) -> str:
         """The results as Markdown."""
@@ -189,10 +195,8 @@ class SweepReport:
         metric = next((name for trial in self._all() if (name := trial.run.metric)), "validation")
         rows = []
         for setting, trials in sorted(self.trials.items(), key=lambda item: _place(item[1])):
-            values, seconds = (
-                values_of(trials),
-                [trial.run.seconds for trial in trials if trial.run.seconds is not None],
-            )
+            values = values_of(trials)
+            seconds = [trial.run.seconds for trial in trials if trial.run.seconds is not None]
             error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
             rows.append(
                 [
@@ -257,9 +261,16 @@ def sweep(config: SweepConfig) -> SweepReport:
     swept = {word: one for word in config.train if (one := swept_key(word)) is not None}
     if not swept:
         raise ConfigError("train: no setting has several values; give at least one several values, such as seed=1,2,3")
-    _require_different_keys(config.train, swept.values())
+    given = [word.partition("=")[0] for word in config.train]
+    seeds: Sequence[str | None] = [None]
+    for one in swept.values():
+        if given.count(one.key) > 1:
+            raise ConfigError(f"{one.key}: is set more than once; write all its values in one argument")
+        if one.key == SEED:
+            if one.interval is not None:
+                raise ConfigError("seed: list the seeds, such as seed=1,2,3; each setting is trained with all of them")
+            seeds = one.values
     words = [word for word in config.train if word not in swept]
-    seeds = _seeds(list(swept.values()))
     others = [one for one in swept.values() if one.key != SEED]
     folder = Path(config.folder)
     settings: GridSettings | SampledSettings
@@ -274,50 +285,27 @@ def sweep(config: SweepConfig) -> SweepReport:
         trials: list[Trial] = []
         for seed in seeds:
             number = report.num_trials + len(trials) + 1
-            left = _left(seconds, num_trials - number + 1)
-            logger.info("trial %d of %d%s: %s", number, num_trials, left, _text(setting, seed))
+            left = ""
+            if seconds:
+                left = f", about {tqdm.format_interval(fmean(seconds) * (num_trials - number + 1))} left"
+            words_of_trial = " ".join(f"{key}={value}" for key, value in _own(setting, seed).items())
+            logger.info("trial %d of %d%s: %s", number, num_trials, left, words_of_trial)
             began = time.perf_counter()
             trials.append(Trial.of(folder, words, setting, seed, config.train_file))
             if trials[-1].was_trained:
                 seconds.append(time.perf_counter() - began)
             if (reason := trials[-1].reason) is not None:
                 logger.error("failed: %s", reason)
-        _finish_setting(report, trials, settings)
+        report.add(trials)
+        badness = mean_badness(trials)
+        if config.trials is not None and badness is None and all(trial.reason is None for trial in trials):
+            raise SweepError(
+                f"{trials[0].run.path}: has no validation metric to choose by; set optim.validate_every above 0 and "
+                "hold out validation labels, or leave out trials"
+            )
+        settings.tell(badness)
+        replace_text(folder / "results.md", report.markdown())
     return report
-
-
-def _finish_setting(report: SweepReport, trials: list[Trial], settings: GridSettings | SampledSettings) -> None:
-    """Report the trials of a setting to the sampler, and write the results so far."""
-    report.add(trials)
-    badness = mean_badness(trials)
-    if isinstance(settings, SampledSettings) and badness is None and all(trial.reason is None for trial in trials):
-        raise SweepError(
-            f"{trials[0].run.path}: has no validation metric to choose by; set optim.validate_every above 0 and "
-            "hold out validation labels, or leave out trials"
-        )
-    settings.tell(badness)
-    replace_text(report.folder / "results.md", report.markdown())
-
-
-def _left(seconds: Sequence[float], num_trials: int) -> str:
-    """The time left, from what earlier trials took; empty for the first one."""
-    return f", about {tqdm.format_interval(fmean(seconds) * num_trials)} left" if seconds else ""
-
-
-def _require_different_keys(words: Sequence[str], swept: Iterable[SweptKey]) -> None:
-    given = [word.partition("=")[0] for word in words]
-    for one in swept:
-        if given.count(one.key) > 1:
-            raise ConfigError(f"{one.key}: is set more than once; write all its values in one argument")
-
-
-def _seeds(swept: Sequence[SweptKey]) -> Sequence[str | None]:
-    for one in swept:
-        if one.key == SEED:
-            if one.interval is not None:
-                raise ConfigError("seed: list the seeds, such as seed=1,2,3; each setting is trained with all of them")
-            return one.values
-    return [None]
 
 
 def _require_a_trial(words: Sequence[str], grid: GridSettings, seed: str | None, train_file: str | None) -> None:
@@ -325,16 +313,12 @@ def _require_a_trial(words: Sequence[str], grid: GridSettings, seed: str | None,
     first: ConfigError | None = None
     for setting in grid:
         try:
-            trial_config(words, {**setting, **({} if seed is None else {SEED: seed})}, train_file)
+            trial_config(words, _own(setting, seed), train_file)
             return
         except ConfigError as error:
             first = first or error
     if first is not None:
         raise first
-
-
-def _text(setting: dict[str, str], seed: str | None) -> str:
-    return " ".join(f"{key}={value}" for key, value in {**setting, **({} if seed is None else {SEED: seed})}.items())
 
 
 class SampledSettings:

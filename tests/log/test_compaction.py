@@ -94,10 +94,11 @@ def test_a_kill_at_any_call_leaves_a_log_and_the_next_compaction_finishes(
 
 def test_open_readers_keep_reading(tmp_path: Path) -> None:
     log, rng = write(tmp_path / "log", STEPS), np.random.default_rng(0)
-    packed = pickle.dumps(log)
+    packed, size = pickle.dumps(log), log.verify()
     compact_log(log.path)
     assert [path.name for path in log.path.iterdir()] == [NEW]
     assert_reads_as(log, Oracle(STEPS), rng)
+    assert log.verify() == size
     assert_reads_as(pickle.loads(packed), Oracle(STEPS), rng)  # like a spawned worker
 
 
@@ -315,15 +316,11 @@ def test_missing_segments_and_those_inside_a_range_are_named(tmp_path: Path) -> 
     shutil.rmtree(log.path / OLD[3])
     again = EventLog.open(log.path)
     for ask in (again.changed_users, lambda after: again.new_events([0], after)):
-        with pytest.raises(
-            LogFormatError, match=r"ends at segment 3, so it has no segment 4; .*, or refresh all users"
-        ):
+        with pytest.raises(LogFormatError, match=r"ends at segment 3, so it has no segment 4; .* refresh all users"):
             ask(4)
     assert not again.has_boundary(4)
     compact_log(log.path)
-    with pytest.raises(
-        LogFormatError, match=r"number 2, because it is inside the compacted segment-000001-000003; read"
-    ):
+    with pytest.raises(LogFormatError, match=r"number 2, because it is inside the compacted segment-000001-000003"):
         EventLog.open(log.path, last_segment=2)
     with pytest.raises(LogFormatError, match="number 7, because the log ends at 3"):
         EventLog.open(log.path, last_segment=7)

@@ -172,10 +172,13 @@ def test_an_event_is_deleted_with_or_without_its_action(tmp_path: Path) -> None:
     assert EventLog.open(path).lengths.tolist() == [1, 0, 0]
 
 
-def test_a_forgotten_event_that_is_added_again_counts(tmp_path: Path) -> None:
+def test_a_forgotten_event_matches_no_more_and_counts_if_it_is_added_again(tmp_path: Path) -> None:
     path = tmp_path / "log"
     small_log(path)
-    forget_events(path, {"user": ["bob"], "item": [1], "timestamp": [1_000_000]})
+    rows = {"user": ["bob"], "item": [1], "timestamp": [1_000_000]}
+    forget_events(path, rows)
+    with pytest.raises(DataError, match="match no event"):
+        forget_events(path, rows)
     again = {**{name: values[2:3] for name, values in FRAME.items()}}
     log = EventLog.from_frame(again, path, time_unit="s", columns=SourceColumns(action="kind"), append=True)
     assert rows_of(log, "bob") == [(1, 1000, "view")]
@@ -209,21 +212,12 @@ def test_rows_that_match_no_event_are_named_and_nothing_is_deleted(tmp_path: Pat
     assert contents(path) == before
 
 
-def test_a_forgotten_event_matches_no_more(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    small_log(path)
-    rows = {"user": ["bob"], "item": [1], "timestamp": [1_000_000]}
-    forget_events(path, rows)
-    with pytest.raises(DataError, match="match no event"):
-        forget_events(path, rows)
-
-
 def test_unknown_users_are_named_and_no_user_is_erased(tmp_path: Path) -> None:
     path = tmp_path / "log"
     small_log(path)
     before = contents(path)
     with pytest.raises(
-        UnknownUserError, match=r"2 of the users are not in the log, such as 'dan', 'eve'; no user was erased"
+        UnknownUserError, match=r"2 of the users .* not in the log, such as 'dan', 'eve'; no user was er"
     ):
         erase_users(path, ["ann", "dan", "eve"])
     with pytest.raises(ConfigError, match="name at least one"):

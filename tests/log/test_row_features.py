@@ -120,9 +120,7 @@ def test_a_column_of_two_kinds_is_refused(tmp_path: Path) -> None:
     segment = path / "segment-000002"
     edit_manifest(segment, event_features=[{"name": "device", "kind": "number"}])
     replace_array(segment, "event_features/0.numbers.npy", np.zeros(2, np.float32))
-    with pytest.raises(
-        LogFormatError, match="'device' of the events is a number, but in an earlier segment it is a cat"
-    ):
+    with pytest.raises(LogFormatError, match="'device' of the events is a number, but in an earlier segment it is a c"):
         EventLog.open(path)
 
 
@@ -167,24 +165,20 @@ def test_values_become_text(tmp_path: Path) -> None:
     assert "feature device: category of 1 value, 33% of events" in str(report)
 
 
-def test_numbers(tmp_path: Path) -> None:
-    add(tmp_path, dwell=[1.5, None, NAN], price=[3, -2, None], numbers=["dwell", "price"])
-    assert features_of(tmp_path) == [
-        {"dwell": 1.5, "price": 3},
-        {"dwell": None, "price": -2},
-        {"dwell": None, "price": None},
-    ]
-
-
 def test_numbers_may_be_integers_booleans_or_text(tmp_path: Path) -> None:
     columns = {
         "a": [True, False, None],
         "b": ["1e2", "", None],
         "c": pl.Series(["1.50", "2", None]).cast(pl.Decimal(9, 2)),
+        "dwell": [1.5, None, NAN],
+        "price": [3, -2, None],
     }
-    add(tmp_path, **columns, numbers=["a", "b", "c"])
-    assert features_of(tmp_path)[0] == {"a": 1, "b": 100, "c": 1.5}
-    assert features_of(tmp_path)[1:] == [{"a": 0, "b": None, "c": 2}, dict.fromkeys("abc")]
+    add(tmp_path, **columns, numbers=list(columns))
+    assert [tuple(row.values()) for row in features_of(tmp_path)] == [
+        (1, 100, 1.5, 1.5, 3),
+        (0, None, 2, None, -2),
+        (None,) * 5,
+    ]
 
 
 @pytest.mark.parametrize("form", ["csv", "tsv"])
@@ -226,9 +220,7 @@ def test_frames(tmp_path: Path) -> None:
         assert log.impressions is not None
         requests = values_of(log.impressions.features, log.request_features)
         assert requests == [{"hour": "3", "load": 0.5}, {"hour": "4", "load": None}]
-    with pytest.raises(
-        ConfigError, match="request_categories, request_numbers: name columns of impressions; give these"
-    ):
+    with pytest.raises(ConfigError, match="request_categories, request_numbers: name columns of impressions; give"):
         EventLog.from_frame(frame, tmp_path / "none", time_unit="s", request_numbers=["dwell"])
 
 
@@ -378,9 +370,7 @@ def test_names_that_do_not_fit(tmp_path: Path, names: dict[str, Any], message: s
 
 def test_too_many_columns_are_refused(tmp_path: Path) -> None:
     names = [f"x{number}" for number in range(1001)]
-    with pytest.raises(
-        ConfigError, match=r"events\.categories, events\.numbers: name 1,001 columns, but at most 1,000"
-    ):
+    with pytest.raises(ConfigError, match=r"events\.categories, events\.numbers: name 1,001 columns, but at most 1,0"):
         add(tmp_path, **{name: [1, 2, 3] for name in names}, numbers=names)
 
 

@@ -18,7 +18,7 @@ from vista.config import SimulateConfig
 from vista.config.checks import WorldName
 from vista.errors import ConfigError
 from vista.simulation.simulate import area_under_curve, generate, oracle_metrics, predict_from_window, simulate
-from vista.simulation.streams import SimulatedLog, split_times
+from vista.simulation.streams import SimulatedLog, period, split_times
 from vista.simulation.worlds import WORLDS, ClickWorld
 
 ALL = tuple(WorldName)
@@ -33,7 +33,7 @@ def small(name: WorldName) -> SimulatedLog:
 @cache
 def standard(name: WorldName) -> SimulatedLog:
     """Histories of the length for which the worlds are made."""
-    return generate(SimulateConfig(world=name, num_users=60))
+    return generate(SimulateConfig(world=name, num_users=300 if name == WorldName.share else 60))
 
 
 def features(log: SimulatedLog, window: int | None, chosen: np.ndarray) -> np.ndarray:
@@ -127,15 +127,19 @@ class TestProbabilities:
             signal.append(logit)
         assert len(set(signal)) > 1 and max(signal) - min(signal) > 3, "the sample contains strong signals"
 
-    @pytest.mark.parametrize("name", CLICK_WORLDS)
-    def test_clicks_are_drawn_from_them(self, name: WorldName) -> None:
+    @pytest.mark.parametrize("name", ALL)
+    def test_labels_are_drawn_from_them(self, name: WorldName) -> None:
         log = standard(name)
-        assert log.label.shape == log.probability.shape == (60 * 300, 1)
-        for low in (0.0, 0.25, 0.5, 0.75):
-            p = log.probability[:, 0]
-            cell = (p >= low) & (p < low + 0.25)
+        num_tasks = len(WORLDS[name].tasks)
+        assert log.label.shape == log.probability.shape == (300 * log.config.num_users, num_tasks)
+        clicked = log.label[:, 0] == 1
+        assert set(np.unique(log.label[:, 0])) == {0, 1}
+        assert (log.label[~clicked, 1:] == -1).all() and (log.label[clicked, 1:] >= 0).all()
+        for task, low in itertools.product(range(num_tasks), (0.0, 0.2, 0.4, 0.6, 0.8)):
+            p = log.probability[:, task]
+            cell = (log.label[:, task] >= 0) & (p >= low) & (p < low + 0.2)
             spread = np.sqrt((p[cell] * (1 - p[cell])).sum())
-            assert abs(log.label[cell, 0].sum() - p[cell].sum()) < 5 * max(spread, 1)
+            assert abs(log.label[cell, task].sum() - p[cell].sum()) < 5 * max(spread, 1)
 
     @pytest.mark.parametrize("name", ALL)
     def test_later_events_change_nothing(self, name: WorldName) -> None:
@@ -216,13 +220,22 @@ class TestLogs:
             {"num_users": 2, "events_per_user": 300, "days": 1.5},
             {"num_users": 2, "events_per_user": 3000, "num_items": 6, "num_topics": 5, "max_interests": 1},
             {"num_users": 1, "events_per_user": 9000, "days": 2000.0},
+            {"num_users": 1, "events_per_user": 20_000, "days": 2.0},
+            {"num_users": 1, "events_per_user": 30_000, "session_events": 1, "days": 1.1},
+            {"num_topics": 2, "max_interests": 1, "num_items": 2, "events_per_user": 900, "num_users": 12},
         ],
     )
     def test_unusual_sizes(self, name: WorldName, changes: dict[str, int]) -> None:
+        if name != WorldName.share and changes.get("num_topics", 32) < 8:
+            changes = changes | {"num_topics": 14, "num_items": 14}
         config = SimulateConfig(world=name, impressions_per_user=7, **changes)
-        log = generate(config)
+        log, (begin, end) = generate(config), period(config)
         assert len(log.impression_item) == 7 * config.num_users
         assert log.item.min() >= 0 and log.item.max() < config.num_items
+        user = np.repeat(np.arange(config.num_users), np.diff(log.offsets))
+        assert (np.diff(log.timestamp)[np.diff(user) == 0] > 0).all() and log.timestamp.dtype == np.int64
+        assert begin < log.timestamp.min() and log.timestamp.max() <= end
+        assert log.impression_timestamp.min() > begin and log.impression_timestamp.max() <= end
         assert ((log.probability > 0) & (log.probability < 1)).all()
 
     @pytest.mark.parametrize("name", CLICK_WORLDS)

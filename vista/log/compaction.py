@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Float32s, Int, offsets_of
+from vista.arrays import Float32s, Int
 from vista.errors import LogFormatError, LogWriteError
 from vista.files import checked_path, sync
-from vista.log.event_keys import merged_columns
 from vista.log.event_log import EventLog
 from vista.log.features import (
     CategoryColumn,
@@ -28,7 +27,7 @@ from vista.log.features import (
     merged_column,
     rows_with_features,
 )
-from vista.log.histories import ColumnValues, PackedTable, RowFeatures, rows_that_fit, token_groups
+from vista.log.histories import ColumnValues, PackedTable, RowFeatures, rows_that_fit, take_range, token_groups
 from vista.log.segment import features_of, segment_name, superseded_segments
 from vista.log.segment_files import (
     EVENTS,
@@ -203,14 +202,14 @@ def _write_rows(
     run_rows = rows_that_fit(run_rows, MERGED_ROW_BYTES, len(values))
     with progress_bar(total=num_rows, desc=f"merge {owner.table}", unit="row", unit_scale=True) as bar:
         for run in token_groups(counts, run_rows):
-            offsets = offsets_of(counts[run])
-            block, of_rows = merged_columns([table.of_users(run.start, run.stop) for table in tables], offsets)
-            writer.append(np.repeat(np.arange(run.start, run.stop), counts[run]), block)
+            users = np.arange(run.start, run.stop)
+            block, of_rows, _ = take_range(tables, users, np.zeros(len(users), np.int64), counts[run])
+            writer.append(np.repeat(users, counts[run]), block)
             columns = dict(of_rows.columns)
             for name, code in codes.items():
                 columns[name] = code[columns[name].astype(np.int64)]
             features.append(RowFeatures(columns))
-            bar.update(int(offsets[-1]))
+            bar.update(len(block["item"]))
     features.close()
     return {"rows": num_rows, "users": writer.close()}, features.columns
 

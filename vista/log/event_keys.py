@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int, offsets_of
-from vista.log.histories import PackedTable, RowFeatures, is_by_time, ranges, token_groups
+from vista.arrays import Int
+from vista.log.histories import PackedTable, RowFeatures, ranges, take_range, token_groups
 from vista.log.segment import Segment
 from vista.log.segment_files import USERS
 from vista.progress_bar import progress_bar
@@ -147,8 +146,7 @@ def read_impressions(segments: Sequence[Segment], num_users: int) -> Impressions
     tables = [segment.impressions for segment in segments if segment.impressions is not None]
     tasks: list[str] = next(s.manifest["tasks"] for s in reversed(segments) if s.impressions is not None)
     counts = sum((table.counts(num_users) for table in tables), np.zeros(num_users, np.int64))
-    offsets = offsets_of(counts)
-    columns, features = merged_columns([table.of_users(0, num_users) for table in tables], offsets)
+    columns, features, offsets = take_range(tables, np.arange(num_users), np.zeros(num_users, np.int64), counts)
     return Impressions(
         offsets,
         columns["item"],
@@ -159,37 +157,3 @@ def read_impressions(segments: Sequence[Segment], num_users: int) -> Impressions
         columns.get("probability"),
         features,
     )
-
-
-def merged_columns(tables: Sequence[PackedTable], offsets: Int) -> tuple[dict[str, NDArray[Any]], RowFeatures]:
-    """Merge the columns and features of users 0 .. U - 1 from several tables, by time, then in the order of tables.
-
-    Args:
-        tables: tables without deleted rows, with the same features.
-        offsets: int64 [U + 1] of the merged rows.
-    """
-    if len(tables) == 1:
-        return tables[0].columns, tables[0].features_at(slice(None))
-    num_users = len(offsets) - 1
-    next_free = offsets[:-1].copy()
-    places = []
-    for table in tables:
-        counts = table.counts(num_users)
-        places.append(ranges(next_free, counts))
-        next_free += counts
-    out: dict[str, NDArray[Any]] = {}
-    for name in sorted({name for table in tables for name in table.columns}):
-        present = next(table.columns[name] for table in tables if name in table.columns)
-        fill = np.nan if present.dtype.kind == "f" else 0
-        out[name] = np.full((int(offsets[-1]), *present.shape[1:]), fill, present.dtype)
-        for table, place in zip(tables, places, strict=True):
-            if name in table.columns:
-                out[name][place] = table.columns[name]
-    features = tables[0].features_at(slice(0, 0)).empty(int(offsets[-1]))
-    for table, place in zip(tables, places, strict=True):
-        for name, column in features.columns.items():
-            column[place] = table.features[name]
-    if is_by_time(out["timestamp"], offsets):
-        return out, features
-    order = np.lexsort((out["timestamp"], np.repeat(np.arange(num_users), np.diff(offsets))))
-    return {name: column[order] for name, column in out.items()}, features.select(order)

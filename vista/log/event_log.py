@@ -15,7 +15,7 @@ import numpy as np
 
 from vista.arrays import Int
 from vista.config import FeatureTableConfig, ItemTableConfig, SourceColumns, SourceConfig, UserTableConfig
-from vista.config.checks import OnBadRows
+from vista.config.checks import OnBadRows, to_dict
 from vista.errors import ConfigError, LogFormatError, UnknownUserError, shown
 from vista.files import checked_path
 from vista.log.event_keys import Impressions, obey_deletions, read_impressions
@@ -27,7 +27,7 @@ from vista.log.features import (
     merged_features,
     values_of,
 )
-from vista.log.histories import ColumnValues, Histories, PackedTable, slice_merged, take_range
+from vista.log.histories import ColumnValues, Histories, PackedTable, take_histories
 from vista.log.segment import Segment, features_of, read_segments, read_vocabularies, with_row_features
 from vista.log.segment_files import EVENTS, IMPRESSIONS, ITEMS, USERS, stream_offsets
 
@@ -113,32 +113,24 @@ class EventLog:
         # Imported here because ingest loads Polars, which no reader of a log needs.
         from vista.log.ingest.prepare import prepare_frames
 
-        columns = columns or SourceColumns()
-        keys: dict[str, Any] = {name: getattr(columns, name) for name in ("user", "item", "timestamp")}
-        keys["time_unit"] = time_unit
-        tables: dict[str, tuple[Any, SourceConfig | FeatureTableConfig]] = {}
-        if items is not None:
-            tables["items"] = items, ItemTableConfig(item=columns.item)
-        if users is not None:
-            tables["users"] = users, UserTableConfig(user=columns.user)
-        if not (append and tables and frame is None and impressions is None):
-            more: dict[str, Any] = {"action": columns.action, "rating": columns.rating, "sequence": columns.sequence}
-            tables["events"] = frame, SourceConfig(**keys, **more, categories=list(categories), numbers=list(numbers))
-        if impressions is not None:
-            tables["impressions"] = (
-                impressions,
-                SourceConfig(
-                    **keys,
-                    labels=columns.labels,
-                    probabilities=columns.probabilities,
-                    categories=list(request_categories),
-                    numbers=list(request_numbers),
-                ),
-            )
-        elif request_categories or request_numbers:
+        if impressions is None and (request_categories or request_numbers):
             raise ConfigError(
                 "request_categories, request_numbers: name columns of impressions; give these, or no columns"
             )
+        own = to_dict(columns or SourceColumns()) | {"time_unit": time_unit}
+        tables: dict[str, tuple[Any, SourceConfig | FeatureTableConfig]] = {}
+        if items is not None:
+            tables["items"] = items, ItemTableConfig(item=own["item"])
+        if users is not None:
+            tables["users"] = users, UserTableConfig(user=own["user"])
+        if not (append and tables and frame is None and impressions is None):
+            of_events = own | {"labels": [], "probabilities": []}
+            of_events |= {"categories": list(categories), "numbers": list(numbers)}
+            tables["events"] = frame, SourceConfig(**of_events)
+        if impressions is not None:
+            of_requests = own | {"action": None, "rating": None, "sequence": None}
+            of_requests |= {"categories": list(request_categories), "numbers": list(request_numbers)}
+            tables["impressions"] = impressions, SourceConfig(**of_requests)
         prepare_frames(tables, path, on_bad_rows=on_bad_rows, append=append)
         return cls.open(path)
 
@@ -281,7 +273,7 @@ class EventLog:
         low = np.clip(low, 0, lengths)
         high = np.clip(high, low, lengths)
         tables = self._tables if features else [replace(table, features={}) for table in self._tables]
-        return take_range(tables, rows, low, high)
+        return take_histories(tables, rows, low, high)
 
     def has_boundary(self, after: int) -> bool:
         """Whether `EventLog.open(path, last_segment=after)` can read the log as it was after segment `after`.
@@ -336,19 +328,18 @@ class EventLog:
             LogFormatError: if the log ends before `after`, or a compacted segment contains older and newer events.
         """
         rows = self._checked_rows(user_rows)
-        tables = _filled(self._newer_segments(after)) or [self.segments[-1].events.of_users(0, 0)]
-        num = sum((table.counts(self.num_users) for table in tables), np.zeros(self.num_users, np.int64))[rows]
-        return take_range(tables, rows, np.zeros(len(rows), np.int64), num)
-
-    def _newer_segments(self, after: int) -> list[Segment]:
         self._check_number(after)
-        mixed = [segment for segment in self.segments if segment.first <= after < segment.last]
-        if mixed:
+        if mixed := [segment for segment in self.segments if segment.first <= after < segment.last]:
             raise LogFormatError(
                 f"{self.path}: {mixed[0].path.name} was compacted and does not separate events after segment {after}; "
                 "read the whole histories of `changed_users` instead"
             )
-        return [segment for segment in self.segments if segment.first > after]
+        segments = [segment for segment in self.segments if segment.first > after]
+        if not segments:
+            return self.gather(rows, np.zeros(len(rows), np.int64))
+        tables = _filled(segments)
+        num = sum((table.counts(self.num_users) for table in tables), np.zeros(self.num_users, np.int64))[rows]
+        return take_histories(tables, rows, np.zeros(len(rows), np.int64), num)
 
     def _check_number(self, after: int) -> None:
         if not 0 <= after <= self.last_segment:
@@ -372,9 +363,9 @@ class EventLog:
             IndexError: if the row is out of range.
             TypeError: if the row is beyond int64.
         """
-        row = int(self._checked_rows([user_row])[0])
-        low, high, _ = slice(start, stop).indices(int(self.lengths[row]))
-        return slice_merged(self._tables, row, low, max(low, high))
+        row = self._checked_rows([user_row])
+        low, high, _ = slice(start, stop).indices(int(self.lengths[row[0]]))
+        return take_histories(self._tables, row, np.array([low]), np.array([max(low, high)]))
 
     def _checked_rows(self, user_rows: Any) -> Int:
         rows = np.asarray(user_rows)

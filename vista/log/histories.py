@@ -17,6 +17,8 @@ RowColumn: TypeAlias = NDArray[np.int32] | Float32s
 """[N]: int32 codes of a category, -1 where it is missing; or float32 numbers, NaN where they are missing."""
 BYTES_WHILE_COPIED = 12
 """Memory of one value while rows are merged, sorted, and written: up to three copies of 4 bytes."""
+Columns: TypeAlias = dict[str, NDArray[Any]]
+"""By name: arrays with an entry per row."""
 ColumnValues: TypeAlias = Mapping[str, Vocabulary | None]
 """By name of a column: the distinct values of a category, as text, whose rows are the codes; None for a number."""
 
@@ -162,15 +164,6 @@ class PackedTable:
         offsets = self.offsets - np.searchsorted(places, self.offsets)
         return replace(self, offsets=offsets, deleted_at=places - np.arange(len(places)))
 
-    def of_users(self, begin: int, end: int) -> PackedTable:
-        """The remaining rows of users begin .. end - 1, renumbered from 0; views unless rows were deleted."""
-        low, high = np.searchsorted(self.users, [begin, end]).tolist()
-        first = int(self.offsets[low])
-        span = self.span(first, int(self.offsets[high]))
-        columns = {name: column[span] for name, column in self.columns.items()}
-        features = {name: column[span] for name, column in self.features.items()}
-        return PackedTable(self.users[low:high] - begin, self.offsets[low : high + 1] - first, columns, features)
-
 
 def _widened(column: NDArray[Any]) -> RowColumn:
     return column if column.dtype.kind == "f" else column.astype(np.int32, copy=False)
@@ -278,9 +271,8 @@ def token_groups(lengths: Int, budget: int) -> Iterator[builtins.slice]:
         begin, before = stop, int(ends[stop - 1])
 
 
-def take(table: PackedTable, starts: Int, counts: Int) -> Histories:
-    """Rows starts[b] .. starts[b] + counts[b] - 1 of a table as B histories: views if consecutive, else copies."""
-    offsets = offsets_of(counts)
+def take(table: PackedTable, starts: Int, counts: Int) -> tuple[Columns, RowFeatures]:
+    """Rows starts[b] .. starts[b] + counts[b] - 1 of a table, end to end: views if consecutive, else copies."""
     filled = np.flatnonzero(counts)
     starts, counts = starts[filled], counts[filled]
     index: slice | Int
@@ -290,44 +282,66 @@ def take(table: PackedTable, starts: Int, counts: Int) -> Histories:
         index = table.span(int(starts[0]), int(starts[-1] + counts[-1]))
     else:
         index = table.places(ranges(starts, counts))
-    columns = {name: column[index] for name, column in table.columns.items()}
-    return Histories(
-        columns["item"],
-        columns["timestamp"],
-        columns["action"],
-        columns.get("rating"),
-        offsets,
-        table.features_at(index),
-    )
+    return {name: column[index] for name, column in table.columns.items()}, table.features_at(index)
 
 
-def take_range(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -> Histories:
-    """Events [low[b], high[b]) of the users `rows` [B] in one or several tables; bounds must be within histories."""
+def take_range(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -> tuple[Columns, RowFeatures, Int]:
+    """Rows [low[b], high[b]) of the users `rows` [B] in several tables, by time; equal times in the order of tables.
+
+    They are views if one table has them all and the users are consecutive. If a user's tables follow one another in
+    time, only these rows are read; otherwise all of the user's. Bounds must be within what the user has.
+
+    Args:
+        tables: with the same features. In the rows of a table that lacks a column of another one, numbers are NaN.
+
+    Returns:
+        The columns [T], the features of T rows, and the offsets [B + 1] of the users.
+    """
+    offsets = offsets_of(high - low)
     if len(tables) == 1:
         first, _ = tables[0].locate(rows)
-        return take(tables[0], first + low, high - low)
-    return take_merged(tables, rows, low, high)
-
-
-def take_merged(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -> Histories:
-    """Events [low[b], high[b]) of the users `rows` [B] in several tables, by time; equal times in the order of tables.
-
-    If a user's tables follow one another in time, only these events are read; otherwise the whole history.
-    """
+        return *take(tables[0], first + low, high - low), offsets
     located = [table.locate(rows) for table in tables]
     total = np.stack([count for _, count in located])
     before = np.cumsum(total, axis=0) - total
     in_order = _in_order(tables, located)
     begin = np.where(in_order, np.clip(low - before, 0, total), 0)
     counts = np.where(in_order, np.clip(high - before, 0, total), total) - begin
-    offsets = offsets_of(counts.sum(0))
-    out = _empty(int(offsets[-1]), tables, offsets)
-    next_free = offsets[:-1].copy()
-    for number, (table, (start, _)) in enumerate(zip(tables, located, strict=True)):
-        _copy(take(table, start + begin[number], counts[number]), out, ranges(next_free, counts[number]))
+    used = np.flatnonzero(counts.any(axis=1)).tolist() or [0]
+    parts = [take(tables[number], located[number][0] + begin[number], counts[number]) for number in used]
+    names = {name: column for table in tables for name, column in table.columns.items()}
+    if len(parts) == 1 and len(parts[0][0]) == len(names):
+        return *parts[0], offsets
+    read = offsets_of(counts.sum(0))
+    places, next_free = [], read[:-1].copy()
+    for number in used:
+        places.append(ranges(next_free, counts[number]))
         next_free += counts[number]
-    merged = _by_time(out)
-    return merged.select(np.where(in_order, 0, low), np.where(in_order, high - low, high))
+    columns: Columns = {}
+    features = tables[0].features_at(slice(0, 0)).empty(int(read[-1]))
+    for name, like in names.items():
+        fill = np.nan if like.dtype.kind == "f" else 0
+        columns[name] = np.full((int(read[-1]), *like.shape[1:]), fill, like.dtype)
+    for (of_part, features_of_part), place in zip(parts, places, strict=True):
+        for name, column in of_part.items():
+            columns[name][place] = column
+        for name, values in features.columns.items():
+            values[place] = features_of_part.columns[name]
+    start, stop = np.where(in_order, 0, low), np.where(in_order, high - low, high)
+    index = None if np.array_equal(stop - start, np.diff(read)) else ranges(read[:-1] + start, stop - start)
+    if not is_by_time(columns["timestamp"], read):
+        order = np.lexsort((columns["timestamp"], np.repeat(np.arange(len(rows)), np.diff(read))))
+        index = order if index is None else order[index]
+    if index is None:
+        return columns, features, offsets
+    return {name: column[index] for name, column in columns.items()}, features.select(index), offsets
+
+
+def take_histories(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -> Histories:
+    """Events of users in several tables, as `take_range`."""
+    columns, features, offsets = take_range(tables, rows, low, high)
+    named = (columns["item"], columns["timestamp"], columns["action"], columns.get("rating"))
+    return Histories(*named, offsets, features)
 
 
 def _in_order(tables: Sequence[PackedTable], located: Sequence[tuple[Int, Int]]) -> NDArray[np.bool_]:
@@ -347,70 +361,6 @@ def is_by_time(timestamp: Int, offsets: Int) -> bool:
     inner = offsets[1:-1]
     falls[inner[(inner > 0) & (inner < len(timestamp))] - 1] = False  # between users, time may fall
     return not falls.any()
-
-
-def _by_time(out: Histories) -> Histories:
-    """Each history sorted by time, keeping the order of equal times; returns the argument if all are sorted."""
-    if is_by_time(out.timestamp, out.offsets):
-        return out
-    return out.at(np.lexsort((out.timestamp, out.owner)), out.offsets)
-
-
-def slice_merged(tables: Sequence[PackedTable], row: int, low: int, high: int) -> Histories:
-    """Events [low, high) of one user's merged history, with 0 <= low <= high <= its length.
-
-    They are views if one table has them all. At most the times of the rest of the history are read.
-    """
-    rows = np.array([row], np.int64)
-    located = [(table, *table.locate(rows)) for table in tables]
-    located = [(table, start, count) for table, start, count in located if count[0]] or located[:1]
-    if len(located) == 1:
-        table, start, _ = located[0]
-        return take(table, start + low, np.array([high - low], np.int64))
-    offsets = np.array([0, high - low], np.int64)
-    if _in_order([table for table, _, _ in located], [(start, count) for _, start, count in located])[0]:
-        sizes = np.array([count[0] for _, _, count in located], np.int64)
-        before = np.cumsum(sizes) - sizes
-        begin, end = np.clip(np.array([[low], [high]]) - before, 0, sizes)
-        used = np.flatnonzero(end > begin).tolist() or [0]
-        parts = [take(located[i][0], located[i][1] + begin[i : i + 1], end[i : i + 1] - begin[i : i + 1]) for i in used]
-        if len(parts) == 1:
-            return parts[0]
-        order = np.arange(high - low)
-        bounds = np.cumsum([0, *(part.num_events for part in parts)])
-    else:
-        parts = [take(*place) for place in located]
-        bounds = np.cumsum([0, *(part.num_events for part in parts)])
-        order = np.argsort(np.concatenate([part.timestamp for part in parts]), kind="stable")[low:high]
-    out = _empty(high - low, [table for table, _, _ in located], offsets)
-    source = np.searchsorted(bounds, order, side="right") - 1
-    for number, part in enumerate(parts):
-        here = np.flatnonzero(source == number)
-        index = order[here] - bounds[number]
-        _copy(part.at(index, np.array([0, len(index)], np.int64)), out, here)
-    return out
-
-
-def _empty(num_events: int, tables: Sequence[PackedTable], offsets: Int) -> Histories:
-    """Histories to be filled from these tables."""
-    return Histories(
-        np.empty(num_events, np.int32),
-        np.empty(num_events, np.int64),
-        np.empty(num_events, np.uint8),
-        np.empty(num_events, np.float32) if all("rating" in table.columns for table in tables) else None,
-        offsets,
-        tables[0].features_at(slice(0, 0)).empty(num_events),
-    )
-
-
-def _copy(source: Histories, target: Histories, index: Int) -> None:
-    target.item[index] = source.item
-    target.timestamp[index] = source.timestamp
-    target.action[index] = source.action
-    if target.rating is not None and source.rating is not None:
-        target.rating[index] = source.rating
-    for name, column in target.features.columns.items():
-        column[index] = source.features.columns[name]
 
 
 MINUTE_MS = 60_000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,32 +149,25 @@ def verify_log(path: str | os.PathLike[str]) -> LogVerification:
     """
     place = checked_path(path, LogFormatError)
     while True:
-        folders = find_segments(place)
-        report = _verify(place, folders)
-        if report.damaged and find_segments(place) != folders:
-            continue  # A compaction has replaced these segments in the meantime; check the new one.
-        if not report.damaged:
-            EventLog.open(place)
-        return report
-
-
-def _verify(path: Path, folders: Sequence[Path]) -> LogVerification:
-    damaged: list[str] = []
-    sizes: list[int] = []
-    files: list[tuple[Path, dict[str, Any]]] = []
-    for folder in folders:
-        try:
-            entries = read_segment_manifest(folder)["files"]
-        except LogFormatError:
-            damaged.append(f"{folder.name}/{MANIFEST_FILE}")
-            continue
-        files += [(folder / name, entry) for name, entry in entries.items()]
-    total = sum(entry["bytes"] for _, entry in files)
-    with progress_bar(total=total, desc="verify log", unit="B", unit_scale=True) as bar:
-        for file, entry in files:
+        folders, damaged, num_bytes = find_segments(place), list[str](), list[int]()
+        files: list[tuple[Path, dict[str, Any]]] = []
+        for folder in folders:
             try:
-                sizes.append(SegmentFile.open(file, entry).verify())
+                entries = read_segment_manifest(folder)["files"]
             except LogFormatError:
-                damaged.append(str(file.relative_to(path)))
-            bar.update(entry["bytes"])
-    return LogVerification(path, len(sizes), sum(sizes), damaged)
+                damaged.append(f"{folder.name}/{MANIFEST_FILE}")
+                continue
+            files += [(folder / name, entry) for name, entry in entries.items()]
+        total = sum(entry["bytes"] for _, entry in files)
+        with progress_bar(total=total, desc="verify log", unit="B", unit_scale=True) as bar:
+            for file, entry in files:
+                try:
+                    num_bytes.append(SegmentFile.open(file, entry).verify())
+                except LogFormatError:
+                    damaged.append(str(file.relative_to(place)))
+                bar.update(entry["bytes"])
+        if damaged and find_segments(place) != folders:
+            continue  # A compaction has replaced these segments in the meantime; check the new one.
+        if not damaged:
+            EventLog.open(place)
+        return LogVerification(place, len(num_bytes), sum(num_bytes), damaged)

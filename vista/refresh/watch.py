@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vista.config import PrepareConfig, WatchConfig
-from vista.config.checks import Arrival
+from vista.config.checks import Arrival, to_dict
 from vista.config.store_config import RefreshOptions
 from vista.device import resolve_device
 from vista.errors import ConfigError, DataError, LogBusyError, LogWriteError, TakenError, VistaError
@@ -29,7 +29,6 @@ from vista.log.event_log import EventLog
 from vista.log.ingest.kafka_messages import message_rows
 from vista.log.ingest.prepare import prepare, prepare_messages
 from vista.log.ingest.source_parser import SourceParser
-from vista.log.ingest.sources import plain_settings
 from vista.log.segment_files import MANIFEST_FILE, StreamPartition, stream_offsets
 from vista.model.vista_model import VistaModel
 from vista.refresh.full import RefreshReport
@@ -76,7 +75,7 @@ class Watch:
         self._key = read_key(config.authentication_key_file)
         self._taken: set[FileVersion] = set()
         """Files that are already in the log."""
-        settings = plain_settings(config.events) | {"paths": [], "on_bad_rows": config.on_bad_rows.value}
+        settings = to_dict(config.events) | {"paths": [], "on_bad_rows": config.on_bad_rows.value}
         self._refused = RefusedFiles(self.folder or Path(), settings)
         self._waited_for: set[str] = set()
         """Names of files that a warning was logged for."""

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +35,7 @@ from numpy.typing import NDArray
 from vista.arrays import Floats, Int, offsets_of
 from vista.config import SimulateConfig
 from vista.errors import ConfigError, DataError
-from vista.files import checked_path, create_file, make_folders, replace_text, sync
+from vista.files import checked_path, make_folders, remove_leftovers, replace_text, replaced_file
 from vista.installation import require_module
 from vista.logistic_regression import fit_probability, predict_probability
 from vista.progress_bar import progress_bar
@@ -337,12 +336,11 @@ def simulate(config: SimulateConfig) -> SimulationReport:
 def write(log: SimulatedLog, out: Path) -> None:
     """Write the four files of a simulation durably, each of them atomically, the manifest last."""
     make_folders(out)
+    remove_leftovers(out, EVENTS_FILE, IMPRESSIONS_FILE, ITEMS_FILE, MANIFEST_FILE)
     (out / MANIFEST_FILE).unlink(missing_ok=True)
     for name, frame in _frames(log).items():
-        create_file(out / f"{name}.tmp", 0o666).close()
-        frame.write_parquet(out / f"{name}.tmp", compression="zstd", compression_level=1)
-        sync(out / f"{name}.tmp")
-        os.replace(out / f"{name}.tmp", out / name)
+        with replaced_file(out / name) as file:
+            frame.write_parquet(file, compression="zstd", compression_level=1)
     validation_from, test_from = split_times(log.config)
     manifest = {
         "config": dataclasses.asdict(log.config) | {"world": log.config.world.value},

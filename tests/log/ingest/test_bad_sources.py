@@ -120,7 +120,9 @@ def test_a_bad_file_is_named(tmp_path: Path, content: bytes, message: str) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
 
 
-def test_a_file_that_is_not_parquet_is_named(tmp_path: Path) -> None:
+def test_what_is_no_source_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"events\.paths: name at least one file"):
+        run(tmp_path / "out", [])
     (tmp_path / "log.parquet").write_bytes(b"not parquet at all")
     with pytest.raises(DataError, match=r"log\.parquet: cannot be read as table"):
         ingest(tmp_path / "log.parquet", tmp_path / "out")
@@ -220,18 +222,6 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     file.write_text(HEADER + GOOD)
     with pytest.raises(DataError, match=r"log\.csv/out: cannot be written"):
         ingest(file, file / "out")
-
-
-def test_a_source_needs_a_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"events\.paths: name at least one file"):
-        run(tmp_path / "out", [])
-
-
-def test_seconds_read_as_milliseconds_cause_a_warning(tmp_path: Path) -> None:
-    file = tmp_path / "log.csv"
-    file.write_text(HEADER + GOOD)
-    report = ingest(file, tmp_path / "out", time_unit="ms")
-    assert "all times are before 1971; check events.time_unit" in str(report)
 
 
 def test_append_without_the_logs_actions(tmp_path: Path) -> None:

@@ -124,9 +124,7 @@ def test_events_without_actions(tmp_path: Path) -> None:
 
 
 def test_counts_of_new_files_alone_are_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"filter: min_item_events and min_user_events would count the events of the new"
-    ):
+    with pytest.raises(ConfigError, match=r"filter: min_item_events and min_user_events would count the events of"):
         PrepareConfig(append=True, filter=EventFilterConfig(min_user_events=2))
     assert PrepareConfig(append=True, filter=EventFilterConfig(actions=["buy"])).append
 

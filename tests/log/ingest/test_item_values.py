@@ -130,9 +130,7 @@ class TestTexts:
 
     def test_a_column_that_a_data_set_does_not_have(self, tmp_path: Path) -> None:
         folder = write_movielens(tmp_path / "set", "ml-1m")
-        with pytest.raises(
-            DataError, match=r"movies\.dat: column 'plot' is missing, the file has: movieId, title, gen"
-        ):
+        with pytest.raises(DataError, match=r"movies\.dat: column 'plot' is missing, the file has: movieId, title, g"):
             texts_of(folder, kind="ml-1m", columns=["plot"])
 
 
@@ -160,9 +158,7 @@ class TestVectors:
 
     def test_columns_and_files_that_are_not_there(self, tmp_path: Path) -> None:
         file = table_of(tmp_path, sku=[7], v=[[1.0]])
-        with pytest.raises(
-            DataError, match=r"column 'item' is missing, the file has: sku, v; .* right one with item=\.\."
-        ):
+        with pytest.raises(DataError, match=r"column 'item' is missing, the file has: sku, v; .* one with item=\.\."):
             read_vectors(file, "item", "v", PARSER)
         with pytest.raises(DataError, match=r"column 'text' is missing, the file has: sku, v; .* one with column=\.\."):
             read_vectors(file, "sku", "text", PARSER)

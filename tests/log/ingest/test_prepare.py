@@ -165,7 +165,8 @@ def test_actions_are_added_by_later_segments(tmp_path: Path) -> None:
     first = write_csv(tmp_path / "a.csv", [(1, 1, 1, "view"), (1, 2, 2, "buy")], "user,item,timestamp,kind")
     later = write_csv(tmp_path / "b.csv", [(1, 3, 3, "add"), (1, 4, 4, "view")], "user,item,timestamp,kind")
     old = "all times are before 1971; check events.time_unit, in case seconds were read as milliseconds"
-    assert run(tmp_path / "log", [first], action="kind").warnings == [old]
+    report = run(tmp_path / "log", [first], action="kind")
+    assert report.warnings == [old] and f"warning: {old}" in str(report)
     warned = run(tmp_path / "log", [later], append=True, action="kind").warnings
     assert warned[1:] == [
         "the log has the new actions add; models that use actions do not know them, so retrain these models before the "
@@ -383,12 +384,9 @@ def test_the_config_sets_the_kind_of_ids(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "a.csv", [(7, "01", 1), (7, "1", 2)])
     run(tmp_path / "log", [file], user_ids=IdType("str"), item_ids=IdType("str"))
     assert items_of(EventLog.open(tmp_path / "log"), "7") == ["01", "1"]
-
-
-def test_parquet_integers_can_be_read_as_text(tmp_path: Path) -> None:
     pl.DataFrame({"user": [7.0], "item": [3], "timestamp": [1]}).write_parquet(tmp_path / "a.parquet")
-    run(tmp_path / "log", [tmp_path / "a.parquet"], item_ids=IdType("str"))
-    log = EventLog.open(tmp_path / "log")
+    run(tmp_path / "other", [tmp_path / "a.parquet"], item_ids=IdType("str"))
+    log = EventLog.open(tmp_path / "other")
     assert (log.users.kind, items_of(log, 7)) == ("int", ["3"])
 
 

@@ -72,9 +72,7 @@ def test_offsets_that_do_not_fit(
 def test_another_cluster_is_refused_and_after_a_reset_read_from_the_start() -> None:
     stored = {StreamPartition("t", 0): StreamOffset("b", 3)}
     ranges = {StreamPartition("t", 0): OffsetRange(1, 9)}
-    with pytest.raises(
-        StreamOffsetError, match="of topic t from the cluster b, but the server belongs to the cluster a"
-    ):
+    with pytest.raises(StreamOffsetError, match=r"of topic t from the cluster b, but the server belongs to .* a"):
         starting_offsets(stored, ranges, "a", start=StreamStart.newest, reset=False)
     assert list(starting_offsets(stored, ranges, "a", start=StreamStart.newest, reset=True).values()) == [1]
 

@@ -5,7 +5,6 @@ Canonical columns are `item` or `user`, `category:<name>`, `number:<name>`, and 
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from vista.arrays import Float32s
 from vista.config import FeatureTableConfig, ItemsEmbedConfig, ItemTableConfig, SourceConfig
 from vista.config.checks import OnBadRows
 from vista.errors import ConfigError, DataError, shown
-from vista.files import check_replaceable, checked_path, create_file, sync
+from vista.files import checked_path, replaced_file
 from vista.installation import require_module
 from vista.log.ingest.new_features import check_one_row_each
 from vista.log.ingest.public.public_sets import PUBLIC_SETS, remedy_of_kind
@@ -29,13 +28,13 @@ from vista.log.ingest.sources import (
     KINDS,
     FileSource,
     ScannedSource,
+    collected,
     file_source,
     is_parquet,
     open_feature_tables,
     open_set_features,
     source_of_frame,
     text_separator,
-    unreadable,
     with_kind,
 )
 from vista.log.segment_files import MAX_FEATURES, OWNERS
@@ -64,11 +63,7 @@ def refuse_numbers(source: ScannedSource, rows: pl.LazyFrame, table: str) -> Non
     given = rows.select(columns)
     is_number = pl.all().str.contains(_NUMBER)
     only_numbers = given.select(is_number.all(ignore_nulls=True) & pl.all().is_not_null().any())
-    try:
-        found = only_numbers.collect(engine="streaming").row(0, named=True)
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise unreadable(source, error) from error
-    for column, has_only_numbers in found.items():
+    for column, has_only_numbers in collected(source, only_numbers).row(0, named=True).items():
         if has_only_numbers:
             value = given.select(pl.col(column).drop_nulls().first()).collect(engine="streaming").item()
             raise DataError(
@@ -338,15 +333,8 @@ def write_values(frame: pl.DataFrame, out: Path) -> None:
     Raises:
         ConfigError: if it cannot be written, for example because the disk is full.
     """
-    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        check_replaceable(out)
-        with create_file(partial, 0o666) as file:
+        with replaced_file(out) as file:
             frame.write_parquet(file)
-        sync(partial)
-        partial.replace(out)
-        sync(out.absolute().parent)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise ConfigError(f"out={out}: cannot be written ({error}); free space, or name another file") from error
-    finally:
-        partial.unlink(missing_ok=True)

@@ -235,7 +235,7 @@ def filtered(parts: Mapping[str, list[Part]], chosen: EventFilterConfig) -> tupl
     not depend on the order in which items and users are left out.
 
     Args:
-        parts: by table. The files of events and impressions are written again next to the old ones, which are removed.
+        parts: by table. The files of events and impressions are written again.
 
     Returns:
         The parts with the rows that are left, and a line for the report; the same parts and "" for a filter that keeps
@@ -310,12 +310,12 @@ def _filtered_rows(part: Part, actions: Sequence[str], kept: Kept) -> pl.LazyFra
 
 
 def _rewritten(part: Part, rows: pl.LazyFrame) -> Part:
-    """The part with only these of its good rows."""
-    file = part.file.with_name(f"{part.file.stem}-kept.arrow")
-    rows.with_columns(pl.lit(0, pl.UInt16).alias(PROBLEM)).sink_ipc(file, maintain_order=False)
-    part.file.unlink()
-    num_rows = pl.scan_ipc(file).select(pl.len()).collect(engine="streaming").item()
-    return replace(part, file=file, num_rows=num_rows, is_filtered=True)
+    """The part with only these of its good rows, in its file."""
+    kept = part.file.with_suffix(".kept")
+    rows.with_columns(pl.lit(0, pl.UInt16).alias(PROBLEM)).sink_ipc(kept, maintain_order=False)
+    num_rows = pl.scan_ipc(kept).select(pl.len()).collect(engine="streaming").item()
+    kept.replace(part.file)
+    return replace(part, num_rows=num_rows, is_filtered=True)
 
 
 def _total(parts: Sequence[Part]) -> int:

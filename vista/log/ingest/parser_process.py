@@ -116,19 +116,13 @@ class ParserProcess:
 
     def read_part(
         self, path: str, kinds: Mapping[str, str], table: str, folder: str, number: int, on_bad_rows: str
-    ) -> dict[str, Any]:
-        """`rows.read_part` of an open source, which is then closed; returns the fields of the Part."""
+    ) -> tuple[int, int]:
+        """`rows.read_part` of an open source, which is then closed; returns the numbers of good and of bad rows."""
         source, version = self._sources.pop((table, path))
         part = read_part(source, kinds, table, Path(folder), number, OnBadRows(on_bad_rows))
         if _version(path) != version:
             raise DataError(f"{path}: changed while it was read; wait until its writer is done, then try again")
-        return {
-            "file": str(part.file),
-            "num_rows": part.num_rows,
-            "num_bad": part.num_bad,
-            "quarantine": None if part.quarantine is None else str(part.quarantine),
-            "values": {column: str(file) for column, file in part.values.items()},
-        }
+        return part.num_rows, part.num_bad
 
     def column_types(self, path: str) -> dict[str, str]:
         """`sources.column_types`."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ from vista.installation import require_module
 from vista.log.features import code_type
 from vista.log.histories import LATEST_MS
 from vista.log.ingest.source_files import EXTRA, ROW
-from vista.log.ingest.sources import FileSource, ScannedSource, Source, unreadable
+from vista.log.ingest.sources import FileSource, ScannedSource, Source, collected, unreadable
 from vista.log.segment_files import OWNERS
 from vista.log.vocabulary import Vocabulary
 
@@ -78,11 +78,7 @@ def id_kind(source: Source, column: str, wanted: str) -> str:
         return "int"
     if not source.is_text:
         return "str"
-    given = source.frame.select(column).filter(pl.col(column).is_not_null())
-    try:
-        first = given.head(1).collect(engine="streaming")
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise unreadable(source, error) from error
+    first = collected(source, source.frame.select(column).filter(pl.col(column).is_not_null()).head(1))
     return "int" if first.height and first[column].str.contains(r"^-?(0|[1-9][0-9]{0,18})$")[0] else "str"
 
 
@@ -186,20 +182,39 @@ def _ids(column: str, dtype: pl.DataType, kind: str, table: str) -> tuple[pl.Exp
 
 
 def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> tuple[pl.Expr, list[RowRule]]:
-    unit = _time_unit(column, dtype, source, table)
-    remedy = f"correct it, or check {table}.time_unit (now {source.time_unit})"
+    unit, raw, rules = _time_unit(column, dtype, source, table), pl.col(column), list[RowRule]()
+    default = f"correct it, or check {table}.time_unit (now {source.time_unit})"
+
+    def refuse(bad: pl.Expr, reason: str, remedy: str = default) -> None:
+        rules.append(RowRule(column, bad, reason, remedy))
+
+    refuse(raw.is_null(), "is missing", f"give every row a time, or set {table}.timestamp=null")
+    factor = _MS_PER_UNIT.get(unit, 1.0)
     if dtype in (pl.Datetime, pl.Date):
-        ms, rules = _datetime(column, dtype, remedy)
+        ms = given = (raw.cast(pl.Datetime("ms")) if dtype == pl.Date else raw).dt.timestamp("ms")
     elif unit == "iso":
-        ms, rules = _iso_text(column, remedy)
-    elif dtype.is_integer():
-        ms, rules = _whole_time(column, _MS_PER_UNIT[unit], remedy)
+        text = raw.str.replace(" ", "T", literal=True)
+        zoned = text.str.to_datetime("%+", strict=False, time_unit="ms", time_zone="UTC").dt.timestamp("ms")
+        naive = (text.str.to_datetime(f, strict=False, time_unit="ms").dt.timestamp("ms") for f in _ISO_FORMATS)
+        ms = given = pl.coalesce(*naive, zoned)
+        refuse(ms.is_null(), "is not an ISO 8601 time", "write 2024-05-01T12:00:00Z or 2024-05-01")
     else:
-        ms, rules = _real_time(column, dtype, _MS_PER_UNIT[unit], remedy)
-    missing = RowRule(
-        column, pl.col(column).is_null(), "is missing", f"give every row a time, or set {table}.timestamp=null"
-    )
-    return ms, [missing, *rules]
+        whole = raw.cast(pl.Int64, strict=False)
+        truncated = whole * int(factor) if factor >= 1 else whole // round(1 / factor)
+        if dtype.is_integer():
+            ms, given = truncated, whole
+            refuse(whole.is_null(), "is after 2100")
+        else:
+            given = raw.cast(pl.Float64, strict=False)
+            ms = (given * factor).round(0, mode="half_to_even").cast(pl.Int64, strict=False)
+            if not dtype.is_float():  # integers in text are scaled as integers, exactly
+                ms = pl.coalesce(truncated, ms)
+            refuse(given.is_null(), "is not a number")
+            refuse(given.is_nan(), "is not a number")
+    # Compared in the source's unit, so that scaling cannot overflow before the check.
+    refuse(given < 0, "is negative (before 1970)")
+    refuse(given >= LATEST_MS / factor, "is after 2100")
+    return ms, rules
 
 
 def _time_unit(column: str, dtype: pl.DataType, source: Source, table: str) -> str:
@@ -223,54 +238,6 @@ def _time_unit(column: str, dtype: pl.DataType, source: Source, table: str) -> s
     if unit == "iso" and dtype != pl.String:
         raise ConfigError(f"{key}=iso: column {name!r} of {source.path} has type {dtype}, not text; set its unit")
     return unit
-
-
-def _datetime(column: str, dtype: pl.DataType, remedy: str) -> tuple[pl.Expr, list[RowRule]]:
-    raw = pl.col(column)
-    ms = (raw.cast(pl.Datetime("ms")) if dtype == pl.Date else raw).dt.timestamp("ms")
-    return ms, _range(column, ms, remedy)
-
-
-def _iso_text(column: str, remedy: str) -> tuple[pl.Expr, list[RowRule]]:
-    text = pl.col(column).str.replace(" ", "T", literal=True)
-    zoned = text.str.to_datetime("%+", strict=False, time_unit="ms", time_zone="UTC").dt.timestamp("ms")
-    naive = (text.str.to_datetime(f, strict=False, time_unit="ms").dt.timestamp("ms") for f in _ISO_FORMATS)
-    ms = pl.coalesce(*naive, zoned)
-    text_rule = RowRule(column, ms.is_null(), "is not an ISO 8601 time", "write 2024-05-01T12:00:00Z or 2024-05-01")
-    return ms, [text_rule, *_range(column, ms, remedy)]
-
-
-def _whole_time(column: str, factor: float, remedy: str) -> tuple[pl.Expr, list[RowRule]]:
-    whole = pl.col(column).cast(pl.Int64, strict=False)
-    huge = RowRule(column, whole.is_null(), "is after 2100", remedy)
-    return _scaled(whole, factor), [huge, *_range(column, whole, remedy, LATEST_MS / factor)]
-
-
-def _real_time(column: str, dtype: pl.DataType, factor: float, remedy: str) -> tuple[pl.Expr, list[RowRule]]:
-    """Floats, or text of numbers: its integers are scaled as integers, exactly."""
-    raw = pl.col(column)
-    real = raw.cast(pl.Float64, strict=False)
-    ms = (real * factor).round(0, mode="half_to_even").cast(pl.Int64, strict=False)
-    if not dtype.is_float():
-        ms = pl.coalesce(_scaled(raw.cast(pl.Int64, strict=False), factor), ms)
-    return ms, [
-        RowRule(column, real.is_null(), "is not a number", remedy),
-        RowRule(column, real.is_nan(), "is not a number", remedy),
-        *_range(column, real, remedy, LATEST_MS / factor),
-    ]
-
-
-def _scaled(whole: pl.Expr, factor: float) -> pl.Expr:
-    """Integers as milliseconds, truncated."""
-    return whole * int(factor) if factor >= 1 else whole // round(1 / factor)
-
-
-def _range(column: str, value: pl.Expr, remedy: str, limit: float = LATEST_MS) -> list[RowRule]:
-    """Rules for a time. `limit` is in the source's unit, so that scaling cannot overflow before the check."""
-    return [
-        RowRule(column, value < 0, "is negative (before 1970)", remedy),
-        RowRule(column, value >= limit, "is after 2100", remedy),
-    ]
 
 
 def _number(column: str, role: str) -> tuple[pl.Expr, list[RowRule]]:
@@ -376,11 +343,7 @@ def _feature(
 
 def _first_length(source: ScannedSource, lengths: pl.Expr) -> int:
     """The length of the first vector that is not missing; 0 if there is none."""
-    given = source.frame.select(length=lengths).drop_nulls()
-    try:
-        first = given.head(1).collect(engine="streaming")
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise unreadable(source, error) from error
+    first = collected(source, source.frame.select(length=lengths).drop_nulls().head(1))
     return int(first["length"][0]) if first.height else 0
 
 
@@ -390,33 +353,6 @@ _FIRST_ROWS, _MORE_ROWS = 100_000, 2_000_000
 """Rows that are looked at for a column with far too many values: all columns first, then those with many values."""
 MARGIN = 1.25
 """Estimates of the number of values are closer than this factor."""
-
-
-class CategoryEncoder:
-    """Replaces the text of categories by uint32 codes, in the order in which threads meet the values.
-
-    Args:
-        columns: canonical columns to encode.
-    """
-
-    def __init__(self, columns: Sequence[str]) -> None:
-        self._categories = {column: pl.Categories.random() for column in columns}
-        # Polars forgets the values of a type that no series has.
-        self._kept = [pl.Series([], dtype=pl.Categorical(known)) for known in self._categories.values()]
-
-    def encoded(self, rows: pl.LazyFrame) -> pl.LazyFrame:
-        """The rows with codes in place of text, null where it is missing."""
-        return rows.with_columns(
-            pl.col(column).cast(pl.Categorical(known)).to_physical() for column, known in self._categories.items()
-        )
-
-    def save_values(self, stem: Path) -> dict[str, Path]:
-        """Write the values, once all rows are encoded; returns the file of each column."""
-        files = {}
-        for number, (column, known) in enumerate(self._categories.items()):
-            files[column] = stem.with_name(f"{stem.name}-{number}.arrow")
-            known.to_series().alias(VALUE).to_frame().write_ipc(files[column])
-        return files
 
 
 def refuse_many_values(rows: pl.LazyFrame, columns: Sequence[str], source: Source, table: str) -> None:
@@ -456,22 +392,28 @@ QUARANTINE_COLUMNS = ("table", "file", "row", "column", "value", "reason", "reco
 class Part:
     """A parsed source, as an uncompressed Arrow IPC file that later stages memory-map.
 
-    file: all its rows, good and bad; num_rows: number of good rows; num_bad: number of bad rows; quarantine: CSV file
-    of the bad rows, or None; values: of events and impressions, by canonical column of a category, the file of the
-    values whose codes the rows have; is_filtered: whether good rows were left out of `file`.
+    Args:
+        file: all its rows, good and bad. Next to it is a CSV file of the bad rows, if there are any, and of events and
+            impressions a file of the values of each category, whose codes the rows have.
+        num_rows: number of good rows.
+        num_bad: number of bad rows.
+        is_filtered: whether good rows were left out of `file`.
     """
 
     source: Source
     file: Path
     num_rows: int
     num_bad: int
-    quarantine: Path | None
-    values: Mapping[str, Path] = field(default_factory=dict)
     is_filtered: bool = False
 
     def good(self) -> pl.LazyFrame:
         """The good rows."""
         return pl.scan_ipc(self.file).filter(pl.col(PROBLEM) == 0).drop(PROBLEM)
+
+
+def _values_file(part: Path, source: Source, column: str) -> Path:
+    """The file of the values of a category, next to the file of a part."""
+    return part.with_name(f"{part.stem}-{list(source.columns).index(column)}.arrow")
 
 
 def read_part(
@@ -488,30 +430,27 @@ def read_part(
     Raises:
         DataError: if the file cannot be read or has no rows; with on_bad_rows=raise, for the first bad row.
     """
+    file = folder.absolute() / f"{table}-{number:06d}.arrow"
     if isinstance(source, FileSource):
-        result, _ = source.parser.call(
-            "read_part",
-            source.path,
-            kinds=dict(kinds),
-            table=table,
-            folder=str(folder.absolute()),
-            number=number,
-            on_bad_rows=on_bad_rows.value,
-        )
-        quarantine = None if result["quarantine"] is None else Path(result["quarantine"])
-        values = {column: Path(file) for column, file in result["values"].items()}
-        return Part(source, Path(result["file"]), result["num_rows"], result["num_bad"], quarantine, values)
+        settings = {"kinds": dict(kinds), "folder": str(file.parent), "on_bad_rows": on_bad_rows.value}
+        counts, _ = source.parser.call("read_part", source.path, table=table, number=number, **settings)
+        return Part(source, file, *counts)
     assert isinstance(source, ScannedSource)
     frame, rules = parse(source, kinds, table)
-    file = folder / f"{table}-{number:06d}.arrow"
     order = (pl.lit(number, pl.Int64) * 2**32 + pl.col(ROW).cast(pl.Int64)).alias(ORDER)
     categories = [name for name in source.columns if table not in OWNERS and name.startswith("category:")]
-    encoder = CategoryEncoder(categories)
+    # Codes take the place of text, in the order in which threads meet the values.
+    known = {column: pl.Categories.random() for column in categories}
+    codes_of = {column: pl.Categorical(values) for column, values in known.items()}
+    held = [pl.Series([], dtype=dtype) for dtype in codes_of.values()]  # Polars forgets the values of unused types
     try:
         refuse_many_values(frame, categories, source, table)
-        encoder.encoded(frame).with_columns(order).drop(ROW).sink_ipc(file, maintain_order=False)
+        encoded = frame.with_columns(pl.col(column).cast(dtype).to_physical() for column, dtype in codes_of.items())
+        encoded.with_columns(order).drop(ROW).sink_ipc(file, maintain_order=False)
+        for column, values in known.items():
+            values.to_series().alias(VALUE).to_frame().write_ipc(_values_file(file, source, column))
+        del held
         # The problem codes that occur, without reading the rows: two bytes per row.
-        values = encoder.save_values(file.with_suffix(""))
         codes = pl.scan_ipc(file).group_by(PROBLEM).agg(pl.len(), pl.col(ORDER).min()).collect(engine="streaming")
     except (pl.exceptions.PolarsError, OSError) as error:
         raise unreadable(source, error) from error
@@ -521,7 +460,6 @@ def read_part(
     num_bad = sum(count for count, _ in bad.values())
     if not num_good and not num_bad:
         raise DataError(f"{source.path}: has no rows; leave it out, or write it again")
-    quarantine = None
     if bad:
         first = min(order for _, order in bad.values()) % 2**32
         message = _report(source, rules, pl.scan_ipc(file), first)
@@ -533,9 +471,8 @@ def read_part(
             raise DataError(
                 f"{message}; no row of the file is valid (bad rows: {num_bad}), so check the names of its columns"
             )
-        quarantine = folder / f"{table}-{number:06d}.csv"
-        _set_aside(source, rules, table, pl.scan_ipc(file), quarantine)
-    return Part(source, file, num_good, num_bad, quarantine, values)
+        _set_aside(source, rules, table, pl.scan_ipc(file), file.with_suffix(".csv"))
+    return Part(source, file, num_good, num_bad)
 
 
 def write_quarantine(parts: Sequence[Part], target: Path) -> None:
@@ -543,8 +480,8 @@ def write_quarantine(parts: Sequence[Part], target: Path) -> None:
     with target.open("wb") as out:
         out.write((",".join(QUARANTINE_COLUMNS) + "\n").encode())
         for part in parts:
-            if part.quarantine is not None:
-                with part.quarantine.open("rb") as handle:
+            if part.num_bad:
+                with part.file.with_suffix(".csv").open("rb") as handle:
                     shutil.copyfileobj(handle, out)
 
 
@@ -557,13 +494,8 @@ def _report(source: ScannedSource, rules: Sequence[RowRule], part: pl.LazyFrame,
     value, *item = source.frame.filter(pl.col(ROW) == row).select(columns).collect(engine="streaming").row(0)
     given = shown(value) if value is not None else "the value"
     item_in = f"item {shown(item[0])} in " if item else ""
-    return f"{source.path}: {item_in}row {row}, {_place(source, rule)}: {given} {rule.reason}; {rule.remedy}"
-
-
-def _place(source: Source, rule: RowRule) -> str:
-    if rule.column == EXTRA:
-        return "beyond the last column"
-    return f"column {source.columns[rule.column]!r}"
+    place = "beyond the last column" if rule.column == EXTRA else f"column {source.columns[rule.column]!r}"
+    return f"{source.path}: {item_in}row {row}, {place}: {given} {rule.reason}; {rule.remedy}"
 
 
 def _set_aside(source: ScannedSource, rules: Sequence[RowRule], table: str, part: pl.LazyFrame, target: Path) -> None:
@@ -638,7 +570,7 @@ class PartCodes:
         column, end = f"category:{name}", 0
         offsets, rows_of_parts = {}, []
         for part in parts:
-            values = pl.read_ipc(part.values[column])[VALUE]
+            values = pl.read_ipc(_values_file(part.file, part.source, column))[VALUE]
             offsets[part.file], end = end, end + len(values)
             used = pl.arange(len(values), eager=True)
             if part.num_bad or part.is_filtered:  # other rows had values too

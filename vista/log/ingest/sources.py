@@ -26,7 +26,6 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from enum import Enum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -34,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config import FeatureTableConfig, ItemTableConfig, SourceConfig, UserTableConfig
-from vista.config.checks import MAX_VALUES, IdType
+from vista.config.checks import MAX_VALUES, IdType, to_dict
 from vista.errors import ConfigError, DataError, LogWriteError, shown
 from vista.files import checked_path
 from vista.installation import require_module
@@ -146,7 +145,7 @@ def open_set_impressions(config: SourceConfig, parser: SourceParser) -> list[Fil
         DataError: as `open_sources`.
     """
     # What is known of an event is often known only after it, so features of events are not those of requests.
-    config = replace(with_kind(config), categories=[], numbers=[])
+    config = replace(config, categories=[], numbers=[])
     if config.kind not in PUBLIC_SETS or not (forms := PUBLIC_SETS[config.kind].impressions):
         return []
     if {form.patterns for form in forms} != {form.patterns for form in PUBLIC_SETS[config.kind].events}:
@@ -170,7 +169,6 @@ def open_set_features(
     Raises:
         DataError: as `open_feature_tables`.
     """
-    config = with_kind(config)
     if config.kind not in PUBLIC_SETS:
         return []
     form_of_file = {
@@ -248,15 +246,9 @@ def _files(config: SourceConfig, table: str) -> list[Path]:
 def _open(
     file: Path, config: SourceConfig | FeatureTableConfig, table: str, parser: SourceParser, kind: str = "table"
 ) -> FileSource:
-    settings, max_bytes = plain_settings(config), npz_limit(file.stat().st_size)
+    settings, max_bytes = to_dict(config), npz_limit(file.stat().st_size)
     known, _ = parser.call("open_source", file, config=settings, table=table, max_bytes=max_bytes, kind=kind)
     return FileSource(**known, parser=parser, table=table)
-
-
-def plain_settings(config: SourceConfig | FeatureTableConfig) -> dict[str, Any]:
-    """The settings by name, as JSON has them."""
-    values = {field.name: getattr(config, field.name) for field in fields(config)}
-    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
 
 def needed_columns(config: SourceConfig) -> dict[str, str]:
@@ -355,6 +347,18 @@ def unreadable(source: Source, error: Exception) -> DataError:
                     place = shown(line[max(bad.start - 10, 0) : bad.end + 10])
                     return DataError(f"{source.path}: line {number}: {place} is not UTF-8; convert the file to UTF-8")
     return DataError(f"{source.path}: cannot be read: {reason}; check the file, the separator and the quotes")
+
+
+def collected(source: Source, rows: pl.LazyFrame) -> pl.DataFrame:
+    """Rows that are read from a source.
+
+    Raises:
+        DataError: if they cannot be read.
+    """
+    try:
+        return rows.collect(engine="streaming")
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise unreadable(source, error) from error
 
 
 class _Hasher:

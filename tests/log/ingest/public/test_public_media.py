@@ -69,17 +69,13 @@ def write_movielens(folder: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", MOVIELENS_RATINGS)
-def test_genres(tmp_path: Path, kind: str) -> None:
-    log = load(write_movielens(tmp_path / "set", kind))
+def test_genres_and_ratings_without_them(tmp_path: Path, kind: str) -> None:
+    folder = write_movielens(tmp_path / "set", kind)
+    log = load(folder)
     assert events_of(log)[1] == (1, 260, 978300761000, "event")
     assert features_of(log) == {"genres": {1: ["Animation", "Children's"], 260: ["Sci-Fi"]}}
-
-
-@pytest.mark.parametrize("kind", MOVIELENS_RATINGS)
-def test_without_the_file_of_movies_there_are_no_features(tmp_path: Path, kind: str) -> None:
-    folder = write_movielens(tmp_path / "set", kind)
     (folder / MOVIES[kind][0]).unlink()
-    assert load(folder, kind).item_features is None
+    assert load(folder.rename(tmp_path / "alone"), kind).item_features is None
 
 
 @pytest.mark.parametrize(
@@ -269,21 +265,16 @@ def test_columns_of_plays_can_be_features_of_events(tmp_path: Path) -> None:
         load(folder.rename(tmp_path / "other"), numbers=["dwell"])
 
 
-def test_more_columns_of_impressions_can_be_features_of_requests(tmp_path: Path) -> None:
+def test_impressions_may_have_more_columns_and_files(tmp_path: Path) -> None:
     folder = write_kuairand(tmp_path / "data", KUAIRAND_NAMES["pure"])
     events = SourceConfig(kind="kuairand", paths=[str(folder)])
-    shown = SourceConfig(kind="kuairand", paths=[str(folder)], categories=["tab", "is_rand"], numbers=["duration_ms"])
-    prepare(PrepareConfig(out=str(tmp_path / "log"), events=events, impressions=shown), parser=PARSER)
+    more = SourceConfig(kind="kuairand", paths=[str(folder)], categories=["tab", "is_rand"], numbers=["duration_ms"])
+    prepare(PrepareConfig(out=str(tmp_path / "log"), events=events, impressions=more), parser=PARSER)
     assert list(EventLog.open(tmp_path / "log").request_features) == ["tab", "is_rand", "duration_ms"]
-
-
-def test_random_exposures_can_be_named_as_impressions(tmp_path: Path) -> None:
-    folder = write_kuairand(tmp_path / "data", KUAIRAND_NAMES["pure"])
     file = folder / "log_random_4_22_to_5_08_pure.csv"
     write_csv(file, [shown(7, 12, 90, "0100000", 100)], ",".join(KUAIRAND_COLUMNS))
-    events = SourceConfig(kind="kuairand", paths=[str(folder)])
     both = SourceConfig(kind="kuairand", paths=[str(folder), str(file)])
-    settings = PrepareConfig(out=str(tmp_path / "log"), events=events, impressions=both)
+    settings = PrepareConfig(out=str(tmp_path / "other"), events=events, impressions=both)
     report = prepare(settings, parser=PARSER)
     assert (report.num_events, report.num_impressions) == (5, 8)
 
@@ -365,17 +356,15 @@ def test_sequences_impressions_and_items(tmp_path: Path, name: str) -> None:
 
 
 def test_parts_are_those_of_the_files_and_show_the_items_that_come_before(tmp_path: Path) -> None:
-    log = load(write_longctr(tmp_path / "data"))
+    folder = write_longctr(tmp_path / "data")
+    log = load(folder)
     for part, begin, end in (("train", 0, VALID_FROM), ("valid", VALID_FROM, TEST_FROM), ("test", TEST_FROM, None)):
         cases = impression_cases(log, begin, end)
         users, items = log.users.ids(cases.user).tolist(), log.items.ids(cases.item).tolist()
         found = zip(users, items, cases.seen.tolist(), cases.label[:, 0].tolist(), strict=True)
         assert list(found) == LONGCTR_PARTS[part]
-
-
-def test_a_file_of_sequences_has_its_impressions_beside_it(tmp_path: Path) -> None:
-    log = load(write_longctr(tmp_path / "data") / "user_info.parquet", "longctr")
-    assert log.impressions is not None and log.impressions.num_impressions == 9
+    shown = load(folder / "user_info.parquet", "longctr").impressions
+    assert shown is not None and shown.num_impressions == 9  # those beside a file of sequences
 
 
 def test_impressions_in_a_file_of_another_name(tmp_path: Path) -> None:
