@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,11 +127,12 @@ def frames() -> dict[str, Frame]:
     }
 
 
-def log_of(tables: dict[str, Frame], path: Path, *, without: str = "", append: bool = False) -> EventLog:
-    """A log of tables by the names of PARTS, without the features of one of them."""
+def log_of(tables: dict[str, Frame], path: Path, *, without: Sequence[str] = (), append: bool = False) -> EventLog:
+    """A log of tables by the names of PARTS, without the features of some of them."""
     given = {name: dict(table) for name, table in tables.items()}
-    for column in PARTS[without].names if without else ():
-        del given[without][column]
+    for name in without:
+        for column in PARTS[name].names:
+            del given[name][column]
     kinds: dict[str, dict[str, list[str]]] = {}
     for name in ("events", "impressions"):
         features = [column for column in given.get(name, {}) if column not in ("user", "item", "timestamp", *LABELS)]
@@ -142,8 +143,8 @@ def log_of(tables: dict[str, Frame], path: Path, *, without: str = "", append: b
         path,
         time_unit="ms",
         columns=SourceColumns(labels=LABELS if "impressions" in given else []),
-        items=None if without == "items" else given.get("items"),
-        users=None if without == "users" else given.get("users"),
+        items=None if "items" in without else given.get("items"),
+        users=None if "users" in without else given.get("users"),
         impressions=given.get("impressions"),
         **kinds["events"],
         **{f"request_{kind}": names for kind, names in kinds["impressions"].items()},

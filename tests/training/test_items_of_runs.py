@@ -288,6 +288,7 @@ def test_a_warm_start_adds_items_that_have_become_frequent(
     warm = replace(
         config,
         data=replace(config.data, path=str(log.path)),
+        optim=replace(config.optim, epochs=1),
         init_from=str(Path(config.run_dir) / "best"),
         init_freeze=freeze,
         run_dir=str(tmp_path / "run"),

@@ -124,7 +124,14 @@ def negated(weight: torch.Tensor) -> Iterator[None]:
         weight.neg_()
 
 
-@pytest.mark.parametrize("architecture", Architecture)
+TWINS = (Architecture.fuxi_linear, Architecture.twin)
+"""They read features by the code of HSTU and SIM."""
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(each, marks=pytest.mark.nightly if each in TWINS else ()) for each in Architecture],
+)
 def test_every_model_learns_every_part(log: EventLog, tmp_path: Path, architecture: Architecture) -> None:
     model = train_model(feature_config(log, tmp_path / "run", **of_architecture(architecture)), log)
     for name, part in PARTS.items():
@@ -171,12 +178,12 @@ def test_features_that_decide_labels_predict_them(log: EventLog, tmp_path: Path)
         assert ("Labeled tasks read features of requests: `device`, `hour`. Pass them (`request`)." in card) == use
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_without_features_nothing_changes(log: EventLog, tmp_path: Path, name: str) -> None:
-    part, lacking = PARTS[name], log_of(frames(), tmp_path / "log", without=name)
-    off = train(feature_config(log, tmp_path / "off", **{part.setting: False}), log)
+@pytest.mark.parametrize("names", [[*PARTS], *(pytest.param([name], marks=pytest.mark.nightly) for name in PARTS)])
+def test_without_features_nothing_changes(log: EventLog, tmp_path: Path, names: list[str]) -> None:
+    lacking = log_of(frames(), tmp_path / "log", without=names)
+    off = train(feature_config(log, tmp_path / "off", **{PARTS[name].setting: False for name in names}), log)
     plain = train(feature_config(lacking, tmp_path / "plain"), lacking)
-    assert part.encoder(off) is None and getattr(off.schema, part.schema) == []
+    assert all(PARTS[name].encoder(off) is None and not getattr(off.schema, PARTS[name].schema) for name in names)
     for (key, one), other in zip(off.state_dict().items(), plain.state_dict().values(), strict=True):
         assert torch.equal(one, other), key
 
@@ -341,7 +348,7 @@ def test_serving_predicts_what_validation_predicts(
     assert Validation(recoded, model.rows_of(recoded.items), config)(model) == measured
     until, asked = split_until(config.data, "validation"), EvaluateConfig(split="validation", progress=False)
     served = []
-    for one, store in ((log, "store"), (recoded, "recoded")):
+    for one, store in ((log, "store"), (recoded, "recoded"))[: 1 if changes else 2]:
         refresh(model, one, tmp_path / store, until=until, options=EXACT)
         with Scorer.open(tmp_path / "best", tmp_path / store) as scorer:
             served += [evaluate_scorer(scorer, given, asked).metrics for given in (log, recoded)]
@@ -441,6 +448,7 @@ def test_a_warm_start_matches_values_by_name(
         ),
         init_from=str(Path(config.run_dir) / "best"),
         init_freeze=freeze,
+        optim=replace(config.optim, epochs=1, validate_every=0),
         run_dir=str(tmp_path / "run"),
     )
     is_frozen = freeze is InitFreeze.summarizer
@@ -586,7 +594,7 @@ def test_logs_with_features_of_another_kind_are_refused(
     assert "lacks" not in caplog.text
     with Scorer.open(model, tmp_path / "store") as scorer:
         best = evaluate_scorer(scorer, log, asked).metrics["ne/like"]
-        silent = log_of(frames(), tmp_path / "silent", without="impressions")
+        silent = log_of(frames(), tmp_path / "silent", without=["impressions"])
         assert evaluate_scorer(scorer, silent, asked).metrics["ne/like"] > best
         assert "silent: lacks the features device, hour of impressions, so the model" in caplog.text
         message = r"'hour' of impressions is a category, but a number to .* impressions\.numbers=\[hour\], or train"
@@ -596,5 +604,5 @@ def test_logs_with_features_of_another_kind_are_refused(
     with pytest.raises(ConfigError, match=message):
         refresh(model, others[1], tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    refresh(model, log_of(frames(), tmp_path / "plain", without="users"), tmp_path / "new")
+    refresh(model, log_of(frames(), tmp_path / "plain", without=["users"]), tmp_path / "new")
     assert caplog.text.count("plain: lacks the features region, age of users, so") == 1
