@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.conftest import copies_of_run
+from tests.training.conftest import assert_served_as_validated, copies_of_run
 from tests.training.feature_world import (
     END,
     HOUR,
@@ -363,15 +363,8 @@ def test_serving_predicts_what_validation_predicts(
 
 def test_a_trained_model_is_served_as_it_was_validated(log: EventLog, run: Run, tmp_path: Path) -> None:
     config, model = run
-    best, asked = Path(config.run_dir) / "best", EvaluateConfig(split="validation", progress=False)
-    loaded = VistaModel.from_pretrained(best)
-    assert loaded.summarizer_id() == model.summarizer_id()
-    refresh(loaded, log, tmp_path / "store", until=split_until(config.data, "validation"), options=EXACT)
-    measured = Validation(log, model.rows_of(log.items), config)(model)
-    with Scorer.open(best, tmp_path / "store") as scorer:
-        served = evaluate_scorer(scorer, log, asked).metrics
-    for name, value in measured.items():
-        assert served[name] == pytest.approx(value, abs=1e-5), name
+    assert_served_as_validated(config, model, log, tmp_path / "store")
+    loaded = VistaModel.from_pretrained(Path(config.run_dir) / "best")
     assert loaded.features is not None and loaded.features.table is not None
     loaded.features.table.dense = loaded.features.table.dense.roll(1, 0)
     assert loaded.summarizer_id() != model.summarizer_id(), "it covers the features of items"

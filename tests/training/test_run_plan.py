@@ -264,11 +264,6 @@ def test_steps_share_the_time_with_validations() -> None:
     assert budget.steps_left(200, 1.0, 50) == 0
 
 
-def test_minutes_are_positive() -> None:
-    with pytest.raises(ConfigError, match=r"optim\.minutes: must be positive and finite, got 0"):
-        OptimConfig(minutes=0)
-
-
 @pytest.mark.parametrize(("epochs", "fits"), [(None, 40), (100, 40), (3, 30)])
 def test_epochs_limit_the_steps(epochs: int | None, fits: int) -> None:
     budget = TimeBudget(1.0)

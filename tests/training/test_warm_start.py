@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import small_config, small_frame
-from tests.training.conftest import copies_of_run
+from tests.training.conftest import assert_served_as_validated, copies_of_run
 from tests.training.test_trainer import assert_same_result
 from tests.training.warm_logs import (
     COLUMNS,
@@ -26,13 +26,10 @@ from tests.training.warm_logs import (
     saved_moments,
     warm_config,
 )
-from vista.config import EvaluateConfig
 from vista.config.checks import Architecture, Codec, InitFreeze, ItemStart, Split, Stage
 from vista.errors import CheckpointError, ConfigError, LeakageError
-from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.item_statistics import item_factors
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until
 from vista.model.registry import with_items
 from vista.model.vista_model import STAGE1_WEIGHTS, VistaModel
 from vista.refresh import RefreshOptions, refresh
@@ -249,20 +246,8 @@ def test_stores_stay_valid_and_exact(
     assert len(np.unique(scores[0])) == scores[0].size, "new items have scores of their own"
 
 
-def test_validation_is_what_the_scorer_reaches(
-    earlier: Run,
-    later: Run,
-    grown_log: EventLog,
-    tmp_path: Path,
-) -> None:
-    config, model = later
-    until = split_until(config.data, "validation")
-    refresh(earlier[1], grown_log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
-    asked = EvaluateConfig(split="validation", top_k=[10], progress=False)
-    with Scorer.open(Path(config.run_dir) / "best", tmp_path / "store") as scorer:
-        served = evaluate_scorer(scorer, grown_log, asked).metrics
-    measured = Validation(grown_log, model.rows_of(grown_log.items), config)(model)
-    assert measured["ndcg@10"] == pytest.approx(served["ndcg@10"], abs=1e-6)
+def test_validation_is_what_the_scorer_reaches(earlier: Run, later: Run, grown_log: EventLog, tmp_path: Path) -> None:
+    assert_served_as_validated(*later, grown_log, tmp_path / "store", summarizer=earlier[1])
 
 
 def test_histories_show_new_items_as_unknown_and_labels_do_not(
