@@ -35,8 +35,8 @@ from vista.config import SourceColumns
 from vista.examples.batch import Batch
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
-from vista.runs.tracking import MetricsWriter
 from vista.training import trainer
+from vista.training.run_folder import RunRecord
 
 NUM_ROWS = 1_000_000
 TOKENS_PER_BATCH = 2048
@@ -81,22 +81,18 @@ class TableTrainer(trainer.Trainer):
     """Trains an epoch, and prints the memory of its process."""
 
     def run(self) -> RankingModel:
-        print(f"rank {self._rank}: {_memory()} with {len(self.model.item_table):,} rows", flush=True)
-        metrics = MetricsWriter(self.run_dir)
+        print(f"rank {self._ranks.rank}: {_memory()} with {len(self.model.item_table):,} rows", flush=True)
+        metrics = RunRecord(self.config, self.model, self.validation)
         self._start(metrics)
         began = time.perf_counter()
         self._run_epoch(metrics, [])
         seconds = time.perf_counter() - began
-        print(f"rank {self._rank}: {_memory()} after {self.progress.step} steps in {seconds:.1f} s", flush=True)
+        print(f"rank {self._ranks.rank}: {_memory()} after {self.progress.step} steps in {seconds:.1f} s", flush=True)
         return self.model
-
-    @property
-    def _rank(self) -> int:
-        return 0 if self._ranks is None else self._ranks.rank
 
     def _step(self, batch: Batch, share_done: float) -> dict[str, float]:
         row = super()._step(batch, share_done)
-        if self._leads and self.progress.step % 20 == 0:
+        if self._ranks.leads and self.progress.step % 20 == 0:
             print(f"step {self.progress.step}: loss {row['loss']:.3f}", flush=True)
         return row
 
