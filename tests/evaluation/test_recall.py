@@ -36,8 +36,8 @@ from vista.store.writer import erase
 def test_windows_lie_in_their_band(lengths: list[int], band: int, seed: int) -> None:
     end = AGES[band + 1] if band + 1 < len(AGES) else None
     windows = recall._random_windows(np.array(lengths), AGES[band], end, np.random.default_rng(seed))
-    assert windows.row.tolist() == [row for row, length in enumerate(lengths) if length > AGES[band]]
-    for row, start, stop in zip(windows.row, windows.start, windows.stop, strict=True):
+    assert windows[0].tolist() == [row for row, length in enumerate(lengths) if length > AGES[band]]
+    for row, start, stop in zip(*windows, strict=True):
         assert 0 <= start < stop <= lengths[row] - AGES[band] and stop - start <= WINDOW
         assert end is None or lengths[row] - start <= end
 
@@ -54,16 +54,11 @@ def test_shares_equal_a_loop_over_the_decoders_distances(served: Served) -> None
     shares = recall._share_beaten(model, items, histories, windows, [summary], np.random.default_rng(4))[0]
 
     rng, expected = np.random.default_rng(4), []
-    lengths = windows.stop - windows.start
-    all_rows = np.concatenate(
-        [
-            items.rows[histories.slice(r, a, b).item]
-            for r, a, b in zip(windows.row, windows.start, windows.stop, strict=True)
-        ]
-    )
+    lengths = windows[2] - windows[1]
+    all_rows = np.concatenate([items.rows[histories.slice(r, a, b).item] for r, a, b in zip(*windows, strict=True)])
     negatives = items.alike(all_rows, rng)
     place = 0
-    for row, start, length in zip(windows.row, windows.start, lengths, strict=True):
+    for row, start, length in zip(windows[0], windows[1], lengths, strict=True):
         history = histories.slice(int(row))
         rows = items.rows[history.item]
         gap = (
@@ -122,7 +117,7 @@ def test_items_that_histories_show_as_unknown_are_not_judged(served: Served) -> 
     with Scorer.open(served.model, served.exact_store) as scorer:
         summary = torch.from_numpy(scorer.store.get_many(log.users.ids(np.arange(log.num_users))).summary)
     shares = recall._share_beaten(model, items, histories, windows, [summary], np.random.default_rng(4))
-    index = recall.ranges(histories.offsets[:-1][windows.row] + windows.start, windows.stop - windows.start)
+    index = recall.ranges(histories.offsets[:-1][windows[0]] + windows[1], windows[2] - windows[1])
     asked = is_known[histories.item[index]]
     assert 0 < shares.shape[1] <= asked.sum() < len(asked)
 

@@ -486,15 +486,6 @@ _POWER = 0.5
 """Negatives are drawn in proportion to the frequency ** _POWER."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Trained:
-    vectors: Floats
-    """float64 [V, M] of length 1."""
-    maps: Floats
-    """float64 [K, M, M]: a user's vector is the sum of mean_k @ maps[k], scaled to length 1."""
-    popularity_weight: float
-
-
 class PooledItemVectors:
     """Score: cos(item, Σ_k A_k mean_k) / temperature + w log(1 + popularity).
 
@@ -517,7 +508,9 @@ class PooledItemVectors:
         """
         self._horizon, self._dim = horizon_events, dim
         self._temperature, self._learning_rate = temperature, learning_rate
-        self._trained: _Trained | None = None
+        self._trained: tuple[Floats, Floats, float] | None = None
+        """Vectors float64 [V, M] of length 1; maps float64 [K, M, M]: a user's vector is the sum of mean_k @ maps[k], scaled
+        to length 1; and the weight of the popularity."""
 
     def choose(self, value: tuple[float, float]) -> None:
         """Set the temperature and the learning rate."""
@@ -533,14 +526,14 @@ class PooledItemVectors:
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
         if self._trained is None:
             self._trained = self._train()
-        means = pooled_means(self._log, self._trained.vectors, user, seen)
-        wanted = np.einsum("knm,kmj->nj", means, self._trained.maps)
+        vectors, maps, popularity_weight = self._trained
+        wanted = np.einsum("knm,kmj->nj", pooled_means(self._log, vectors, user, seen), maps)
         length = np.linalg.norm(wanted, axis=1, keepdims=True)
         wanted /= np.where(length > 0, length, 1) * self._temperature
-        out: Floats = wanted @ self._trained.vectors.T + self._trained.popularity_weight * self._popularity
+        out: Floats = wanted @ vectors.T + popularity_weight * self._popularity
         return out
 
-    def _train(self) -> _Trained:
+    def _train(self) -> tuple[Floats, Floats, float]:
         rng = np.random.default_rng(self._seed)
         # Items without factors start at random: a vector of 0 has no direction.
         has_factors = self._start.any(axis=1, keepdims=True)
@@ -571,7 +564,7 @@ class PooledItemVectors:
                 optimizer.step()
                 schedule.step()
         unit = F.normalize(vectors.detach().double(), dim=1)
-        return _Trained(unit.numpy(), maps.detach().double().numpy(), float(weight.detach()))
+        return unit.numpy(), maps.detach().double().numpy(), float(weight.detach())
 
     def _questions(self, rng: np.random.Generator) -> tuple[Int, Int]:
         """Users and numbers of events before random questions whose windows end before the cut, int64 [Q] each."""

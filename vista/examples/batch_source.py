@@ -16,7 +16,6 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vista.arrays import Int, offsets_of
 from vista.config import DataConfig, OptimConfig, TrainConfig
@@ -281,37 +280,50 @@ class BatchSource:
                 or if `data.horizon_days` is set and the log has no times.
         """
         self._log, self._reads, self._config, self._stored = log, reads, config, stored
-        hides = reads.num_known is not None and reads.num_known < reads.item_rows.max(initial=0)
-        self._num_known = reads.num_known if hides else None
         since = stored.since if stored else None
+        tasks = trained_tasks(log, config.optim)
+
         self.counts = visible_counts(log, split_until(config.data, "train"))
         self._first = visible_counts(log, Until(before=since)) if stored else np.zeros(log.num_users, np.int64)
         """int64 [num_users]: events before a user's first label."""
         self._lead = config.model.tail_len if stored else 0
-        frequency = item_frequency(log, reads.item_rows, self.counts, reads.has_features)
-        self.frequency = frequency
-        """int64 [largest row + 1] training events of each model row."""
-        num_negatives = planned(config.data.num_negatives, "data.num_negatives")
-        self._sampler = NegativeSampler(frequency, num_negatives=num_negatives)
-        self._adjustment = _logit_adjustment(frequency, config.optim.logq_strength)
-        tasks = trained_tasks(log, config.optim)
         self._impressions = VisibleImpressions.of(log, reads.item_rows, self.counts, config, tasks, since)
-        trains_events = stored is None or config.ranks_items
-        self._users = _labeled_users(self._impressions, self.counts - self._first if trains_events else None)
+        # Users without events are included if they have impressions, which train the summary of an empty history.
+        has_labels = np.diff(self._impressions.offsets) > 0
+        if stored is None or config.ranks_items:
+            has_labels |= self.counts > self._first
+        self._users = np.flatnonzero(has_labels)
         if stored is not None and not len(self._users):
             raise ConfigError(
                 f"store: was refreshed with until={since}, and no label of {log.path} lies between that and "
                 f"data.validation_from={config.data.validation_from}; refresh it with an earlier until"
             )
+
+        self.frequency = item_frequency(log, reads.item_rows, self.counts, reads.has_features)
+        """int64 [largest row + 1] training events of each model row."""
+        self._sampler = NegativeSampler(
+            self.frequency, num_negatives=planned(config.data.num_negatives, "data.num_negatives")
+        )
+        self._adjustment = _logit_adjustment(self.frequency, config.optim.logq_strength)
+        largest = int(reads.item_rows.max(initial=0))
+        self._num_known = largest if reads.num_known is None else min(reads.num_known, largest)
+        self._hides_items = self._num_known < largest
+        self._history_rows = reads.item_rows
+        if self._hides_items:
+            self._history_rows = np.where(reads.item_rows > self._num_known, 0, reads.item_rows)
+        """int64 [log.num_items], the model row of each of the log's items as histories and counters show it."""
+
         self._plan = CutPlan.of(config, has_time=log.has_time)
-        self._chunk_len = chunk_len(config)
-        self.returning_share = 0.5
-        """Share of counted items among the labels of anchors that have any, between 0 and 1."""
-        self._epoch = -1
-        self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
-        self._batches: list[Int] = []
         if self._plan.anchors is not None and config.data.horizon_days > 0 and not log.has_time:
             raise ConfigError(f"data.horizon_days: {log.path} has no times; set it to 0 and use data.horizon_events")
+        self._chunk_len = chunk_len(config)
+        self._epoch = -1
+        self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
+        """Of the epoch, int64 [C] each: user, and the places of the first event and after the last one."""
+        self._batches: list[Int] = []
+        """Of the epoch: the chunks of each batch."""
+        self.returning_share = 0.5
+        """Share of counted items among the labels of anchors that have any, between 0 and 1."""
         self._measure_labels()
 
     def num_batches(self, epoch: int) -> int:
@@ -327,13 +339,16 @@ class BatchSource:
         # If no items are predicted, negatives would still be gathered, and moved by Adam's momentum.
         negatives, log_weight = self._sampler.draw(rng) if self._config.ranks_items else NO_NEGATIVES
         batch = cut_batch(self._pack(user, start, stop), self._plan, rng, negatives, log_weight)
-        if self._num_known is not None:
-            batch = _with_hidden(batch, batch.rows[batch.events.item] > self._num_known)
-        if self._adjustment is None:
-            return batch
-        return replace(batch, logit_adjustment=torch.from_numpy(self._adjustment[batch.rows.numpy()]))
+        if self._hides_items:
+            is_hidden, drawn = batch.rows[batch.events.item] > self._num_known, batch.events.hidden
+            is_hidden = is_hidden if drawn is None else drawn | is_hidden
+            batch = replace(batch, events=replace(batch.events, hidden=is_hidden))
+        if self._adjustment is not None:
+            batch = replace(batch, logit_adjustment=torch.from_numpy(self._adjustment[batch.rows.numpy()]))
+        return batch
 
     def _start_epoch(self, epoch: int) -> None:
+        """Divide the histories into chunks, and these into batches, unless the epoch is that of the last call."""
         if epoch == self._epoch:
             return
         rng = np.random.default_rng([self._config.seed, epoch, 0])
@@ -396,10 +411,7 @@ class BatchSource:
         if stored is not None:
             chunks.lead, chunks.summary = lead, stored.read(user)
         if reads.keys is not None:
-            rows = reads.item_rows
-            if self._num_known is not None:
-                rows = np.where(rows > self._num_known, 0, rows)
-            histories, history = HistoryCounters.of(reads.keys, self._log, rows, user, stop)
+            histories, history = HistoryCounters.of(reads.keys, self._log, self._history_rows, user, stop)
             chunks.counters = ChunkCounters(histories, history, start - lead, self._first[user] if stored else None)
         if reads.encode_events is not None:
             chunks.features = reads.encode_events(events.features, events.num_events)
@@ -426,12 +438,6 @@ class BatchSource:
         )
 
 
-def _with_hidden(batch: Batch, hidden: Tensor) -> Batch:
-    """A batch that shows the items of some more events, bool [T], as unknown."""
-    before = batch.events.hidden
-    return replace(batch, events=replace(batch.events, hidden=hidden if before is None else before | hidden))
-
-
 def chunk_len(config: TrainConfig) -> int:
     """Maximum number of events per chunk: `data.chunk_len`, or fewer if the model encodes whole chunks."""
     model = config.model
@@ -442,15 +448,6 @@ def chunk_len(config: TrainConfig) -> int:
     # The last event of a baseline's chunk is only a label, so that the state after a full history is trained too.
     only_label = int(model.architecture is not Architecture.vista)
     return min(config.data.chunk_len, model.history_limit + only_label)
-
-
-def _labeled_users(impressions: VisibleImpressions, num_labels: Int | None) -> Int:
-    """Rows of the users with impressions, or with events that are labels (None: events are not labels)."""
-    # Users without events are included if they have impressions, which train the summary of an empty history.
-    labeled = np.diff(impressions.offsets) > 0
-    if num_labels is not None:
-        labeled |= num_labels > 0
-    return np.flatnonzero(labeled)
 
 
 def _chunk_histories(users: Int, total: Int, limit: int, rng: np.random.Generator) -> tuple[Int, Int, Int]:
