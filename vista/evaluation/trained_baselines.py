@@ -509,8 +509,8 @@ class PooledItemVectors:
         self._horizon, self._dim = horizon_events, dim
         self._temperature, self._learning_rate = temperature, learning_rate
         self._trained: tuple[Floats, Floats, float] | None = None
-        """Vectors float64 [V, M] of length 1; maps float64 [K, M, M]: a user's vector is the sum of mean_k @ maps[k], scaled
-        to length 1; and the weight of the popularity."""
+        """Vectors float64 [V, M] of length 1; maps float64 [K, M, M], with which a user's vector is the sum of
+        mean_k @ maps[k], scaled to length 1; and the weight of the popularity."""
 
     def choose(self, value: tuple[float, float]) -> None:
         """Set the temperature and the learning rate."""
