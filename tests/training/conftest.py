@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config, small_frame
-from tests.training.warm_logs import COLUMNS, Run, features, grow, more_events, part
+from tests.training.worlds import COLUMNS, Run, features, grow, more_events, part
 from vista.config import EvaluateConfig, TrainConfig
 from vista.config.checks import Codec
 from vista.evaluation.evaluate import evaluate_scorer

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.training.forked import forked, run_in_fork
+from tests.training.ranks_of_run import forked, run_in_fork
 from vista.errors import CheckpointError
 from vista.training import checkpoint
 from vista.training.checkpoint import (

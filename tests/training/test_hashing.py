@@ -14,20 +14,20 @@ import torch
 
 from tests.conftest import small_config, small_frame
 from tests.training.conftest import assert_served_as_validated
-from tests.training.feature_world import (
+from tests.training.test_items_of_runs import as_log, training_counts
+from tests.training.worlds import (
     END,
     HOUR,
     NEW_ITEM,
     NUM_USERS,
     PARTS,
+    begun,
     feature_config,
     feature_frame,
     frames,
     log_of,
     of_architecture,
 )
-from tests.training.test_items_of_runs import as_log, training_counts
-from tests.training.warm_logs import begun
 from vista.cli.item_commands import run_items_add
 from vista.config import ItemsAddConfig, ItemTableConfig, TrainConfig
 from vista.config.checks import Architecture

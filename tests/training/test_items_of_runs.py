@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from tests.conftest import DAY, START, Served, small_config, small_frame
 from tests.training.conftest import assert_served_as_validated
-from tests.training.feature_world import feature_frame
+from tests.training.worlds import feature_frame
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.checks import Architecture, Codec, Decay, InitFreeze, Search, Split, Stage
 from vista.errors import ConfigError, DataError

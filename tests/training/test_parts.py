@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from tests.training.conftest import assert_served_as_validated, copies_of_run
-from tests.training.feature_world import (
+from tests.training.test_trainer import assert_same_result
+from tests.training.worlds import (
     END,
     HOUR,
     MIDDLE,
@@ -30,6 +31,8 @@ from tests.training.feature_world import (
     VALIDATION,
     Frame,
     Part,
+    Run,
+    begun,
     feature_config,
     feature_frame,
     frames,
@@ -37,8 +40,6 @@ from tests.training.feature_world import (
     log_of,
     of_architecture,
 )
-from tests.training.test_trainer import assert_same_result
-from tests.training.warm_logs import Run, begun
 from vista.cli.main import main
 from vista.config import EvaluateConfig, TrainConfig
 from vista.config.checks import Architecture, Codec, InitFreeze, Stage, TargetAttentionKind

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import Served, small_config, small_frame
-from tests.training.forked import run_in_fork
+from tests.training.ranks_of_run import run_in_fork
 from vista.config import SourceColumns
 from vista.config.composition import to_yaml
 from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError

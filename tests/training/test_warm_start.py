@@ -14,7 +14,7 @@ import torch
 from tests.conftest import small_config, small_frame
 from tests.training.conftest import assert_served_as_validated, copies_of_run
 from tests.training.test_trainer import assert_same_result
-from tests.training.warm_logs import (
+from tests.training.worlds import (
     COLUMNS,
     FROZEN,
     NEW_ITEMS,
