@@ -109,22 +109,10 @@ def visible_rows(log: EventLog, table: Impressions, counts: Int, data: DataConfi
 
 @dataclass(frozen=True, slots=True)
 class VisibleImpressions:
-    """Impressions, sorted by user row and time."""
+    """The impressions of the training part with a known label, sorted by user row and time."""
 
-    user: Int
-    """int64 [N] rows of the log."""
-    position: Int
-    """int64 [N] events of the user strictly before the impression."""
-    item: Int
-    """int64 [N] model item rows."""
-    gap: Int
-    """int64 [N] log buckets of the time since the newest event before the impression."""
-    label: NDArray[np.float32]
-    """[N, num_tasks]."""
-    mask: NDArray[np.bool_]
-    """[N, num_tasks]: True where the label is known."""
-    time: Int
-    """int64 [N] ms."""
+    shown: ChunkImpressions
+    """All of them, where each user is a chunk that holds the whole history."""
     row: Int
     """int64 [N] rows of the log's impressions."""
     offsets: Int
@@ -134,7 +122,7 @@ class VisibleImpressions:
     def of(
         cls, log: EventLog, item_rows: Int, counts: Int, config: TrainConfig, tasks: list[str], since: int | None
     ) -> VisibleImpressions:
-        """The impressions of the training part with a known label.
+        """Those of a log.
 
         Args:
             item_rows: int64 [log.num_items], the model row of each of the log's items.
@@ -142,29 +130,26 @@ class VisibleImpressions:
             tasks: the labels that are trained.
             since: leave out the impressions before this time (ms).
         """
-        table, data = log.impressions, config.data
-        if table is None:
-            none = np.zeros(0, np.int64)
-            empty = np.zeros((0, 0), np.float32)
-            return cls(none, none, none, none, empty, empty > 0, none, none, np.zeros(log.num_users + 1, np.int64))
-        visible = visible_rows(log, table, counts, data, since)
+        if (table := log.impressions) is None:
+            none, empty = np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
+            shown = ChunkImpressions(none, none, none, none, empty, empty > 0, none)
+            return cls(shown, none, np.zeros(log.num_users + 1, np.int64))
+        visible = visible_rows(log, table, counts, config.data, since)
         columns = [table.tasks.index(task) for task in tasks]
         mask = np.asarray(table.mask)[visible.row][:, columns].astype(np.bool_)
         kept = visible.select(np.flatnonzero(mask.any(1)))
         time = np.asarray(table.timestamp)[kept.row]
         use_time = log.has_time and config.model.use_time
-        gap = np.where(kept.position > 0, gap_bucket(time - kept.before), 0) if use_time else kept.position * 0
-        return cls(
-            kept.user,
-            kept.position,
-            item_rows[table.item[kept.row]],
-            gap,
-            np.asarray(table.label)[kept.row][:, columns].astype(np.float32),
-            mask[mask.any(1)],
-            time,
-            kept.row,
-            offsets_of(np.bincount(kept.user, minlength=log.num_users)),
+        shown = ChunkImpressions(
+            chunk=kept.user,
+            position=kept.position,
+            item=item_rows[table.item[kept.row]],
+            gap=np.where(kept.position > 0, gap_bucket(time - kept.before), 0) if use_time else kept.position * 0,
+            label=np.asarray(table.label)[kept.row][:, columns].astype(np.float32),
+            mask=mask[mask.any(1)],
+            time=time,
         )
+        return cls(shown, kept.row, offsets_of(np.bincount(kept.user, minlength=log.num_users)))
 
     def ranges(self, user: Int, start: Int, stop: Int, first: Int) -> tuple[Int, Int]:
         """Index ranges of the impressions of chunks: positions in (start, stop], and `first` in a user's first chunk.
@@ -175,11 +160,12 @@ class VisibleImpressions:
             user: int64 [B] users of the chunks, which hold the events [start, stop) of these, int64 [B].
             first: int64 [B] events before a user's first chunk.
         """
-        if len(self.position) == 0:
+        position = self.shown.position
+        if len(position) == 0:
             return np.zeros(len(user), np.int64), np.zeros(len(user), np.int64)
         # (user, position) as one sorted key.
-        width = int(max(self.position.max(), stop.max(initial=0))) + 2
-        key = self.user * width + self.position
+        width = int(max(position.max(), stop.max(initial=0))) + 2
+        key = self.shown.chunk * width + position
         low = np.searchsorted(key, user * width + np.where(start > first, start, first - 1), side="right")
         high = np.searchsorted(key, user * width + stop, side="right")
         return low, high
@@ -421,21 +407,15 @@ class BatchSource:
 
     def _impressions_of(self, user: Int, start: Int, stop: Int, lead: Int) -> ChunkImpressions:
         """The impressions of chunks, at positions counted from the first of the `lead` events before each chunk."""
-        seen, encode = self._impressions, self._reads.encode_requests
-        low, high = seen.ranges(user, start, stop, self._first[user])
+        visible, encode = self._impressions, self._reads.encode_requests
+        low, high = visible.ranges(user, start, stop, self._first[user])
         index = ranges(low, high - low)
+        shown = visible.shown.select(index)
         chunk = np.repeat(np.arange(len(user)), high - low)
-        position = seen.position[index] - (start - lead)[chunk]
-        return ChunkImpressions(
-            chunk=chunk,
-            position=position,
-            item=seen.item[index],
-            gap=np.where(position > 0, seen.gap[index], 0),
-            label=seen.label[index],
-            mask=seen.mask[index],
-            time=seen.time[index],
-            features=None if encode is None else encode(seen.row[index]),
-        )
+        position = shown.position - (start - lead)[chunk]
+        features = None if encode is None else encode(visible.row[index])
+        gap = np.where(position > 0, shown.gap, 0)
+        return replace(shown, chunk=chunk, position=position, gap=gap, features=features)
 
 
 def chunk_len(config: TrainConfig) -> int:
