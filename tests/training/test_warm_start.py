@@ -175,12 +175,7 @@ def test_factors_of_new_items_fit_the_trained_vectors(grown_log: EventLog, tmp_p
 
 
 @pytest.mark.parametrize("freeze", list(InitFreeze))
-def test_a_run_resumes_bit_identically(
-    grown_log: EventLog,
-    earlier: Run,
-    tmp_path: Path,
-    freeze: InitFreeze,
-) -> None:
+def test_a_run_resumes_bit_identically(grown_log: EventLog, earlier: Run, tmp_path: Path, freeze: InitFreeze) -> None:
     changes = {
         "init_freeze": freeze,
         "checkpoint_every": 4,
@@ -228,12 +223,7 @@ def test_only_stage_2_and_new_items_train(earlier: Run, later: Run, grown_log: E
         assert torch.equal(after[name], before[name]) == is_kept, name
 
 
-def test_stores_stay_valid_and_exact(
-    earlier: Run,
-    later: Run,
-    grown_log: EventLog,
-    tmp_path: Path,
-) -> None:
+def test_stores_stay_valid_and_exact(earlier: Run, later: Run, grown_log: EventLog, tmp_path: Path) -> None:
     """On a log with events of the new items, both models write the same records, bit for bit."""
     assert digest_of(later[1], grown_log, tmp_path / "new") == digest_of(earlier[1], grown_log, tmp_path / "old")
     folders = [Path(config.run_dir) / "best" for config in (earlier[0], later[0])]
@@ -269,12 +259,7 @@ def test_histories_show_new_items_as_unknown_and_labels_do_not(
     assert seen > 5
 
 
-def test_a_second_start_continues_new_items(
-    earlier: Run,
-    later: Run,
-    grown_log: EventLog,
-    tmp_path: Path,
-) -> None:
+def test_a_second_start_continues_new_items(earlier: Run, later: Run, grown_log: EventLog, tmp_path: Path) -> None:
     config, model = later
     frozen, made = begun(warm_config(config, grown_log, tmp_path / "frozen", **FROZEN), grown_log)
     assert torch.equal(made.model.item_table, model.item_table) and not len(frozen.new_rows)
@@ -293,11 +278,7 @@ def test_a_second_start_continues_new_items(
     ],
 )
 def test_another_shape(
-    feature_log: EventLog,
-    earlier: Run,
-    tmp_path: Path,
-    changes: dict[str, Any],
-    message: str,
+    feature_log: EventLog, earlier: Run, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         train(warm_config(earlier[0], feature_log, tmp_path / "run", **changes), feature_log)
@@ -320,11 +301,7 @@ def test_another_shape(
     ],
 )
 def test_settings_that_contradict_each_other(
-    feature_log: EventLog,
-    earlier: Run,
-    tmp_path: Path,
-    changes: dict[str, Any],
-    message: str,
+    feature_log: EventLog, earlier: Run, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     config = warm_config(earlier[0], feature_log, tmp_path, **changes)
     with pytest.raises(ConfigError, match=message):
@@ -398,11 +375,7 @@ def test_a_damaged_checkpoint(feature_log: EventLog, earlier: Run, tmp_path: Pat
     ],
 )
 def test_a_model_that_may_know_the_labels(
-    feature_log: EventLog,
-    earlier: Run,
-    tmp_path: Path,
-    split: dict[str, Any],
-    message: str,
+    feature_log: EventLog, earlier: Run, tmp_path: Path, split: dict[str, Any], message: str
 ) -> None:
     kind = Split.time if "test_from" in split else Split.share
     config = warm_config(earlier[0], feature_log, tmp_path)
