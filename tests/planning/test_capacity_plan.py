@@ -1,4 +1,4 @@
-"""Plans grow with what is asked, refuse what makes no sense, and print and write what they compute."""
+"""Plans grow with what is asked, and refuse nonsense; their sizes and speeds are those of stores and benchmarks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,31 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import pytest
 
+from scripts.benchmarks.bench_store import StoreShape, user_values, write_store
+from scripts.benchmarks.workloads import lifelong_log, untrained
+from tests.store.remote.valkey_server import ValkeyServer
 from vista.cli.main import main
-from vista.config import PlanConfig
+from vista.config import ModelConfig, PlanConfig
+from vista.config.checks import Codec, StateDtype
 from vista.config.composition import compose_config
 from vista.errors import ConfigError
-from vista.planning.capacity_plan import CapacityPlan, plan_capacity
+from vista.planning.capacity_plan import (
+    WRITE_MB_PER_S,
+    CapacityPlan,
+    RefreshCost,
+    StoreSizes,
+    lmdb_bytes,
+    plan_capacity,
+    request_core_s,
+    server_bytes,
+    token_s,
+)
+from vista.refresh import RefreshOptions, refresh
+from vista.store.keys import user_keys
+from vista.store.layout import environment_path, read_current, state_path
 from vista.text_table import count, duration, plain, size
 
 LARGE = ("users=1e8", "events_per_day=5e9", "requests_per_s=2e4", "model.dim=128", "model.num_seeds=64")
@@ -137,3 +155,224 @@ def test_numbers_have_two_significant_digits() -> None:
     assert [*map(size, (0, 999, 34_336, 1.08e14))] == ["0 B", "1 KB", "34 KB", "110 TB"]
     expected = ["0 s", "0.2 µs", "16 ms", "1 s", "1 min", "1 h", "1.5 h", "2.1 days", "more than a day"]
     assert [*map(duration, (0, 2e-7, 0.0161, 1, 61, 3599, 5400, 180_000, None))] == expected
+
+
+REPOSITORY = Path(__file__).parents[2]
+NUM_ITEMS, LENGTH = 1_000, 300
+
+
+@pytest.mark.parametrize("counters", [False, True])
+@pytest.mark.parametrize(("codec", "state"), [("int8", "float32"), ("float16", "float16"), ("int4", "none")])
+def test_sizes_are_those_that_a_refresh_writes(tmp_path: Path, counters: bool, codec: str, state: str) -> None:
+    log = lifelong_log(tmp_path / "log", [LENGTH] * 3, num_items=NUM_ITEMS)
+    model = untrained(log, dim=16, num_seeds=4, counters=counters)
+    options = RefreshOptions(codec=Codec(codec), state=StateDtype(state))
+    refresh(model, log, tmp_path / "store", options=options)
+    sizes = StoreSizes.of(model.config, options.codec, StateDtype(state), num_items=NUM_ITEMS, history_events=LENGTH)
+    generation = read_current(tmp_path / "store")
+    records = user_values(environment_path(tmp_path / "store", generation)).values()
+    if counters:  # Events that lie 49 days back have longer times.
+        assert all(0 <= len(record) - sizes.record <= 4 * model.config.tail_len for record in records)
+    else:
+        assert {len(record) for record in records} == {sizes.record}
+    if state == "none":
+        assert (sizes.state, sizes.state_on_disk) == (0, 0)
+        return
+    states = [len(one) for one in user_values(state_path(tmp_path / "store", generation)).values()]
+    if counters:  # The plan counts each event as another item.
+        assert all(0.8 * sizes.state < size <= sizes.state for size in states)
+    else:
+        assert set(states) == {sizes.state}
+
+
+@pytest.mark.parametrize("value_bytes", [100, 900, 1_890, 2_020, 2_021, 4_080, 4_081, 34_336, 131_352])
+def test_pages_are_those_that_lmdb_writes(tmp_path: Path, value_bytes: int) -> None:
+    num_users = 20_000 if value_bytes < 1_000 else 2_000 if value_bytes < 5_000 else 300
+    keys = user_keys(range(num_users))
+    with lmdb.open(str(tmp_path), map_size=1 << 32, lib_version=0, sync=False) as environment:
+        for first in range(0, num_users, 500):
+            with environment.begin(write=True) as transaction:
+                for key in keys[first : first + 500]:
+                    transaction.put(key, bytes(value_bytes), append=True)
+        pages = environment.stat()
+    live = pages["psize"] * (pages["branch_pages"] + pages["leaf_pages"] + pages["overflow_pages"])
+    assert lmdb_bytes(value_bytes) == pytest.approx(live / num_users, rel=0.01)
+
+
+def used_memory(server: ValkeyServer) -> int:
+    import redis
+
+    with redis.Redis(port=server.port) as client:
+        return int(client.info("memory")["used_memory"])
+
+
+@pytest.mark.parametrize(("num_tokens", "dim"), [(16, 64), (32, 128)])
+def test_memory_is_what_a_server_uses(tmp_path: Path, num_tokens: int, dim: int) -> None:
+    pytest.importorskip("redis", reason="the extra `redis` is not installed")
+    server, num_users = ValkeyServer(tmp_path / "server"), 6_000
+    try:
+        before = used_memory(server)
+        write_store(server.url(), StoreShape(num_tokens, dim), num_users)
+        used = used_memory(server) - before
+    finally:
+        server.kill()
+    record_bytes = 128 + num_tokens * (dim + 8) + 32 * 13
+    assert server_bytes(record_bytes) == pytest.approx(used / num_users, rel=0.04)
+
+
+def test_too_large_a_record_is_refused() -> None:
+    model = ModelConfig(dim=1024, num_seeds=65_535)
+    with pytest.raises(ConfigError, match=r"model\.num_seeds: 65535 rows of 1032 bytes do not fit a record"):
+        StoreSizes.of(model, Codec.int8, StateDtype.none, num_items=1, history_events=1)
+
+
+def test_the_guide_shows_these_sizes() -> None:
+    lines = (REPOSITORY / "docs" / "guides" / "choose-settings.md").read_text(encoding="utf-8").splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    shown = {name: values for name, _, *values in cells if len(values) == 4}
+    for column, (num_seeds, dim) in enumerate(((16, 64), (128, 64), (16, 256), (128, 256))):
+        plain, counted = (
+            StoreSizes.of(
+                ModelConfig(num_seeds=num_seeds, dim=dim, counters=counters),
+                Codec.int8,
+                StateDtype.float32,
+                num_items=2_000_000,
+                history_events=1_000,
+            )
+            for counters in (False, True)
+        )
+        ten_million = 1e7 / 1e9  # users, in GB
+        expected = {
+            "a record, int8": plain.record / 1e3,
+            "the same with counters of 64 items (of 2 million)": counted.record / 1e3,
+            "records of a generation on disk": plain.record_on_disk * ten_million,
+            "the same in the memory of Valkey": plain.on_server * ten_million,
+            "a state, float32": plain.state / 1e3,
+            "states of a generation on disk": plain.state_on_disk * ten_million,
+            "the same with counters, 1,000 distinct items per user": counted.state_on_disk * ten_million,
+        }
+        found = {name: float(shown[name][column].split()[0].replace(",", "")) for name in expected}
+        assert found == pytest.approx(expected, rel=0.03)
+
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+NEW = 50
+"""New events per user in the incremental refreshes."""
+
+
+def measured(bench: str, case: str, column: str = "value", cpu: str = "AMD EPYC") -> float:
+    """The newest row of a case on one kind of processor."""
+    rows = [json.loads(line) for line in (RESULTS / f"bench_{bench}.jsonl").read_text().splitlines()]
+    values = [row[column] for row in rows if row["case"] == case and row["hardware"]["cpu"].startswith(cpu)]
+    return float(values[-1])
+
+
+def refresh_cost(num_seeds: int, dim: int) -> tuple[RefreshCost, StoreSizes]:
+    config = PlanConfig(model=ModelConfig(dim=dim, num_seeds=num_seeds))
+    sizes = StoreSizes.of(config.model, config.codec, config.state, num_items=50_000, history_events=1_000)
+    return RefreshCost.of(config, sizes), sizes
+
+
+@pytest.mark.parametrize(
+    ("num_users", "length"), [(64, 10_000), (64, 100_000), (64, 1_000_000), (1_000, 10_000)], ids=str
+)
+def test_refreshes_of_bench_store(num_users: int, length: int) -> None:
+    """One thread, K=32, d=64: `value` is an incremental refresh, `baseline` a full one, in ms."""
+    case = f"incremental refresh of {num_users} users of {length:,} events, {NEW} new each, against a full refresh"
+    cost, _ = refresh_cost(32, 64)
+    incremental_s = cost.batch_s + num_users * (NEW * cost.event_s + cost.changed_user_s)
+    assert incremental_s * 1e3 == pytest.approx(measured("store", case), rel=0.15)
+    full_s = num_users * (length * cost.event_s + cost.full_user_s)
+    assert full_s * 1e3 == pytest.approx(measured("store", case, "baseline"), rel=0.2)
+
+
+def test_full_refresh_of_many_short_histories() -> None:
+    """One thread, K=32, d=64: the stages of the refresh in s."""
+    prefix = "full refresh of 6,040 users, 1,002,035 events: "
+    stages = ("read", "summarize", "encode", "write", "publish", "other")
+    cost, _ = refresh_cost(32, 64)
+    planned_s = 1_002_035 * cost.event_s + 6_040 * cost.full_user_s
+    assert planned_s == pytest.approx(sum(measured("store", prefix + stage) for stage in stages), rel=0.2)
+
+
+def test_summarizer_of_the_paper() -> None:
+    """Two threads, d=256, three layers: 1,000,000 events per history."""
+    case = "1,000,000 events, separable, d=256, K=128, 3 layers, float32: time over the roofline"
+    planned_s = 1e6 * token_s(PlanConfig(model=ModelConfig(dim=256)), 3)
+    assert planned_s == pytest.approx(2 * measured("summarizer", case), rel=0.1)
+
+
+@pytest.mark.parametrize(("num_seeds", "dim"), [(32, 64), (128, 256)])
+def test_durable_writes(num_seeds: int, dim: int) -> None:
+    """One thread: records of this size per s."""
+    per_s = measured("store", f"K={num_seeds}, d={dim}: durable writes in batches of 512, against raw LMDB")
+    _, sizes = refresh_cost(num_seeds, dim)
+    assert per_s * sizes.record == pytest.approx(WRITE_MB_PER_S * 1e6, rel=0.1)
+
+
+def test_requests_of_a_worker_with_one_thread() -> None:
+    case = "d=256, K=128, 500 candidates: two worker processes of one thread each against one"
+    planned_s = request_core_s(PlanConfig(model=ModelConfig(dim=256, num_seeds=128)))
+    assert 1 / planned_s == pytest.approx(measured("scorer", case, "baseline"), rel=0.15)
+
+
+@pytest.mark.parametrize("candidates", [50, 500, 5000])
+@pytest.mark.parametrize(("num_seeds", "dim"), [(16, 64), (128, 256)])
+def test_requests_with_two_threads(num_seeds: int, dim: int, candidates: int) -> None:
+    """A call with two threads takes at least half of the time of one core, and at most all of it."""
+    model = ModelConfig(dim=dim, num_seeds=num_seeds)
+    planned_ms = 1e3 * request_core_s(PlanConfig(model=model, candidates=candidates))
+    two_threads_ms = measured("scorer", f"d={dim}, K={num_seeds}, {candidates} candidates: median")
+    assert 0.9 * two_threads_ms < planned_ms < 2.2 * two_threads_ms
+
+
+PUBLISHED_BYTES = (100e12, 1e15)
+"""VISTA's deployment (Chen et al., ICLR 2026, arXiv 2510.22049).
+
+Title and abstract: "hundreds of trillions of parameters", a platform of "billions of users", "a few hundred tokens".
+Our notes on the text: K = 128, d = 256, a refresh every two hours, 94 % less inference cost, histories of up to 16,000
+events. A reader's summary, not checked against the text: a cache of 100 TB to 1 PB per deployment
+(https://www.hotmolts.com/post/why-meta-caches-1-petabyte-of-user-embeddings-and--832574c8-b20e-49f1-8acf-e7e514b0490d).
+"""
+PUBLISHED_VALUES = (1e14, 1e15)
+"""Hundreds of trillions."""
+USERS = 3.2e9
+"""Billions, as few as give a hundred trillion values."""
+
+
+@pytest.mark.parametrize(
+    ("num_seeds", "codec", "expected_bytes"),
+    [
+        # 3.2e9 users x 128 rows x (256 int8 values + 8 bytes of scale and bias), or 2 bytes per value.
+        (128, Codec.int8, 108e12),
+        (128, Codec.float16, 210e12),
+        (256, Codec.int8, 216e12),
+        (256, Codec.float16, 419e12),
+    ],
+)
+def test_cache_of_the_published_size(num_seeds: int, codec: Codec, expected_bytes: float) -> None:
+    model = compose_config(PlanConfig, ["model=paper", f"model.num_seeds={num_seeds}"]).model
+    plan = plan_capacity(PlanConfig(users=USERS, events_per_day=1e11, model=model, codec=codec))
+    low, high = PUBLISHED_VALUES
+    assert low <= USERS * model.num_seeds * model.dim <= high
+    assert PUBLISHED_BYTES[0] <= plan.summary_bytes <= PUBLISHED_BYTES[1]
+    # Pages, headers, and tails add less than a tenth to the values themselves.
+    assert expected_bytes <= plan.summary_bytes <= 1.1 * expected_bytes
+
+
+def test_refreshed_every_two_hours() -> None:
+    """A refresh ends before the next one starts, so no summary is older than two intervals."""
+    model = ModelConfig(dim=256, num_seeds=128)
+    plan = plan_capacity(PlanConfig(users=USERS, events_per_day=1e11, model=model, refresh_every_s=7200))
+    assert 3600 < plan.mean_lag_s < plan.longest_lag_s < 2 * 7200
+
+
+def test_stored_summaries_save_what_is_published() -> None:
+    """94 % less: without a store, a request would summarize the history first.
+
+    bench_scorer.jsonl measures 94 % (separable mixing, float32, two threads).
+    """
+    config = PlanConfig(model=ModelConfig(dim=256, num_seeds=128))
+    stored_s = request_core_s(config)
+    recomputed_s = stored_s + 16_000 * token_s(config, config.model.num_layers)
+    assert 1 - stored_s / recomputed_s == pytest.approx(0.94, abs=0.03)

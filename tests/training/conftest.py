@@ -12,10 +12,18 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config, small_frame
-from tests.training.warm_logs import COLUMNS, Run, features, grow, more_events, part
+from tests.training.worlds import COLUMNS, Run, features, grow, more_events, part
+from vista.config import EvaluateConfig, TrainConfig
+from vista.config.checks import Codec
+from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
+from vista.log.splits import split_until
+from vista.model.vista_model import VistaModel
+from vista.refresh import RefreshOptions, refresh
+from vista.scorer import Scorer
 from vista.training import checkpoint
 from vista.training.trainer import train
+from vista.training.validation import Validation
 
 
 @pytest.fixture(scope="session")
@@ -77,3 +85,27 @@ def copies_of_run(to: Path) -> Iterator[list[tuple[int, Path]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "save_checkpoint", save_and_copy)
         yield copies
+
+
+def assert_served_as_validated(
+    config: TrainConfig, model: VistaModel, log: EventLog, store: Path, *, summarizer: VistaModel | None = None
+) -> None:
+    """A finished run reaches in validation what the exported model reaches from a store of the same events.
+
+    Args:
+        store: where the store is made.
+        summarizer: writes the store; None for the exported model.
+    """
+    best, until = Path(config.run_dir) / "best", split_until(config.data, "validation")
+    loaded = VistaModel.from_pretrained(best)
+    assert loaded.summarizer_id() == model.summarizer_id()
+    refresh(summarizer or loaded, log, store, until=until, options=RefreshOptions(codec=Codec.float32))
+    with Scorer.open(best, store) as scorer:
+        asked = EvaluateConfig(split="validation", top_k=[10])
+        served = evaluate_scorer(scorer, log, asked).metrics
+    measured = Validation(log, model.rows_of(log.items), config)(model)
+    assert measured["ndcg@10"] > 0
+    for name, value in measured.items():
+        # Means of float32 probabilities differ by their rounding, and ranks not at all.
+        rounding = 1e-5 if name.startswith(("ne/", "calibration/")) else 1e-6
+        assert served[name] == pytest.approx(value, abs=rounding), name

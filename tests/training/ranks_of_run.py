@@ -1,4 +1,4 @@
-"""Trainings in several ranks, as torchrun starts them, for tests.
+"""Processes that are forked for tests: functions, and trainings in several ranks, as torchrun starts them.
 
 `start` forks the ranks from a server that has imported torch already. `torchrun` runs the command, which takes seconds.
 As a program, this takes the words of `vista train`. A word such as 1:model.dim=8 is only for rank 1. With the
@@ -10,6 +10,7 @@ holds, and a digest of its weights.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import re
 import signal
@@ -17,12 +18,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from tests.training.forked import forked
 from vista.cli.main import main
 from vista.config import TrainConfig
 from vista.config.composition import to_yaml
@@ -30,6 +33,27 @@ from vista.examples.batch import Batch
 from vista.model.ranking_model import RankingModel
 from vista.training import trainer
 from vista.training.trainer import Trainer, train_model
+
+
+def forked(function: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """Start a function of a module.
+
+    A server, which has no threads, unlike the process of the tests, has imported torch and vista, which takes seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.ranks_of_run"])
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def run_in_fork(function: Callable[..., None], *arguments: Any, timeout_s: float = 240) -> None:
+    """Run a function of a module to its end."""
+    process = forked(function, *arguments)
+    process.join(timeout_s)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0, process.exitcode
 
 
 class WatchedTrainer(Trainer):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import Served, small_config
-from tests.training.feature_world import feature_config, frames, log_of
+from tests.training.worlds import feature_config, frames, log_of
 from vista.config.checks import Architecture, Mixing, Precision
 from vista.errors import DataError
 from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work

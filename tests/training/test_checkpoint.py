@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.training.forked import forked, run_in_fork
+from tests.training.ranks_of_run import forked, run_in_fork
 from vista.errors import CheckpointError
 from vista.training import checkpoint
 from vista.training.checkpoint import (
@@ -231,7 +231,7 @@ def test_no_file_is_removed_before_the_name_of_its_folder_is_durable(
 def test_kill_nine_during_saves_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
     chance = random.Random(0)
     reached = 0
-    for _ in range(3):
+    for _ in range(2):
         process = forked(save_forever, str(tmp_path))
         try:
             give_up = time.monotonic() + 60
@@ -244,7 +244,7 @@ def test_kill_nine_during_saves_leaves_a_complete_checkpoint(tmp_path: Path) -> 
             process.join()
         reached += check_sound(tmp_path)
         remove_checkpoints(tmp_path)
-    assert reached >= 3
+    assert reached >= 2
 
 
 @pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
@@ -394,7 +394,7 @@ TREES = st.recursive(
 )
 
 
-@settings(deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(TREES)
 def test_packing_is_inverted_exactly_through_json(tree: Any) -> None:
     tensors, skeleton = pack_state(tree, "x")

@@ -14,9 +14,9 @@ import torch
 
 from tests.conftest import Served, draw_counter_weights, small_config, small_frame
 from tests.counters.counter_histories import counters_of_request
+from tests.training.conftest import assert_served_as_validated
 from vista.cli.item_commands import run_items_add
 from vista.config import (
-    EvaluateConfig,
     ExploreConfig,
     ItemsAddConfig,
     ItemTableConfig,
@@ -28,7 +28,6 @@ from vista.config.checks import Architecture, Codec, ItemStart, Precision, Split
 from vista.counters.counters import UserCounters
 from vista.errors import CheckpointError, ConfigError
 from vista.evaluation.cases import NextItemCases
-from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.batch import Batch
 from vista.examples.batch_source import MEASURED_BATCHES
 from vista.explore.user_page import counter_rows
@@ -318,18 +317,10 @@ def test_keys_are_the_values_of_the_items(trained: Path, brand_log: EventLog) ->
     assert model.item_keys.of(np.zeros(1, np.int64))[1].tolist() == [0]
 
 
-def test_validation_is_what_the_scorer_reaches(trained: Path, brand_log: EventLog) -> None:
+def test_validation_is_what_the_scorer_reaches(trained: Path, brand_log: EventLog, tmp_path: Path) -> None:
     """Summaries and counters of raw histories, as training validates, and those of the store, as users get them."""
-    config = config_of(brand_log, trained / "run")
-    asked = EvaluateConfig(split="validation", top_k=[10])
-    with Scorer.open(trained / "run" / "best", trained / "store") as scorer:
-        served = evaluate_scorer(scorer, brand_log, asked).metrics
-        model = scorer.model
-    measured = Validation(brand_log, model.rows_of(brand_log.items), config)(model)
-    shared = served.keys() & measured.keys()
-    assert {"hr@10", "auc/click"} <= shared
-    for name in shared:
-        assert served[name] == pytest.approx(measured[name], abs=2e-5), name
+    model = VistaModel.from_pretrained(trained / "run" / "best")
+    assert_served_as_validated(config_of(brand_log, trained / "run"), model, brand_log, tmp_path / "store")
 
 
 def test_scores_read_the_counters_of_a_category(trained: Path, brand_log: EventLog) -> None:

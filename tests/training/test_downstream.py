@@ -168,10 +168,7 @@ def liked_impressions(log: EventLog, since: int, end: int) -> dict[tuple[int, in
 
 @pytest.mark.parametrize("label_spacing", [1, 4])
 def test_training_at_a_position_is_serving_from_the_store(
-    served_tasks: Served,
-    liked: tuple[TrainConfig, VistaModel],
-    past_store: Path,
-    label_spacing: int,
+    served_tasks: Served, liked: tuple[TrainConfig, VistaModel], past_store: Path, label_spacing: int
 ) -> None:
     """For impressions with a full tail: the scorer gives the same probability from the record and the events since."""
     config, model = liked

@@ -13,36 +13,34 @@ import pytest
 import torch
 
 from tests.conftest import small_config, small_frame
-from tests.training.feature_world import (
+from tests.training.conftest import assert_served_as_validated
+from tests.training.test_items_of_runs import as_log, training_counts
+from tests.training.worlds import (
     END,
     HOUR,
     NEW_ITEM,
     NUM_USERS,
     PARTS,
+    begun,
     feature_config,
     feature_frame,
     frames,
     log_of,
     of_architecture,
 )
-from tests.training.test_items_of_runs import as_log, training_counts
-from tests.training.warm_logs import begun
 from vista.cli.item_commands import run_items_add
-from vista.config import EvaluateConfig, ItemsAddConfig, ItemTableConfig, TrainConfig
-from vista.config.checks import Architecture, Codec
+from vista.config import ItemsAddConfig, ItemTableConfig, TrainConfig
+from vista.config.checks import Architecture
 from vista.errors import ConfigError
-from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until
 from vista.model.features import HashedVocabulary
 from vista.model.layers import EmbeddingFeature, hashed_rows
 from vista.model.registry import with_items
 from vista.model.vista_model import VistaModel
-from vista.refresh import RefreshOptions, refresh
+from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
 from vista.training.log_schema import HashCollisions, hash_collisions
 from vista.training.trainer import Trainer, train, train_model
-from vista.training.validation import Validation
 
 ROWS = {"brand": 4, "surface": 5, "device": 6, "region": 7}
 """Of an item, an event, a request, and a user."""
@@ -121,16 +119,9 @@ def test_validation_is_what_the_scorer_reaches(
     log: EventLog, tmp_path: Path, name: str, request: pytest.FixtureRequest
 ) -> None:
     config, model = request.getfixturevalue(name)
-    loaded = VistaModel.from_pretrained(Path(config.run_dir) / "best")
-    assert loaded.summarizer_id() == model.summarizer_id()
-    until = split_until(config.data, "validation")
-    refresh(loaded, log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
-    with Scorer.open(loaded, tmp_path / "store") as scorer:
-        served = evaluate_scorer(scorer, log, EvaluateConfig(split="validation")).metrics
-    found = Validation(log, model.rows_of(log.items), config)(loaded)
-    for metric in ("auc/click", "ndcg@10"):
-        assert found[metric] == pytest.approx(served[metric], abs=1e-6)
+    assert_served_as_validated(config, model, log, tmp_path / "store")
     if name == "item_run":
+        loaded = VistaModel.from_pretrained(Path(config.run_dir) / "best")
         assert loaded.id_mask is not None and torch.equal(loaded.id_mask, model.id_mask)
         loaded.id_mask.fill_(1.0)
         assert loaded.summarizer_id() != model.summarizer_id()

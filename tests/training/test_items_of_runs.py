@@ -13,14 +13,13 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import DAY, START, Served, small_config, small_frame
-from tests.training.feature_world import feature_frame
-from vista.config import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
+from tests.training.conftest import assert_served_as_validated
+from tests.training.worlds import feature_frame
+from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.checks import Architecture, Codec, Decay, InitFreeze, Search, Split
 from vista.errors import ConfigError, DataError
-from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
-from vista.log.splits import split_until
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import Schema
 from vista.model.ranking_model import UNKNOWN_ITEM
@@ -30,7 +29,6 @@ from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer, Tail
 from vista.training.log_schema import frequent_items, rating_range, schema_of
 from vista.training.trainer import Trainer, train, train_model
-from vista.training.validation import Validation
 from vista.training.warm_start import start_interests
 
 
@@ -197,14 +195,7 @@ def test_labels_give_no_item_a_row(tmp_path: Path, rows: int) -> None:
 def test_validation_is_what_the_scorer_reaches(
     event_log: EventLog, run: tuple[TrainConfig, VistaModel], tmp_path: Path
 ) -> None:
-    config, model = run
-    until = split_until(config.data, "validation")
-    refresh(model, event_log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
-    asked = EvaluateConfig(split="validation", top_k=[10])
-    with Scorer.open(Path(config.run_dir) / "best", tmp_path / "store") as scorer:
-        served = evaluate_scorer(scorer, event_log, asked).metrics
-    measured = Validation(event_log, model.rows_of(event_log.items), config)(model)
-    assert measured["ndcg@10"] == pytest.approx(served["ndcg@10"], abs=1e-6) and measured["ndcg@10"] > 0
+    assert_served_as_validated(*run, event_log, tmp_path / "store")
 
 
 def test_serving_takes_other_items_as_unknown(
@@ -288,6 +279,7 @@ def test_a_warm_start_adds_items_that_have_become_frequent(
     warm = replace(
         config,
         data=replace(config.data, path=str(log.path)),
+        optim=replace(config.optim, epochs=1),
         init_from=str(Path(config.run_dir) / "best"),
         init_freeze=freeze,
         run_dir=str(tmp_path / "run"),

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.conftest import copies_of_run
-from tests.training.feature_world import (
+from tests.training.conftest import assert_served_as_validated, copies_of_run
+from tests.training.test_trainer import assert_same_result
+from tests.training.worlds import (
     END,
     HOUR,
     MIDDLE,
@@ -30,6 +31,8 @@ from tests.training.feature_world import (
     VALIDATION,
     Frame,
     Part,
+    Run,
+    begun,
     feature_config,
     feature_frame,
     frames,
@@ -37,8 +40,6 @@ from tests.training.feature_world import (
     log_of,
     of_architecture,
 )
-from tests.training.test_trainer import assert_same_result
-from tests.training.warm_logs import Run, begun
 from vista.cli.main import main
 from vista.config import EvaluateConfig, TrainConfig
 from vista.config.checks import Architecture, Codec, InitFreeze, TargetAttentionKind
@@ -124,7 +125,14 @@ def negated(weight: torch.Tensor) -> Iterator[None]:
         weight.neg_()
 
 
-@pytest.mark.parametrize("architecture", Architecture)
+TWINS = (Architecture.fuxi_linear, Architecture.twin)
+"""They read features by the code of HSTU and SIM."""
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(each, marks=pytest.mark.nightly if each in TWINS else ()) for each in Architecture],
+)
 def test_every_model_learns_every_part(log: EventLog, tmp_path: Path, architecture: Architecture) -> None:
     model = train_model(feature_config(log, tmp_path / "run", **of_architecture(architecture)), log)
     for name, part in PARTS.items():
@@ -171,12 +179,12 @@ def test_features_that_decide_labels_predict_them(log: EventLog, tmp_path: Path)
         assert ("Labeled tasks read features of requests: `device`, `hour`. Pass them (`request`)." in card) == use
 
 
-@pytest.mark.parametrize("name", PARTS)
-def test_without_features_nothing_changes(log: EventLog, tmp_path: Path, name: str) -> None:
-    part, lacking = PARTS[name], log_of(frames(), tmp_path / "log", without=name)
-    off = train(feature_config(log, tmp_path / "off", **{part.setting: False}), log)
+@pytest.mark.parametrize("names", [[*PARTS], *(pytest.param([name], marks=pytest.mark.nightly) for name in PARTS)])
+def test_without_features_nothing_changes(log: EventLog, tmp_path: Path, names: list[str]) -> None:
+    lacking = log_of(frames(), tmp_path / "log", without=names)
+    off = train(feature_config(log, tmp_path / "off", **{PARTS[name].setting: False for name in names}), log)
     plain = train(feature_config(lacking, tmp_path / "plain"), lacking)
-    assert part.encoder(off) is None and getattr(off.schema, part.schema) == []
+    assert all(PARTS[name].encoder(off) is None and not getattr(off.schema, PARTS[name].schema) for name in names)
     for (key, one), other in zip(off.state_dict().items(), plain.state_dict().values(), strict=True):
         assert torch.equal(one, other), key
 
@@ -341,7 +349,7 @@ def test_serving_predicts_what_validation_predicts(
     assert Validation(recoded, model.rows_of(recoded.items), config)(model) == measured
     until, asked = split_until(config.data, "validation"), EvaluateConfig(split="validation")
     served = []
-    for one, store in ((log, "store"), (recoded, "recoded")):
+    for one, store in ((log, "store"), (recoded, "recoded"))[: 1 if changes else 2]:
         refresh(model, one, tmp_path / store, until=until, options=EXACT)
         with Scorer.open(tmp_path / "best", tmp_path / store) as scorer:
             served += [evaluate_scorer(scorer, given, asked).metrics for given in (log, recoded)]
@@ -356,15 +364,8 @@ def test_serving_predicts_what_validation_predicts(
 
 def test_a_trained_model_is_served_as_it_was_validated(log: EventLog, run: Run, tmp_path: Path) -> None:
     config, model = run
-    best, asked = Path(config.run_dir) / "best", EvaluateConfig(split="validation")
-    loaded = VistaModel.from_pretrained(best)
-    assert loaded.summarizer_id() == model.summarizer_id()
-    refresh(loaded, log, tmp_path / "store", until=split_until(config.data, "validation"), options=EXACT)
-    measured = Validation(log, model.rows_of(log.items), config)(model)
-    with Scorer.open(best, tmp_path / "store") as scorer:
-        served = evaluate_scorer(scorer, log, asked).metrics
-    for name, value in measured.items():
-        assert served[name] == pytest.approx(value, abs=1e-5), name
+    assert_served_as_validated(config, model, log, tmp_path / "store")
+    loaded = VistaModel.from_pretrained(Path(config.run_dir) / "best")
     assert loaded.features is not None and loaded.features.table is not None
     loaded.features.table.dense = loaded.features.table.dense.roll(1, 0)
     assert loaded.summarizer_id() != model.summarizer_id(), "it covers the features of items"
@@ -441,6 +442,7 @@ def test_a_warm_start_matches_values_by_name(
         ),
         init_from=str(Path(config.run_dir) / "best"),
         init_freeze=freeze,
+        optim=replace(config.optim, epochs=1, validate_every=0),
         run_dir=str(tmp_path / "run"),
     )
     is_frozen = freeze is InitFreeze.summarizer
@@ -585,7 +587,7 @@ def test_logs_with_features_of_another_kind_are_refused(
     assert "lacks" not in caplog.text
     with Scorer.open(model, tmp_path / "store") as scorer:
         best = evaluate_scorer(scorer, log, asked).metrics["ne/like"]
-        silent = log_of(frames(), tmp_path / "silent", without="impressions")
+        silent = log_of(frames(), tmp_path / "silent", without=["impressions"])
         assert evaluate_scorer(scorer, silent, asked).metrics["ne/like"] > best
         assert "silent: lacks the features device, hour of impressions, so the model" in caplog.text
         message = r"'hour' of impressions is a category, but a number to .* impressions\.numbers=\[hour\], or train"
@@ -595,5 +597,5 @@ def test_logs_with_features_of_another_kind_are_refused(
     with pytest.raises(ConfigError, match=message):
         refresh(model, others[1], tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    refresh(model, log_of(frames(), tmp_path / "plain", without="users"), tmp_path / "new")
+    refresh(model, log_of(frames(), tmp_path / "plain", without=["users"]), tmp_path / "new")
     assert caplog.text.count("plain: lacks the features region, age of users, so") == 1

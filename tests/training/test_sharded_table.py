@@ -15,9 +15,8 @@ from torch import Tensor
 
 from tests.conftest import ITEMS, USERS
 from tests.training.ranks_of_run import torchrun
-from tests.training.test_ranks import EXACT, config_of, curve
+from tests.training.test_ranks import config_of, curve
 from tests.training.test_trainer import metrics
-from vista.config import TrainConfig
 from vista.config.checks import TableKind, TableOptimizer, TablePrecision
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
@@ -31,8 +30,6 @@ from vista.training.trainer import train
 
 pytest.importorskip("torchrec", reason="TorchRec is not installed; `make test-torchrec` has it")
 pytestmark = [pytest.mark.torchrec, pytest.mark.timeout(900)]
-SHORT = EXACT | {"optim__epochs": 6, "optim__validate_every": 3, "checkpoint_every": 7}
-"""A run of 25 steps."""
 SHARDED = {"model__table": TableKind.torchrec}
 BY_ROW = SHARDED | {"optim__table_optimizer": TableOptimizer.rowwise_adagrad, "optim__table_rate": 5.0}
 HASHED = {
@@ -44,13 +41,9 @@ HASHED = {
 """Some of the batches have a single chunk, so one of two ranks has none, and yet reads with the other one."""
 
 
-def short_config(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig:
-    return config_of(log, run_dir, **(SHORT | changes))
-
-
 def trained(log: EventLog, run_dir: Path, **changes: Any) -> Path:
     """Train in this process."""
-    train(short_config(log, run_dir, **changes), log, metrics_every=1)
+    train(config_of(log, run_dir, **changes), log, metrics_every=1)
     return run_dir
 
 
@@ -76,7 +69,7 @@ def test_one_rank_trains_the_same_model(event_log: EventLog, plain: Path, tmp_pa
 
 
 def test_two_ranks_train_and_export_the_same_model(event_log: EventLog, plain: Path, tmp_path: Path) -> None:
-    done = torchrun(short_config(event_log, tmp_path / "run", **SHARDED), 2)
+    done = torchrun(config_of(event_log, tmp_path / "run", **SHARDED), 2)
     assert done.returncode == 0, done.stderr
     assert sorted(re.findall(r"rows (\d+)", done.stdout)) == ["20", "21"], "no rank holds all 41 rows"
     assert "parameters, 656 of them in a table of 41 x 16" in done.stderr
@@ -92,7 +85,7 @@ def test_two_ranks_train_and_export_the_same_model(event_log: EventLog, plain: P
 
 def test_hashed_rows(event_log: EventLog, tmp_path: Path) -> None:
     """Actions and gaps read the same table as items."""
-    done = torchrun(short_config(event_log, tmp_path / "two", **SHARDED, **HASHED), 2)
+    done = torchrun(config_of(event_log, tmp_path / "two", **SHARDED, **HASHED), 2)
     assert done.returncode == 0 and "51 x 8" in done.stderr, done.stderr
     assert_same_run(tmp_path / "two", trained(event_log, tmp_path / "one", **HASHED))
 
@@ -136,7 +129,7 @@ def test_a_killed_run_resumes_on_another_number_of_ranks(
 ) -> None:
     expected = request.getfixturevalue("plain" if kind == "adam" else "adagrad")
     changes = SHARDED if kind == "adam" else BY_ROW
-    killed = torchrun(short_config(event_log, tmp_path / "run", **changes), 2, kill="1:17")
+    killed = torchrun(config_of(event_log, tmp_path / "run", **changes), 2, kill="1:17")
     assert killed.returncode != 0 and "Signal 9 (SIGKILL)" in killed.stderr
     newest = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert newest is not None and newest.name.endswith("16")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.scorer.test_scorer_exactness import same
-from tests.training.feature_world import END, HOUR, NEW_USER, NUM_USERS, feature_config, frames, log_of
+from tests.training.worlds import END, HOUR, NEW_USER, NUM_USERS, feature_config, frames, log_of
 from vista.cli.store_commands import run_store_get
 from vista.config import StoreGetConfig
 from vista.config.checks import Codec

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from tests.conftest import small_config, small_frame
-from tests.training.conftest import copies_of_run
+from tests.training.conftest import assert_served_as_validated, copies_of_run
 from tests.training.test_trainer import assert_same_result
-from tests.training.warm_logs import (
+from tests.training.worlds import (
     COLUMNS,
     FROZEN,
     NEW_ITEMS,
@@ -26,13 +26,10 @@ from tests.training.warm_logs import (
     saved_moments,
     warm_config,
 )
-from vista.config import EvaluateConfig
 from vista.config.checks import Architecture, Codec, InitFreeze, ItemStart, Split
 from vista.errors import CheckpointError, ConfigError, LeakageError
-from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.item_statistics import item_factors
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until
 from vista.model.registry import with_items
 from vista.model.vista_model import STAGE1_WEIGHTS, VistaModel
 from vista.refresh import RefreshOptions, refresh
@@ -178,12 +175,7 @@ def test_factors_of_new_items_fit_the_trained_vectors(grown_log: EventLog, tmp_p
 
 
 @pytest.mark.parametrize("freeze", list(InitFreeze))
-def test_a_run_resumes_bit_identically(
-    grown_log: EventLog,
-    earlier: Run,
-    tmp_path: Path,
-    freeze: InitFreeze,
-) -> None:
+def test_a_run_resumes_bit_identically(grown_log: EventLog, earlier: Run, tmp_path: Path, freeze: InitFreeze) -> None:
     changes = {
         "init_freeze": freeze,
         "checkpoint_every": 4,
@@ -231,12 +223,7 @@ def test_only_stage_2_and_new_items_train(earlier: Run, later: Run, grown_log: E
         assert torch.equal(after[name], before[name]) == is_kept, name
 
 
-def test_stores_stay_valid_and_exact(
-    earlier: Run,
-    later: Run,
-    grown_log: EventLog,
-    tmp_path: Path,
-) -> None:
+def test_stores_stay_valid_and_exact(earlier: Run, later: Run, grown_log: EventLog, tmp_path: Path) -> None:
     """On a log with events of the new items, both models write the same records, bit for bit."""
     assert digest_of(later[1], grown_log, tmp_path / "new") == digest_of(earlier[1], grown_log, tmp_path / "old")
     folders = [Path(config.run_dir) / "best" for config in (earlier[0], later[0])]
@@ -249,20 +236,8 @@ def test_stores_stay_valid_and_exact(
     assert len(np.unique(scores[0])) == scores[0].size, "new items have scores of their own"
 
 
-def test_validation_is_what_the_scorer_reaches(
-    earlier: Run,
-    later: Run,
-    grown_log: EventLog,
-    tmp_path: Path,
-) -> None:
-    config, model = later
-    until = split_until(config.data, "validation")
-    refresh(earlier[1], grown_log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
-    asked = EvaluateConfig(split="validation", top_k=[10])
-    with Scorer.open(Path(config.run_dir) / "best", tmp_path / "store") as scorer:
-        served = evaluate_scorer(scorer, grown_log, asked).metrics
-    measured = Validation(grown_log, model.rows_of(grown_log.items), config)(model)
-    assert measured["ndcg@10"] == pytest.approx(served["ndcg@10"], abs=1e-6)
+def test_validation_is_what_the_scorer_reaches(earlier: Run, later: Run, grown_log: EventLog, tmp_path: Path) -> None:
+    assert_served_as_validated(*later, grown_log, tmp_path / "store", summarizer=earlier[1])
 
 
 def test_histories_show_new_items_as_unknown_and_labels_do_not(
@@ -284,12 +259,7 @@ def test_histories_show_new_items_as_unknown_and_labels_do_not(
     assert seen > 5
 
 
-def test_a_second_start_continues_new_items(
-    earlier: Run,
-    later: Run,
-    grown_log: EventLog,
-    tmp_path: Path,
-) -> None:
+def test_a_second_start_continues_new_items(earlier: Run, later: Run, grown_log: EventLog, tmp_path: Path) -> None:
     config, model = later
     frozen, made = begun(warm_config(config, grown_log, tmp_path / "frozen", **FROZEN), grown_log)
     assert torch.equal(made.model.item_table, model.item_table) and not len(frozen.new_rows)
@@ -308,11 +278,7 @@ def test_a_second_start_continues_new_items(
     ],
 )
 def test_another_shape(
-    feature_log: EventLog,
-    earlier: Run,
-    tmp_path: Path,
-    changes: dict[str, Any],
-    message: str,
+    feature_log: EventLog, earlier: Run, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         train(warm_config(earlier[0], feature_log, tmp_path / "run", **changes), feature_log)
@@ -335,11 +301,7 @@ def test_another_shape(
     ],
 )
 def test_settings_that_contradict_each_other(
-    feature_log: EventLog,
-    earlier: Run,
-    tmp_path: Path,
-    changes: dict[str, Any],
-    message: str,
+    feature_log: EventLog, earlier: Run, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     config = warm_config(earlier[0], feature_log, tmp_path, **changes)
     with pytest.raises(ConfigError, match=message):
@@ -413,11 +375,7 @@ def test_a_damaged_checkpoint(feature_log: EventLog, earlier: Run, tmp_path: Pat
     ],
 )
 def test_a_model_that_may_know_the_labels(
-    feature_log: EventLog,
-    earlier: Run,
-    tmp_path: Path,
-    split: dict[str, Any],
-    message: str,
+    feature_log: EventLog, earlier: Run, tmp_path: Path, split: dict[str, Any], message: str
 ) -> None:
     kind = Split.time if "test_from" in split else Split.share
     config = warm_config(earlier[0], feature_log, tmp_path)

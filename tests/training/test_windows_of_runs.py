@@ -186,12 +186,3 @@ def test_all_events_before_the_test_are_trained_on(event_log: EventLog, tmp_path
         assert evaluate_scorer(scorer, event_log, EvaluateConfig(split="test")).num_cases
         with pytest.raises(ConfigError, match="has no validation case"):
             evaluate_scorer(scorer, event_log, EvaluateConfig(split="validation"))
-
-
-def test_a_validation_without_labels_is_left_out_with_a_warning(
-    event_log: EventLog, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = config_of(event_log, tmp_path / "run", "share", optim__epochs=1)
-    config.optim.validate_every = 1
-    train(config, event_log)
-    assert "has no case to validate on: the last model will be exported" in caplog.text

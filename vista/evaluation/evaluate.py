@@ -239,37 +239,27 @@ def _measure(
     ranks: Ranks,
 ) -> EvaluationReport:
     """Ask all cases, and baselines too if they are asked for, and compute the metrics."""
-    measure = _measure_windows if config.target is Target.window else _measure_next_items
-    evaluation = measure(model, log, config, answers, ranks)
+    began, columns = time.perf_counter(), model.rows_of(log.items) - 1
+    if config.target is Target.window:
+        windows, per_user = measure_windows(log, model.data, columns, config, answers.catalog_scores, ranks)
+        evaluation = EvaluationReport(windows.metrics(), len(per_user.users), 0.0, per_user=per_user, windows=windows)
+    else:
+        evaluation = _measure_next_items(model, log, columns, config, answers, ranks)
+    evaluation = replace(evaluation, seconds=time.perf_counter() - began)
     if config.baselines is AskedBaselines.none or not ranks.leads:
         return evaluation
     return replace(evaluation, baselines=measure_baselines(model, log, config))
 
 
-def _measure_windows(
-    model: RankingModel,
-    log: EventLog,
-    config: EvaluateConfig,
-    answers: ScorerAnswers | RawHistoryAnswers,
-    ranks: Ranks,
-) -> EvaluationReport:
-    began = time.perf_counter()
-    columns = model.rows_of(log.items) - 1
-    windows, per_user = measure_windows(log, model.data, columns, config, answers.catalog_scores, ranks)
-    seconds = time.perf_counter() - began
-    return EvaluationReport(windows.metrics(), len(per_user.users), seconds, per_user=per_user, windows=windows)
-
-
 def _measure_next_items(
     model: RankingModel,
     log: EventLog,
+    columns: Int,
     config: EvaluateConfig,
     answers: ScorerAnswers | RawHistoryAnswers,
     ranks: Ranks,
 ) -> EvaluationReport:
-    """Also the labels of impressions."""
-    began = time.perf_counter()
-    columns = model.rows_of(log.items) - 1
+    """Next items, and labels of impressions."""
     metrics: dict[str, float] = {}
     places = impressions = probabilities = report = per_user = None
     num_cases = 0
@@ -298,8 +288,7 @@ def _measure_next_items(
             f"{log.path} has no {config.split} case for this model: no label after "
             f"{split_until(model.data, config.split)}, and no impression of its tasks; choose another split"
         )
-    seconds = time.perf_counter() - began
-    return EvaluationReport(metrics, num_cases, seconds, places, impressions, probabilities, report, per_user=per_user)
+    return EvaluationReport(metrics, num_cases, 0.0, places, impressions, probabilities, report, per_user=per_user)
 
 
 def _popularity(

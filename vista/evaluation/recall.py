@@ -141,7 +141,7 @@ def _measured(
         summaries = [torch.from_numpy(each[part]).to(model.device) for each in (own, other)]
         for band, (age, end) in enumerate(zip(AGES, (*AGES[1:], None), strict=True)):
             windows = _random_windows(histories.lengths, age, end, rng)
-            if len(windows.row):
+            if len(windows[0]):
                 won = _share_beaten(model, items, histories, windows, summaries, rng)
                 totals[:, band] += [*won.sum(1), won.shape[1]]
     with np.errstate(invalid="ignore"):
@@ -173,30 +173,25 @@ class RecallItems:
         return alike
 
 
-@dataclass(frozen=True, slots=True)
-class _HistoryWindows:
-    """Events [start, stop) of the histories `row`, int64 [W]: at most one window per history."""
+def _random_windows(lengths: Int, age: int, end: int | None, rng: np.random.Generator) -> tuple[Int, Int, Int]:
+    """A random window of each history that reaches into the band [age, end) of events before its end.
 
-    row: Int
-    start: Int
-    stop: Int
-
-
-def _random_windows(lengths: Int, age: int, end: int | None, rng: np.random.Generator) -> _HistoryWindows:
-    """A random window of each history that reaches into the band [age, end) of events before its end."""
+    Returns:
+        int64 [W] each: histories, and the places of the window's first event and after its last one.
+    """
     rows = np.flatnonzero(lengths > age)
     stop = lengths[rows] - age
     begin = np.maximum(lengths[rows] - end, 0) if end is not None else stop * 0
     size = np.minimum(stop - begin, WINDOW)
     start = begin + (rng.random(len(rows)) * (stop - begin - size + 1)).astype(np.int64)
-    return _HistoryWindows(rows, start, start + size)
+    return rows, start, start + size
 
 
 def _share_beaten(
     model: VistaModel,
     items: RecallItems,
     histories: Histories,
-    windows: _HistoryWindows,
+    windows: tuple[Int, Int, Int],
     summaries: list[Tensor],
     rng: np.random.Generator,
 ) -> Floats:
@@ -205,9 +200,10 @@ def _share_beaten(
     Leaves out events with an item that the model does not know, and those whose negatives are all in the history.
     """
     assert model.decoder is not None
-    lengths = windows.stop - windows.start
-    index = ranges(histories.offsets[:-1][windows.row] + windows.start, lengths)
-    row = np.repeat(windows.row, lengths)
+    history, start, stop = windows
+    lengths = stop - start
+    index = ranges(histories.offsets[:-1][history] + start, lengths)
+    row = np.repeat(history, lengths)
     item = items.rows[histories.item[index]]
     negatives = items.alike(item, rng)
     num_items = len(items.rank)
@@ -230,11 +226,11 @@ def _share_beaten(
         None if rating is None else rating[:, None],
     )
     offsets = tensor(offsets_of(lengths))
-    age = tensor(histories.lengths[windows.row] - windows.start)
+    age = tensor(histories.lengths[history] - start)
     judged = valid.any(1)
     shares = []
     for summary in summaries:
-        predicted = model.decoder(summary[tensor(windows.row)], target, offsets, age)
+        predicted = model.decoder(summary[tensor(history)], target, offsets, age)
         own = (predicted[:, None] - target[:, None]).square().sum(-1)
         theirs = (predicted[:, None] - others).square().sum(-1)
         beaten = ((own < theirs).double() + 0.5 * (own == theirs).double()).cpu().numpy()

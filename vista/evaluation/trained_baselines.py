@@ -149,25 +149,41 @@ def counter_features(log: EventLog, user: Int, seen: Int, now: Int | None, popul
 _USERS_PER_BLOCK = 256
 
 
-class CounterTrees:
-    """Probability that an item of the history occurs in the next events, by scikit-learn's HistGradientBoosting.
+class _WindowTrees:
+    """Boosted trees that learn whether an item occurs in the next events."""
 
-    Other items rank below, by popularity.
-
-    Raises:
-        MissingDependencyError: when it is made, if scikit-learn is not installed.
-    """
-
-    name = "counter trees"
+    name: str
 
     def __init__(self, *, horizon_events: int, at_one_time: bool) -> None:
         """
         Args:
-            horizon_events: number of next events in which an item may return.
+            horizon_events: number of next events in which an item may occur.
             at_one_time: whether all users are asked at one time (as in a split by time), or each after an event.
+
+        Raises:
+            MissingDependencyError: if scikit-learn is not installed.
         """
         self._make = boosted_trees(self.name)
         self._horizon, self._at_one_time = horizon_events, at_one_time
+
+    def _grow(
+        self, inputs: list[Floats], labels: list[NDArray[np.bool_]], rng: np.random.Generator, **settings: Any
+    ) -> None:
+        """Fit `_trees` to all inputs; None if their labels are all equal."""
+        label = np.concatenate([np.zeros(0, np.bool_), *labels])
+        self._trees: Any = None
+        if label.any() and not label.all():
+            self._trees = self._make(**settings, random_state=int(rng.integers(1 << 31)))
+            self._trees.fit(np.concatenate(inputs), label)
+
+
+class CounterTrees(_WindowTrees):
+    """Probability that an item of the history occurs in the next events, by scikit-learn's HistGradientBoosting.
+
+    Other items rank below, by popularity.
+    """
+
+    name = "counter trees"
 
     def fit(self, log: EventLog, counts: Int, rng: np.random.Generator) -> None:
         self._log = log
@@ -181,12 +197,7 @@ class CounterTrees:
                 features = counter_features(log, part.user, part.seen, part.now, popularity)
                 inputs.append(features.value)
                 labels.append(in_windows(part, features.row, features.item, log.num_items))
-        label = np.concatenate(labels) if labels else np.zeros(0, np.bool_)
-        self._trees: Any = None
-        if label.any() and not label.all():
-            seed = int(rng.integers(1 << 31))
-            self._trees = self._make(max_iter=120, learning_rate=0.08, random_state=seed)
-            self._trees.fit(np.concatenate(inputs), label)
+        self._grow(inputs, labels, rng, max_iter=120, learning_rate=0.08)
 
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
         out = np.tile(self._tie, (len(user), 1))
@@ -345,34 +356,22 @@ _TREES = {"max_iter": 100, "learning_rate": 0.05, "max_leaf_nodes": 8, "min_samp
 """Small trees: logs have few users with new items in a whole window before the cut."""
 
 
-class NewItemTrees:
+class NewItemTrees(_WindowTrees):
     """Score that grows with the probability that a new item occurs in the next events, by HistGradientBoosting.
 
     It is the probability in training (scikit-learn), where few of the candidates that do not occur are drawn. Only the
     candidates of `NewItemFeatures` have one. Other new items rank below them, by popularity. Items of the
     history rank above all new ones, by own frequency that decays over 200 events.
-
-    Raises:
-        MissingDependencyError: when it is made, if scikit-learn is not installed.
     """
 
     name = "new-item trees"
 
-    def __init__(self, *, horizon_events: int, at_one_time: bool) -> None:
-        """
-        Args:
-            horizon_events: number of next events in which an item may occur.
-            at_one_time: whether all users are asked at one time (as in a split by time), or each after an event.
-        """
-        self._make = boosted_trees(self.name)
-        self._horizon, self._at_one_time = horizon_events, at_one_time
-        self._own = OwnFrequency(events=_DECAY)
-
     def fit(self, log: EventLog, counts: Int, rng: np.random.Generator) -> None:
         self._log = log
         self._tie = tie_breaker(item_counts(log, counts))
+        self._own = OwnFrequency(events=_DECAY)
         self._own.fit(log, counts, rng)
-        inputs, labels = [], [np.zeros(0, np.bool_)]
+        inputs, labels = [], []
         for before, cases in training_questions(log, counts, self._horizon, at_one_time=self._at_one_time):
             if not len(cases):
                 continue
@@ -386,11 +385,8 @@ class NewItemTrees:
                 kept = found.is_new & (label | drawn)
                 inputs.append(found.value[kept])
                 labels.append(label[kept])
-        label = np.concatenate(labels)
-        self._trees: Any = None
-        if label.any() and not label.all():
-            self._trees = self._make(**_TREES, random_state=int(rng.integers(1 << 31)))
-            self._trees.fit(np.concatenate(inputs), label)
+        self._grow(inputs, labels, rng, **_TREES)
+        if self._trees is not None:
             self._features = NewItemFeatures(log, counts, rng)
 
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
@@ -486,15 +482,6 @@ _POWER = 0.5
 """Negatives are drawn in proportion to the frequency ** _POWER."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Trained:
-    vectors: Floats
-    """float64 [V, M] of length 1."""
-    maps: Floats
-    """float64 [K, M, M]: a user's vector is the sum of mean_k @ maps[k], scaled to length 1."""
-    popularity_weight: float
-
-
 class PooledItemVectors:
     """Score: cos(item, Σ_k A_k mean_k) / temperature + w log(1 + popularity).
 
@@ -517,7 +504,9 @@ class PooledItemVectors:
         """
         self._horizon, self._dim = horizon_events, dim
         self._temperature, self._learning_rate = temperature, learning_rate
-        self._trained: _Trained | None = None
+        self._trained: tuple[Floats, Floats, float] | None = None
+        """Vectors float64 [V, M] of length 1; maps float64 [K, M, M], with which a user's vector is the sum of
+        mean_k @ maps[k], scaled to length 1; and the weight of the popularity."""
 
     def choose(self, value: tuple[float, float]) -> None:
         """Set the temperature and the learning rate."""
@@ -533,14 +522,14 @@ class PooledItemVectors:
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
         if self._trained is None:
             self._trained = self._train()
-        means = pooled_means(self._log, self._trained.vectors, user, seen)
-        wanted = np.einsum("knm,kmj->nj", means, self._trained.maps)
+        vectors, maps, popularity_weight = self._trained
+        wanted = np.einsum("knm,kmj->nj", pooled_means(self._log, vectors, user, seen), maps)
         length = np.linalg.norm(wanted, axis=1, keepdims=True)
         wanted /= np.where(length > 0, length, 1) * self._temperature
-        out: Floats = wanted @ self._trained.vectors.T + self._trained.popularity_weight * self._popularity
+        out: Floats = wanted @ vectors.T + popularity_weight * self._popularity
         return out
 
-    def _train(self) -> _Trained:
+    def _train(self) -> tuple[Floats, Floats, float]:
         rng = np.random.default_rng(self._seed)
         # Items without factors start at random: a vector of 0 has no direction.
         has_factors = self._start.any(axis=1, keepdims=True)
@@ -571,7 +560,7 @@ class PooledItemVectors:
                 optimizer.step()
                 schedule.step()
         unit = F.normalize(vectors.detach().double(), dim=1)
-        return _Trained(unit.numpy(), maps.detach().double().numpy(), float(weight.detach()))
+        return unit.numpy(), maps.detach().double().numpy(), float(weight.detach())
 
     def _questions(self, rng: np.random.Generator) -> tuple[Int, Int]:
         """Users and numbers of events before random questions whose windows end before the cut, int64 [Q] each."""

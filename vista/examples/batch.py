@@ -57,6 +57,18 @@ class ChunkImpressions:
     """Of their requests, N + 1 rows: the last one is that of a request without features. None for a model that reads
     none."""
 
+    def select(self, index: Int) -> ChunkImpressions:
+        """Some of the impressions, without features."""
+        return ChunkImpressions(
+            self.chunk[index],
+            self.position[index],
+            self.item[index],
+            self.gap[index],
+            self.label[index],
+            self.mask[index],
+            self.time[index],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkTimeline:

@@ -16,7 +16,6 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vista.arrays import Int, offsets_of
 from vista.config import DataConfig, OptimConfig, TrainConfig
@@ -110,22 +109,10 @@ def visible_rows(log: EventLog, table: Impressions, counts: Int, data: DataConfi
 
 @dataclass(frozen=True, slots=True)
 class VisibleImpressions:
-    """Impressions, sorted by user row and time."""
+    """The impressions of the training part with a known label, sorted by user row and time."""
 
-    user: Int
-    """int64 [N] rows of the log."""
-    position: Int
-    """int64 [N] events of the user strictly before the impression."""
-    item: Int
-    """int64 [N] model item rows."""
-    gap: Int
-    """int64 [N] log buckets of the time since the newest event before the impression."""
-    label: NDArray[np.float32]
-    """[N, num_tasks]."""
-    mask: NDArray[np.bool_]
-    """[N, num_tasks]: True where the label is known."""
-    time: Int
-    """int64 [N] ms."""
+    shown: ChunkImpressions
+    """All of them, where each user is a chunk that holds the whole history."""
     row: Int
     """int64 [N] rows of the log's impressions."""
     offsets: Int
@@ -135,7 +122,7 @@ class VisibleImpressions:
     def of(
         cls, log: EventLog, item_rows: Int, counts: Int, config: TrainConfig, tasks: list[str], since: int | None
     ) -> VisibleImpressions:
-        """The impressions of the training part with a known label.
+        """Those of a log.
 
         Args:
             item_rows: int64 [log.num_items], the model row of each of the log's items.
@@ -143,29 +130,26 @@ class VisibleImpressions:
             tasks: the labels that are trained.
             since: leave out the impressions before this time (ms).
         """
-        table, data = log.impressions, config.data
-        if table is None:
-            none = np.zeros(0, np.int64)
-            empty = np.zeros((0, 0), np.float32)
-            return cls(none, none, none, none, empty, empty > 0, none, none, np.zeros(log.num_users + 1, np.int64))
-        visible = visible_rows(log, table, counts, data, since)
+        if (table := log.impressions) is None:
+            none, empty = np.zeros(0, np.int64), np.zeros((0, 0), np.float32)
+            shown = ChunkImpressions(none, none, none, none, empty, empty > 0, none)
+            return cls(shown, none, np.zeros(log.num_users + 1, np.int64))
+        visible = visible_rows(log, table, counts, config.data, since)
         columns = [table.tasks.index(task) for task in tasks]
         mask = np.asarray(table.mask)[visible.row][:, columns].astype(np.bool_)
         kept = visible.select(np.flatnonzero(mask.any(1)))
         time = np.asarray(table.timestamp)[kept.row]
         use_time = log.has_time and config.model.use_time
-        gap = np.where(kept.position > 0, gap_bucket(time - kept.before), 0) if use_time else kept.position * 0
-        return cls(
-            kept.user,
-            kept.position,
-            item_rows[table.item[kept.row]],
-            gap,
-            np.asarray(table.label)[kept.row][:, columns].astype(np.float32),
-            mask[mask.any(1)],
-            time,
-            kept.row,
-            offsets_of(np.bincount(kept.user, minlength=log.num_users)),
+        shown = ChunkImpressions(
+            chunk=kept.user,
+            position=kept.position,
+            item=item_rows[table.item[kept.row]],
+            gap=np.where(kept.position > 0, gap_bucket(time - kept.before), 0) if use_time else kept.position * 0,
+            label=np.asarray(table.label)[kept.row][:, columns].astype(np.float32),
+            mask=mask[mask.any(1)],
+            time=time,
         )
+        return cls(shown, kept.row, offsets_of(np.bincount(kept.user, minlength=log.num_users)))
 
     def ranges(self, user: Int, start: Int, stop: Int, first: Int) -> tuple[Int, Int]:
         """Index ranges of the impressions of chunks: positions in (start, stop], and `first` in a user's first chunk.
@@ -176,11 +160,12 @@ class VisibleImpressions:
             user: int64 [B] users of the chunks, which hold the events [start, stop) of these, int64 [B].
             first: int64 [B] events before a user's first chunk.
         """
-        if len(self.position) == 0:
+        position = self.shown.position
+        if len(position) == 0:
             return np.zeros(len(user), np.int64), np.zeros(len(user), np.int64)
         # (user, position) as one sorted key.
-        width = int(max(self.position.max(), stop.max(initial=0))) + 2
-        key = self.user * width + self.position
+        width = int(max(position.max(), stop.max(initial=0))) + 2
+        key = self.shown.chunk * width + position
         low = np.searchsorted(key, user * width + np.where(start > first, start, first - 1), side="right")
         high = np.searchsorted(key, user * width + stop, side="right")
         return low, high
@@ -281,37 +266,50 @@ class BatchSource:
                 or if `data.horizon_days` is set and the log has no times.
         """
         self._log, self._reads, self._config, self._stored = log, reads, config, stored
-        hides = reads.num_known is not None and reads.num_known < reads.item_rows.max(initial=0)
-        self._num_known = reads.num_known if hides else None
         since = stored.since if stored else None
+        tasks = trained_tasks(log, config.optim)
+
         self.counts = visible_counts(log, split_until(config.data, "train"))
         self._first = visible_counts(log, Until(before=since)) if stored else np.zeros(log.num_users, np.int64)
         """int64 [num_users]: events before a user's first label."""
         self._lead = config.model.tail_len if stored else 0
-        frequency = item_frequency(log, reads.item_rows, self.counts, reads.has_features)
-        self.frequency = frequency
-        """int64 [largest row + 1] training events of each model row."""
-        num_negatives = planned(config.data.num_negatives, "data.num_negatives")
-        self._sampler = NegativeSampler(frequency, num_negatives=num_negatives)
-        self._adjustment = _logit_adjustment(frequency, config.optim.logq_strength)
-        tasks = trained_tasks(log, config.optim)
         self._impressions = VisibleImpressions.of(log, reads.item_rows, self.counts, config, tasks, since)
-        trains_events = stored is None or config.ranks_items
-        self._users = _labeled_users(self._impressions, self.counts - self._first if trains_events else None)
+        # Users without events are included if they have impressions, which train the summary of an empty history.
+        has_labels = np.diff(self._impressions.offsets) > 0
+        if stored is None or config.ranks_items:
+            has_labels |= self.counts > self._first
+        self._users = np.flatnonzero(has_labels)
         if stored is not None and not len(self._users):
             raise ConfigError(
                 f"store: was refreshed with until={since}, and no label of {log.path} lies between that and "
                 f"data.validation_from={config.data.validation_from}; refresh it with an earlier until"
             )
+
+        self.frequency = item_frequency(log, reads.item_rows, self.counts, reads.has_features)
+        """int64 [largest row + 1] training events of each model row."""
+        self._sampler = NegativeSampler(
+            self.frequency, num_negatives=planned(config.data.num_negatives, "data.num_negatives")
+        )
+        self._adjustment = _logit_adjustment(self.frequency, config.optim.logq_strength)
+        largest = int(reads.item_rows.max(initial=0))
+        self._num_known = largest if reads.num_known is None else min(reads.num_known, largest)
+        self._hides_items = self._num_known < largest
+        self._history_rows = reads.item_rows
+        if self._hides_items:
+            self._history_rows = np.where(reads.item_rows > self._num_known, 0, reads.item_rows)
+        """int64 [log.num_items], the model row of each of the log's items as histories and counters show it."""
+
         self._plan = CutPlan.of(config, has_time=log.has_time)
-        self._chunk_len = chunk_len(config)
-        self.returning_share = 0.5
-        """Share of counted items among the labels of anchors that have any, between 0 and 1."""
-        self._epoch = -1
-        self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
-        self._batches: list[Int] = []
         if self._plan.anchors is not None and config.data.horizon_days > 0 and not log.has_time:
             raise ConfigError(f"data.horizon_days: {log.path} has no times; set it to 0 and use data.horizon_events")
+        self._chunk_len = chunk_len(config)
+        self._epoch = -1
+        self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
+        """Of the epoch, int64 [C] each: user, and the places of the first event and after the last one."""
+        self._batches: list[Int] = []
+        """Of the epoch: the chunks of each batch."""
+        self.returning_share = 0.5
+        """Share of counted items among the labels of anchors that have any, between 0 and 1."""
         self._measure_labels()
 
     def num_batches(self, epoch: int) -> int:
@@ -327,13 +325,16 @@ class BatchSource:
         # If no items are predicted, negatives would still be gathered, and moved by Adam's momentum.
         negatives, log_weight = self._sampler.draw(rng) if self._config.ranks_items else NO_NEGATIVES
         batch = cut_batch(self._pack(user, start, stop), self._plan, rng, negatives, log_weight)
-        if self._num_known is not None:
-            batch = _with_hidden(batch, batch.rows[batch.events.item] > self._num_known)
-        if self._adjustment is None:
-            return batch
-        return replace(batch, logit_adjustment=torch.from_numpy(self._adjustment[batch.rows.numpy()]))
+        if self._hides_items:
+            is_hidden, drawn = batch.rows[batch.events.item] > self._num_known, batch.events.hidden
+            is_hidden = is_hidden if drawn is None else drawn | is_hidden
+            batch = replace(batch, events=replace(batch.events, hidden=is_hidden))
+        if self._adjustment is not None:
+            batch = replace(batch, logit_adjustment=torch.from_numpy(self._adjustment[batch.rows.numpy()]))
+        return batch
 
     def _start_epoch(self, epoch: int) -> None:
+        """Divide the histories into chunks, and these into batches, unless the epoch is that of the last call."""
         if epoch == self._epoch:
             return
         rng = np.random.default_rng([self._config.seed, epoch, 0])
@@ -396,10 +397,7 @@ class BatchSource:
         if stored is not None:
             chunks.lead, chunks.summary = lead, stored.read(user)
         if reads.keys is not None:
-            rows = reads.item_rows
-            if self._num_known is not None:
-                rows = np.where(rows > self._num_known, 0, rows)
-            histories, history = HistoryCounters.of(reads.keys, self._log, rows, user, stop)
+            histories, history = HistoryCounters.of(reads.keys, self._log, self._history_rows, user, stop)
             chunks.counters = ChunkCounters(histories, history, start - lead, self._first[user] if stored else None)
         if reads.encode_events is not None:
             chunks.features = reads.encode_events(events.features, events.num_events)
@@ -409,27 +407,15 @@ class BatchSource:
 
     def _impressions_of(self, user: Int, start: Int, stop: Int, lead: Int) -> ChunkImpressions:
         """The impressions of chunks, at positions counted from the first of the `lead` events before each chunk."""
-        seen, encode = self._impressions, self._reads.encode_requests
-        low, high = seen.ranges(user, start, stop, self._first[user])
+        visible, encode = self._impressions, self._reads.encode_requests
+        low, high = visible.ranges(user, start, stop, self._first[user])
         index = ranges(low, high - low)
+        shown = visible.shown.select(index)
         chunk = np.repeat(np.arange(len(user)), high - low)
-        position = seen.position[index] - (start - lead)[chunk]
-        return ChunkImpressions(
-            chunk=chunk,
-            position=position,
-            item=seen.item[index],
-            gap=np.where(position > 0, seen.gap[index], 0),
-            label=seen.label[index],
-            mask=seen.mask[index],
-            time=seen.time[index],
-            features=None if encode is None else encode(seen.row[index]),
-        )
-
-
-def _with_hidden(batch: Batch, hidden: Tensor) -> Batch:
-    """A batch that shows the items of some more events, bool [T], as unknown."""
-    before = batch.events.hidden
-    return replace(batch, events=replace(batch.events, hidden=hidden if before is None else before | hidden))
+        position = shown.position - (start - lead)[chunk]
+        features = None if encode is None else encode(visible.row[index])
+        gap = np.where(position > 0, shown.gap, 0)
+        return replace(shown, chunk=chunk, position=position, gap=gap, features=features)
 
 
 def chunk_len(config: TrainConfig) -> int:
@@ -442,15 +428,6 @@ def chunk_len(config: TrainConfig) -> int:
     # The last event of a baseline's chunk is only a label, so that the state after a full history is trained too.
     only_label = int(model.architecture is not Architecture.vista)
     return min(config.data.chunk_len, model.history_limit + only_label)
-
-
-def _labeled_users(impressions: VisibleImpressions, num_labels: Int | None) -> Int:
-    """Rows of the users with impressions, or with events that are labels (None: events are not labels)."""
-    # Users without events are included if they have impressions, which train the summary of an empty history.
-    labeled = np.diff(impressions.offsets) > 0
-    if num_labels is not None:
-        labeled |= num_labels > 0
-    return np.flatnonzero(labeled)
 
 
 def _chunk_histories(users: Int, total: Int, limit: int, rng: np.random.Generator) -> tuple[Int, Int, Int]:

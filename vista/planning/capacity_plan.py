@@ -39,7 +39,7 @@ RESTART_S = 600.0
 NETWORK_GBIT_PER_S = 25.0
 """Of each machine."""
 
-# Speed of one core, in float32. tests/planning/test_measured_figures.py checks these figures against docs/results.
+# Speed of one core, in float32. tests/planning/test_capacity_plan.py checks these figures against docs/results.
 
 TOKEN_NS = 0.16
 """Time per token, layer, and squared width. Stage 1 has a token per event and per row of the summary, stage 2 one per
@@ -109,7 +109,7 @@ _SERVER_HEADER_BYTES = 20
 """Of a string in Valkey or Redis, allocated together with it."""
 _SERVER_BYTES_PER_USER = 180
 """Of everything else that a server holds per user: the key, its hash entry, and its entry in the set of users. Measured
-with Valkey 8.1 (tests/planning/test_store_sizes.py)."""
+with Valkey 8.1 (tests/planning/test_capacity_plan.py)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The metrics of a run: metrics.jsonl in its folder, and a copy in a tracker, without which the run continues."""
+"""metrics.jsonl of a run, and the copy of a run in a tracker. If the tracker fails, the run continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two optimizers of a model: AdamW for dense parameters, sparse Adam for the tables of items and features."""
+"""The two optimizers of a model, AdamW for dense parameters and sparse Adam for tables; and what ranks do in a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a run, the text files that it appends to, and how it takes Ctrl-C."""
+"""The folder of a run: who may write to it, how it takes Ctrl-C, run.json, and the model card."""
 
 from __future__ import annotations
 

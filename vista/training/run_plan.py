@@ -177,7 +177,9 @@ class Progress:
         Args:
             epochs: optim.epochs.
         """
-        return self.stopped or self.planned_steps_done or (epochs is not None and self.epoch >= epochs)
+        # The last epoch of a timed run ends before its last batch. Until then, its validation is due.
+        is_timed_out = self.planned_steps_done and self.batch == 0
+        return self.stopped or is_timed_out or (epochs is not None and self.epoch >= epochs)
 
     def share_done(self, epochs: int | None, batches: int) -> float:
         """Share of the training that is done, in an epoch of this number of batches; 0 if nothing is planned yet."""

@@ -44,7 +44,7 @@ from vista.training.run_folder import (
     num_parameters,
 )
 from vista.training.run_plan import Progress, RunClock, TimeBudget, plan_run, warmup_steps, warn_of_few_steps
-from vista.training.validation import Validation, compare_with_baselines, measured_baselines
+from vista.training.validation import Validation, compare_with_baselines
 from vista.training.warm_start import FrozenItems, WarmStart, drawn_model, start_model, training_vectors
 
 
@@ -192,7 +192,7 @@ class Trainer:
         with RunRecord(self.config, self.model, self.validation) as metrics:
             self._start(metrics)
             if self.validation is not None and not self.progress.baselines:
-                self.progress.baselines = measured_baselines(self.validation)
+                self.progress.baselines = self.validation.baselines()
             with deferred_interrupt() as interrupted:
                 while not self.progress.finished(self.config.optim.epochs):
                     self._run_epoch(metrics, interrupted)

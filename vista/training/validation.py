@@ -247,9 +247,13 @@ class Validation:
         return value > best if self.metric == self.ranking_metric else value < best
 
     def baselines(self) -> dict[str, dict[str, float]]:
-        """Metrics of the counting baselines on the same ranked items, by name; empty if there are no such cases."""
+        """Metrics of the counting baselines on the same ranked items, by name; empty if there are no such cases.
+
+        They are logged.
+        """
         if self._ranked is None:
             return {}
+        began = time.perf_counter()
         is_window = isinstance(self._ranked, WindowCases)
         chosen = counting_baselines(
             has_time=self._log.has_time,
@@ -261,6 +265,9 @@ class Validation:
             baseline.fit(self._log, self._cut, np.random.default_rng(0))
             score = partial(scores_in_columns, baseline, self._item_rows - 1)
             measured[baseline.name] = self._ranking_metrics(self._ranked, score)
+        numbers = ", ".join(f"{name} {metrics[self.ranking_metric]:.4f}" for name, metrics in measured.items())
+        seconds = time.perf_counter() - began
+        logger.info("counting baselines (%.1f s), %s: %s", seconds, self.ranking_metric, numbers)
         return measured
 
     def _ranking_metrics(
@@ -350,19 +357,6 @@ class Validation:
                 "features of these users"
             )
         return scores
-
-
-# What counting reaches on the validation cases: logged when a run starts, and compared with its model at the end.
-
-
-def measured_baselines(validation: Validation) -> dict[str, dict[str, float]]:
-    """`Validation.baselines`, logged in one line."""
-    began = time.perf_counter()
-    measured, metric = validation.baselines(), validation.ranking_metric
-    if measured:
-        numbers = ", ".join(f"{name} {metrics[metric]:.4f}" for name, metrics in measured.items())
-        logger.info("counting baselines (%.1f s), %s: %s", time.perf_counter() - began, metric, numbers)
-    return measured
 
 
 WITHOUT_COUNTERS = (
