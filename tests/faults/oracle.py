@@ -47,11 +47,6 @@ class Run:
     dim: int = 16
     codec: str = "int8"
 
-    @staticmethod
-    def of(words: dict[str, Any]) -> Run:
-        """A run from its `words`."""
-        return Run(**words)
-
     @property
     def words(self) -> dict[str, Any]:
         """The run as an argument of a job."""
@@ -130,7 +125,7 @@ def write(say: Say, store: str, words: dict[str, Any]) -> int:
     Returns:
         The generation.
     """
-    run = Run.of(words)
+    run = Run(**words)
     with run.open_writer(store) as writer:
         say(["open", writer.cursor])
         for users in run.batches(writer.cursor):
@@ -154,7 +149,7 @@ def unpublished(say: Say, store: str, words: dict[str, Any], generation: int, le
     Returns:
         Its cursor.
     """
-    run = Run.of(words)
+    run = Run(**words)
     folder = environment_path(Path(store), generation)
     environment = open_environment(folder, readonly=True)
     with environment.begin() as transaction:
@@ -172,7 +167,7 @@ def unpublished(say: Say, store: str, words: dict[str, Any], generation: int, le
 
 def published(say: Say, store: str, words: dict[str, Any], generation: int | None = None) -> int:
     """Check that CURRENT's generation equals the whole run; returns its number."""
-    run = Run.of(words)
+    run = Run(**words)
     with StoreReader.open(store, summarizer_id=SUMMARIZER) as opened:
         assert generation is None or opened.generation == generation, (opened.generation, generation)
         assert list(opened.keys()) == list(range(run.total))

@@ -80,7 +80,7 @@ def read_flipped(say: Say, store: str, words: dict[str, Any] | None, flips: list
     path = (state_path if words is None else environment_path)(Path(store), 1) / "data.mdb"
     for place, bit in flips:
         flip(path, place, bit)
-        say(read_states(store) if words is None else read_all(store, Run.of(words)))
+        say(read_states(store) if words is None else read_all(store, Run(**words)))
         flip(path, place, bit)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Child, Nursery, Say
 from tests.faults.operations import save_model
 from tests.faults.oracle import Run
-from vista.errors import StoreLockedError
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
@@ -129,7 +127,7 @@ def follow(say: Say, store: str) -> list[int]:
 
 def publish(say: Say, store: str, words: dict[str, Any], kill_at: int) -> int:
     """Write a run and publish it; die right before the n-th system call of publishing (0: do not die)."""
-    run = Run.of(words)
+    run = Run(**words)
     preload.watch(store)
     with run.open_writer(store) as writer:
         for users in run.batches(writer.cursor):
@@ -170,41 +168,6 @@ def test_flips(trial: Trial, nursery: Nursery, traced: Nursery) -> None:
     reads = [reader.result() for reader in readers]
     assert min(number for number, _ in reads) > 0 and max(seen for _, seen in reads) > 1, reads
     trial.count("reads", sum(number for number, _ in reads))
-
-
-LOCKED = Run()
-
-
-def start_at(say: Say, store: str, moment: float, hold_s: float) -> str:
-    """Open the writer at a time of the monotonic clock, put a batch and hold the lock."""
-    while time.monotonic() < moment:
-        pass
-    try:
-        with oracle.within(10.0):
-            writer = LOCKED.open_writer(store)
-    except StoreLockedError as error:
-        say("refused")
-        return str(error)
-    with writer:
-        say("holds")
-        writer.put_batch(*LOCKED.records(range(8), writer.spec), max(writer.cursor, 8))
-        time.sleep(hold_s)
-    return ""
-
-
-@promise("One writer", fault="two starters at once", full=20)
-def test_one_writer(trial: Trial, nursery: Nursery) -> None:
-    store = trial.folder / "store"
-    moment = time.monotonic() + 0.2
-    two = [nursery.start(start_at, store, moment, 30.0) for _ in range(2)]
-    heard = [child.hear() for child in two]
-    assert sorted(heard) == ["holds", "refused"], heard
-    holder, refused = two if heard[0] == "holds" else two[::-1]
-    assert f"process {holder.pid}" in refused.result()
-    holder.kill(signal.SIGKILL)
-    holder.end()
-    assert nursery.call(oracle.write, store, LOCKED.words) == 1
-    nursery.call(oracle.published, store, LOCKED.words, 1)
 
 
 REWRITTEN = Run(total=1000, batch=20, dim=300)

@@ -55,7 +55,7 @@ def traced_writer(say: Say, folder: str, runs: list[dict[str, Any]], log: str) -
     store = Path(folder) / "store"
     with (Path(folder) / ACKNOWLEDGED).open("wb", buffering=0) as file:
         for place, words in enumerate(runs):
-            run = Run.of(words)
+            run = Run(**words)
             with run.open_writer(store) as writer:
                 for users in run.batches(0):
                     if place == len(runs) - 1 and users.stop == run.total:
@@ -111,7 +111,7 @@ def check_image(say: Say, store: Path, runs: list[dict[str, Any]], place: int, l
     Returns:
         What a reader got.
     """
-    run = Run.of(runs[place])
+    run = Run(**runs[place])
     if oracle.is_unpublished(store):
         assert place == 0, "a published generation was lost"
         outcome = "nothing published"
