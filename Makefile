@@ -106,7 +106,7 @@ test-torchrec: $(TORCHREC_VENV)/.installed ## run the tests of item tables that 
 test-aot: setup ## compile the Triton kernels for every target, width and dtype (some minutes, no GPU)
 	$(PYTEST) -m aot $(PYTEST_ARGS)
 
-test-faults: setup ## repeat each test of tests/faults thousands of times (two cores, up to 2 h; rerun to resume), then write docs/results/faults.md
+test-faults: setup ## run the full form of tests/faults (40 minutes on two cores; rerun to resume), then write docs/results/faults.md
 	@failed=0; $(PYTEST) -n 2 --dist worksteal -m faults tests/faults $(PYTEST_ARGS) || failed=1; \
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.faults.table || failed=1; exit $$failed
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -55,18 +56,23 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+def statements(above: ast.AST) -> Iterator[ast.AST]:
+    """All statements below a module or statement, except for type checking alone."""
+    for name in ("body", "orelse", "finalbody", "handlers", "cases"):
+        if name == "body" and isinstance(above, ast.If) and "TYPE_CHECKING" in ast.dump(above.test):
+            continue
+        for node in getattr(above, name, ()):
+            if isinstance(node, ast.AST):
+                yield node
+                yield from statements(node)
+
+
 @cache
 def imports(path: Path) -> list[tuple[str, int]]:
     """Modules of the project that a file imports, at the top or in a function, except for type checking alone."""
-    tree, found = tree_of(path), []
-    typing_only = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if node in typing_only or not isinstance(node, ast.Import | ast.ImportFrom):
+    found = []
+    for node in statements(tree_of(path)):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -151,10 +157,9 @@ def test_folders_are_made_durably() -> None:
     for path in sources("vista"):
         place = str(path.relative_to(REPOSITORY))
         for node in ast.walk(tree_of(path)):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                folder = ast.unparse(node.func.value)
-                allowed = place in FOLDER_MAKERS or folder in STAGING_FOLDERS.get(place, ())
-                if node.func.attr in ("mkdir", "makedirs") and not allowed:
+            if isinstance(node, ast.Attribute) and node.attr in ("mkdir", "makedirs") and place not in FOLDER_MAKERS:
+                folder = ast.unparse(node.value)
+                if folder not in STAGING_FOLDERS.get(place, ()):
                     wrong.append(f"{place}:{node.lineno} makes {folder}")
     assert not wrong, "\n".join(wrong)
 

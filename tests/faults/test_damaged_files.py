@@ -26,11 +26,10 @@ from vista.store import StoreReader, user_keys
 from vista.store.layout import environment_path, state_path
 from vista.store.state_record import encode_states
 
-Job = Callable[..., None]
 RUNS = [Run(salt=1, total=400, batch=50), Run(salt=2, total=100, batch=20, dim=300), Run(salt=3, dim=3000)]
 """Records within a page and of several pages, with enough users for branch pages."""
 PAGE_BYTES = 4096
-FLIPS, CUTS, PART = 50, 10, 16
+FLIPS, PART = 50, 16
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +74,13 @@ def read_all(store: str, run: Run) -> str:
     return outcomes[max(outcomes)]
 
 
-def read_flipped(say: Say, store: str, words: dict[str, Any], flips: list[tuple[int, int]]) -> None:
-    """For each bit: flip it, read, flip it back, and say the outcome."""
-    path, run = environment_path(Path(store), 1) / "data.mdb", Run.of(words)
+def read_flipped(say: Say, store: str, words: dict[str, Any] | None, flips: list[tuple[int, int]]) -> None:
+    """For each bit of the records of a run, or without one of the states: flip it, read, flip it back, and say the
+    outcome."""
+    path = (state_path if words is None else environment_path)(Path(store), 1) / "data.mdb"
     for place, bit in flips:
         flip(path, place, bit)
-        say(read_all(store, run))
+        say(read_states(store) if words is None else read_all(store, Run(**words)))
         flip(path, place, bit)
 
 
@@ -108,36 +108,34 @@ def places(trial: Trial, path: Path) -> list[tuple[int, int]]:
     ]
 
 
-def flip_and_read(trial: Trial, nursery: Nursery, whole: Path, data: Path, read: Job, *arguments: Any) -> None:
-    """Have `read(say, *arguments, flips)` read a damaged data.mdb again and again, and count its outcomes.
-
-    Args:
-        whole: the undamaged file.
-    """
+def flip_and_read(trial: Trial, nursery: Nursery, whole: Path, words: dict[str, Any] | None) -> None:
+    """Have `read_flipped` read a copy of a store, and count its outcomes."""
+    store = trial.folder / "store"
+    shutil.copytree(whole, store)
+    data, undamaged = (
+        (state_path if words is None else environment_path)(root, 1) / "data.mdb" for root in (store, whole)
+    )
     flips = places(trial, data)
     while flips:
-        reader = nursery.start(read, *arguments, flips).end(timeout_s=600)
+        reader = nursery.start(read_flipped, store, words, flips).end(timeout_s=600)
         for outcome in reader.messages:
             trial.count(outcome)
         done = len(reader.messages)
         if reader.exit_code == 0:
             return
-        assert not reader.raised, f"{arguments}, (byte, bit) {flips[done]}: {reader.raised}"
+        assert not reader.raised, f"{whole}, (byte, bit) {flips[done]}: {reader.raised}"
         # LMDB follows damaged page numbers. Only files that `lmdb.verify` refuses may crash a reader.
         refused = nursery.call(problems, data.parent)
-        assert refused, f"{arguments}, (byte, bit) {flips[done]}: {reader.exit_code}"
+        assert refused, f"{whole}, (byte, bit) {flips[done]}: {reader.exit_code}"
         trial.count("would end the process, refused by verify")
-        shutil.copy(whole, data)
+        shutil.copy(undamaged, data)
         flips = flips[done + 1 :]
 
 
 @promise("No wrong bytes", fault="a flipped bit in data.mdb", full=2500, smoke=True, each=FLIPS)
 def test_flipped_bits(trial: Trial, nursery: Nursery, stores: list[Path]) -> None:
     number = trial.number % len(RUNS)
-    whole, store = stores[number], trial.folder / "store"
-    shutil.copytree(whole, store)
-    files = [environment_path(root, 1) / "data.mdb" for root in (whole, store)]
-    flip_and_read(trial, nursery, *files, read_flipped, store, RUNS[number].words)
+    flip_and_read(trial, nursery, stores[number], RUNS[number].words)
 
 
 @pytest.fixture(scope="module")
@@ -182,21 +180,9 @@ def read_states(store: str) -> str:
     return outcomes[max(outcomes)]
 
 
-def read_flipped_states(say: Say, store: str, flips: list[tuple[int, int]]) -> None:
-    """For each bit of the states: flip it, read, flip it back, and say the outcome."""
-    path = state_path(Path(store), 1) / "data.mdb"
-    for place, bit in flips:
-        flip(path, place, bit)
-        say(read_states(store))
-        flip(path, place, bit)
-
-
 @promise("No wrong bytes", fault="a flipped bit in data.mdb of the states", full=2500, each=FLIPS)
 def test_flipped_bits_of_states(trial: Trial, nursery: Nursery, stores_with_states: list[Path]) -> None:
-    whole, store = stores_with_states[trial.number % len(stores_with_states)], trial.folder / "store"
-    shutil.copytree(whole, store)
-    files = [state_path(root, 1) / "data.mdb" for root in (whole, store)]
-    flip_and_read(trial, nursery, *files, read_flipped_states, store)
+    flip_and_read(trial, nursery, stores_with_states[trial.number % len(stores_with_states)], None)
 
 
 def problems(say: Say, folder: str) -> int:
@@ -205,30 +191,6 @@ def problems(say: Say, folder: str) -> int:
         return len(lmdb.verify.verify(folder))  # type: ignore[no-untyped-call]
     except lmdb.verify.VerifyError:
         return 1
-
-
-def read_cut(say: Say, store: str, words: dict[str, Any], sizes: list[int]) -> None:
-    """Truncate the file to each size, from the largest to the smallest, read, and say the outcome."""
-    for size in sizes:
-        with (environment_path(Path(store), 1) / "data.mdb").open("r+b") as file:
-            file.truncate(size)
-        say(read_all(store, Run.of(words)))
-
-
-@promise("No wrong bytes", fault="data.mdb truncated", full=50, smoke=True, each=CUTS)
-def test_truncation(trial: Trial, nursery: Nursery, stores: list[Path]) -> None:
-    number = trial.number % len(RUNS)
-    store = trial.folder / "store"
-    shutil.copytree(stores[number], store)
-    size = (environment_path(store, 1) / "data.mdb").stat().st_size
-    sizes = sorted([size - 1, *(trial.random.randrange(size) for _ in range(CUTS - 1))], reverse=True)
-    reader = nursery.start(read_cut, store, RUNS[number].words, sizes)
-    reader.result()
-    # If the last pages were free, nothing is missing.
-    assert set(reader.messages) <= {"StoreError on opening", "unharmed"} and len(reader.messages) == CUTS
-    assert reader.messages[-1] == "StoreError on opening", reader.messages
-    for outcome in reader.messages:
-        trial.count(outcome)
 
 
 def test_a_damaged_key_is_not_listed(nursery: Nursery, stores: list[Path], tmp_path: Path) -> None:

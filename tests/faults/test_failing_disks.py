@@ -195,7 +195,7 @@ def endure(say: Say, store: str, log: str, fault: list[int], runs: list[dict[str
     preload.watch(store, log)
     oracle.write(lambda _: None, store, runs[0])
     preload.fail_at(*fault)
-    run = Run.of(runs[1])
+    run = Run(**runs[1])
     for _ in range(ATTEMPTS):
         try:
             with run.open_writer(store) as writer:

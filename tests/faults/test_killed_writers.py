@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import random
-import signal
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +16,12 @@ from tests.faults.harness import Trial, promise
 from tests.faults.nursery import Child, Nursery, Say
 from tests.faults.operations import save_model
 from tests.faults.oracle import Run
-from vista.errors import StoreLockedError
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.store import StoreReader
 from vista.store.admin import compact_store, verify_store
-from vista.store.folder_files import committed_size, open_environment
+from vista.store.folder_files import committed_size
 from vista.store.folder_generation import SharedEnvironment
 from vista.store.layout import environment_path, read_current
 from vista.store.writer import erase
@@ -134,7 +128,7 @@ def follow(say: Say, store: str) -> list[int]:
 
 def publish(say: Say, store: str, words: dict[str, Any], kill_at: int) -> int:
     """Write a run and publish it; die right before the n-th system call of publishing (0: do not die)."""
-    run = Run.of(words)
+    run = Run(**words)
     preload.watch(store)
     with run.open_writer(store) as writer:
         for users in run.batches(writer.cursor):
@@ -175,41 +169,6 @@ def test_flips(trial: Trial, nursery: Nursery, traced: Nursery) -> None:
     reads = [reader.result() for reader in readers]
     assert min(number for number, _ in reads) > 0 and max(seen for _, seen in reads) > 1, reads
     trial.count("reads", sum(number for number, _ in reads))
-
-
-LOCKED = Run()
-
-
-def start_at(say: Say, store: str, moment: float, hold_s: float) -> str:
-    """Open the writer at a time of the monotonic clock, put a batch and hold the lock."""
-    while time.monotonic() < moment:
-        pass
-    try:
-        with oracle.within(10.0):
-            writer = LOCKED.open_writer(store)
-    except StoreLockedError as error:
-        say("refused")
-        return str(error)
-    with writer:
-        say("holds")
-        writer.put_batch(*LOCKED.records(range(8), writer.spec), max(writer.cursor, 8))
-        time.sleep(hold_s)
-    return ""
-
-
-@promise("One writer", fault="two starters at once", full=20)
-def test_one_writer(trial: Trial, nursery: Nursery) -> None:
-    store = trial.folder / "store"
-    moment = time.monotonic() + 0.2
-    two = [nursery.start(start_at, store, moment, 30.0) for _ in range(2)]
-    heard = [child.hear() for child in two]
-    assert sorted(heard) == ["holds", "refused"], heard
-    holder, refused = two if heard[0] == "holds" else two[::-1]
-    assert f"process {holder.pid}" in refused.result()
-    holder.kill(signal.SIGKILL)
-    holder.end()
-    assert nursery.call(oracle.write, store, LOCKED.words) == 1
-    nursery.call(oracle.published, store, LOCKED.words, 1)
 
 
 REWRITTEN = Run(total=1000, batch=20, dim=300)
@@ -275,94 +234,6 @@ def test_bounded_size(trial: Trial, nursery: Nursery) -> None:
     assert times <= MOST_TIMES_LIVE, f"the file grew to {times:.2f} times its live size"
     trial.count(f"at most {times:.1f} times live")
     nursery.call(oracle.published, store, REWRITTEN.words, 1)
-
-
-READ = Run(total=64)
-NUM_THREADS = 8
-
-
-def check_all(opened: StoreReader, times: int = 1) -> int:
-    """Read and compare all users, `times` times; returns the process id."""
-    users = range(READ.total)
-    for _ in range(times):
-        batch = opened.get_many(users)
-        assert batch.found.all() and not oracle.differences(batch, READ, users, opened.manifest.spec())
-    return os.getpid()
-
-
-def read_forever(opened: StoreReader) -> None:
-    """Check until killed."""
-    while True:
-        check_all(opened)
-
-
-def parent(say: Say, store: str, spawn: bool) -> None:
-    """Read in 8 threads, and meanwhile in forked, spawned, nested and killed children.
-
-    Says "alone" when all children have ended, and runs until a file `stop` exists next to the store.
-    """
-    fork, stop = multiprocessing.get_context("fork"), threading.Event()
-
-    def read() -> None:
-        while not stop.is_set():
-            check_all(opened)
-            time.sleep(0.02)
-
-    with StoreReader.open(store) as opened, ThreadPoolExecutor(NUM_THREADS) as threads:
-        readers = [threads.submit(read) for _ in range(NUM_THREADS)]
-        try:
-            children: list[Any] = [fork.Process(target=check_all, args=(opened, 5)) for _ in range(3)]
-            children.append(fork.Process(target=nested, args=(opened,)))
-            if spawn:
-                children.append(multiprocessing.get_context("spawn").Process(target=check_all, args=(opened, 5)))
-            doomed = fork.Process(target=read_forever, args=(opened,))
-            for child in [*children, doomed]:
-                child.start()
-            time.sleep(0.02)
-            doomed.kill()
-            for child in [*children, doomed]:
-                child.join(120)
-            codes = [child.exitcode for child in children]
-            assert codes == [0] * len(children) and doomed.exitcode == -signal.SIGKILL, codes
-        finally:
-            stop.set()
-        for reader in readers:
-            reader.result()
-        check_all(opened)
-        say("alone")
-        while not Path(store).with_name("stop").exists():
-            time.sleep(0.01)
-
-
-def nested(opened: StoreReader) -> None:
-    """Read in this process and in a forked one."""
-    check_all(opened)
-    child = multiprocessing.get_context("fork").Process(target=check_all, args=(opened, 3))
-    child.start()
-    child.join(60)
-    assert child.exitcode == 0
-
-
-def taken_slots(say: Say, store: str) -> list[int]:
-    """Process of each used slot of the reader table, after the check that a writer makes before each batch."""
-    environment = open_environment(environment_path(Path(store), 1), readonly=False)
-    environment.reader_check()
-    lines = environment.readers().splitlines()[1:]
-    environment.close()
-    return [int(line.split()[0]) for line in lines if line.split()]
-
-
-@promise("Fork and thread safe", fault="fork, nested fork, spawn, 8 threads, a killed child", full=10)
-def test_processes(trial: Trial, nursery: Nursery) -> None:
-    store = trial.folder / "store"
-    nursery.call(oracle.write, store, READ.words)
-    reader = nursery.start(parent, store, trial.number % 5 == 4)
-    assert reader.hear(timeout_s=150) == "alone", reader.end().raised
-    slots = nursery.call(taken_slots, store)
-    assert slots == [], f"slots of processes {slots} are in use without a reader; {reader.pid} still runs"
-    (trial.folder / "stop").touch()
-    reader.result()
-    trial.count("with spawn" if trial.number % 5 == 4 else "with fork")
 
 
 NUM_USERS = 60
