@@ -215,6 +215,22 @@ def running(*words: str, fresh: bool = False) -> Iterator[RunningService]:
             process.kill()
 
 
+def resident_bytes(service: RunningService) -> int:
+    """Memory that the service takes now, from which `peak_bytes` starts."""
+    Path(f"/proc/{service.process.pid}/clear_refs").write_text("5")
+    return _status_bytes(service, "VmRSS")
+
+
+def peak_bytes(service: RunningService) -> int:
+    """Most memory that the service has taken since the last call of `resident_bytes`."""
+    return _status_bytes(service, "VmHWM")
+
+
+def _status_bytes(service: RunningService, name: str) -> int:
+    status = Path(f"/proc/{service.process.pid}/status").read_text()
+    return 1024 * int(status.partition(f"{name}:")[2].split()[0])
+
+
 def until(condition: Any) -> None:
     """Wait until a condition holds."""
     deadline = time.monotonic() + TIMEOUT_S

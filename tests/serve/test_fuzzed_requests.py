@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 
 from tests.conftest import START, Served, small_config
 from tests.serve.conftest import models_file, save_other_stage_2
-from tests.serve.running_service import TIMEOUT_S, RunningService, running
+from tests.serve.running_service import TIMEOUT_S, RunningService, peak_bytes, resident_bytes, running
 from vista.cli.item_commands import run_index
 from vista.config import IndexConfig, SourceColumns
 from vista.config.checks import Split
 from vista.log.event_log import EventLog
 from vista.refresh import refresh
+from vista.serve.http_protocol import has_few_values
 from vista.training.trainer import train
 
 TOKEN = "a-token-of-some-length"
@@ -328,6 +329,100 @@ def test_deep_and_long_values(detailed: RunningService, name: str, packed: bool)
         assert status in STATUSES[1:], (sent[:100], status, answer)
         require_error(status, answer)
         assert len(answer) < 3000
+
+
+BODY_BYTES = 4 << 20
+"""`max_body_bytes` of the services."""
+
+
+def filled(name: str, place: str, element: Any, *, packed: bool) -> bytes:
+    """A body of the largest size, for an endpoint.
+
+    Args:
+        name: of the endpoint.
+        place: the list or, for elements that are pairs, the mapping to fill, such as "request.price".
+        element: repeated, or called with the place of each.
+        packed: whether the body is MessagePack.
+    """
+    encode = msgspec.msgpack.encode if packed else msgspec.json.encode
+    needed = KNOWN[name][0]
+    body: dict[str, Any] = {"user": NAMES[0]} if "user" in needed else {"users": NAMES[:1]}
+    body |= {"candidates": SKUS[:1]} if "candidates" in needed else {}
+    is_map = callable(element) and isinstance(element(0), tuple)
+    colon, comma = (b"", b"") if packed else (b":", b",")
+    parts, size = list[bytes](), 200
+    while callable(element) and size < BODY_BYTES:
+        parts.append(colon.join(map(encode, element(len(parts)))) if is_map else encode(element(len(parts))))
+        size += len(parts[-1] + comma)
+    parts = parts[:-1] or [encode(element)] * ((BODY_BYTES - 200) // len(encode(element) + comma))
+    if packed:
+        held = (b"\xdf" if is_map else b"\xdd") + len(parts).to_bytes(4, "big") + b"".join(parts)
+    else:
+        held = b"{%s}" % b",".join(parts) if is_map else b"[%s]" % b",".join(parts)
+    top, _, inner = place.partition(".")
+    filling = {inner: msgspec.Raw(held)} if inner else msgspec.Raw(held)
+    of_users = top == "tail" and "users" in needed and element != []
+    return encode({**body, top: [filling] if of_users else filling})
+
+
+EVENT = {"item": SKUS[0], "time": NOW, "action": "view"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("name", "place", "element"),
+    [
+        ("score", "tail", lambda number: {**EVENT, "features": {f"name {number}": 1}}),
+        ("score", "tail", {**EVENT, "features": {"surface": "app", "dwell": 1.5}}),
+        ("score", "tail", []),
+        ("score", "candidates", ["a"]),
+        ("predict", "users", "a"),
+        ("predict", "request", lambda number: (f"name {number}", 1)),
+        ("rank", "tail", lambda number: {"item": 0, "time": 0, "features": {f"{number}": None}}),
+        ("rank", "exclude", lambda number: f"{number}"),
+        ("retrieve", "within", lambda number: f"sku-{number}"),
+        ("retrieve", "where", lambda number: (f"name {number}", [])),
+        ("explain", "request.price", []),
+        ("explain", "candidates", "a"),
+    ],
+)
+def test_memory_of_large_bodies(
+    detailed: RunningService, name: str, place: str, element: Any, packed: bool, detailed_bytes: int
+) -> None:
+    body = filled(name, place, element, packed=packed)
+    kind = {"Content-Type": "application/msgpack"} if packed else {}
+    assert BODY_BYTES * 0.99 < len(body) <= BODY_BYTES
+    resident_bytes(detailed)
+    status, _, answer = detailed.send(f"/v1/{name}", body, headers={**AUTHORIZED, **kind})
+    assert status in STATUSES, (status, answer)
+    require_error(status, answer)
+    assert peak_bytes(detailed) < detailed_bytes + 4 * BODY_BYTES + 100e6
+
+
+@pytest.fixture(scope="module")
+def detailed_bytes(detailed: RunningService) -> int:
+    """Memory of the service before large bodies."""
+    return resident_bytes(detailed)
+
+
+@settings(LENIENT, max_examples=300)
+@given(value=VALUES | st.lists(VALUES) | st.binary(max_size=70_000))
+@example(value={"a" * 31: [-1, 2**63, 1.5, -(2**40)], "a" * 32: "b" * 300, "c": ["d" * 70_000, b"e" * 70_000]})
+@example(value=[*range(70_000)])
+@example(value={str(number): {} for number in range(70_000)})
+def test_values_are_counted_before_they_are_built(value: Any) -> None:
+    """Exactly in MessagePack. In JSON, at least all but one."""
+    count = _num_values(value)
+    for most in range(max(0, count - 2), count + 1):
+        if (packed := encoded(value, packed=True))[:1] not in b'"{[':  # else it is JSON, of a value that has no code
+            assert has_few_values(packed, most, packed=True) == (most == count)
+        assert most > count - 2 or not has_few_values(encoded(value, packed=False), most, packed=False)
+
+
+def _num_values(value: Any) -> int:
+    if isinstance(value, dict):
+        return 1 + len(value) + sum(map(_num_values, value.values()))
+    return 1 + sum(map(_num_values, value)) if isinstance(value, list) else 1
 
 
 PATHS = st.text(st.characters(min_codepoint=33, max_codepoint=126), max_size=20)

@@ -146,7 +146,7 @@ def test_a_bad_request_fails_alone(service: ScoringService, bad: dict[str, Any],
 def test_ids_of_the_wrong_type_fail_alone(named: ScoringService, bad: dict[str, Any], words: str) -> None:
     """A request has the same answer whether or not others are scored in the same call."""
     good = {"users": ["u3"], "candidates": ["i0", "i10"], "tail": [[{"item": "i20", "time": 0}]]}
-    expected = named.scorer.score(["u3"], ["i0", "i10"], tail=tail_of([[TailEvent("i20", 0)]]))[0]
+    expected = named.scorer.score(["u3"], ["i0", "i10"], tail=tail_of([[TailEvent("i20", 0)]], named.scorer.model))[0]
     with pytest.raises(Exception, match=words):
         named.scored(named.checked(json.dumps(bad).encode(), JSON), JSON)
     assert_fails_alone(named, good, bad, expected, words)

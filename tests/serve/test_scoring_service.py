@@ -503,8 +503,8 @@ def test_actions_of_a_tail_are_those_of_the_model_that_answers(
     with Scorer.open(model, store, index=index) as scorer:
         service, bare, waiting = ScoringService(scorer, ServeConfig()), scoring_service.tail_of, [True]
 
-        def then_another_model(given: Any) -> Any:
-            tail = bare(given)
+        def then_another_model(given: Any, model_in_service: VistaModel) -> Any:
+            tail = bare(given, model_in_service)
             if waiting:
                 waiting.pop()
                 other.save_pretrained(model)

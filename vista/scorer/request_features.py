@@ -50,6 +50,9 @@ class PairFeatures:
             if given:
                 raise ValueError("request: this model reads no features of requests; leave the argument out")
             return None
+        for name in given or {}:  # before a value is repeated per user
+            if name not in reader.values:
+                raise ValueError(f"request: {shown(name)} is not one of this model's features, {list(reader.values)}")
         of_users: dict[str, Sequence[Any]] = {}
         of_pairs: dict[str, Sequence[Any]] = {}
         for name, values in (given or {}).items():

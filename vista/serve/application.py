@@ -8,6 +8,7 @@ import os
 import re
 import threading
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -152,6 +153,8 @@ def make_application(
                 response = answer_of(DeadlineError(told), stores).as_response()
             except Exception as error:
                 response = answer_of(error, stores).as_response()
+                # These refer to the error again. Such cycles would keep bodies and their values for a long time.
+                traceback.clear_frames(error.__traceback__)
             metrics.answered(name, model, response.status_code, time.perf_counter() - began, num_candidates)
             return response
 

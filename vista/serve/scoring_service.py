@@ -29,6 +29,7 @@ from vista.errors import (
     StoreUnavailableError,
     UnknownUserError,
     VistaError,
+    shown,
 )
 from vista.installation import __version__
 from vista.log.histories import NO_TIMESTAMP, RowFeatures
@@ -37,6 +38,7 @@ from vista.model.item_index import MANIFEST_FILE
 from vista.model.saved_model import CONFIG_FILE
 from vista.model.vista_model import VistaModel
 from vista.scorer import Ranking, Scorer, Tail
+from vista.serve.http_protocol import has_few_values
 from vista.store.reader import StoreReader
 from vista.store.shards import ShardedReader
 
@@ -50,8 +52,14 @@ MAX_EXPLAINED = 100
 OF_REQUESTS = (ValueError, TypeError, OverflowError, VistaError)
 """Errors that an invalid request causes."""
 MAX_REQUESTS = 16
+MAX_VALUES = 3 << 18
+"""Most values of a body. Each takes up to 90 bytes of memory: an empty list does, which is one byte of MessagePack."""
 MAX_BYTES = 4096
 """Most bytes of the bodies of a batch, about 600 ids: longer lists keep a core busy alone, and would delay others."""
+
+
+Value = str | float | int | None
+Values = dict[str, Value | list[Value | list[Value]]]
 
 
 class TailEvent(msgspec.Struct, forbid_unknown_fields=True):
@@ -62,7 +70,7 @@ class TailEvent(msgspec.Struct, forbid_unknown_fields=True):
     """ms since 1970."""
     action: str | None = None
     """Type of the action, such as "view"; may be left out if the model has only one."""
-    features: dict[str, str | float | int | None] = msgspec.field(default_factory=dict)
+    features: dict[str, Value] = msgspec.field(default_factory=dict)
     """Features of the event by name."""
 
 
@@ -78,7 +86,7 @@ class ScoreBody(msgspec.Struct, forbid_unknown_fields=True):
     """Per user, the events since the refresh."""
     now: int | list[int] | None = None
     """Time of the request in ms, one or one per user; by default the server's clock."""
-    request: dict[str, Any] = msgspec.field(default_factory=dict)
+    request: Values = msgspec.field(default_factory=dict)
     """Features of the request by name: one value, one per user, or one list per user with one value per candidate."""
     model: str | None = None
     """Name of the model, if the service has several; by default, the model that the split assigns."""
@@ -100,7 +108,7 @@ class RankBody(msgspec.Struct, forbid_unknown_fields=True):
     """The user's events since the refresh."""
     now: int | None = None
     """Time of the request in ms; by default the server's clock."""
-    request: dict[str, Any] = msgspec.field(default_factory=dict)
+    request: Values = msgspec.field(default_factory=dict)
     """Features of the request by name: one value, or one list with one value per candidate."""
     model: str | None = None
     """Name of the model, if the service has several; by default, the model that the split assigns."""
@@ -128,7 +136,7 @@ class RetrieveBody(msgspec.Struct, forbid_unknown_fields=True):
     """Per user, the events since the refresh."""
     now: int | list[int] | None = None
     """Time of the request in ms, one or one per user; by default the server's clock."""
-    request: dict[str, Any] = msgspec.field(default_factory=dict)
+    request: Values = msgspec.field(default_factory=dict)
     """Features of the request by name: one value, or one per user."""
     model: str | None = None
     """Name of the model, if the service has several; by default, the model that the split assigns."""
@@ -145,7 +153,7 @@ class ExplainBody(msgspec.Struct, forbid_unknown_fields=True):
     """The user's events since the refresh."""
     now: int | None = None
     """Time of the request in ms; by default the server's clock."""
-    request: dict[str, Any] = msgspec.field(default_factory=dict)
+    request: Values = msgspec.field(default_factory=dict)
     """Features of the request by name: one value, or one list with one value per candidate."""
     model: str | None = None
     """Name of the model, if the service has several; by default, the model that the split assigns."""
@@ -165,7 +173,10 @@ def decoded(body: bytes, kind: type[Body], media_type: str) -> Body:
     Raises:
         msgspec.DecodeError: the bytes are not valid JSON or MessagePack.
         msgspec.ValidationError: a field is missing, unknown, or has another type.
+        BodyTooLargeError: it has more than MAX_VALUES values.
     """
+    if len(body) > MAX_VALUES and not has_few_values(body, MAX_VALUES, packed=media_type == MSGPACK):
+        raise BodyTooLargeError(f"the body has more than {MAX_VALUES:,} values; send several requests")
     try:
         if media_type == MSGPACK:
             return msgspec.msgpack.decode(body, type=kind)
@@ -207,15 +218,28 @@ def candidate_ids(given: Sequence[Any] | bytes) -> Any:
     return [item for row in rows for item in row], offsets_of(np.array([len(row) for row in rows], np.int64))
 
 
-def tail_of(given: Sequence[Sequence[TailEvent]] | None) -> Tail | None:
+def tail_of(given: Sequence[Sequence[TailEvent]] | None, model: VistaModel) -> Tail | None:
     """Events since the refresh, per user, as a scorer takes them.
 
     Actions stay names, because a reload can put another model into service before the call.
+
+    Raises:
+        ValueError: the model does not know a feature.
+        BodyTooLargeError: the columns of features, which have a cell for each event, have more than MAX_VALUES cells.
     """
     if given is None:
         return None
     events = [event for own in given for event in own]
     names = dict.fromkeys(name for event in events for name in event.features)
+    known = {} if model.event_features is None else model.event_features.values
+    for name in names:  # before there is a column for each
+        if name not in known:
+            raise ValueError(f"tail.features: {shown(name)} is not one of this model's features, {list(known)}")
+    if len(names) * len(events) > MAX_VALUES:
+        raise BodyTooLargeError(
+            f"tail: {len(events):,} events with {len(names)} features are more than {MAX_VALUES:,} values; send "
+            "several requests"
+        )
     return Tail(
         [event.item for event in events],  # type: ignore[arg-type]
         np.array([event.time for event in events], object if _has_large(events) else np.int64),
@@ -438,7 +462,7 @@ class ScoringService:
         if asked.tail is not None:
             _require_one_per_user(len(asked.tail), asked, "tail")
         return {
-            "tail": tail_of(asked.tail),
+            "tail": tail_of(asked.tail, self.scorer.model),
             "now": server_time() if asked.now is None else asked.now,
             "request": asked.request or None,
         }
@@ -448,7 +472,7 @@ class ScoringService:
         features = {name: [value] if isinstance(value, list) else value for name, value in asked.request.items()}
         tail = None if asked.tail is None else [asked.tail]
         return {
-            "tail": tail_of(tail),
+            "tail": tail_of(tail, self.scorer.model),
             "now": server_time() if asked.now is None else asked.now,
             "request": features or None,
         }
