@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import select
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -16,7 +18,7 @@ import pytest
 import uvicorn
 
 from tests.conftest import ITEMS, Served
-from tests.serve.running_service import TIMEOUT_S, RunningService, running, until
+from tests.serve.running_service import TIMEOUT_S, RunningService, peak_bytes, resident_bytes, running, until
 from vista.errors import ConfigError
 from vista.serve import http_protocol
 from vista.serve.http_protocol import BoundedHttpProtocol
@@ -312,8 +314,10 @@ class Application:
         self.free = threading.Event()
         self.headers: list[tuple[bytes, bytes]] = []
         """Of the last request, when it is answered."""
+        self.num_calls = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.num_calls += 1
         while scope["path"] == "/slow" and not self.free.is_set():
             await asyncio.sleep(0.01)
         while scope["path"] == "/read" and (await receive()).get("more_body"):
@@ -517,6 +521,84 @@ def test_half_closed_connections_get_their_answers(patient: BoundedServer, numbe
         patient.application.free.set()
         assert all_of(connection).count(b"HTTP/1.1 200") == number
     until(lambda: patient.num_open == 0)
+
+
+def test_pipelined_requests_of_a_connection(patient: BoundedServer) -> None:
+    """Those beyond the limit get no answer; the client has to send them again."""
+    with patient.connect() as connection:
+        connection.sendall(b"GET /slow HTTP/1.1\r\n\r\n" + b"POST /read HTTP/1.1\r\nContent-Length: 2\r\n\r\nxx" * 99)
+        until(lambda: patient.num_open == 1 and patient.application.num_calls == 1)
+        patient.application.free.set()
+        answers = all_of(connection)
+    assert answers.count(b"HTTP/1.1 200") == 1 + http_protocol.MAX_PIPELINED
+    assert answers.count(b"connection: close") == 1 and answers.endswith(b"connection: close\r\n\r\nxx")
+    until(lambda: patient.num_open == 0)
+
+
+def test_pipelined_requests_of_all_connections(patient: BoundedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "MAX_WAITING_BYTES", 5000)
+    sent = b"GET /slow HTTP/1.1\r\n\r\n" + b"POST / HTTP/1.1\r\nContent-Length: 3000\r\n\r\n" + b"x" * 3000
+    with patient.connect() as kept:
+        kept.sendall(sent)
+        until(lambda: patient.application.num_calls == 1)
+        with patient.connect() as refused:
+            refused.sendall(sent)
+            assert not all_of(refused) and patient.refused == [429]
+        patient.application.free.set()
+        assert _num_answers(kept, 2) == 2
+        kept.sendall(sent)
+        assert _num_answers(kept, 2) == 2
+
+
+def _num_answers(connection: socket.socket, expected: int) -> int:
+    held = b""
+    while held.count(b"\r\n\r\nxx") < expected:
+        held += connection.recv(1 << 16)
+    return held.count(b"HTTP/1.1 200")
+
+
+def test_a_client_that_leaves_its_requests(patient: BoundedServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Those that wait are forgotten, and the answer to the first one goes nowhere."""
+    with patient.connect() as connection:
+        connection.sendall(b"GET /slow HTTP/1.1\r\n\r\n" * 10)
+        until(lambda: patient.application.num_calls == 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # sends a reset
+    patient.server.server_state.total_requests = 0
+    patient.application.free.set()
+    until(lambda: patient.num_open == 0 and not patient.server.server_state.tasks)
+    assert patient.application.num_calls == 1 and not caplog.records
+
+
+def test_too_many_headers(patient: BoundedServer) -> None:
+    with patient.connect() as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\n" + b"a:\r\n" * 129 + b"\r\n")
+        assert all_of(connection).startswith(b"HTTP/1.1 431")
+    assert patient.refused == [431] and not patient.application.num_calls
+
+
+@pytest.mark.parametrize("head", [b"GET /v1/model", b"POST /v1/score"])
+def test_memory_of_pipelined_requests(pipelined: RunningService, head: bytes) -> None:
+    """60 MB of requests, aligned to the server's reads, without a token and from a client that takes no answer."""
+    body = b"" if head.startswith(b"GET") else b" " * 2048
+    request = b"%s HTTP/1.1\r\nContent-Length: %d\r\nA: " % (head, len(body))
+    request += b"a" * (-(len(request) + 4 + len(body)) % 64) + b"\r\n\r\n" + body
+    start = resident_bytes(pipelined)
+    with pipelined.connect() as connection, contextlib.suppress(OSError):
+        connection.settimeout(5)
+        for _ in range(60):
+            connection.sendall(request * ((1 << 20) // len(request)))
+    assert peak_bytes(pipelined) < start + 30e6
+    until(lambda: resident_bytes(pipelined) < start + 15e6)
+    assert "Traceback" not in pipelined.log
+
+
+@pytest.fixture(scope="module")
+def pipelined(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
+    """A service with a token."""
+    token = tmp_path_factory.mktemp("token") / "token"
+    token.write_text("a-token-of-some-length")
+    with running(f"model={served.model_dir}", f"store={served.store}", f"token_file={token}") as opened:
+        yield opened
 
 
 def test_what_is_not_http(patient: BoundedServer) -> None:

@@ -1,5 +1,5 @@
-"""uvicorn's HTTP protocol with limits on what a connection may take, of which uvicorn has none; errors as clients get
-them; and the tokens that clients can send."""
+"""uvicorn's HTTP protocol with limits on what a connection may take, of which uvicorn has none; how many values a body
+has; and errors as clients get them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import asyncio
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
 import fastapi
 import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from vista.errors import (
     BodyTooLargeError,
@@ -132,15 +133,32 @@ for _first, _width in zip((0xC4, 0xC5, 0xC6, 0xC7, 0xC8, 0xC9, 0xD9, 0xDA, 0xDB)
 
 
 MAX_HEAD_BYTES = 64 << 10
+MAX_HEADERS = 128
+MAX_PIPELINED = 16
+"""Requests of a connection that wait for the answer to an earlier one."""
+MAX_WAITING_BYTES = 16 << 20
+"""Of the requests of all connections of a worker that wait for the answer to an earlier one."""
 HEAD_S = 10.0
 """Seconds that a client has to connect and send the first line and the headers."""
 WRITE_S = 30.0
 """Seconds that a client has to take an answer that does not fit into the buffers of the connection."""
 
 
+class _Flow(FlowControl):
+    """Does not read while requests of the connection wait for an earlier one. uvicorn reads more after each answer."""
+
+    def __init__(self, transport: asyncio.Transport, waiting: Sized) -> None:
+        super().__init__(transport)
+        self._waiting = waiting
+
+    def resume_reading(self) -> None:
+        if not self._waiting:
+            super().resume_reading()
+
+
 class BoundedHttpProtocol(HttpToolsProtocol):
-    """Refuses connections beyond a number, and closes those whose requests are too long or too slow, or whose answers
-    are not taken.
+    """Refuses connections beyond a number, and closes those whose requests are too long, too slow, or too many at the
+    same time, or whose answers are not taken. All of this is before a request is authorized.
 
     Args:
         arguments, more: those of uvicorn.
@@ -165,6 +183,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._on_refused_connection = on_refused_connection
         self._on_refused_request = on_refused_request
         self._in_head = False
+        self._is_full = False
+        """Whether what follows is ignored, because the connection will be closed after the requests that wait."""
+        self._running: RequestResponseCycle | None = None
+        """The latest request that the application got; `cycle` is the latest that was received."""
+        self._waiting_bytes = 0
+        """Received since requests wait."""
         self._bytes_without_body = 0
         """Received since a head began, or since the last part of a body."""
         self._has_body_part = False
@@ -175,6 +199,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Refuse the connection, or start the clock."""
         super().connection_made(transport)
+        self.flow = _Flow(transport, self.pipeline)
         if len(self.connections) > self._max_connections:
             self._on_refused_connection()
             text = f"this worker has {self._max_connections} open connections, the maximum (max_connections)"
@@ -183,9 +208,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._require_in(HEAD_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clocks."""
+        """Stop the clocks, and forget the requests that wait."""
         self._stop_reading_clock()
         self._stop_writing_clock()
+        self.pipeline.clear()
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -197,10 +226,18 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Count the bytes of heads and trailers, and start the clock if the client owes the end of a request."""
+        if self._is_full:
+            return
         self._has_body_part = False
         super().data_received(data)
         if self.transport.is_closing():
             return
+        if self.pipeline:
+            self._waiting_bytes += len(data)
+            if sum(one._waiting_bytes for one in self.connections) > MAX_WAITING_BYTES:
+                self._on_refused_request(429)
+                self.transport.abort()
+                return
         if self._reading is None:
             if self.cycle is None or self.cycle.response_complete:  # An empty line, or the end of an ignored body.
                 self._require_in(HEAD_S)
@@ -210,7 +247,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
                 self._refuse_long_head()
 
     def on_message_begin(self) -> None:
-        """A head begins."""
+        """A head begins. If too many requests wait, the connection is closed after them."""
+        if len(self.pipeline) == MAX_PIPELINED:
+            self._is_full, self._in_head, self.cycle.keep_alive = True, False, False
+        if self._is_full:
+            return
         super().on_message_begin()
         self._in_head = True
         if self._reading is None:
@@ -220,9 +261,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """Keep a header, but not a trailer, which could replace one that has been checked."""
         if self._in_head:
             super().on_header(name, value)
+            if len(self.headers) > MAX_HEADERS:
+                self._is_full, self._in_head = True, False
+                self._refuse_long_head()
 
     def on_headers_complete(self) -> None:
         """A head ends."""
+        if self._is_full:
+            return
         self._in_head = False
         self._stop_reading_clock()
         self._require_in(self._body_s)
@@ -230,19 +276,29 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """A part of a body, whose bytes the application counts."""
+        if self._is_full:
+            return
         self._has_body_part, self._bytes_without_body = True, 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         """A body ends."""
+        if self._is_full:
+            return
         self._stop_reading_clock()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """An answer has been written; if the connection closes after it, the client must take it in time."""
         super().on_response_complete()
+        if not self.pipeline:
+            self._waiting_bytes = 0
         if self.transport.is_closing():
             self.pause_writing()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def pause_writing(self) -> None:
         """The buffer of the connection is full."""
@@ -267,7 +323,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if not self._in_head and self.cycle is not None and self.cycle.response_started:
             self.transport.abort()  # Trailers of a request that has its answer.
         else:
-            text = f"the headers or trailers exceed {MAX_HEAD_BYTES:,} bytes"
+            text = f"the headers or trailers exceed {MAX_HEAD_BYTES:,} bytes, or are more than {MAX_HEADERS}"
             self._refuse(ErrorAnswer(431, "HeadTooLargeError", text))
 
     def _refuse(self, answer: ErrorAnswer) -> None:
