@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from types import NoneType, UnionType
@@ -556,3 +557,15 @@ class Sampler(Enum):
     """Every combination of the listed values."""
     tpe = "tpe"
     """Optuna's tree-structured Parzen estimator, based on the validation metrics of previous trials."""
+
+
+_PASSWORD = re.compile(
+    r"^(rediss?:/+[^/:]*):(?!\S*:\s).*(?=@)|\b(rediss?:/+[^/:\s]*):\S*(?=@)|\b([a-z][a-z0-9+.-]*:/+[^/:@\s]*):[^/@\s]*(?=@)"
+)
+"""In the URL of a store or a server, what comes before the password, and the password. In a text that is a URL, and not
+an error that begins with one, passwords of stores may have spaces."""
+
+
+def without_password(text: str) -> str:
+    """A URL, or a text that holds some, without the passwords in them: for all that is shown, logged, or written."""
+    return _PASSWORD.sub(r"\1\2\3", text)
