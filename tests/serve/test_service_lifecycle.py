@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import logging
@@ -30,6 +31,7 @@ from vista.cli.item_commands import run_index
 from vista.cli.main import main
 from vista.config import IndexConfig, ServeConfig
 from vista.errors import CheckpointError
+from vista.model.item_projections import RETRIEVAL_FILE
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
@@ -363,6 +365,25 @@ def test_a_new_key_of_records_and_a_new_token(served: Served, tmp_path: Path) ->
         assert statuses(service, old) == {401} and statuses(service, new) == {200}
     for each in (load, second):
         assert each.counts["answered"] and not each.counts["refused"] and not each.wrong
+
+
+def test_a_mapped_file_that_is_overwritten_in_place(folders: tuple[Path, Path]) -> None:
+    """The system ends the workers, others take their place, and the log says why."""
+    model, store = folders
+    file = model / RETRIEVAL_FILE
+    asked, content = {"users": USERS, "candidates": ITEMS, "now": NOW}, file.read_bytes()
+    with running(f"model={model}", f"store={store}", "workers=2") as service:
+        expected = service.fetch("/v1/score", asked)[1]
+
+        def answer() -> Any:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return service.fetch("/v1/score", asked)[1]
+
+        file.write_bytes(b"")
+        until(lambda: answer() is None and "was overwritten in place; copy into another folder" in service.log)
+        file.write_bytes(content)
+        until(lambda: answer() == expected)
+        assert "Fatal Python error: Bus error" in service.log
 
 
 def test_a_planned_stop_of_a_worker_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
