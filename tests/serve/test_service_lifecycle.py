@@ -37,8 +37,8 @@ from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.serve.served_models import ONE_MODEL, ServedModels
 from vista.serve.service_metrics import ServiceMetrics
-from vista.serve.shared import shared_numbers
-from vista.serve.worker_pool import WorkerPool, _Worker
+from vista.serve.shared import TOKEN_VARIABLE, shared_numbers
+from vista.serve.worker_pool import WorkerPool, _Worker, run_server
 from vista.store.admin import copy_generation
 from vista.store.record_spec import read_key
 from vista.store.writer import erase
@@ -274,6 +274,15 @@ def _answers(port: int) -> bool:
 def test_what_cannot_be_served(served: Served, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", f"model={served.model_dir}", f"store={served.store}", "port=0", *words]) in (1, 2)
     assert said in capsys.readouterr().err
+
+
+def test_an_open_address_without_a_token(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("vista.serve.worker.run_worker", lambda *_: None)
+    for host, token, warns in (("0.0.0.0", None, True), ("0.0.0.0", "a" * 16, False), ("127.0.0.1", None, False)):
+        monkeypatch.setenv(TOKEN_VARIABLE, token) if token else monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+        caplog.clear()
+        run_server(ServeConfig(host=host, port=0))
+        assert ("anyone who can reach 0.0.0.0 may send requests; set token_file" in caplog.text) == warns
 
 
 def test_workers_that_cannot_start(served: Served) -> None:
