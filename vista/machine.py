@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vista.errors import ConfigError
@@ -105,6 +106,21 @@ def bound_socket(host: str, port: int, *, shared: bool = False) -> socket.socket
             "uses it"
         ) from error
     return bound
+
+
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:[0-9]*)?")
+
+
+def names_host(header: bytes, hosts: Sequence[str] = LOCAL_HOSTS) -> bool:
+    """Whether the value of the header Host is one of some names, with any port; IPv6 addresses are in brackets.
+
+    A service that relies on its address, because only this machine can reach it, must check this: a browser of this
+    machine also shows web pages of others. If the name of such a page resolves to this machine (DNS rebinding), the
+    page may read the answers, and only the header Host, which every browser sends, tells its requests from others.
+    """
+    found = _HOST.fullmatch(header.decode("latin-1").lower())
+    return found is not None and found[1] in hosts
 
 
 def is_loopback(bound: socket.socket) -> bool:

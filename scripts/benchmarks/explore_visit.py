@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 from scripts.benchmarks.serve_load import REPOSITORY, vista_process
 
@@ -27,7 +28,7 @@ TIMEOUT_S = 300.0
 FIGURES, MOST_PIXELS = Path("docs/guides/figures"), 1800
 """Folder of the screenshots, and their largest height."""
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-_URL = re.compile(r"on (http://127\.0\.0\.1:\d+);")
+_URL = re.compile(r"on (http://127\.0\.0\.1:\d+/\?token=\S+);")
 # Streamlit has these while the script runs, while a part waits for it, or while elements are of an earlier run.
 _BUSY = ", ".join(
     [
@@ -64,7 +65,7 @@ def wait_for_server(url: str) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"{url}/_stcore/health", timeout=TIMEOUT_S):
+            with urllib.request.urlopen(urljoin(url, "/_stcore/health"), timeout=TIMEOUT_S):
                 return
         except OSError:
             time.sleep(0.1)
@@ -108,7 +109,7 @@ class ExploreVisit:
         self.page = self._browser.new_context(viewport=SIZE).new_page()
         self.page.set_default_timeout(1000 * TIMEOUT_S)
         began = time.perf_counter()
-        self.page.goto(self._url + query, wait_until="commit")
+        self.page.goto(self._url + query.replace("?", "&"), wait_until="commit")
         self.page.get_by_role("heading", name="vista explore").wait_for()
         return time.perf_counter() - began
 

@@ -500,3 +500,13 @@ def test_a_model_without_features_is_refused(served: Served, tmp_path: Path) -> 
         add(tmp_path / "run" / "best", features(NEW))
     with pytest.raises(CheckpointError, match="no readable model"):
         run_items_add(ItemsAddConfig(model=str(tmp_path / "nothing")))
+
+
+@pytest.mark.parametrize("content", [b"caf\xe9", b"a" * ((1 << 20) + 1)], ids=["Latin-1", "large"])
+def test_a_card_that_cannot_be_kept(shop: tuple[Path, Path], content: bytes) -> None:
+    model, _ = shop
+    (model / "README.md").write_bytes(content)
+    before = (model / "config.json").read_bytes()
+    with pytest.raises(CheckpointError, match=r"README\.md: is not text in UTF-8 that can be read"):
+        add(model, features(NEW))
+    assert (model / "config.json").read_bytes() == before

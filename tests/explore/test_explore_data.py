@@ -386,6 +386,15 @@ def test_a_run_that_is_half_written(tmp_path: Path) -> None:
     assert "nor are the 2 lines after it" in RunCurves.of(more).problems[1]
 
 
+def test_measurements_that_cannot_be_read(served: Served, tmp_path: Path) -> None:
+    """A finished run is named, instead of shown without numbers."""
+    run = Path(shutil.copytree(served.config.run_dir, tmp_path / "run"))
+    (run / "metrics.jsonl").write_bytes(b"\xff" * 100)
+    assert RunCurves.of(run).problems == ["half written: line 1 of metrics.jsonl cannot be read"]
+    (run / "metrics.jsonl").unlink()
+    assert RunCurves.of(run).problems == ["half written: metrics.jsonl is missing"]
+
+
 def test_a_run_that_was_killed(served: Served, tmp_path: Path) -> None:
     run = Path(shutil.copytree(served.config.run_dir, tmp_path / "killed"))
     facts = json.loads((run / "run.json").read_text())

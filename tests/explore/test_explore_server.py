@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -65,7 +66,7 @@ def running(folder: Path, **variables: str | None) -> Iterator[Running]:
         try:
             for line in process.stderr:
                 said.append(line)
-                if found := re.search(r"on (http://127\.0\.0\.1:\d+);", line):
+                if found := re.search(r"on (http://127\.0\.0\.1:\d+/\?token=\S+);", line):
                     break
             else:
                 raise AssertionError("".join(said))
@@ -84,7 +85,9 @@ def wait_until_it_answers(url: str) -> None:
     deadline = time.monotonic() + START_S
     while True:
         try:
-            with urllib.request.urlopen(url, timeout=START_S) as answer:
+            opener = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+            with opener.open(url, timeout=START_S) as answer:
+                assert answer.url == url.partition("?")[0]
                 assert answer.status == 200 and "<title>Streamlit</title>" in answer.read().decode()
             return
         except OSError:
@@ -99,9 +102,47 @@ def test_a_browser_opens_the_page_and_only_this_machine_can_connect(tmp_path: Pa
         wait_for(lambda: opened.exists() and opened.read_text().endswith("\n"))
         assert opened.read_text() == f"{page.url}\n"
         with socket.socket() as other, pytest.raises(ConnectionRefusedError):
-            other.connect(("127.0.0.2", int(page.url.rpartition(":")[2])))
+            other.connect(("127.0.0.2", urlsplit(page.url).port))
+        refuses_other_hosts_and_origins(page)
     assert len(page.said) == 1
-    assert "--browser.gatherUsageStats=false" in streamlit_options(1), "nothing is reported"
+    assert streamlit_options(1)["browser.gatherUsageStats"] is False, "nothing is reported"
+
+
+def refuses_other_hosts_and_origins(page: Running) -> None:
+    """Another site that resolves to this machine, or that opens a WebSocket, gets nothing: not even with the token."""
+    address = urlsplit(page.url)
+    port, token = address.port, address.query.partition("=")[2]
+    host, cookie = f"127.0.0.1:{port}", f"vista_explore_{port}={token}"
+    upgrade = "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"
+    upgrade += ("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",)
+
+    def first_line(target: str, host: str, origin: str | None, cookie: str, more: tuple[str, ...] = ()) -> str:
+        lines = [f"GET {target} HTTP/1.1", f"Host: {host}", f"Cookie: {cookie}", *more]
+        lines += [] if origin is None else [f"Origin: {origin}"]
+        with socket.create_connection(("127.0.0.1", port), START_S) as connection:
+            connection.sendall("\r\n".join([*lines, "", ""]).encode())
+            received = connection.recv(1 << 16).decode("latin-1")
+        if " 403 " in received.partition("\r\n")[0]:
+            assert "Streamlit" not in received
+        return received.split()[1]
+
+    stream = "/_stcore/stream"
+    own = f"http://{host}"
+    assert first_line(stream, host, own, cookie, upgrade) == "101"
+    assert first_line(stream, f"localhost:{port}", f"http://localhost:{port}", cookie, upgrade) == "101"
+    assert first_line("/", host, None, cookie) == "200" and first_line("/_stcore/health", host, None, "") == "200"
+    for foreign, origin, sent in (
+        ("evil.example", "http://evil.example", cookie),
+        (f"evil.example:{port}", f"http://evil.example:{port}", cookie),
+        (host, "http://evil.example", cookie),
+        (host, "http://127.0.0.1:1", cookie),
+        (host, "null", cookie),
+        (host, own, ""),
+        (host, own, f"vista_explore_{port}=wrong"),
+    ):
+        assert first_line(stream, foreign, origin, sent, upgrade) == "403", (foreign, origin, sent)
+        for target in ("/", "/_stcore/host-config", f"/?token={'' if 'evil' not in foreign else token}"):
+            assert first_line(target, foreign, origin, sent) == "403", (target, foreign, origin, sent)
 
 
 @pytest.mark.nightly

@@ -308,6 +308,12 @@ def test_any_number_of_users_candidates_events_and_keys(exported: Path, folder: 
     outputs = graph(*(torch.from_numpy(cut[name]) for name in graph.names))
     expected = {f"output:{name}": own.numpy() for name, own in zip(graph.outputs, outputs, strict=True)}
     np.savez(tmp_path / "empty.npz", **cut, **expected)  # type: ignore[arg-type]
+    arrays = {name: array.copy() for name, array in trial.arrays.items()}
+    arrays["candidates"][:, 0] = arrays["tail_items"][:, 0] = 0
+    outputs = graph(*(torch.from_numpy(arrays[name]) for name in graph.names))
+    expected = {f"output:{name}": own.detach().numpy() for name, own in zip(graph.outputs, outputs, strict=True)}
+    arrays["candidates"][:, 0] = arrays["tail_items"][:, 0] = -1
+    np.savez(tmp_path / "unknown.npz", **arrays, **expected)  # type: ignore[arg-type]
     assert {users for users, *_ in shapes} >= {1, 2, 7}
     assert {candidates for _, candidates, _ in shapes} >= {1, 2, 17}
     assert len({events for *_, events in shapes}) > 1

@@ -23,8 +23,7 @@ from vista.config import IndexConfig, SourceColumns
 from vista.config.checks import Split
 from vista.log.event_log import EventLog
 from vista.refresh import refresh
-from vista.serve import scoring_service
-from vista.serve.scoring_service import JSON, MSGPACK
+from vista.serve.http_protocol import has_few_values
 from vista.training.trainer import train
 
 TOKEN = "a-token-of-some-length"
@@ -414,14 +413,10 @@ def detailed_bytes(detailed: RunningService) -> int:
 def test_values_are_counted_before_they_are_built(value: Any) -> None:
     """Exactly in MessagePack. In JSON, at least all but one."""
     count = _num_values(value)
-    with pytest.MonkeyPatch.context() as patch:
-        for most in range(max(0, count - 2), count + 1):
-            patch.setattr(scoring_service, "MAX_VALUES", most)
-            if (packed := encoded(value, packed=True))[
-                :1
-            ] not in b'"{[':  # else it is JSON, of a value that has no code
-                assert scoring_service._has_few_values(packed, MSGPACK) == (most == count)
-            assert most > count - 2 or not scoring_service._has_few_values(encoded(value, packed=False), JSON)
+    for most in range(max(0, count - 2), count + 1):
+        if (packed := encoded(value, packed=True))[:1] not in b'"{[':  # else it is JSON, of a value that has no code
+            assert has_few_values(packed, most, packed=True) == (most == count)
+        assert most > count - 2 or not has_few_values(encoded(value, packed=False), most, packed=False)
 
 
 def _num_values(value: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import logging
@@ -30,13 +31,14 @@ from vista.cli.item_commands import run_index
 from vista.cli.main import main
 from vista.config import IndexConfig, ServeConfig
 from vista.errors import CheckpointError
+from vista.model.item_projections import RETRIEVAL_FILE
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.serve.served_models import ONE_MODEL, ServedModels
 from vista.serve.service_metrics import ServiceMetrics
-from vista.serve.shared import shared_numbers
-from vista.serve.worker_pool import WorkerPool, _Worker
+from vista.serve.shared import TOKEN_VARIABLE, shared_numbers
+from vista.serve.worker_pool import WorkerPool, _Worker, run_server
 from vista.store.admin import copy_generation
 from vista.store.record_encoding import read_key
 from vista.store.writer import erase
@@ -278,6 +280,15 @@ def test_what_cannot_be_served(served: Served, words: list[str], said: str, caps
     assert said in capsys.readouterr().err
 
 
+def test_an_open_address_without_a_token(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("vista.serve.worker.run_worker", lambda *_: None)
+    for host, token, warns in (("0.0.0.0", None, True), ("0.0.0.0", "a" * 16, False), ("127.0.0.1", None, False)):
+        monkeypatch.setenv(TOKEN_VARIABLE, token) if token else monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+        caplog.clear()
+        run_server(ServeConfig(host=host, port=0))
+        assert ("anyone who can reach 0.0.0.0 may send requests; set token_file" in caplog.text) == warns
+
+
 def test_workers_that_cannot_start(served: Served) -> None:
     """The service ends, and says why once."""
     process = ForkedProcess(("port=0", "model=nowhere", f"store={served.store}", "workers=3"))
@@ -367,6 +378,25 @@ def test_a_new_key_of_records_and_a_new_token(served: Served, tmp_path: Path) ->
         assert statuses(service, old) == {401} and statuses(service, new) == {200}
     for each in (load, second):
         assert each.counts["answered"] and not each.counts["refused"] and not each.wrong
+
+
+def test_a_mapped_file_that_is_overwritten_in_place(folders: tuple[Path, Path]) -> None:
+    """The system ends the workers, others take their place, and the log says why."""
+    model, store = folders
+    file = model / RETRIEVAL_FILE
+    asked, content = {"users": USERS, "candidates": ITEMS, "now": NOW}, file.read_bytes()
+    with running(f"model={model}", f"store={store}", "workers=2") as service:
+        expected = service.fetch("/v1/score", asked)[1]
+
+        def answer() -> Any:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                return service.fetch("/v1/score", asked)[1]
+
+        file.write_bytes(b"")
+        until(lambda: answer() is None and "was overwritten in place; copy into another folder" in service.log)
+        file.write_bytes(content)
+        until(lambda: answer() == expected)
+        assert "Fatal Python error: Bus error" in service.log
 
 
 def test_a_planned_stop_of_a_worker_is_no_error(caplog: pytest.LogCaptureFixture) -> None:

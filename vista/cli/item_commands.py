@@ -19,7 +19,7 @@ from vista.arrays import Float32s
 from vista.config import IndexConfig, ItemsAddConfig, ItemsEmbedConfig, ItemsTokenizeConfig
 from vista.config.checks import IndexKind
 from vista.errors import CheckpointError, ConfigError, DataError, ItemIndexError, MissingDependencyError, shown
-from vista.files import checked_path, recover_folder, writable_file
+from vista.files import checked_path, read_limited, recover_folder, writable_file
 from vista.installation import install_command, require_module
 from vista.progress_bar import elapsed_time, progress_bar
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vista.model.codebooks import Codebooks, ResidualCodes
     from vista.model.vista_model import VistaModel
 
-CARD_FILE = "README.md"
+CARD_FILE, MAX_CARD_BYTES = "README.md", 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,7 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
                 f"model={folder}: was trained without item features, so it cannot rank new items; add features to the "
                 "log with `vista prepare append=true items.paths=[…]`, then retrain"
             )
+        card = _card(folder / CARD_FILE)
         dims = {column.name: column.size for column in model.schema.item_features if column.kind == "vector"}
         with elapsed_time("read items"):
             items, features = read_items(with_columns(config.items, columns), model.items.kind, dims)
@@ -101,11 +102,22 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
             paths = ", ".join(config.items.paths)
             check_categories(model.config, features, Vocabulary.from_ids(ids[new]), paths)
             unseen = _unseen_values(features, model)
-            card = folder / CARD_FILE
             with elapsed_time("extend the model"):
                 model = with_items(model, ids[new].tolist(), features)
-                model.save_pretrained(folder, card=card.read_text(encoding="utf-8") if card.is_file() else None)
+                model.save_pretrained(folder, card=card)
     return ItemsAdded(str(folder), len(new), len(known), differing, len(model.items), unseen)
+
+
+def _card(path: Path) -> str | None:
+    """The model card, which the extended model keeps; None if there is none."""
+    try:
+        return read_limited(path, MAX_CARD_BYTES).decode()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{path}: is not text in UTF-8 that can be read ({error}); correct or remove it"
+        ) from error
 
 
 def _unseen_values(features: ItemFeatures, model: VistaModel) -> dict[str, str]:

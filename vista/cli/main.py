@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from vista.cli.command_table import COMMANDS
+from vista.config.checks import without_password
 from vista.errors import ConfigError, VistaError, shortened
 from vista.installation import __version__, install_command
 
@@ -113,7 +114,7 @@ def _dispatch(words: Sequence[str]) -> int:
 def _fail(message: str, code: int) -> int:
     rank = _rank()
     name = "" if rank is None else f"rank {rank}: "
-    print(name + " ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
+    print(name + without_password(" ".join(line.strip() for line in message.splitlines())), file=sys.stderr)
     return code
 
 

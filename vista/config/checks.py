@@ -531,6 +531,18 @@ class RunOrder(Enum):
     """The smallest model first."""
 
 
+_PASSWORD = re.compile(
+    r"^(rediss?:/+[^/:]*):(?!\S*:\s).*(?=@)|\b(rediss?:/+[^/:\s]*):\S*(?=@)|\b([a-z][a-z0-9+.-]*:/+[^/:@\s]*):[^/@\s]*(?=@)"
+)
+"""In the URL of a store or a server, what comes before the password, and the password. In a text that is a URL, and not
+an error that begins with one, passwords of stores may have spaces."""
+
+
+def without_password(text: str) -> str:
+    """A URL, or a text that holds some, without the passwords in them: for all that is shown, logged, or written."""
+    return _PASSWORD.sub(r"\1\2\3", text)
+
+
 # Keys that several commands share. The classes have no slots, so that one with slots can inherit from several of them.
 # The order of the bases is from the last keys of the command to the first.
 

@@ -33,7 +33,7 @@ from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vista.config.checks import MAX_LEVELS, check_size, to_dict, without_none
+from vista.config.checks import MAX_LEVELS, check_size, to_dict, without_none, without_password
 from vista.config.train_config import TrainConfig
 from vista.errors import ConfigError, shown
 from vista.files import read_limited
@@ -45,8 +45,6 @@ from vista.installation import install_command
 # messages
 # of the command line are made from it.
 
-_PASSWORD = re.compile(r"^(rediss?:/+[^/:]*):.*(?=@)|^([a-z][a-z0-9+.-]*:/+[^/:@]*):[^/@]*(?=@)")
-"""In the URL of a store or a server, what comes before the password, and the password."""
 _SENTENCE = re.compile(r"(.+?[^.]\.)(\s+[A-Z`]|$)")
 
 
@@ -216,11 +214,6 @@ def _without_passwords(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_passwords(inner) for inner in value]
     return without_password(value) if isinstance(value, str) else value
-
-
-def without_password(url: str) -> str:
-    """A URL without the password in it; any other text as it is."""
-    return _PASSWORD.sub(r"\1\2", url)
 
 
 def check_value(key: str, value: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import streamlit as st
 
 from vista.config import ExploreConfig
+from vista.config.checks import without_password
 from vista.errors import VistaError
 from vista.explore.page_cache import SCORERS, user_search, workspace_of
 from vista.explore.tabs import (
@@ -93,7 +94,7 @@ def show_status(places: Places, drawn: int | None) -> None:
             f":gray-badge[:material/group: {manifest.count:,} users]",
         ]
         st.markdown(" ".join(badges), help=fresh.reason)
-        st.caption(f"model `{places.model}`  ·  store `{places.store}`")
+        st.caption(f"model `{places.model}`  ·  store `{without_password(places.store)}`")
 
 
 def choose_user(workspace: Workspace) -> int | str | None:

@@ -152,7 +152,7 @@ class RunCurves:
         files = RunFiles.read(folder)
         summary = RunSummary.of_files(files, str(folder))
         problems = [f"{summary.state}: {summary.reason}"] if summary.reason else []
-        if files.num_unread:
+        if files.num_unread and str(files.metrics_problem) not in (summary.reason or ""):
             rest = files.num_unread - 1
             more = f", nor are the {rest} lines after it" if rest else ""
             line = len(files.rows) + 1

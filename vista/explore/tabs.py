@@ -11,6 +11,7 @@ import pandas as pd
 import streamlit as st
 
 from vista.config import ExploreConfig
+from vista.config.checks import without_password
 from vista.config.composition import value_text
 from vista.errors import DataError, VistaError
 from vista.evaluation.recall import bands
@@ -331,7 +332,7 @@ def choose_other(workspace: Workspace, scorer: Scorer) -> tuple[tuple[Any, ...],
     places, choices = workspace.places, dict[str, int | None]()
     if places.other_model is not None or places.other_store is not None:
         model = f"model {places.other_model}, " if places.other_model is not None else ""
-        choices[f"{model}store {places.other_store or places.store}"] = None
+        choices[f"{model}store {without_password(places.other_store or places.store)}"] = None
     choices |= {f"generation {number} of the same store": number for number in earlier_generations(scorer)}
     if not choices:
         return None
@@ -532,8 +533,8 @@ def _show_benefit(workspace: Workspace) -> None:
         formats["gain"] = st.column_config.NumberColumn(format="%+.3f")
         right.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=formats)
         right.caption(
-            f"Store `{store}`. The model was trained with summaries; one trained without may do better. ± is half of "
-            "the 95 % interval of the gain over users."
+            f"Store `{without_password(store)}`. The model was trained with summaries; one trained without may do "
+            "better. ± is half of the 95 % interval of the gain over users."
         )
         return
     for message in refused:

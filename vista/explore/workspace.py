@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config import ExploreConfig
-from vista.config.checks import Precision
+from vista.config.checks import Precision, without_password
 from vista.errors import ConfigError, VistaError
 from vista.log.event_log import EventLog
 from vista.log.features import CategoryColumn
@@ -452,5 +452,5 @@ _SPECIAL = re.compile(r"[\\`*_\[\]{}$<>&~:#|]")
 
 
 def escaped(text: object) -> str:
-    """A text that the page shows as it is, on one line: no style, link, image, formula, or color of its own."""
-    return _SPECIAL.sub(r"\\\g<0>", " ".join(str(text).split()))
+    """A text that the page shows on one line: no style, link, image, formula, or color of its own, and no password."""
+    return _SPECIAL.sub(r"\\\g<0>", " ".join(without_password(str(text)).split()))

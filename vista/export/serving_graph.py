@@ -128,7 +128,8 @@ class ServingGraph(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Outputs in the order of `outputs`, from inputs in the order of `names`."""
         given = dict(zip(self.names, inputs, strict=True))
-        candidates, found, lengths = given["candidates"], given["found"], given["tail_lengths"]
+        found, lengths = given["found"], given["tail_lengths"]
+        candidates = given["candidates"].clamp(min=0)  # else runtimes count negative rows from the end of the table
         place = lengths[:, None] - self.tail_len + torch.arange(self.tail_len)
         valid = place >= 0
         place = place.clamp(min=0)
@@ -140,7 +141,8 @@ class ServingGraph(nn.Module):
             return newest & valid if newest.dtype is torch.bool else newest.masked_fill(~valid, 0)
 
         items = aligned("tail_items")
-        items = torch.where(items > self.num_trained, 0, items)  # items that were added later are candidates only
+        # Items that were added later are candidates only.
+        items = torch.where((items > self.num_trained) | (items < 0), 0, items)
         now = given.get("now", torch.full_like(lengths, NO_TIMESTAMP))
         times = aligned("tail_times") if "tail_times" in given else torch.zeros_like(items)
         events = F.embedding(items, self.candidate_table)[..., : self.dim]
@@ -246,7 +248,7 @@ def graph_inputs(model: VistaModel) -> list[GraphInput]:
     config, schema, counted = model.config, model.schema, model.counter_spec
     rows, reads_time = config.num_seeds + config.num_state_rows, model.encoder.gap is not None
     inputs = [
-        GraphInput("candidates", "int64", (USERS, CANDIDATES), "item rows of the candidates; 0 for an unknown item"),
+        GraphInput("candidates", "int64", (USERS, CANDIDATES), "item rows of the candidates; 0 or less if unknown"),
         GraphInput("found", "bool", (USERS,), "whether the user has a record; if not, the summary is ignored"),
     ]
     if rows:
@@ -254,7 +256,7 @@ def graph_inputs(model: VistaModel) -> list[GraphInput]:
     events = USERS, EVENTS
     inputs += [
         GraphInput("tail_lengths", "int64", (USERS,), "events in the tail; the entries after them are ignored"),
-        GraphInput("tail_items", "int64", events, "item rows of the newest events, oldest first; 0 if unknown"),
+        GraphInput("tail_items", "int64", events, "item rows of the newest events, oldest first; 0 or less if unknown"),
     ]
     if model.encoder.action is not None:
         inputs.append(GraphInput("tail_actions", "int64", events, "codes of their actions"))

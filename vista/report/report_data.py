@@ -154,7 +154,7 @@ class MeasuredRun:
         model = load_model(record.model_folder)
         if isinstance(model, HistoryModel):
             if store is not None:
-                raise ConfigError(f"store={store}: the model of {record.folder} has no summaries; leave store out")
+                raise ConfigError(f"store: the model of {record.folder} has no summaries; leave it out")
             return cls(name, record, model, evaluate_model(model, log, config), None)
         assert isinstance(model, VistaModel)
         if store is None:

@@ -214,8 +214,11 @@ class RunSummary:
             state, reason, problems = "running", None, []
         elif state == "running":
             state, reason = "stopped", "its process was killed"
-        elif state == "finished" and not (path / "best" / "config.json").is_file():
-            problems.append("best/ is missing")
+        elif state == "finished":
+            if not (path / "best" / "config.json").is_file():
+                problems.append("best/ is missing")
+            if files.num_unread and not files.rows:  # A crash can cut off the last of several lines.
+                problems.append(str(files.metrics_problem))
         if problems:
             state, reason = HALF_WRITTEN, "; ".join(problems)
         seconds = validated[-1].get("seconds") if validated else None

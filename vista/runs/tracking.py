@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from vista.config.checks import TrackerKind
-from vista.config.composition import without_password
+from vista.config.checks import TrackerKind, without_password
 from vista.config.train_config import TrackingConfig
 from vista.errors import ConfigError, MissingDependencyError, TrackingError
 from vista.files import NUMBER, check_fields, either, one_of, open_file, read_limited, replace_text, text, whole

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import os
-import re
 import threading
 import time
 import traceback
@@ -24,6 +23,7 @@ from starlette.responses import PlainTextResponse
 from vista.config import ServeConfig
 from vista.errors import BodyTooLargeError, DeadlineError, ModelUnavailableError, OverloadedError, SlowBodyError
 from vista.installation import __version__
+from vista.machine import LOCAL_HOSTS, names_host
 from vista.model.saved_model import CONFIG_FILE
 from vista.serve.http_protocol import ErrorAnswer, answer_of
 from vista.serve.scoring_service import (
@@ -48,8 +48,6 @@ NUM_LARGE = 16
 OPEN_PATHS = ("/healthz", "/readyz")
 """Paths that need no token, for the probes of load balancers."""
 NO_TOKEN = ErrorAnswer(401, "Unauthorized", "send the token as one header, `Authorization: Bearer TOKEN`")
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-_HOST = re.compile(r"(\[[^\]]*\]|[^:]*)(:[0-9]*)?")
 TIMEOUT_HEADER = "vista-timeout-ms"
 Endpoint = Callable[[fastapi.Request], Awaitable[fastapi.Response]]
 Computation = Callable[[str, bytes, str, float], Awaitable[Answer]]
@@ -427,15 +425,11 @@ def is_authorized(header: bytes, tokens: Sequence[bytes]) -> bool:
 
 
 class HostCheck:
-    """Refuses requests that name another host.
-
-    A service without a token relies on its address: only this machine can reach it. But a browser of this machine also
-    shows web pages of others. If the name of such a page resolves to this machine (DNS rebinding), the page may read
-    the answers, and only the header Host, which every browser sends, tells its requests from others.
+    """Refuses requests that name another host (`names_host`), for a service without a token.
 
     Args:
         app: gets the other requests.
-        hosts: names that are accepted, with any port. IPv6 addresses are in brackets.
+        hosts: names that are accepted.
         on_refused: called with the status of each refusal.
     """
 
@@ -446,17 +440,13 @@ class HostCheck:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with 421."""
-        if scope["type"] == "http" and not all(map(self._is_accepted, _values(scope, b"host"))):
+        if scope["type"] == "http" and not all(names_host(value, self._hosts) for value in _values(scope, b"host")):
             text = f"without a token, the service only answers requests to {', '.join(self._hosts)}; set token_file"
             refusal = ErrorAnswer(421, "WrongHostError", text)
             self._on_refused(refusal.status)
             await refusal.as_response()(scope, receive, send)
             return
         await self._app(scope, receive, send)
-
-    def _is_accepted(self, value: bytes) -> bool:
-        found = _HOST.fullmatch(value.decode("latin-1").lower())
-        return found is not None and found[1] in self._hosts
 
 
 def accepted_hosts(host: str) -> list[str]:

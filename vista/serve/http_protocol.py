@@ -1,5 +1,5 @@
-"""uvicorn's HTTP protocol with limits on what a connection may take, of which uvicorn has none; errors as clients get
-them; and the tokens that clients can send."""
+"""uvicorn's HTTP protocol with limits on what a connection may take, of which uvicorn has none; how many values a body
+has; and errors as clients get them."""
 
 from __future__ import annotations
 
@@ -103,6 +103,33 @@ def answer_of(error: Exception, stores: Iterable[str]) -> ErrorAnswer:
         case _:
             logger.error("a request failed", exc_info=error)
             return ErrorAnswer(500, name, "internal error; see the log of the service")
+
+
+def has_few_values(body: bytes, most: int, *, packed: bool) -> bool:
+    """Whether a body, as MessagePack or JSON, has at most so many values, without building them.
+
+    In JSON, punctuation is counted instead, also in texts.
+    """
+    if not packed:
+        return sum(map(body.count, (b"[", b"{", b",", b":"))) <= most
+    place, end = 0, len(body)
+    for _ in range(most):
+        if place >= end:
+            return True
+        first = body[place]
+        if width := _WIDTHS[first]:
+            place += int.from_bytes(body[place + 1 : place + 1 + width], "big")
+        place += _SIZES[first]
+    return place >= end
+
+
+_SIZES = [1] * 0xA0 + [*range(1, 33)] + [1, 1, 1, 1, 2, 3, 5, 3, 4, 6, 5, 9, 2, 3, 5, 9, 2, 3, 5, 9, 3, 4, 6, 10, 18]
+_SIZES += [2, 3, 5, 3, 5, 3, 5] + [1] * 32
+"""By the first byte of a value in MessagePack: its bytes, without elements and without bytes of a variable length."""
+_WIDTHS = [0] * 256
+"""The same: bytes of the number of these bytes, in big-endian order."""
+for _first, _width in zip((0xC4, 0xC5, 0xC6, 0xC7, 0xC8, 0xC9, 0xD9, 0xDA, 0xDB), (1, 2, 4) * 3, strict=True):
+    _WIDTHS[_first] = _width
 
 
 MAX_HEAD_BYTES = 64 << 10

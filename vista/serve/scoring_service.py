@@ -38,6 +38,7 @@ from vista.model.item_index import MANIFEST_FILE
 from vista.model.saved_model import CONFIG_FILE
 from vista.model.vista_model import VistaModel
 from vista.scorer import Ranking, Scorer, Tail
+from vista.serve.http_protocol import has_few_values
 from vista.store.reader import ShardedReader, StoreReader
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ def decoded(body: bytes, kind: type[Body], media_type: str) -> Body:
         msgspec.ValidationError: a field is missing, unknown, or has another type.
         BodyTooLargeError: it has more than MAX_VALUES values.
     """
-    if len(body) > MAX_VALUES and not _has_few_values(body, media_type):
+    if len(body) > MAX_VALUES and not has_few_values(body, MAX_VALUES, packed=media_type == MSGPACK):
         raise BodyTooLargeError(f"the body has more than {MAX_VALUES:,} values; send several requests")
     try:
         if media_type == MSGPACK:

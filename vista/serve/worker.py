@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import logging
 import math
 import signal
@@ -58,6 +59,7 @@ def run_worker(
     Raises:
         VistaError: a model, its store, or a token cannot be used.
     """
+    faulthandler.enable()  # else a process that reads a mapped file which was truncated ends without a message
     tokens, metrics = read_tokens(config.token_file), ServiceMetrics()
     with (
         cpu_settings(config.num_threads),

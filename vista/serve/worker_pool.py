@@ -141,6 +141,10 @@ class WorkerPool:
             logging.INFO if planned else logging.ERROR,
             *("worker %d ended with status %s; another one starts in %.0f s", pid, dead.process.exitcode, pause),
         )
+        if dead.process.exitcode == -signal.SIGBUS:
+            logger.error(
+                "a mapped file of a model or an index was overwritten in place; copy into another folder, and rename it"
+            )
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         self._stopping = True

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import vista
+from tests.conftest import Served
 from tests.refresh.conftest import fail_at
 from tests.store.conftest import found, write_generations
 from tests.store.remote.valkey_server import ValkeyServer
+from vista.cli.command_table import COMMANDS
+from vista.cli.main import main
+from vista.config import ExploreConfig
 from vista.errors import ConfigError, RecordError, StoreBusyError, StoreError, StoreUnavailableError, UnfinishedError
 from vista.store import StoreReader
 from vista.store.admin import copy_generation, roll_back, store_stats, verify_store
@@ -384,3 +393,88 @@ def test_a_server_that_would_evict_it_first_is_refused(start_server, build):
         for use in (StoreReader.open, build.write_store):
             with pytest.raises(StoreError, match=rf"evicts records .*{named}.*set maxmemory-policy to noeviction"):
                 use(server.url(options=store))
+
+
+SECRET = "hunter-two-and-more"
+SLOW = ("train", "watch", "evaluate", "report", "doctor", "export")
+COMMANDS_WITH_STORES = [
+    pytest.param(name, marks=[pytest.mark.nightly] if name in SLOW else [])
+    for name, command in COMMANDS.items()
+    if hasattr(command.schema, "store")
+]
+
+
+@pytest.fixture(scope="module")
+def secured(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The URL of a store, with a password that the server requires, and a folder without other files."""
+    folder = tmp_path_factory.mktemp("secured")
+    server = ValkeyServer(folder / "server", "--requirepass", SECRET)
+    url = server.url(user=f"default:{SECRET}@")
+    try:
+        assert main(["store", "copy", f"store={served.store}", f"to={url}"]) == 0
+        yield url, folder
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("name", COMMANDS_WITH_STORES)
+def test_no_command_shows_or_writes_a_password(
+    served: Served, secured: tuple[str, Path], monkeypatch, capfd, tmp_path, name: str
+) -> None:
+    """With the right server, one that does not answer, a word that is no URL, and a missing quote."""
+    url, _ = secured
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "model": served.model_dir, "data": served.log.path, "run": served.config.run_dir, "users": "[101]",
+        "user": 101, "to": tmp_path / "copy", "out": tmp_path / "out", "file": tmp_path / "none", "num_threads": 1,
+        "device": "cpu", "once": "true", "folder": tmp_path / "none", "run_dir": tmp_path / "run",
+    }  # fmt: skip
+    if name in ("train", "watch"):
+        given |= {"data": None, "model": None} if name == "train" else {}
+    if name == "store rollback":
+        given["to"] = 1
+    keys = {field.name for field in fields(COMMANDS[name].schema)}
+    words = [f"{key}={value}" for key, value in given.items() if key in keys and value is not None]
+    stores = [url, url.replace("/mine", "/no name"), re.sub(r":\d+/", ":1/", url), f"'{url}"]
+    if name in ("serve", "explore", "export"):
+        stores = stores[1:]  # With the first one, they would run for long; `test_no_page_shows_a_password` opens it.
+    for store in stores:
+        more = [f"out={tmp_path}/out.json"] if name in ("doctor", "evaluate") else []
+        if name != "explore":
+            main([*name.split(), f"store={store}", *words, *more])
+        with contextlib.suppress(SystemExit):
+            main([*name.split(), f"store={store}", *words, "--cfg"])
+    said = "".join(capfd.readouterr())
+    assert said and SECRET not in said
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
+
+
+PAGE_TABS = ("User", "Ranking", "What if", "Compare", "Store", "Training", "Results")
+
+
+@pytest.mark.parametrize(
+    "tab", [pytest.param(tab, marks=[] if tab == "Compare" else [pytest.mark.nightly]) for tab in PAGE_TABS]
+)
+def test_no_page_shows_a_password(served: Served, secured: tuple[str, Path], monkeypatch, caplog, tab: str) -> None:
+    testing = pytest.importorskip("streamlit.testing.v1", reason="the extra `explore` is not installed")
+    from vista.explore.page_body import TABS
+    from vista.explore.page_cache import SCORERS
+
+    assert tuple(TABS) == PAGE_TABS
+    url, _ = secured
+    script = Path(vista.__file__).parent / "explore" / "page.py"
+    for store, other in ((url, url), (re.sub(r":\d+/", ":1/", url), None)):
+        config = ExploreConfig(model=str(served.model_dir), store=store, other_store=other, data=str(served.log.path))
+        monkeypatch.setattr("sys.argv", [str(script), json.dumps(asdict(config))])
+        page = testing.AppTest.from_file(str(script), default_timeout=200)
+        page.query_params.update(tab=tab, user="104")
+        page.run()
+        for button in [each for each in page.button if each.label == "Measure"]:
+            button.click().run(timeout=200)
+        shown = "".join(str(element.proto) for element in [*page.main, *page.sidebar] if hasattr(element, "proto"))
+        assert store != url or "redis://default@127" in shown
+        assert SECRET not in shown + caplog.text
+    for each in SCORERS._open.values():
+        each.scorer.close()
+    SCORERS._open.clear()
