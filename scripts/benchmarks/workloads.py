@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from vista.config import DataConfig, ModelConfig, SourceColumns
 from vista.config.checks import Architecture, Mixing, TargetAttentionKind
+from vista.config.model_config import CONFIGS
 from vista.log.event_log import EventLog
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.features import Schema
@@ -93,7 +94,7 @@ def untrained(
 def untrained_baseline(log: EventLog, architecture: Architecture, *, dim: int, history_limit: int) -> HistoryModel:
     """A baseline for this log with two layers, one labeled task and random weights, in eval mode."""
     torch.manual_seed(1)
-    config = ModelConfig(architecture=architecture, dim=dim, history_limit=history_limit)
+    config = CONFIGS[architecture](dim=dim, history_limit=history_limit)
     schema = Schema(list(log.actions), log.has_time, None, [TASK])
     model = ARCHITECTURES[architecture](config, schema, log.items, DataConfig()).eval()
     assert isinstance(model, HistoryModel)

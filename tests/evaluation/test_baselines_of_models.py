@@ -12,9 +12,9 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from tests.conftest import Served, small_config
-from vista.config import DataConfig, EvaluateConfig, ModelConfig, SourceColumns, TrainConfig
-from vista.config.checks import Architecture, Search, Split
+from tests.conftest import Served, model_config, small_config
+from vista.config import DataConfig, EvaluateConfig, SourceColumns, TrainConfig
+from vista.config.checks import Search, Split
 from vista.errors import ConfigError
 from vista.evaluation.answers import RawHistoryAnswers
 from vista.evaluation.baseline_evaluation import impression_baselines
@@ -35,9 +35,7 @@ LIMIT = 9
 
 
 def baseline_config(log: EventLog, folder: Path, name: str, **changes: object) -> TrainConfig:
-    model = ModelConfig(
-        architecture=Architecture(name), dim=16, num_heads=2, history_limit=LIMIT, tail_len=6, dropout=0.1
-    )
+    model = model_config(name, dim=16, num_heads=2, history_limit=LIMIT, tail_len=6, dropout=0.1)
     return small_config(log, folder / name, model=model, **{"optim__epochs": 1} | changes)
 
 
@@ -159,19 +157,6 @@ def test_the_state_after_a_full_history_is_trained(event_log: EventLog, tmp_path
             torch.autograd.backward(loss)
     assert isinstance(model, SequenceModel) and model.position.grad is not None
     assert bool(model.position.grad.any(1).all())
-
-
-def test_baselines_read_times_for_any_decay(event_log: EventLog, tmp_path: Path) -> None:
-    """Decay concerns only summaries, but `experiment=ml-1m` sets it for all models."""
-    assert event_log.has_time
-    config = baseline_config(event_log, tmp_path, "hstu")
-    config.model.decay_horizons = [5.0, 40.0]
-    config.model.decay = type(config.model.decay)("position")
-    batch = BatchSource(event_log, ModelReads(np.arange(event_log.num_items) + 1), config).batch(0, 0)
-    user = int(batch.user[0])
-    assert set(batch.events.clock[: int(batch.events.offsets[1])].tolist()) <= set(
-        event_log.slice(user).timestamp.tolist()
-    )
 
 
 def test_a_baseline_has_no_summaries(event_log: EventLog, tmp_path: Path) -> None:

@@ -19,8 +19,7 @@ from scripts.experiments import minutes_rectools
 from scripts.experiments.crosscheck_rectools import LikeRecTools, cases_of
 from scripts.experiments.results import read_results
 from tests.conftest import LENGTHS, ratings_folder, small_frame
-from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
-from vista.config.checks import Architecture
+from vista.config import DataConfig, OptimConfig, SasrecConfig, SourceColumns, TrainConfig
 from vista.errors import DataError
 from vista.evaluation.cases import NextItemCases
 from vista.evaluation.metrics import ranks_of_targets
@@ -161,7 +160,7 @@ def test_the_whole_cross_check(
 def test_ours_like_rectools_equals_sasrec_with_reversed_positions(tmp_path: Path, training: bool) -> None:
     """Without dropout. In training the newest event is only a label, so it has no position."""
     log = make_log(tmp_path / "log", times=False)
-    config = ModelConfig(architecture=Architecture.sasrec, dim=16, num_heads=2, history_limit=LENGTH, dropout=0.0)
+    config = SasrecConfig(dim=16, num_heads=2, history_limit=LENGTH, dropout=0.0)
     parts = (config, Schema(list(log.actions), False, None, []), log.items, DataConfig())
     like, plain = LikeRecTools(*parts).train(training), SASRec(*parts).train(training)
     plain.load_state_dict(like.state_dict())

@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import DAY, START, Served, small_config, small_frame
+from tests.conftest import DAY, START, Served, model_config, small_config, small_frame
 from tests.training.feature_world import feature_frame
 from vista.config import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
-from vista.config.checks import Architecture, Codec, Decay, InitFreeze, Search, Split
+from vista.config.checks import Architecture, Codec, Decay, InitFreeze, Split, to_dict
 from vista.errors import ConfigError, DataError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
@@ -71,7 +71,7 @@ def test_decay_by_time_needs_times(order_log: EventLog) -> None:
 def test_baselines_that_rank_only_need_labeled_impressions(
     event_log: EventLog, impression_log: EventLog, architecture: Architecture
 ) -> None:
-    config = TrainConfig(model=ModelConfig(architecture=architecture, history_limit=200))
+    config = TrainConfig(model=model_config(architecture, history_limit=200))
     schema = schema_of(impression_log, config)
     assert (schema.tasks, schema.has_retrieval) == (["click", "like", "long_view"], False)
     with pytest.raises(ConfigError, match=rf"model\.architecture={architecture.value}: learns only from .* has none;"):
@@ -313,11 +313,9 @@ def test_every_model_trains_without_rare_items(
         )
     config = replace(
         served_tasks.config,
-        model=replace(
-            served_tasks.config.model,
-            architecture=architecture,
-            history_limit=20,
-            search=Search.hard if hard else Search.soft,
+        model=model_config(
+            architecture,
+            **(to_dict(served_tasks.config.model) | {"history_limit": 20, "search": "hard" if hard else "soft"}),
         ),
         data=replace(
             served_tasks.config.data,

@@ -218,7 +218,7 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     hints = get_type_hints(cls)
     if not isinstance(values, dict):
         raise ConfigError(f"{cls.__name__}: expected a table of keys, got {values!r}")
-    other = hints.keys() ^ values.keys()
+    other = {f.name for f in fields(cls)} ^ values.keys()  # type: ignore[arg-type]
     if other:
         keys = ", ".join(sorted(other))
         raise ConfigError(

@@ -6,7 +6,6 @@ from collections.abc import Container
 from dataclasses import dataclass, field, fields
 
 from vista.config.checks import (
-    Architecture,
     Arrival,
     Keyed,
     Multiplies,
@@ -292,7 +291,7 @@ class PlanConfig(WritesJson, SummaryFormat):
             f"is {per_user:.2g} per active user, more than one per second; check users and this",
         )
         require(
-            self.model.architecture is Architecture.vista and self.model.num_seeds + self.model.num_state_rows > 0,
+            self.model.num_seeds + self.model.num_state_rows > 0,
             "model.architecture",
             "only vista with num_seeds above 0 stores summaries; other models read the raw history in each request",
         )

@@ -38,7 +38,7 @@ from vista.config.checks import (
     require_only_with,
     require_share,
 )
-from vista.config.model_config import ModelConfig
+from vista.config.model_config import ModelConfig, RankingConfig, SimConfig
 from vista.errors import shown
 
 # Configuration of the data: the log, its split, and how batches are made.
@@ -242,7 +242,7 @@ class TrackingConfig:
 class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
     """A training run."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: RankingConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -278,12 +278,7 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
         self._check_table()
 
     def _check_search(self) -> None:
-        hard = self.model.search is Search.hard
-        require(
-            not hard or self.model.architecture is Architecture.sim,
-            "model.search",
-            "only SIM can search by category; set model.architecture=sim",
-        )
+        hard = isinstance(self.model, SimConfig) and self.model.search is Search.hard
         require(
             hard or self.data.item_categories is None,
             "data.item_categories",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vista.arrays import Int
 from vista.config import OptimConfig, TrainConfig
-from vista.config.checks import Architecture, Decay, planned
+from vista.config.checks import Architecture, planned
 from vista.counters.counters import ItemKeys
 from vista.errors import ConfigError, DataError
 from vista.examples.batch import Batch
@@ -251,8 +251,7 @@ class BatchSource:
             action=events.action.astype(np.int64),
             rating=None if events.rating is None else np.array(events.rating, np.float32),
             gap=history_gaps(time, events.offsets) if has_gaps else np.zeros(len(time), np.int64),
-            # Baselines have no decay; they read times.
-            clock=decay_clock(model.decay if model.architecture is Architecture.vista else Decay.none, time),
+            clock=decay_clock(model.decay, time),
             offsets=events.offsets,
             impressions=self._impressions_of(user, start, stop, lead),
             timeline=asked,

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vista.arrays import Float32s, Int, offsets_of
-from vista.config import ModelConfig
 from vista.config.checks import require
+from vista.config.model_config import NextItemConfig, RankingConfig
 from vista.counters.counters import CounterSpec, ItemKeys
 from vista.errors import ConfigError, shown
 from vista.log.features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn, VectorColumn
@@ -459,7 +459,7 @@ def _owners(table: ItemFeatureTable) -> Int:
 # What a model counts for each user: items, and chosen categories of items.
 
 
-def check_categories(config: ModelConfig, features: ItemFeatures | None, items: Vocabulary, where: str) -> None:
+def check_categories(config: RankingConfig, features: ItemFeatures | None, items: Vocabulary, where: str) -> None:
     """Check that counted categories are categories, of which each item has at most one value.
 
     Args:
@@ -471,7 +471,7 @@ def check_categories(config: ModelConfig, features: ItemFeatures | None, items: 
     """
     columns = {} if features is None else features.columns
     categories = {name: column for name, column in columns.items() if isinstance(column, CategoryColumn)}
-    for name in config.counter_categories:
+    for name in config.counter_categories if isinstance(config, NextItemConfig) else ():
         require(
             name in categories,
             "model.counter_categories",

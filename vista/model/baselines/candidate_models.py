@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.arrays import Int
-from vista.config import DataConfig, ModelConfig, OptimConfig
+from vista.config import DataConfig, OptimConfig
 from vista.config.checks import Architecture, Search
+from vista.config.model_config import DinConfig, RankingConfig, SimConfig, TwinConfig
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
 from vista.log.features import CategoryColumn, ItemFeatures
@@ -100,7 +101,7 @@ class CandidateModel(HistoryModel):
     found_at_once: int = 1 << 16
     """Found events whose vectors are gathered at once."""
 
-    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+    def __init__(self, config: RankingConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         self.network = network(3 * config.dim, len(schema.tasks), config.dropout)
 
@@ -257,7 +258,7 @@ class DIN(CandidateModel):
 
     architecture = Architecture.din
 
-    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+    def __init__(self, config: DinConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim = config.dim
         self.age = age_table(dim)
@@ -405,9 +406,10 @@ class SIM(SearchModel):
     category.
     """
 
+    config: SimConfig
     architecture = Architecture.sim
 
-    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+    def __init__(self, config: SimConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim = config.dim
         hard = config.search is Search.hard
@@ -522,9 +524,10 @@ TWINMemory = tuple[Tensor, Tensor, Tensor]
 class TWIN(SearchModel):
     """Scores q . k(item) / sqrt(D) + b(age) + b(action) per head. Keys depend on items only, so they could be kept."""
 
+    config: TwinConfig
     architecture = Architecture.twin
 
-    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+    def __init__(self, config: TwinConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim, heads = config.dim, config.num_heads
         self.query, self.out = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
