@@ -22,7 +22,6 @@ from scripts.experiments.sets import (
     prepare_simulation,
     prepare_with_texts,
     set_folder,
-    source_folder,
 )
 from scripts.experiments.table_run import part_configs, recorded_config, train_config
 from scripts.experiments.tables import TABLES
@@ -45,8 +44,8 @@ from vista.evaluation.baseline_evaluation import counting_baselines, trained_bas
 from vista.evaluation.cases import WindowCases
 from vista.evaluation.protocol import measure_windows
 from vista.log.event_log import EventLog
-from vista.log.ingest.source_parser import read_categories
 from vista.log.splits import parse_time, split_until
+from vista.model.item_feature_table import category_codes
 from vista.simulation.streams import split_times
 
 pytestmark = pytest.mark.research
@@ -74,12 +73,11 @@ def test_baskets_keep_their_order_and_products_their_categories(
     (user,) = log.users.rows([7])
     history = log.gather(np.array([user]), np.array([3]))
     assert log.items.ids(history.item).tolist() == [40, 10, 40] and history.timestamp.tolist() == [5000, 5000, 6000]
-    table = source_folder(out) / "items.parquet"
-    types, categories = (read_categories(table, name, log.items) for name in SETS["complete-journey"].categories)
+    types, categories = (category_codes(log.item_features, f"product_{name}", "") for name in ("type", "category"))
     ten, forty, unknown = 1 + log.items.rows([10, 40, 99])
     assert types[ten] and not types[forty] and categories[ten] != categories[forty] and not categories[unknown]
     assert sets.main(["complete-journey", "--data", str(tmp_path), "--out", str(tmp_path / "other")]) == 1
-    assert "products.parquet: cannot be read" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert "has the files of none of" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 @pytest.mark.data
@@ -90,9 +88,6 @@ def test_long_histories_with_returns_are_read(name: str, sizes: tuple[int, int, 
     sets.prepare_set(name, real_set(name), tmp_path / "log")
     log = EventLog.open(tmp_path / "log")
     assert (log.num_users, log.num_items, int(log.lengths.sum())) == sizes and log.has_time
-    for category in SETS[name].categories:
-        codes = read_categories(source_folder(log.path) / "items.parquet", category, log.items)
-        assert (codes[1:] > 0).mean() > 0.99 and codes.max() > 10
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -146,9 +141,7 @@ def test_a_log_gets_one_more_feature(
     name, kind = {"vectors": ("text", "vector"), "codes": ("codes", "category")}[texts]
     assert [*after.columns] == [*before.columns, name] and after.columns[name].kind == kind
     assert after.columns[name].is_known.all()
-    assert (tmp_path / "log-source" / "items.parquet").exists() and pl.read_parquet(
-        tmp_path / "log-source" / "vectors.parquet"
-    ).columns == ["product_id", "text"]
+    assert pl.read_parquet(tmp_path / "log-source" / "vectors.parquet").columns == ["product_id", "text"]
 
 
 def test_rows_with_texts_are_runs_of_their_own() -> None:

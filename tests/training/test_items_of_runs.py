@@ -306,21 +306,15 @@ def test_every_model_trains_without_rare_items(
     """Candidates, labels, and negatives too."""
     log = served_tasks.log
     counts = np.sort(np.bincount(log.gather(np.arange(log.num_users), features=False).item))
-    hard = architecture is Architecture.sim
-    if hard:
-        (tmp_path / "categories.csv").write_text(
-            "item,category\n" + "".join(f"{item},{int(item) % 3}\n" for item in log.items.ids(np.arange(log.num_items)))
-        )
     config = replace(
         served_tasks.config,
         model=model_config(
             architecture,
-            **(to_dict(served_tasks.config.model) | {"history_limit": 20, "search": "hard" if hard else "soft"}),
+            **(to_dict(served_tasks.config.model) | {"history_limit": 20}),
         ),
         data=replace(
             served_tasks.config.data,
             min_item_events=int(counts[len(counts) // 2]),
-            item_categories=str(tmp_path / "categories.csv") if hard else None,
         ),
         optim=replace(served_tasks.config.optim, epochs=1),
         run_dir=str(tmp_path / "run"),

@@ -333,15 +333,6 @@ class TargetAttentionKind(Enum):
     attention (VISTA), not only the summary tokens."""
 
 
-class Search(Enum):
-    """How SIM finds the events that a candidate attends to."""
-
-    soft = "soft"
-    """The events with the largest learned inner product."""
-    hard = "hard"
-    """The newest events of the candidate's category (`data.category_column`)."""
-
-
 class ItemStart(Enum):
     """What the vectors of items are before training."""
 
@@ -410,16 +401,6 @@ class StreamStart(Enum):
 
     oldest = "oldest"
     newest = "newest"
-
-
-class Arrival(Enum):
-    """How a watch tells that a file in its folder is complete."""
-
-    done = "done"
-    """There is a file with the suffix .done next to it, such as day.csv.done for day.csv, which is not older."""
-    pause = "pause"
-    """The file has not changed for `settle_s`. If its writer pauses longer, it is taken twice: first the part that was
-    there, then the complete file. The rows of that part then count twice."""
 
 
 # Users write `raise` and `leave-last-out`, which are not Python names: hence the aliases.

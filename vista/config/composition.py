@@ -137,11 +137,12 @@ class ConfigKeys:
 
 def listed_fields(schema: type) -> list[dataclasses.Field[Any]]:
     """The fields in the order in which users see them: what a command reads, its own keys, those that it shares."""
+    listed = dataclasses.fields(schema)
     if issubclass(schema, RankingConfig):
-        return list(dataclasses.fields(schema))
+        return list(listed)
     own = {name: number for number, name in enumerate(schema.__annotations__)}
     place = {"data": -4, "model": -3, "store": -2, "paths": -1} | own
-    return sorted(dataclasses.fields(schema), key=lambda field: place.get(field.name, len(own)))
+    return sorted(listed, key=lambda field: place.get(field.name, len(own)))
 
 
 def type_text(hint: Any) -> str:

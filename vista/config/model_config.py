@@ -11,7 +11,6 @@ from vista.config.checks import (
     Decay,
     ItemStart,
     Mixing,
-    Search,
     TableKind,
     TablePrecision,
     TargetAttentionKind,
@@ -201,9 +200,9 @@ class SimConfig(AttentionConfig):
 
     kind: ClassVar[Architecture] = Architecture.sim
 
-    search: Search = Search.soft
-    """How sim finds events for a candidate: soft by a learned inner product, hard by category
-    (`data.category_column`)."""
+    search_category: str | None = None
+    """Name of a category among the log's item features: a hard search finds the newest events whose items have the
+    candidate's value of it. null: a soft search by a learned inner product."""
 
 
 @dataclass(kw_only=True, slots=True)

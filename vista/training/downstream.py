@@ -169,7 +169,7 @@ class Downstream:
 def with_settings_of(base: RankingModel, config: TrainConfig) -> TrainConfig:
     """The configuration with the base's values for settings that are null."""
     asked = [key for key in INHERITED_KEYS if getattr(config.model, key, ...) is None]
-    null = {key: getattr(base.config, key, None) for key in asked}
+    null: dict[str, Any] = {key: getattr(base.config, key, None) for key in asked}
     return replace(config, model=replace(config.model, **null))
 
 

@@ -682,15 +682,12 @@ def _id_kinds(source: Source, config: SourceConfig, log: _OldLog | None) -> dict
     Raises:
         ConfigError: if the configured kind is not that of the log.
     """
-    kinds = {}
+    kinds, wanted = {}, str(config.ids.value)
     for name in ("user", "item"):
-        wanted = str(getattr(config, f"{name}_ids").value)
         if log is None:
             kinds[name] = id_kind(source, name, wanted)
             continue
         kinds[name] = (log.users if name == "user" else log.items).kind
         if wanted not in ("auto", kinds[name]):
-            raise ConfigError(
-                f"events.{name}_ids={wanted}: the {name} ids of the log are {kinds[name]}; leave events.{name}_ids out"
-            )
+            raise ConfigError(f"events.ids={wanted}: the {name} ids of the log are {kinds[name]}; leave events.ids out")
     return kinds
