@@ -92,7 +92,7 @@ def run(data: Path | None, out: Path, overrides: list[str], sizes: DemoSizes = F
     config = compose_config(TrainConfig, words)
     _clear_if_other(folder, data, config, sizes)
     _say(1, "prepare the log")
-    source = _prepare(data, folder, sizes)
+    _prepare(data, folder, sizes)
     log = EventLog.open(folder / "log")
     print(log)
     if data:  # as many epochs as take some minutes; the user's overrides come later and win
@@ -130,8 +130,7 @@ def run(data: Path | None, out: Path, overrides: list[str], sizes: DemoSizes = F
             out=str(folder / "report.html"),
             verify_log=False,
             num_threads=config.num_threads,
-            item_categories=None if data else str(source / "items.parquet"),
-            category_column="topic",
+            category=None if data else "topic",
         ),
         latency=latency,
         notes=(NOTE,) if data else (NOTE, SIMULATED_NOTE),
@@ -172,8 +171,8 @@ def measure_latency(model: VistaModel, folder: Path, sizes: DemoSizes) -> Latenc
         return Latency.measure(scorer, range(len(lengths)), lengths.tolist(), encoded, 1_800_000_000_000)
 
 
-def _prepare(data: Path | None, folder: Path, sizes: DemoSizes) -> Path:
-    """Create folder/log unless it exists, so that a repeated demo resumes; returns its source."""
+def _prepare(data: Path | None, folder: Path, sizes: DemoSizes) -> None:
+    """Create folder/log unless it exists, so that a repeated demo resumes."""
     source = data or folder / "source"
     if not (folder / "log").exists():
         if data is None:
@@ -181,9 +180,9 @@ def _prepare(data: Path | None, folder: Path, sizes: DemoSizes) -> Path:
                 out=str(source), num_users=sizes.num_users, events_per_user=sizes.events_per_user
             )
             print(simulate(simulation))
-        events = ["events.kind=auto" if data else "events.kind=simulated", f"events.paths=[{source}]"]
-        print(prepare(compose_config(PrepareConfig, [f"out={folder / 'log'}", *events])))
-    return source
+        words = ["events.kind=auto" if data else "events.kind=simulated", f"events.paths=[{source}]"]
+        words += [] if data else [f"items.paths=[{source / 'items.parquet'}]", "items.categories=[topic]"]
+        print(prepare(compose_config(PrepareConfig, [f"out={folder / 'log'}", *words])))
 
 
 def _clear_if_other(folder: Path, data: Path | None, config: TrainConfig, sizes: DemoSizes) -> None:

@@ -46,7 +46,8 @@ from vista.config import (
     SourceConfig,
     TrainConfig,
 )
-from vista.config.checks import ItemStart, Split
+from vista.config.checks import Architecture, ItemStart, Split, to_dict
+from vista.config.model_config import CONFIGS, RankingConfig
 from vista.log.event_log import EventLog
 from vista.model.baselines.sequence_models import SequenceModel
 from vista.model.saved_model import FileEntry, checksum_of
@@ -181,10 +182,19 @@ def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainCon
         num_threads=1,
         checkpoint_every=1000,
     )
+    if (architecture := changes.pop("model__architecture", None)) is not None:
+        config.model = model_config(architecture, **(to_dict(config.model) | {"history_limit": 200}))
     for key, value in changes.items():
         group, _, name = key.rpartition("__")
         setattr(getattr(config, group) if group else config, name, value)
     return config
+
+
+def model_config(kind: Architecture | str | None = None, /, **settings: Any) -> RankingConfig:
+    """The configuration of a kind, or of the setting `architecture`. Settings that it does not have are left out."""
+    schema = CONFIGS[Architecture(kind or settings.get("architecture", "vista"))]
+    names = {each.name for each in dataclasses.fields(schema)} - {"architecture"}
+    return schema(**{name: value for name, value in settings.items() if name in names})
 
 
 def draw_counter_weights(model: VistaModel | SequenceModel, seed: int = 0) -> None:

@@ -26,6 +26,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from vista.config.checks import Mixing, StateDtype
+from vista.config.model_config import ModelConfig
 from vista.config.serve_config import DoctorConfig
 from vista.errors import CheckpointError, VistaError
 from vista.installation import DISTRIBUTION, __version__, install_command
@@ -280,7 +281,8 @@ def check_model(config: DoctorConfig) -> Iterator[Finding]:
     yield Finding("model", str(folder))
     yield Finding("format", str(FORMAT_VERSION))
     sizes = description.config
-    shape = f"dim {sizes.dim}, {sizes.num_seeds} seeds, tails of {sizes.tail_len}"
+    seeds = f"{sizes.num_seeds} seeds, " if isinstance(sizes, ModelConfig) else ""
+    shape = f"dim {sizes.dim}, {seeds}tails of {sizes.tail_len}"
     yield Finding("architecture", f"{sizes.architecture.value}, {shape}")
     for name, entry in description.files.items():
         path = folder / name

@@ -70,8 +70,6 @@ def bench_length(recorder: BenchmarkRecorder, table: Table, length: int, folder:
 def untrained_model(config: TrainConfig, log: EventLog, source: Path) -> RankingModel:
     """A row's model for this log with random weights, in eval mode; `source` is the simulation's folder."""
     torch.manual_seed(1)
-    if config.data.item_categories is not None:
-        config.data.item_categories = str(source / config.data.item_categories)
     made = ARCHITECTURES[config.model.architecture](config.model, schema_of(log, config), log.items, config.data)
     made.read_item_table(config.data, log.item_features)
     return made.eval()

@@ -52,7 +52,6 @@ from vista.arrays import Int
 from vista.config import (
     DataConfig,
     EvaluateConfig,
-    ModelConfig,
     OptimConfig,
     PrepareConfig,
     SourceColumns,
@@ -60,6 +59,7 @@ from vista.config import (
     TrainConfig,
 )
 from vista.config.checks import Architecture, ItemStart, Precision, to_dict
+from vista.config.model_config import CONFIGS
 from vista.config.train_config import without_places
 from vista.device import cpu_settings
 from vista.errors import DataError, VistaError
@@ -177,8 +177,7 @@ def our_config(options: argparse.Namespace, log: EventLog, seed: int, run_dir: P
     """The shared recipe: softmax over the whole catalog, and export of the last pass."""
     trained = int(visible_counts(log, "leave-last-two-out").sum())
     return TrainConfig(
-        model=ModelConfig(
-            architecture=Architecture(options.model.lower()),
+        model=CONFIGS[Architecture(options.model.lower())](
             dim=DIM,
             num_heads=HEADS,
             num_layers=LAYERS,

@@ -27,6 +27,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from vista.config.checks import Architecture
+from vista.config.model_config import CONFIGS, readers_of
 from vista.errors import DataError, VistaError
 from vista.machine import cpu_name, usable_cores
 
@@ -219,6 +221,9 @@ REMOVED: dict[str, Any] = {
     "optim.weight_decay": 0.01,
     "optim.gradient_clip": 1.0,
     "optim.counted_rate": 5.0,
+    "model.search": "soft",
+    "data.item_categories": None,
+    "data.category_column": "category",
 }
 """Settings that no longer exist, and the constants in their place. Lines that recorded these did the same as today."""
 NORMALIZATIONS = {"separable": "length", "bidirectional": "none"}
@@ -232,7 +237,16 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 
 def _without_removed(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that still exist, and those that had another value than the constant in their place."""
+    """The settings that still exist, and those that had another value than the constant in their place.
+
+    Lines of baselines recorded settings that only other architectures read.
+    """
+    kind = Architecture(flat.get("model.architecture", "vista"))
+    readers = {key: readers_of(key.removeprefix("model.")) for key in flat if key.startswith("model.")}
+    flat = {key: value for key, value in flat.items() if kind in (readers.get(key) or CONFIGS)}
+    if flat.get("model.search") == "hard":
+        flat |= {"model.search_category": flat.pop("data.category_column")}
+        flat = {key: value for key, value in flat.items() if key not in ("model.search", "data.item_categories")}
     constants = REMOVED | {"model.normalization": NORMALIZATIONS.get(flat.get("model.mixing", ""))}
     constants |= {f"base.{key}": value for key, value in constants.items()}
     return {key: value for key, value in flat.items() if key not in constants or value != constants[key]}

@@ -335,8 +335,6 @@ def _placed(settings: argparse.Namespace, config: TrainConfig, seed: int, log: E
     """A configuration of a run in `folder`."""
     config = replace(config, run_dir=str(folder / "run"), seed=seed, num_threads=settings.threads)
     config.data.path = str(log.path)
-    if config.data.item_categories is not None:
-        config.data.item_categories = str(source_folder(log.path) / config.data.item_categories)
     return config
 
 

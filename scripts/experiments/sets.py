@@ -23,7 +23,6 @@ from vista.config import (
 )
 from vista.config.composition import compose_config
 from vista.errors import ConfigError
-from vista.files import writable_folder
 from vista.log.ingest.prepare import prepare
 from vista.simulation.simulate import EVENTS_FILE, IMPRESSIONS_FILE, ITEMS_FILE, simulate
 
@@ -42,12 +41,8 @@ class DataSet:
     """Arguments of `vista train` for its split; leave-last-out without any."""
     prepare: tuple[str, ...] = ()
     """Arguments of `vista prepare` for its files and filter; empty for a set that vista recognizes."""
-    items: str = ""
-    """File of the set from which the item table is made; "" for a set without categories."""
     item: str = "item"
-    """Column of item ids in that file."""
-    categories: tuple[str, ...] = ()
-    """Columns of the item table."""
+    """Column of item ids in its table of items."""
 
 
 SETS = {
@@ -57,15 +52,10 @@ SETS = {
     "ml-latest-small": DataSet(),
     # Baskets of a year. The order inside a basket is shuffled, so the question is asked at a time, for all users.
     "complete-journey": DataSet(
-        words=("data=time", "data.validation_from=2017-10-01", "data.test_from=2017-11-01"),
-        items="products.parquet",
-        item="product_id",
-        categories=("product_type", "product_category"),
+        words=("data=time", "data.validation_from=2017-10-01", "data.test_from=2017-11-01"), item="product_id"
     ),
     # Developer activity: which package a maintainer touches next, of 13 collections, from 2002 to 2026.
-    "dev-packages": DataSet(
-        words=("data=share",), prepare=("set=dev-packages",), items="events.parquet", categories=("collection",)
-    ),
+    "dev-packages": DataSet(words=("data=share",), prepare=("set=dev-packages",)),
     **{
         name: DataSet(words=(f"experiment={name}",), prepare=(f"set={name}",))
         for name in ("amazon-reviews-2023", "kuairand", "yambda", "microvideo", "kuaivideo", "t-ecd")
@@ -91,31 +81,22 @@ def set_folder(name: str, given: Path | None = None) -> Path:
 
 
 def source_folder(log: Path) -> Path:
-    """Folder next to a log with the files that belong to it: its simulation, or its table of items (items.parquet)."""
+    """Folder next to a log with the simulation that it comes from."""
     return log.with_name(f"{log.name}-source")
 
 
 def prepare_set(name: str, folder: Path, out: Path) -> None:
-    """Make the log of a set, and its table of items with the columns `item` and the categories if it has any.
+    """Make the log of a set.
 
     Args:
         name: key of SETS.
         folder: the files of the set.
-        out: folder of the log; the table of items is items.parquet in `source_folder(out)`.
+        out: folder of the log.
 
     Raises:
         ConfigError, DataError: if a file is missing or has other columns.
     """
-    data = SETS[name]
-    if data.items:
-        target = source_folder(out)
-        writable_folder(target, "out")
-        try:
-            rows = pl.read_parquet(folder / data.items, columns=[data.item, *data.categories])
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise ConfigError(f"{folder / data.items}: cannot be read ({error}); give the folder of {name}") from error
-        rows.rename({data.item: "item"}).unique().sort("item").write_parquet(target / "items.parquet")
-    config = compose_config(PrepareConfig, data.prepare or ["events.kind=auto"])
+    config = compose_config(PrepareConfig, SETS[name].prepare or ["events.kind=auto"])
     source = folder / "events.parquet" if config.events.kind == "table" else folder
     events = replace(config.events, paths=[str(source)])
     prepare(replace(config, out=str(out), events=events))
@@ -136,6 +117,7 @@ def prepare_with_texts(name: str, folder: Path, out: Path, texts: str) -> None:
     for leftover in (partial, source_folder(partial)):
         shutil.rmtree(leftover, ignore_errors=True)
     prepare_set(name, folder, partial)
+    source_folder(partial).mkdir(parents=True, exist_ok=True)
     file = source_folder(partial) / "vectors.parquet"
     source = ItemTableConfig(paths=[str(folder)], item=item)
     run_items_embed(ItemsEmbedConfig(kind=name, items=source, out=str(file)))

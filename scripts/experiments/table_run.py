@@ -18,8 +18,8 @@ from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import WITHOUT_COUNTERS, Table, TableRow
 from vista.config import EvaluateConfig, TrainConfig
 from vista.config.checks import Architecture, Split, Target, to_dict
-from vista.config.composition import compose_config
-from vista.config.model_config import TEMPERATURES
+from vista.config.composition import ConfigKeys, compose_config
+from vista.config.model_config import CONFIGS, TEMPERATURES
 from vista.errors import ConfigError
 from vista.evaluation.baseline_evaluation import (
     GROUP_DECAYS,
@@ -40,8 +40,6 @@ _GRIDS: dict[str, dict[str, Sequence[Any]]] = {
 }
 """Values that `Tuned` chooses from."""
 _FITTED = (*_GRIDS, "pooled factors", "counter trees", "new-item trees")
-UNREAD_BY_BASELINES = (*("target_attention", "num_target_layers", "tail_in_summary", "mean_token"),)
-"""Keys of ModelConfig for what baselines do not have; their lines do not record these keys."""
 OF_FEATURES = ("use_item_features",)
 """Keys of ModelConfig for features of items; lines of rows that do not read them do not record these keys."""
 OF_ROW_FEATURES = (
@@ -164,7 +162,14 @@ def train_config(table: Table, row: TableRow) -> TrainConfig:
 
 @cache
 def _composed(*words: str) -> TrainConfig:
-    return compose_config(TrainConfig, words)
+    """The configuration of words, of which the model takes those that its architecture reads."""
+    model = [word.removeprefix("model=") for word in words if word.startswith("model=")]
+    chosen = Architecture.__members__.get(model[-1] if model else "", Architecture.vista)
+    keys = ConfigKeys.of(TrainConfig).keys
+    read = [
+        word for word in words if not (key := keys.get(word.partition("=")[0])) or chosen in (key.readers or CONFIGS)
+    ]
+    return compose_config(TrainConfig, read)
 
 
 def part_configs(table: Table, row: TableRow) -> dict[str, TrainConfig]:
@@ -208,11 +213,9 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
         settings = baseline_settings(row.untrained, asked_horizons(EvaluateConfig(target=target)))
         return recorded | ({"baseline": settings} if settings else {})
     unread = {*OF_ROW_FEATURES, *(() if config.model.use_item_features else OF_FEATURES)}
-    if config.model.architecture is not Architecture.vista:
-        unread.update(UNREAD_BY_BASELINES)
     if config.model.counters is False:
         unread.add("counted_dropout")
-    if not config.model.counter_categories:
+    if not values["model"].get("counter_categories"):
         unread.add("counter_categories")  # lines from before the key existed have none either
     model = {key: value for key, value in values["model"].items() if key not in unread}
     recorded |= {"model": model, "optim": values["optim"]}
@@ -222,7 +225,7 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
         recorded["calendar"] = True
     if any(recorded[group].get(key, "absent") is None for group, keys in PLANNED.items() for key in keys):
         recorded["plan"] = dict(PLAN)
-        if recorded["model"]["temperature"] is None:
+        if recorded["model"].get("temperature", "absent") is None:
             recorded["plan"]["temperatures"] = list(TEMPERATURES)
         if config.model.counters is not False and None in (config.data.tokens_per_batch, config.optim.epochs):
             recorded["plan"] |= PLAN_WITH_COUNTERS

@@ -92,11 +92,7 @@ def truncate(path: Path, size: int) -> None:
         (["seed=-1"], r"seed: must be at least 0, got -1"),
         (["num_threads=-1"], r"num_threads: must be at least 0, got -1"),
         (["device=tpu"], r"device=tpu: write auto, cpu, cuda or cuda:N"),
-        (["model.search=hard"], r"model\.search: only SIM can search by category; set model\.architecture=sim"),
-        (
-            ["data.item_categories=items.csv"],
-            r"data\.item_categories: only applies with model\.search=hard; set that, or",
-        ),
+        (["model.search_category=a"], r"model\.search_category: is only for model=sim, got model=vista"),
     ],
 )
 def test_settings_of_training(served: Served, tmp_path: Path, fails: Fails, words: list[str], message: str) -> None:

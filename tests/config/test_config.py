@@ -12,6 +12,7 @@ import yaml
 from vista.config import (
     DataConfig,
     EvaluateConfig,
+    FuxiLinearConfig,
     ModelConfig,
     OptimConfig,
     PrepareConfig,
@@ -19,6 +20,7 @@ from vista.config import (
     ScoreConfig,
     SimulateConfig,
     TrainConfig,
+    TwinConfig,
 )
 from vista.config.checks import (
     Architecture,
@@ -34,7 +36,8 @@ from vista.config.checks import (
     from_dict,
     to_dict,
 )
-from vista.config.composition import to_yaml
+from vista.config.composition import ConfigKeys, compose_config, to_yaml, value_text
+from vista.config.model_config import CONFIGS, model_config_of
 from vista.counters.counters import CounterSpec
 from vista.errors import ConfigError
 
@@ -117,9 +120,8 @@ def test_words_are_choices() -> None:
                 rf"model\.mean_token: takes the place of a seed .* got {got}; set",
             )
             for other, got in (
-                ({"mixing": "bidirectional"}, "architecture=vista, mixing=bidirectional, and num_seeds=16"),
-                ({"num_seeds": 0}, "architecture=vista, mixing=separable, and num_seeds=0"),
-                ({"architecture": "hstu", "history_limit": 9}, "architecture=hstu, mixing=separable, and num_seeds=16"),
+                ({"mixing": "bidirectional"}, "mixing=bidirectional and num_seeds=16"),
+                ({"num_seeds": 0}, "mixing=separable and num_seeds=0"),
             )
         ),
         (
@@ -130,9 +132,9 @@ def test_words_are_choices() -> None:
         (
             ModelConfig,
             {"tail_in_summary": False, "num_seeds": 0},
-            r"model\.tail_in_summary: false needs a model with a summary; set model\.architecture=vista",
+            r"model\.tail_in_summary: false needs a model with a summary; set model\.num_seeds",
         ),
-        (ModelConfig, {"tail_in_summary": False, "architecture": "sim"}, r"model\.tail_in_summary: false needs"),
+        (ModelConfig, {"architecture": "sim"}, r"model\.architecture: expected vista, got sim; in .*SimConfig"),
         (ModelConfig, {"embedding_rows": -1}, r"model\.embedding_rows: must be at least 0, got -1"),
         (
             ModelConfig,
@@ -143,10 +145,10 @@ def test_words_are_choices() -> None:
         (DataConfig, {"unknown_share": 1.0}, r"data\.unknown_share: must lie in \[0, 1\), got 1\.0"),
         (
             TrainConfig,
-            {"data": DataConfig(unknown_share=0.1), "model": ModelConfig(architecture=Architecture.twin)},
+            {"data": DataConfig(unknown_share=0.1), "model": TwinConfig()},
             r"data\.unknown_share: only applies to architectures that rank next items; leave it out",
         ),
-        (TrainConfig, {"model": {"dim": 8}}, r"model: expected ModelConfig, got {'dim': 8}"),
+        (TrainConfig, {"model": {"dim": 8}}, r"model: expected RankingConfig, got {'dim': 8}"),
         (TrainConfig, {"resume": 1}, r"resume: expected bool, got 1"),
         (ScoreConfig, {"model": 3}, r"model: expected str, got 3"),
         (RefreshConfig, {"incremental": True, "codec": "float16"}, r"codec: was set by the store's full refresh"),
@@ -224,7 +226,6 @@ def test_numbers_become_plain_ones() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "din", "history_limit": 9}, r"model\.counters: din does not use counters"),
         ({"counter_keys": 0}, r"model\.counter_keys: must be at least 1"),
         ({"counter_keys": 65_536}, r"model\.counter_keys: must be at most 65535"),
         ({"counter_days": [0.01]}, r"model\.counter_days: must be a list of numbers from 0\.0416667 to 36500"),
@@ -249,8 +250,8 @@ def test_all_counters_that_are_allowed_can_be_counted() -> None:
 def test_fuxi_linear_splits_each_head_in_two() -> None:
     message = r"model\.num_heads: fuxi_linear needs model\.dim=24 to be a multiple of twice"
     with pytest.raises(ConfigError, match=message):
-        ModelConfig(architecture=Architecture.fuxi_linear, dim=24, num_heads=8, history_limit=5)
-    ModelConfig(architecture=Architecture.fuxi_linear, dim=24, num_heads=6, history_limit=5)
+        FuxiLinearConfig(dim=24, num_heads=8, history_limit=5)
+    FuxiLinearConfig(dim=24, num_heads=6, history_limit=5)
 
 
 @pytest.mark.parametrize(
@@ -265,3 +266,20 @@ def test_fuxi_linear_splits_each_head_in_two() -> None:
 )
 def test_yaml_holds_no_passwords(store: str, written: str) -> None:
     assert yaml.safe_load(to_yaml(ScoreConfig(store=store)))["store"] == written
+
+
+@pytest.mark.parametrize("architecture", Architecture)
+def test_each_architecture_has_keys_of_its_own(architecture: Architecture) -> None:
+    """A key of another one is refused, but left out if it comes from an experiment."""
+    made = compose_config(TrainConfig, ["experiment=ml-1m", f"model={architecture.value}"]).model
+    assert type(made) is CONFIGS[architecture] and made.architecture is architecture and made.item_start is not None
+    assert model_config_of(to_dict(made)) == made
+    for name, key in ConfigKeys.of(TrainConfig).keys.items():
+        if key.readers and architecture not in key.readers:
+            assert not hasattr(made, name.removeprefix("model.")) or name in ANSWERED, name
+            with pytest.raises(ConfigError, match=rf"{name}: is only for model=.*, got model={architecture.value}"):
+                compose_config(TrainConfig, [f"model={architecture.value}", f"{name}={value_text(key.default)}"])
+
+
+ANSWERED = ("model.counters", "model.mixing", "model.decay")
+"""Keys that code reads of any architecture."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
-from tests.conftest import Served, small_config
-from vista.config import DataConfig, EvaluateConfig, ModelConfig, SourceColumns, TrainConfig
-from vista.config.checks import Architecture, Search, Split
+from tests.conftest import Served, model_config, small_config
+from vista.config import DataConfig, EvaluateConfig, ItemTableConfig, PrepareConfig, SourceColumns, TrainConfig
+from vista.config.checks import Split
 from vista.errors import ConfigError
 from vista.evaluation.answers import RawHistoryAnswers
 from vista.evaluation.baseline_evaluation import impression_baselines
@@ -22,6 +24,7 @@ from vista.evaluation.evaluate import evaluate, evaluate_model
 from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
+from vista.log.ingest.prepare import prepare
 from vista.log.splits import split_until, visible_counts
 from vista.model.baselines.candidate_models import SIM
 from vista.model.baselines.history_model import HistoryModel
@@ -34,9 +37,7 @@ LIMIT = 9
 
 
 def baseline_config(log: EventLog, folder: Path, name: str, **changes: object) -> TrainConfig:
-    model = ModelConfig(
-        architecture=Architecture(name), dim=16, num_heads=2, history_limit=LIMIT, tail_len=6, dropout=0.1
-    )
+    model = model_config(name, dim=16, num_heads=2, history_limit=LIMIT, tail_len=6, dropout=0.1)
     return small_config(log, folder / name, model=model, **{"optim__epochs": 1} | changes)
 
 
@@ -121,21 +122,23 @@ def test_models_that_only_rank_draw_no_negatives(served_tasks: Served, tmp_path:
 
 
 def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) -> None:
-    """They are read when training starts. The saved model does not need the file."""
-    log, file = served_tasks.log, tmp_path / "items.csv"
-    kinds = np.arange(log.num_items) % 3
-    lines = [f"{item},{kind}" for item, kind in zip(log.items.ids(np.arange(log.num_items)), kinds, strict=True)]
-    file.write_text("\n".join(["item,kind", *lines]))
-    config = baseline_config(log, tmp_path, "sim", data=replace(served_tasks.config.data))
-    config.model.search = Search.hard
-    config.data.item_categories, config.data.category_column = str(file), "kind"
+    """They are read when training starts. The saved model does not need the log."""
+    path = Path(shutil.copytree(served_tasks.log.path, tmp_path / "log"))
+    kinds = np.arange(served_tasks.log.num_items) % 3
+    items = {"item": served_tasks.log.items.ids(np.arange(len(kinds))), "kind": kinds}
+    table = ItemTableConfig(paths=[str(tmp_path / "items.parquet")], categories=["kind"])
+    pl.DataFrame(items).write_parquet(table.paths[0])
+    prepare(PrepareConfig(out=str(path), append=True, items=table))
+    log = EventLog.open(path)
+    config = baseline_config(log, tmp_path, "sim", data=replace(served_tasks.config.data, path=str(path)))
+    config.model = replace(config.model, search_category="kind", use_item_features=False)
     model = train_model(config, log)
-    file.unlink()
     again = load_model(tmp_path / "sim" / "best")
     for each in (model, again):
         assert isinstance(each, SIM) and each.category is not None
         rows = each.rows_of(log.items)
-        assert np.array_equal(each.category[rows].numpy(), kinds + 1)
+        codes = each.category[rows].numpy()
+        assert np.array_equal(codes == codes[0], kinds == kinds[0]) and len(set(codes)) == 3 and codes.min() == 1
         assert each.category[0] == 0
     assert isinstance(again, SIM) and isinstance(model, SIM)
     assert evaluate_model(again, log, EvaluateConfig()).metrics == evaluate_model(model, log, EvaluateConfig()).metrics
@@ -158,19 +161,6 @@ def test_the_state_after_a_full_history_is_trained(event_log: EventLog, tmp_path
             torch.autograd.backward(loss)
     assert isinstance(model, SequenceModel) and model.position.grad is not None
     assert bool(model.position.grad.any(1).all())
-
-
-def test_baselines_read_times_for_any_decay(event_log: EventLog, tmp_path: Path) -> None:
-    """Decay concerns only summaries, but `experiment=ml-1m` sets it for all models."""
-    assert event_log.has_time
-    config = baseline_config(event_log, tmp_path, "hstu")
-    config.model.decay_horizons = [5.0, 40.0]
-    config.model.decay = type(config.model.decay)("position")
-    batch = BatchSource(event_log, ModelReads(np.arange(event_log.num_items) + 1), config).batch(0, 0)
-    user = int(batch.user[0])
-    assert set(batch.events.clock[: int(batch.events.offsets[1])].tolist()) <= set(
-        event_log.slice(user).timestamp.tolist()
-    )
 
 
 def test_a_baseline_has_no_summaries(event_log: EventLog, tmp_path: Path) -> None:

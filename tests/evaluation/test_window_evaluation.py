@@ -12,11 +12,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tests.conftest import Served, small_config
+from tests.conftest import Served, model_config, small_config
 from tests.evaluation.conftest import evaluated
 from vista.arrays import Float32s
 from vista.config import DataConfig, EvaluateConfig, SourceColumns
-from vista.config.checks import Codec, Split, Target
+from vista.config.checks import Codec, Split, Target, to_dict
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.cases import WindowCases
 from vista.evaluation.comparison import PerUserMetrics
@@ -163,7 +163,7 @@ def test_a_baseline_against_a_loop(event_log: EventLog, tmp_path: Path) -> None:
     config = small_config(
         event_log, tmp_path / "run", data__split=Split.share, data__test_share=0.2, data__validation_share=0.1
     )
-    config.model = dataclasses.replace(config.model, architecture="sasrec", history_limit=9)  # type: ignore[arg-type]
+    config.model = model_config("sasrec", **(to_dict(config.model) | {"history_limit": 9}))
     model = train_model(config, event_log)
     assert isinstance(model, SequenceModel)
     evaluation = evaluate_model(model, event_log, EvaluateConfig(**ASKED))

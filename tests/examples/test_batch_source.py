@@ -14,6 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from tests.conftest import model_config
 from tests.counters.counter_histories import only_items
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
@@ -81,7 +82,7 @@ def source(
 ) -> BatchSource:
     options = {"tokens_per_batch": 64, "label_spacing": 4, "num_negatives": 8, "split": Split.leave_last_out} | data
     config = TrainConfig(
-        model=ModelConfig(dim=8, num_heads=2, tail_len=4, **(model or {})),
+        model=model_config(**({"dim": 8, "num_heads": 2, "tail_len": 4} | (model or {}))),
         data=DataConfig(**options),
         optim=OptimConfig(**(optim or {})),
         seed=3,

@@ -28,7 +28,6 @@ from vista.config.composition import compose_config, to_yaml
 from vista.evaluation.comparison import PerUserMetrics
 from vista.log import deletions
 from vista.log.event_log import EventLog
-from vista.log.ingest import source_parser
 from vista.log.ingest.prepare import prepare
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
@@ -221,22 +220,6 @@ def read_deletions(folder: Path, world: Path) -> str:
     return contents(EventLog.open(folder / "made"))
 
 
-def categories(name: str, write: Callable[[Any, Path], None]) -> Format:
-    """A format of tables of items' categories."""
-
-    def make(folder: Path) -> None:
-        import polars as pl
-
-        items = np.arange(0, 400, 10)
-        write(pl.DataFrame({"item": items, "category": [f"kind {item % 70}" for item in items]}), folder / name)
-
-    def read(folder: Path, world: Path) -> str:
-        with mock.patch.object(source_parser, "SourceParser", lambda: nullcontext(operations.parser())):
-            return digest([source_parser.read_categories(folder / name, "category", operations.log_of(world).items)])
-
-    return Format((name,), read, make, checked=False)
-
-
 def make_index(folder: Path) -> None:
     from vista.cli.item_commands import run_index
     from vista.config import IndexConfig
@@ -292,8 +275,6 @@ FORMATS: dict[str, Format] = {
     "npz sources": source("events.npz", write_npz, checked=True, kind="npz"),
     **{f"files of {name}": public_set(name) for name in PUBLIC_SETS},
     "deletions to forget": Format(("deletions.csv",), read_deletions, write_deletions, checked=False),
-    "categories in CSV": categories("kinds.csv", lambda table, path: table.write_csv(path)),
-    "categories in Parquet": categories("kinds.parquet", lambda table, path: table.write_parquet(path)),
     "metrics per user": Format(("measured.npz",), read_metrics, make_metrics),
     "exports": Format(("exported.parquet",), read_export, operations.export),
     "event logs": Format(("log/**/*",), read_log, make_log),

@@ -146,7 +146,7 @@ BAD: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str]] = {
     "two rows": ({"user": [1, 2, 1], "p": ["a", "b", "a"]}, {}, "row 3, column 'user': user 1 is also in row 1 of"),
     "no user of the log": ({"user": [8], "p": ["a"]}, {}, "contains none of the log's users, such as 1; use the log's"),
     "no id": ({"id": [1], "p": ["a"]}, {}, r"column 'user' is missing, the file has: id, p; .* with users\.user="),
-    "text id": ({"user": ["x"], "p": ["a"]}, {}, r"'x' is not an integer id; correct it, or set events\.user_ids=str"),
+    "text id": ({"user": ["x"], "p": ["a"]}, {}, r"'x' is not an integer id; correct it, or set events\.ids=str"),
     "text number": (
         {"user": [1], "age": ["old"]}, {"numbers": ["age"]}, r"'old' is not a number; .* under users\.categories"
     ),

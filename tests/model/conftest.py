@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.conftest import model_config
 from tests.counters.counter_histories import category
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
-from vista.config.checks import Architecture, Decay
+from vista.config.checks import Decay
 from vista.counters.counters import ItemKeys
 from vista.examples.batch import Batch, ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, Encoded, decay_clock
 from vista.examples.cuts import AnchorPlan, CutPlan, cut_batch
@@ -112,7 +113,7 @@ def of_architecture(
     schema = Schema(ACTIONS, has_time, (1.0, 5.0), list(tasks), has_retrieval, **kinds)
     items = Vocabulary.from_ids(np.arange(NUM_ITEMS) + 100)
     with taken_constants(options):
-        settings = ModelConfig(architecture=Architecture(name), **options)
+        settings = model_config(name, **options)
         built = ARCHITECTURES[settings.architecture](settings, schema, items, DataConfig()).to(dtype).eval()
     with torch.no_grad():
         for parameter in built.parameters():

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vista.config import DataConfig, ModelConfig
-from vista.config.checks import Architecture
+from tests.conftest import model_config
+from vista.config import DataConfig
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.history_model import tiles
 from vista.model.baselines.sequence_models import HSTU, EmbeddedSequences, SASRec
@@ -37,9 +37,7 @@ def test_states_are_those_of_rectools(name: str, tmp_path: Path) -> None:
     with np.load(tmp_path / "states.npz", allow_pickle=False) as arrays:
         theirs = {key: torch.from_numpy(value) for key, value in arrays.items()}
     length, dim = theirs["out"].shape[1:]
-    config = ModelConfig(
-        architecture=Architecture(name.lower()), dim=dim, num_heads=HEADS, history_limit=length, dropout=0.0
-    )
+    config = model_config(name.lower(), dim=dim, num_heads=HEADS, history_limit=length, dropout=0.0)
     items = Vocabulary.from_ids(np.arange(NUM_ITEMS))
     model = ARCHITECTURES[config.architecture](config, Schema(["view"], False, None, []), items, DataConfig())
     model = model.double().eval()

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tests.conftest import NEXT_ONLY
 from vista.config import DataConfig
-from vista.config.checks import Search
 from vista.errors import ConfigError
 from vista.log.features import CategoryColumn, ItemFeatures, NumberColumn
 from vista.log.histories import Histories, gap_bucket
@@ -35,7 +34,7 @@ LIMITED = [("din", 6), ("sim", 0), ("sim", 8), ("sim-hard", 0), ("sim-hard", 8),
 
 def baseline(make: SimpleNamespace, name: str, *, limit: int = 0, top_k: int = 4, **options: Any) -> CandidateModel:
     """A small float64 model in which every parameter matters."""
-    options |= {"search": Search.hard if name == "sim-hard" else Search.soft}
+    options |= {"search_category": "topic"} if name == "sim-hard" else {}
     limit = limit or (6 if name == "din" else 0)
     model = make.architecture(name.removesuffix("-hard"), has_retrieval=False, history_limit=limit, **options)
     assert isinstance(model, CandidateModel)
@@ -298,16 +297,17 @@ def test_hard_search_reads_a_category_of_the_log(make: SimpleNamespace) -> None:
     tags = CategoryColumn(topic.values, np.tile(np.int32([0, 2]), count), 2 * np.arange(count + 1))
     price = NumberColumn(np.ones(count, np.float32))
     features = ItemFeatures({"topic": topic, "tags": tags, "price": price})
-    model.read_item_table(DataConfig(category_column="topic"), features)
+    model.read_item_table(DataConfig(), features)
     assert model.category.tolist() == [0, 0, *(1 + codes)]
     for name, given, message in (
         (
             "price",
             features,
-            "data.category_column=price: is not a category of the log's items, which have topic, tags;",
+            "model.search_category=price: is not a category of the log's items, which have topic, tags;",
         ),
-        ("category", None, "data.category_column=category: is not a category of the log's items, which have none;"),
-        ("tags", features, "data.category_column=tags: some items have several values"),
+        ("category", None, "model.search_category=category: is not a category of the log's items, which have none;"),
+        ("tags", features, "model.search_category=tags: some items have several values"),
     ):
         with pytest.raises(ConfigError, match=message):
-            model.read_item_table(DataConfig(category_column=name), given)
+            model.config.search_category = name
+            model.read_item_table(DataConfig(), given)

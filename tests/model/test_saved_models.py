@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import sign_model
+from tests.conftest import model_config, sign_model
 from vista.arrays import offsets_of
 from vista.config import DataConfig, ModelConfig
 from vista.config.checks import Activation, Decay, Mixing, Normalization, TargetAttentionKind
@@ -188,7 +188,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (without("config.json"), "no readable model"),
     "no vocabulary": (without("items.ids.npy"), r"no readable model .*items\.ids\.npy"),
     "no folder": (shutil.rmtree, "no readable model .*vista train"),
-    "another format": (edited(lambda d: d.update(format_version=99)), "format 99, but this version of vista reads 8"),
+    "another format": (edited(lambda d: d.update(format_version=99)), "format 99, but this version of vista reads 9"),
     "not a description": (lambda folder: (folder / "config.json").write_text('["a list"]'), "format None"),
     "no schema": (edited(lambda d: d.pop("schema")), r"config\.json: the field 'schema' is missing"),
     "no data": (
@@ -288,7 +288,7 @@ def test_a_config_that_asks_for_more_than_the_weights_hold(
 )
 def test_small_models_with_one_large_size_are_loaded(make: SimpleNamespace, tmp_path: Path, sizes: Any) -> None:
     like = make.model()
-    config = ModelConfig(dim=8, num_heads=1, **sizes)
+    config = model_config(**({"dim": 8, "num_heads": 1} | sizes))
     model = ARCHITECTURES[config.architecture](config, like.schema, like.items, like.data)
     model.save_pretrained(tmp_path / "best")
     weights, loaded = model.state_dict(), load_model(tmp_path / "best").state_dict()

@@ -22,7 +22,7 @@ from tests.faults.nursery import Say
 from tests.log.conftest import PARSER
 from vista.cli.serving_commands import run_watch
 from vista.config import SourceConfig, WatchConfig
-from vista.config.checks import Arrival, Codec, OnBadRows
+from vista.config.checks import Codec, OnBadRows
 from vista.errors import ConfigError, StoreLockedError
 from vista.log.event_log import EventLog
 from vista.log.ingest.source_parser import SourceParser
@@ -128,12 +128,12 @@ def test_a_writer_that_pauses(tmp_path, grow, watched):
     folder, later = tmp_path / "incoming", grow.start + 500 * grow.hour
     events = grow.events({1: 6}, later)
     begun = {name: values[:4] for name, values in events.items()}
-    for arrival, num_events in (("done", 20), ("pause", 20 + 4 + 6)):
-        watched.arrival = Arrival(arrival)
-        watching, name = Watch(watched), f"{arrival}.csv"
+    for settle_s, num_events in ((None, 20), (2.0, 20 + 4 + 6)):
+        watched.settle_s = settle_s
+        watching, name = Watch(watched), f"{settle_s}.csv"
         path = arrive(folder, name, begun)
         path.with_name(f"{name}.done").unlink()
-        assert watching.look().files == (arrival == "pause")
+        assert watching.look().files == (settle_s is not None)
         arrive(folder, name, events)
         assert watching.look().files == 1
         assert EventLog.open(watched.data).num_events == num_events
@@ -142,7 +142,7 @@ def test_a_writer_that_pauses(tmp_path, grow, watched):
 
 
 def test_a_pause_is_measured_and_a_file_dated_in_the_future_is_reported_once(tmp_path, grow, watched, caplog):
-    watched.arrival, watched.settle_s = Arrival.pause, 100.0
+    watched.settle_s = 100.0
     watching = Watch(watched)
     path = arrive(tmp_path / "incoming", "a.csv", grow.events({1: 2}, grow.start + 500 * grow.hour), age_s=-3600)
     for _ in range(2):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, cast
 from xml.etree import ElementTree
 
@@ -16,6 +15,8 @@ from hypothesis import strategies as st
 from tests.conftest import Served
 from vista.evaluation.comparison import AucMeasure, Estimate, MeanMeasure, PerUserMetrics, drawn_aucs
 from vista.log.event_log import EventLog
+from vista.log.features import CategoryColumn, ItemFeatures
+from vista.log.vocabulary import Vocabulary
 from vista.model.inference import item_vectors
 from vista.report import sections
 from vista.report.html_page import PageSection, Series, interval_chart, line_chart
@@ -197,14 +198,14 @@ def test_an_undefined_baseline_is_neither_shown_nor_listed_first() -> None:
     assert [row for row in rows if row in values] == ["best", "run", "weak", "undefined"]
 
 
-def test_ages_by_category(impression_log: EventLog, tmp_path: Path) -> None:
+def test_ages_by_category(impression_log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
     log = impression_log
-    ids = log.items.ids(np.arange(log.num_items)).tolist()
-    rows = "".join(f"{item},{place % 5}\n" for place, item in enumerate(ids))
-    (tmp_path / "topics.csv").write_text("item,topic\n" + rows)
+    items = np.arange(log.num_items)
+    topics = CategoryColumn(Vocabulary.from_ids(np.arange(5)), (items % 5).astype(np.int32), np.r_[items, len(items)])
+    monkeypatch.setattr(log, "item_features", ItemFeatures({"topic": topics}))
     user, item = np.arange(log.num_users), np.zeros(log.num_users, np.int64)
     measure = MeanMeasure("m", "m", user, log.lengths, item, {"own": np.ones(log.num_users)})
-    ages = category_ages(measure, log, tmp_path / "topics.csv", "topic")
+    ages = category_ages(measure, log, "topic")
     for row in user.tolist():
         places = np.flatnonzero(log.slice(row).item % 5 == 0)
         assert ages[row] == (log.lengths[row] - 1 - places[-1] if len(places) else -1)

@@ -21,7 +21,6 @@ from scripts.experiments.sets import (
     prepare_set,
     prepare_simulation,
     prepare_with_texts,
-    source_folder,
 )
 from scripts.experiments.table_run import part_configs, recorded_config, train_config
 from scripts.experiments.tables import TABLES
@@ -45,8 +44,8 @@ from vista.evaluation.cases import WindowCases
 from vista.evaluation.counting_baselines import counting_baselines
 from vista.evaluation.protocol import measure_windows
 from vista.log.event_log import EventLog
-from vista.log.ingest.source_parser import read_categories
 from vista.log.splits import split_until
+from vista.model.item_feature_table import category_codes
 
 pytestmark = pytest.mark.research
 
@@ -69,8 +68,7 @@ def test_baskets_keep_their_order_and_products_their_categories(tmp_path: Path) 
     (user,) = log.users.rows([7])
     history = log.gather(np.array([user]), np.array([3]))
     assert log.items.ids(history.item).tolist() == [40, 10, 40] and history.timestamp.tolist() == [5000, 5000, 6000]
-    table = source_folder(out) / "items.parquet"
-    types, categories = (read_categories(table, name, log.items) for name in SETS["complete-journey"].categories)
+    types, categories = (category_codes(log.item_features, f"product_{name}", "") for name in ("type", "category"))
     ten, forty, unknown = 1 + log.items.rows([10, 40, 99])
     assert types[ten] and not types[forty] and categories[ten] != categories[forty] and not categories[unknown]
     with pytest.raises(ConfigError, match=r"products\.parquet: cannot be read"):
@@ -86,9 +84,6 @@ def test_long_histories_with_returns_are_read(name: str, sizes: tuple[int, int, 
     prepare_set(name, real_set(name), tmp_path / "log")
     log = EventLog.open(tmp_path / "log")
     assert (log.num_users, log.num_items, int(log.lengths.sum())) == sizes and log.has_time
-    for category in SETS[name].categories:
-        codes = read_categories(source_folder(log.path) / "items.parquet", category, log.items)
-        assert (codes[1:] > 0).mean() > 0.99 and codes.max() > 10
 
 
 @pytest.mark.parametrize("name", ["complete-journey", "dev-packages"])
@@ -129,9 +124,7 @@ def test_a_log_gets_one_more_feature(
     name, kind = {"vectors": ("text", "vector"), "codes": ("codes", "category")}[texts]
     assert [*after.columns] == [*before.columns, name] and after.columns[name].kind == kind
     assert after.columns[name].is_known.all()
-    assert (tmp_path / "log-source" / "items.parquet").exists() and pl.read_parquet(
-        tmp_path / "log-source" / "vectors.parquet"
-    ).columns == ["product_id", "text"]
+    assert pl.read_parquet(tmp_path / "log-source" / "vectors.parquet").columns == ["product_id", "text"]
 
 
 SMALL = (

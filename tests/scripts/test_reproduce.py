@@ -36,9 +36,7 @@ SIMULATION = Table(
         "last-40": TableRow(1, (*K0, "model.tail_len=40")),
         "sasrec": TableRow(1, ("model=sasrec",)),
         "din": TableRow(1, ("model=din",)),
-        "sim-hard": TableRow(
-            1, ("model=sim", "model.search=hard", "data.item_categories=items.parquet", "data.category_column=topic")
-        ),
+        "sim-hard": TableRow(1, ("model=sim", "model.search_category=topic")),
         **COUNTING_BASELINES,
         **ORACLE,
     },

@@ -19,8 +19,7 @@ from scripts.experiments import plots, row_origin
 from scripts.experiments.results import append_result, hardware, main, markdown_table, read_lines, read_results
 from scripts.experiments.row_origin import RowOrigin, train_noted
 from tests.conftest import Served, small_config
-from vista.config import ModelConfig
-from vista.config.checks import Architecture
+from vista.config import DinConfig
 from vista.errors import DataError
 from vista.log.event_log import EventLog
 from vista_kernels.processor import processor
@@ -278,7 +277,7 @@ def test_who_trained_and_who_measures(
 def test_a_ranking_run_keeps_the_epoch_of_least_entropy(
     impression_log: EventLog, served_tasks: Served, tmp_path: Path
 ) -> None:
-    model = ModelConfig(architecture=Architecture.din, dim=16, num_heads=2, history_limit=9)
+    model = DinConfig(dim=16, history_limit=9)
     config = small_config(impression_log, tmp_path / "run", model=model, data=served_tasks.config.data, optim__epochs=2)
     train_noted(config, impression_log, tmp_path)
     kept = RowOrigin.read({"test": tmp_path}).validation

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vista.config import DataConfig, EvaluateConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
-from vista.config.checks import Architecture, Precision, Split
+from tests.conftest import model_config
+from vista.config import DataConfig, EvaluateConfig, OptimConfig, SourceColumns, TrainConfig
+from vista.config.checks import Precision, Split
 from vista.evaluation.evaluate import evaluate_model
 from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
@@ -51,7 +52,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
 def config_of(log: EventLog, run_dir: Path, name: str, **model: Any) -> TrainConfig:
     first = (10_000_000 + NUM_EVENTS) * 1000
     return TrainConfig(
-        model=ModelConfig(architecture=Architecture(name), dim=16, num_heads=2, tail_len=8, dropout=0.1, **model),
+        model=model_config(name, dim=16, num_heads=2, tail_len=8, dropout=0.1, **model),
         data=DataConfig(
             path=str(log.path),
             split=Split.time,

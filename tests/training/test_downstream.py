@@ -15,8 +15,8 @@ import torch
 
 from tests.conftest import Served
 from tests.training.test_trainer import assert_same_result
-from vista.config import EvaluateConfig, OptimConfig, TrainConfig
-from vista.config.checks import Architecture, Codec, Decay, Split, TargetAttentionKind
+from vista.config import EvaluateConfig, OptimConfig, SasrecConfig, TrainConfig
+from vista.config.checks import Codec, Decay, Split, TargetAttentionKind
 from vista.errors import ConfigError, LeakageError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.batch_source import BatchSource, ModelReads
@@ -312,7 +312,7 @@ class TestRefusals:
 
     def test_baselines(self, served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
         config = downstream_config(served_tasks, past_store, tmp_path)
-        baseline = replace(config.model, architecture=Architecture.sasrec, history_limit=200)
+        baseline = SasrecConfig(history_limit=200)
         with pytest.raises(ConfigError, match=r"model\.architecture: training over a base needs vista"):
             replace(config, model=baseline)
 

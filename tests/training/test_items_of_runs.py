@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.conftest import DAY, START, Served, small_config, small_frame
+from tests.conftest import DAY, START, Served, model_config, small_config, small_frame
 from tests.training.conftest import assert_served_as_validated
 from tests.training.worlds import feature_frame
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
-from vista.config.checks import Architecture, Codec, Decay, InitFreeze, Search, Split
+from vista.config.checks import Architecture, Codec, Decay, InitFreeze, Split, to_dict
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
@@ -69,7 +69,7 @@ def test_decay_by_time_needs_times(order_log: EventLog) -> None:
 def test_baselines_that_rank_only_need_labeled_impressions(
     event_log: EventLog, impression_log: EventLog, architecture: Architecture
 ) -> None:
-    config = TrainConfig(model=ModelConfig(architecture=architecture, history_limit=200))
+    config = TrainConfig(model=model_config(architecture, history_limit=200))
     schema = schema_of(impression_log, config)
     assert (schema.tasks, schema.has_retrieval) == (["click", "like", "long_view"], False)
     with pytest.raises(ConfigError, match=rf"model\.architecture={architecture.value}: learns only from .* has none;"):
@@ -298,23 +298,15 @@ def test_every_model_trains_without_rare_items(
     """Candidates, labels, and negatives too."""
     log = served_tasks.log
     counts = np.sort(np.bincount(log.gather(np.arange(log.num_users), features=False).item))
-    hard = architecture is Architecture.sim
-    if hard:
-        (tmp_path / "categories.csv").write_text(
-            "item,category\n" + "".join(f"{item},{int(item) % 3}\n" for item in log.items.ids(np.arange(log.num_items)))
-        )
     config = replace(
         served_tasks.config,
-        model=replace(
-            served_tasks.config.model,
-            architecture=architecture,
-            history_limit=20,
-            search=Search.hard if hard else Search.soft,
+        model=model_config(
+            architecture,
+            **(to_dict(served_tasks.config.model) | {"history_limit": 20}),
         ),
         data=replace(
             served_tasks.config.data,
             min_item_events=int(counts[len(counts) // 2]),
-            item_categories=str(tmp_path / "categories.csv") if hard else None,
         ),
         optim=replace(served_tasks.config.optim, epochs=1),
         run_dir=str(tmp_path / "run"),

@@ -16,8 +16,8 @@ import torch
 from tests.conftest import Served, small_config
 from tests.training.conftest import copies_of_run
 from tests.training.test_trainer import assert_same_result, metrics
-from vista.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from vista.config.checks import Architecture, ItemStart, Mixing, Split, TableKind, planned
+from vista.config import DataConfig, ModelConfig, OptimConfig, SimConfig, TrainConfig
+from vista.config.checks import ItemStart, Mixing, Split, TableKind, planned
 from vista.config.composition import compose_config
 from vista.errors import ConfigError, MissingDependencyError
 from vista.log.event_log import EventLog
@@ -119,7 +119,7 @@ def test_counters_are_for_logs_with_returns(event_log: EventLog, served_tasks: S
     assert plan(TrainConfig(data=DataConfig(exclude_seen=True))) == off
     assert plan(TrainConfig(optim=OptimConfig(next_weight=0, window_weight=0))) == off  # ranks no items
     assert plan(TrainConfig(optim=OptimConfig(next_weight=0))) == on  # windows only
-    assert plan(TrainConfig(model=ModelConfig(architecture=Architecture.sim))) == off  # ranks candidates only
+    assert not plan_run(TrainConfig(model=SimConfig()), event_log).model.counters  # ranks candidates only
     bidirectional = ModelConfig(mixing=Mixing.bidirectional)
     assert plan(TrainConfig(model=bidirectional)) == (True, True, False, 0.3, 1.0)
     assert plan(TrainConfig(model=ModelConfig(counters=True), data=DataConfig(exclude_seen=True))) == on

@@ -273,7 +273,7 @@ def test_a_second_start_continues_new_items(earlier: Run, later: Run, grown_log:
     ("changes", "message"),
     [
         ({"model__dim": 8}, r"these differ: model\.dim \(16 -> 8\); set model\.dim=16"),
-        ({"model__num_seeds": 2, "model__tail_len": 5}, r"model\.num_seeds \(3 -> 2\), model\.tail_len \(6 -> 5\)"),
+        ({"model__num_seeds": 2, "model__tail_len": 5}, r"model\.tail_len \(6 -> 5\), model\.num_seeds \(3 -> 2\)"),
         ({"model__use_item_features": False}, r"set model\.use_item_features=true"),
     ],
 )

@@ -138,7 +138,7 @@ COMMANDS: dict[str, Command] = {
         ),
         resumes=True,
         first=(
-            *("data", "model", "store", "folder", "source", "arrival", "settle_s", "poll_s", "once", "report_file"),
+            *("data", "model", "store", "folder", "source", "settle_s", "poll_s", "once", "report_file"),
             *("on_bad_rows", "events.user", "events.item", "events.timestamp", "events.time_unit", "events.action"),
             *("events.rating", "stream.client_file", "stream.start", "stream.max_messages", "device", "num_threads"),
         ),

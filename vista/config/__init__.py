@@ -19,7 +19,15 @@ from vista.config.log_config import (
     StreamConfig,
     UserTableConfig,
 )
-from vista.config.model_config import ModelConfig
+from vista.config.model_config import (
+    DinConfig,
+    FuxiLinearConfig,
+    HstuConfig,
+    ModelConfig,
+    SasrecConfig,
+    SimConfig,
+    TwinConfig,
+)
 from vista.config.serve_config import (
     CompletionConfig,
     DoctorConfig,
@@ -65,12 +73,15 @@ __all__ = [
     "CompareConfig",
     "CompletionConfig",
     "DataConfig",
+    "DinConfig",
     "DoctorConfig",
     "EvaluateConfig",
     "EventFilterConfig",
     "ExploreConfig",
     "ExportConfig",
     "FeatureTableConfig",
+    "FuxiLinearConfig",
+    "HstuConfig",
     "IndexConfig",
     "ItemTableConfig",
     "ItemsAddConfig",
@@ -91,8 +102,10 @@ __all__ = [
     "ReportConfig",
     "RunsCompareConfig",
     "RunsConfig",
+    "SasrecConfig",
     "ScoreConfig",
     "ServeConfig",
+    "SimConfig",
     "SimulateConfig",
     "SourceColumns",
     "SourceConfig",
@@ -109,6 +122,7 @@ __all__ = [
     "SweepConfig",
     "TrackingConfig",
     "TrainConfig",
+    "TwinConfig",
     "UserTableConfig",
     "WatchConfig",
 ]

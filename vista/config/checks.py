@@ -227,7 +227,7 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     hints = get_type_hints(cls)
     if not isinstance(values, dict):
         raise ConfigError(f"{cls.__name__}: expected a table of keys, got {values!r}")
-    other = hints.keys() ^ values.keys()
+    other = {f.name for f in fields(cls)} ^ values.keys()  # type: ignore[arg-type]
     if other:
         keys = ", ".join(sorted(other))
         raise ConfigError(
@@ -342,15 +342,6 @@ class TargetAttentionKind(Enum):
     attention (VISTA), not only the summary tokens."""
 
 
-class Search(Enum):
-    """How SIM finds the events that a candidate attends to."""
-
-    soft = "soft"
-    """The events with the largest learned inner product."""
-    hard = "hard"
-    """The newest events of the candidate's category (`data.category_column`)."""
-
-
 class ItemStart(Enum):
     """What the vectors of items are before training."""
 
@@ -419,16 +410,6 @@ class StreamStart(Enum):
 
     oldest = "oldest"
     newest = "newest"
-
-
-class Arrival(Enum):
-    """How a watch tells that a file in its folder is complete."""
-
-    done = "done"
-    """There is a file with the suffix .done next to it, such as day.csv.done for day.csv, which is not older."""
-    pause = "pause"
-    """The file has not changed for `settle_s`. If its writer pauses longer, it is taken twice: first the part that was
-    there, then the complete file. The rows of that part then count twice."""
 
 
 # Users write `raise` and `leave-last-out`, which are not Python names: hence the aliases.

@@ -1,7 +1,9 @@
 """From `key=value` words to one config object: Hydra's compose API over conf/, typed by the dataclasses.
 
-Nothing here changes the working directory or makes a run folder. Hydra composes groups and experiments. Values are then
-set one at a time, so that an error can name the word that caused it.
+Hydra parses the words, and composes the groups and experiments of the commands that have any. Values are then set one
+at a time, which Hydra cannot do: an error names the word that caused it in one line, text such as the id 1_000 stays as
+it was written, and a model has the keys of its architecture. Nothing here changes the working directory or makes a run
+folder.
 """
 
 from __future__ import annotations
@@ -24,7 +26,6 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, cast, get_args, get_origi
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
@@ -33,7 +34,8 @@ from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vista.config.checks import MAX_LEVELS, check_size, to_dict, without_none, without_password
+from vista.config.checks import MAX_LEVELS, Architecture, check_size, to_dict, without_none, without_password
+from vista.config.model_config import CONFIGS, RankingConfig, readers_of
 from vista.config.train_config import TrainConfig
 from vista.errors import ConfigError, shown
 from vista.files import read_limited
@@ -42,8 +44,7 @@ from vista.installation import install_command
 # Configuration dataclasses as text: every key with its type, default, and docstring; YAML.
 #
 # It reads the source of the modules that define the dataclasses, so it does not need Hydra. Help texts and error
-# messages
-# of the command line are made from it.
+# messages of the command line are made from it.
 
 _SENTENCE = re.compile(r"(.+?[^.]\.)(\s+[A-Z`]|$)")
 
@@ -61,6 +62,8 @@ class ConfigKey:
     """Docstring of the field, or else of its enum; empty if both have none."""
     choices: tuple[str, ...] = ()
     """All accepted spellings of an enum's values."""
+    readers: tuple[Architecture, ...] = ()
+    """Of a key of a model: the architectures that read it."""
 
     @property
     def summary(self) -> str:
@@ -86,7 +89,7 @@ class ConfigSection:
 
 @dataclass(frozen=True, slots=True)
 class ConfigKeys:
-    """All keys and sections of a schema: what it reads, then its own keys, then other inherited ones."""
+    """All keys and sections of a schema, in the order of `listed_fields`. A model's are those of all architectures."""
 
     keys: dict[str, ConfigKey]
     sections: dict[str, ConfigSection]
@@ -101,18 +104,21 @@ class ConfigKeys:
     def _add(self, schema: type, prefix: str) -> None:
         hints = get_type_hints(schema)
         docs = _docs_of_fields(schema)
-        own = {name: number for number, name in enumerate(schema.__annotations__)}
-        place = {"data": -4, "model": -3, "store": -2, "paths": -1} | own
-        for field in sorted(dataclasses.fields(schema), key=lambda field: place.get(field.name, len(own))):
+        for field in listed_fields(schema):
             name, inner, optional = prefix + field.name, *without_none(hints[field.name])
             if dataclasses.is_dataclass(inner):
                 assert isinstance(inner, type)
                 self.sections[name] = ConfigSection(name, inner, optional)
-                self._add(inner, f"{name}.")
-                continue
-            is_enum = isinstance(inner, type) and issubclass(inner, Enum)
-            choices = tuple(inner.__members__) if is_enum else ()
-            self.keys[name] = ConfigKey(name, type_text(hints[field.name]), _default(field), docs[field.name], choices)
+                for each in CONFIGS.values() if inner is RankingConfig else (inner,):
+                    self._add(each, f"{name}.")
+            elif name not in self.keys:  # several architectures have it
+                is_enum = isinstance(inner, type) and issubclass(inner, Enum)
+                choices = tuple(inner.__members__) if is_enum else ()
+                doc, readers = docs[field.name], tuple[Architecture, ...]()
+                if issubclass(schema, RankingConfig) and len(read := readers_of(field.name)) < len(CONFIGS):
+                    readers = tuple(read)
+                    doc += f" Only of {', '.join(each.value for each in read)}."
+                self.keys[name] = ConfigKey(name, type_text(hints[field.name]), _default(field), doc, choices, readers)
 
     def matches(self, name: str) -> list[str]:
         """Up to three names that a mistyped name may stand for, best first. The prefix may be missing."""
@@ -125,6 +131,16 @@ class ConfigKeys:
         for close in get_close_matches(last, by_last, n=3, cutoff=0.75):
             matches += by_last[close]
         return list(dict.fromkeys(matches))[:3]
+
+
+def listed_fields(schema: type) -> list[dataclasses.Field[Any]]:
+    """The fields in the order in which users see them: what a command reads, its own keys, those that it shares."""
+    listed = dataclasses.fields(schema)
+    if issubclass(schema, RankingConfig):
+        return list(listed)
+    own = {name: number for number, name in enumerate(schema.__annotations__)}
+    place = {"data": -4, "model": -3, "store": -2, "paths": -1} | own
+    return sorted(listed, key=lambda field: place.get(field.name, len(own)))
 
 
 def type_text(hint: Any) -> str:
@@ -191,7 +207,9 @@ def _docs_of_fields(schema: type) -> dict[str, str]:
 
 def to_yaml(config: Any) -> str:
     """A config as YAML, from which `vista COMMAND --config FILE` makes an equal one, but without passwords in URLs."""
-    text: str = yaml.safe_dump(_without_passwords(to_dict(config)), sort_keys=False, allow_unicode=True)
+    values = _without_passwords(to_dict(config))
+    ordered = {field.name: values[field.name] for field in listed_fields(type(config))}
+    text: str = yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True)
     return text
 
 
@@ -285,11 +303,6 @@ def command_name(schema: type) -> str:
     return " ".join(re.findall("[A-Z][a-z]+", schema.__name__.removesuffix("Config"))).lower()
 
 
-def config_file_name(command: str) -> str:
-    """Name of a command's primary config in conf/, without .yaml: its words joined by hyphens."""
-    return command.replace(" ", "-")
-
-
 def conf_dir() -> Path:
     """The folder of YAML files: inside an installed package, or next to it in a checkout or an editable install.
 
@@ -304,8 +317,11 @@ def conf_dir() -> Path:
 
 
 def groups_of(name: str) -> list[str]:
-    """Groups in a command's defaults list, such as model and experiment."""
-    defaults = cast(DictConfig, OmegaConf.load(conf_dir() / f"{config_file_name(name)}.yaml")).get("defaults", [])
+    """Groups in a command's defaults list, such as model and experiment; commands without a file have none."""
+    file = conf_dir() / f"{name}.yaml"
+    if not file.is_file():
+        return []
+    defaults = cast(DictConfig, OmegaConf.load(file)).get("defaults", [])
     return [str(key).split()[-1] for entry in defaults if not isinstance(entry, str) for key in entry]
 
 
@@ -332,7 +348,6 @@ def compose_config(
         ConfigError: a key is unknown, unreadable, of the wrong type, or breaks a rule; one line that names the key.
     """
     name = command_name(schema)
-    ConfigStore.instance().store(name=f"{config_file_name(name)}_schema", node=schema, provider="vista")
     keys, groups = ConfigKeys.of(schema), groups_of(name)
     choices: dict[str, str] = {}
     values: dict[str, Any] = {}
@@ -343,7 +358,15 @@ def compose_config(
         for leaf, leaf_value in _leaves(key, value, written, keys, name, groups):
             values.pop(leaf, None)
             values[leaf] = leaf_value
-    config = _compose_groups(name, choices)
+    composed = _compose_groups(name, choices) if groups else {}
+    config = OmegaConf.structured(schema)
+    if "model" in keys.sections:
+        architecture = values.get("model.architecture", composed["model"].get("architecture"))
+        _choose_model(config, composed["model"], value_text(architecture), values, keys)
+    try:
+        config.merge_with(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{conf_dir() / name}.yaml: {_cause(error)}") from error
     for key, value in values.items():
         _assign(config, key, value, keys)
     try:
@@ -354,14 +377,38 @@ def compose_config(
         raise ConfigError(f"{getattr(error, 'full_key', None) or name}: {_first_line(error)}") from error
 
 
-def _compose_groups(name: str, choices: dict[str, str]) -> DictConfig:
+def _choose_model(
+    config: DictConfig, composed: dict[str, Any], architecture: str, values: dict[str, Any], keys: ConfigKeys
+) -> None:
+    """Give the section `model` the keys of its architecture.
+
+    Keys of an experiment that another architecture would read are left out of `composed`.
+
+    Raises:
+        ConfigError: one of the user's `values` is for another architecture.
+    """
+    chosen = Architecture.__members__.get(architecture, Architecture.vista)  # other text is refused where it is set
+    others = {key.name for key in keys.keys.values() if key.readers and chosen not in key.readers}
+    for key in others & values.keys():
+        names = "|".join(each.value for each in keys.keys[key].readers)
+        raise ConfigError(f"{key}: is only for model={names}, got model={chosen.value}; leave it out")
+    for key in others:
+        composed.pop(key.removeprefix("model."), None)
+    if keys.sections["model"].schema is RankingConfig:
+        OmegaConf.update(config, "model", OmegaConf.structured(CONFIGS[chosen]), merge=False)
+
+
+def _compose_groups(name: str, choices: dict[str, str]) -> dict[str, Any]:
     outer = get_gh_backup()  # the caller may be a Hydra application
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), job_name="vista", version_base="1.3"):
-            return compose(config_file_name(name), overrides=[f"{group}={option}" for group, option in choices.items()])
+            words = [f"{group}={option}" for group, option in choices.items()]
+            composed = OmegaConf.to_container(compose(name, overrides=words))
+            assert isinstance(composed, dict)
+            return cast(dict[str, Any], composed)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"{conf_dir() / config_file_name(name)}.yaml: {_cause(error)}") from error
+        raise ConfigError(f"{conf_dir() / name}.yaml: {_cause(error)}") from error
     finally:
         restore_gh_from_backup(outer)
 

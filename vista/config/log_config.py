@@ -215,10 +215,9 @@ class SourceConfig(TimeUnit, TableFiles, SourceColumns):
     kuairand, yambda, longctr, t-ecd), or auto, which recognizes these by their file names."""
     timestamp: str | None = None
     """Column of times. null for a table without times, whose events are in input order."""
-    user_ids: IdType = IdType.auto
-    """Type of user ids: int or str. auto uses the column's type, or in text files the first value."""
-    item_ids: IdType = IdType.auto
-    """Type of item ids: int or str. auto uses the column's type, or in text files the first value."""
+    ids: IdType = IdType.auto
+    """Type of the ids of users and of items: int or str. auto uses each column's type, or in text files its first
+    value."""
     categories: list[str] = field(default_factory=list)
     """Columns of features with one value per row, such as a device or a domain: text, integers, or booleans, each with
     at most `max_values` values. A value may be missing. Only feature columns named here or in numbers are read."""

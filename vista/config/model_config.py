@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 from vista.config.checks import (
     MAX_DAYS,
@@ -10,11 +11,12 @@ from vista.config.checks import (
     Decay,
     ItemStart,
     Mixing,
-    Search,
     TableKind,
     TablePrecision,
     TargetAttentionKind,
     check_types,
+    choice_of,
+    from_dict,
     require,
     require_counts,
     require_finite,
@@ -42,70 +44,31 @@ TEMPERATURES = 0.05, 0.3
 
 
 @dataclass(kw_only=True, slots=True)
-class ModelConfig:
-    """The model: stage 1 (Summarizer), stage 2 (TargetAttention), reconstruction decoder, and heads."""
+class RankingConfig:
+    """What every architecture reads: the item table, the event encoder, and the tail. Each has a class of its own."""
+
+    kind: ClassVar[Architecture]
+    needs_limit: ClassVar[bool] = False
+    """Whether it reads a bounded number of events."""
 
     architecture: Architecture = Architecture.vista
     """Model: vista, or a baseline that reads the raw history at every request. din, sim, and twin only rank
-    candidates."""
+    candidates. In Python, the class decides, so leave it out."""
     dim: int = 64
     """Model width M of both stages and of a summary token."""
-    num_heads: int = 4
-    """Number of attention heads. It must divide dim."""
-    num_seeds: int = 16
-    """Number of summary tokens K per user. With 0, only the tail is read, and the state with
-    target_attention=quasi_linear."""
-    mean_token: bool | None = None
-    """Let the first summary token be the mean token, from which user vectors start: a learned map of the mean of all
-    events that the summary covers. It needs architecture=vista, mixing=separable, and num_seeds above 0. null: with
-    counters, where these hold."""
-    num_interests: int = 0
-    """Number of interests C whose events summaries count, at most dim: the seeds then start from the logarithms of how
-    many events belong to each of C clusters of items. The clusters are those of the item vectors that training starts
-    from (item_start). It needs what mean_token needs, and decay=none. With 0, seeds start from parameters alone."""
-    num_layers: int = 2
-    """Number of layers of stage 1, or of SASRec, HSTU, and FuXi-Linear."""
-    num_target_layers: int = 2
-    """Number of layers of stage 2."""
-    target_attention: TargetAttentionKind = TargetAttentionKind.pointwise
-    """Layers of stage 2: softmax attention with a feed-forward network (the paper), or pointwise attention without one
-    (HSTU). quasi_linear adds to pointwise layers a read of stage 1's state, which the store then holds too. It needs
-    mixing=separable."""
-    mixing: Mixing = Mixing.separable
-    """How the tokens of stage 1 mix. separable: only history tokens write and only seeds read, so states can be updated
-    incrementally. bidirectional: all tokens write and read at every layer (the paper)."""
-    conv_width: int = 3
-    """Width, in events, of the causal depthwise convolution below the layers of stage 1. 1 disables it."""
-    decay: Decay = Decay.none
-    """How older events lose weight in separable mixing: not at all (none), by time, or by position, which is the number
-    of newer events."""
-    decay_horizons: list[float] = field(default_factory=list)
-    """One decay horizon tau per head, in days for decay=time or in events for decay=position. With 0, a head does not
-    decay."""
     history_limit: int = 0
     """Maximum number of newest events that a summary covers, or that a baseline reads per request. 0 means no limit;
     sasrec, hstu, fuxi_linear, and din need one."""
-    search: Search = Search.soft
-    """How sim finds events for a candidate: soft by a learned inner product, hard by category
-    (`data.category_column`)."""
     tail_len: int = 32
     """Number of newest events that stage 2 reads in addition to the summary."""
-    tail_in_summary: bool = True
-    """Whether the summary also covers the events of the tail. With false, stage 2 reads each event once, and training
-    cuts summaries where the tails of its windows begin. Only for models with a summary."""
     dropout: float = 0.2
     """Share of activations, in [0, 1), that are dropped in training."""
-    temperature: float | None = None
-    """Temperature by which the retrieval head divides its cosines. null: 0.05, or 0.3 with counters."""
     use_time: bool = True
     """Add the gap to the previous event, in logarithmic buckets, to the event embedding, if the log has times."""
     use_item_features: bool = True
     """Add the features of items to their vectors, if the log has any."""
     use_event_features: bool = True
     """Add the features of events to the event embedding, if the log has any."""
-    tail_features: list[str] | None = None
-    """With features of events: those that stage 2 reads too. The store holds them for each event of a tail. null: all.
-    Over a base (`base`), null takes those of the base."""
     use_request_features: bool = True
     """Let labeled tasks read the features of requests, if the log's impressions have any."""
     use_user_features: bool = True
@@ -128,6 +91,135 @@ class ModelConfig:
     """What the vectors of items are before training: random, factors of their co-occurrences in the training events, or
     user_factors, a factorization of which users had which items, which needs table_rate=0. null: factors, or random
     with embedding_rows."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "model.")
+        if self.architecture is Architecture.vista:
+            self.architecture = self.kind
+        name = self.architecture.value
+        own = f"expected {self.kind.value}, got {name}; in Python, use {CONFIGS[self.architecture].__name__}"
+        require(self.architecture is self.kind, "model.architecture", own)
+        require_counts(self, "model.", ("dim",), most=MAX_DIM)
+        require_counts(self, "model.", ("tail_len",), most=4096)
+        require_counts(self, "model.", ("history_limit", "embedding_rows"), least=0, most=2**31 - 1)
+        require_share(self, "model.", ("dropout",), below_one=True)
+        require(
+            self.history_limit > 0 or not self.needs_limit,
+            "model.history_limit",
+            f"{name} reads a bounded number of events; set a limit such as 200",
+        )
+        if self.embedding_rows:
+            require(
+                self.dim % EMBEDDING_HASHES == 0,
+                "model.dim",
+                f"must be a multiple of {EMBEDDING_HASHES} with model.embedding_rows, got {self.dim}",
+            )
+            require(
+                self.item_start in (None, ItemStart.random),
+                "model.item_start",
+                "factors need one row per item; set model.item_start=random, or model.embedding_rows=0",
+            )
+        self._check_hashed_features()
+
+    # Answers for code that takes any architecture; those that have the setting override it.
+
+    @property
+    def counters(self) -> bool | None:
+        """Whether it scores the items that a user had before by counters."""
+        return False
+
+    @property
+    def softmax_temperature(self) -> float:
+        """Temperature of the retrieval head."""
+        return 1.0
+
+    @property
+    def mixing(self) -> Mixing:
+        """How tokens mix: a baseline's events only see earlier ones."""
+        return Mixing.separable
+
+    @property
+    def decay(self) -> Decay:
+        """How older events lose weight in summaries."""
+        return Decay.none
+
+    @property
+    def summary_lag(self) -> int:
+        """How many of a user's newest events a summary leaves to the tail."""
+        return 0
+
+    @property
+    def hashed_rows(self) -> dict[str, int]:
+        """Number of rows of each feature of `hashed_features`, by name."""
+        parts = [word.rpartition(":") for word in self.hashed_features]
+        return {name: int(rows) for name, _, rows in parts}
+
+    def _check_hashed_features(self) -> None:
+        names = set()
+        for word in self.hashed_features:
+            name, colon, rows = str(word).rpartition(":")
+            is_count = rows.isascii() and rows.isdigit() and len(rows) <= 10 and 0 < int(rows) <= MAX_HASHED_ROWS
+            require(
+                bool(colon and name) and is_count and name not in names,
+                "model.hashed_features",
+                f"must list features once each as name:rows, with 1 to {MAX_HASHED_ROWS:,} rows, such as url:10000, "
+                f"got {shown(word)}",
+            )
+            names.add(name)
+
+
+@dataclass(kw_only=True, slots=True)
+class DinConfig(RankingConfig):
+    """DIN: attention of a candidate over the newest events before it."""
+
+    kind: ClassVar[Architecture] = Architecture.din
+    needs_limit: ClassVar[bool] = True
+
+
+@dataclass(kw_only=True, slots=True)
+class AttentionConfig(RankingConfig):
+    """An architecture whose attention has heads."""
+
+    num_heads: int = 4
+    """Number of attention heads. It must divide dim."""
+
+    def __post_init__(self) -> None:
+        RankingConfig.__post_init__(self)  # super() does not work in a dataclass with slots
+        require_counts(self, "model.", ("num_heads",), most=self.dim)
+        divisors = [number for number in range(1, min(self.dim, 64) + 1) if self.dim % number == 0]
+        require(
+            self.dim % self.num_heads == 0,
+            "model.num_heads",
+            f"must divide model.dim={self.dim}, got {self.num_heads}; use one of {divisors}",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class SimConfig(AttentionConfig):
+    """SIM: attention over the events that a search finds in the whole history."""
+
+    kind: ClassVar[Architecture] = Architecture.sim
+
+    search_category: str | None = None
+    """Name of a category among the log's item features: a hard search finds the newest events whose items have the
+    candidate's value of it. null: a soft search by a learned inner product."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TwinConfig(AttentionConfig):
+    """TWIN: as SIM, with a search that scores events as the attention does."""
+
+    kind: ClassVar[Architecture] = Architecture.twin
+
+
+@dataclass(kw_only=True, slots=True)
+class NextItemConfig(AttentionConfig):
+    """An architecture that ranks next items."""
+
+    num_layers: int = 2
+    """Number of layers of stage 1, or of SASRec, HSTU, and FuXi-Linear."""
+    temperature: float | None = None
+    """Temperature by which the retrieval head divides its cosines. null: 0.05, or 0.3 with counters."""
     counters: bool | None = None
     """Score the items that a user had before by counters: how often and how recently the user had each of them. The
     store holds the counters of the user's most frequent items with each summary. null: if items are ranked, users
@@ -151,57 +243,14 @@ class ModelConfig:
     vectors then have dim + 1 entries. null: with counters."""
 
     def __post_init__(self) -> None:
-        check_types(self, "model.")
-        require_counts(self, "model.", ("dim",), most=MAX_DIM)
-        require_counts(self, "model.", ("num_seeds",), least=0, most=MAX_DIM)
-        require_counts(self, "model.", ("num_heads",), most=self.dim)
-        require_counts(self, "model.", ("num_interests",), least=0, most=self.dim)
-        require_counts(self, "model.", ("num_layers", "num_target_layers"), most=64)
-        require_counts(self, "model.", ("conv_width",), most=1024)
-        require_counts(self, "model.", ("tail_len",), most=4096)
-        require_counts(self, "model.", ("history_limit", "embedding_rows"), least=0, most=2**31 - 1)
+        AttentionConfig.__post_init__(self)
+        require_counts(self, "model.", ("num_layers",), most=64)
         require_finite(self, "model.", ("temperature",), positive=True)
-        require_share(self, "model.", ("dropout", "counted_dropout"), below_one=True)
-        divisors = [number for number in range(1, min(self.dim, 64) + 1) if self.dim % number == 0]
-        require(
-            self.dim % self.num_heads == 0,
-            "model.num_heads",
-            f"must divide model.dim={self.dim}, got {self.num_heads}; use one of {divisors}",
-        )
-        if self.embedding_rows:
-            require(
-                self.dim % EMBEDDING_HASHES == 0,
-                "model.dim",
-                f"must be a multiple of {EMBEDDING_HASHES} with model.embedding_rows, got {self.dim}",
-            )
-            require(
-                self.item_start in (None, ItemStart.random),
-                "model.item_start",
-                "factors need one row per item; set model.item_start=random, or model.embedding_rows=0",
-            )
-        features = self.tail_features or []
-        require(len({*features}) == len(features), "model.tail_features", f"names a column twice, got {features}")
-        self._check_hashed_features()
-        self._check_history_limit()
-        self._check_tail()
-        self._check_fuxi_linear()
-        if self.decay is not Decay.none:
-            self._check_decay()
-        if self.num_state_rows:
-            self._check_state_rows()
-        if self.mean_token:
-            self._check_mean_token()
-        if self.num_interests:
-            self._check_interests()
+        require_share(self, "model.", ("counted_dropout",), below_one=True)
         if self.counters:
             self._check_counters()
         if self.counter_categories:
             self._check_counted_categories()
-        require(
-            not self.popularity or not self.architecture.ranks_only,
-            "model.popularity",
-            f"{self.architecture.value} does not rank next items; set model.popularity=false",
-        )
 
     @property
     def softmax_temperature(self) -> float:
@@ -210,77 +259,7 @@ class ModelConfig:
             return self.temperature
         return TEMPERATURES[1] if self.counters else TEMPERATURES[0]
 
-    @property
-    def can_have_mean_token(self) -> bool:
-        """Whether a seed reads the state of separable mixing, which the mean token can take the place of."""
-        return self.architecture is Architecture.vista and self.mixing is Mixing.separable and self.num_seeds > 0
-
-    @property
-    def num_state_layers(self) -> int:
-        """Matrices per head in a state of stage 1: one per layer, and one that counts interests."""
-        return self.num_layers + (self.num_interests > 0)
-
-    @property
-    def num_state_rows(self) -> int:
-        """Rows of width dim that a record holds of stage 1's state, after the summary tokens."""
-        reads_state = self.target_attention is TargetAttentionKind.quasi_linear
-        return self.num_layers * (self.dim // self.num_heads) if reads_state else 0
-
-    @property
-    def summary_lag(self) -> int:
-        """How many of a user's newest events a summary leaves to the tail."""
-        return 0 if self.tail_in_summary else self.tail_len
-
-    @property
-    def hashed_rows(self) -> dict[str, int]:
-        """Number of rows of each feature of `hashed_features`, by name."""
-        parts = [word.rpartition(":") for word in self.hashed_features]
-        return {name: int(rows) for name, _, rows in parts}
-
-    def _check_hashed_features(self) -> None:
-        names = set()
-        for word in self.hashed_features:
-            name, colon, rows = str(word).rpartition(":")
-            is_count = rows.isascii() and rows.isdigit() and len(rows) <= 10 and 0 < int(rows) <= MAX_HASHED_ROWS
-            require(
-                bool(colon and name) and is_count and name not in names,
-                "model.hashed_features",
-                f"must list features once each as name:rows, with 1 to {MAX_HASHED_ROWS:,} rows, such as url:10000, "
-                f"got {shown(word)}",
-            )
-            names.add(name)
-
-    def _check_history_limit(self) -> None:
-        limited = (Architecture.sasrec, Architecture.hstu, Architecture.fuxi_linear, Architecture.din)
-        needs_limit = self.architecture in limited
-        require(
-            self.history_limit > 0 or not needs_limit,
-            "model.history_limit",
-            f"{self.architecture.value} reads a bounded number of events; set a limit such as 200",
-        )
-
-    def _check_tail(self) -> None:
-        has_summary = self.architecture is Architecture.vista and self.num_seeds + self.num_state_rows > 0
-        require(
-            self.tail_in_summary or has_summary,
-            "model.tail_in_summary",
-            "false needs a model with a summary; set model.architecture=vista with model.num_seeds above 0, or true",
-        )
-
-    def _check_fuxi_linear(self) -> None:
-        """Its temporal channel has two heads per head of the model."""
-        require(
-            self.architecture is not Architecture.fuxi_linear or self.dim % (2 * self.num_heads) == 0,
-            "model.num_heads",
-            f"fuxi_linear needs model.dim={self.dim} to be a multiple of twice this, got {self.num_heads}",
-        )
-
     def _check_counters(self) -> None:
-        require(
-            not self.architecture.ranks_only,
-            "model.counters",
-            f"{self.architecture.value} does not use counters; set model.counters=false",
-        )
         require_counts(self, "model.", ("counter_keys",), most=MAX_COUNTER_KEYS)
         require_numbers(self, "model.", "counter_days", MIN_COUNTER_DAYS, MAX_DAYS)
         require_numbers(self, "model.", "counter_events", 1, MAX_COUNTER_EVENTS)
@@ -298,13 +277,130 @@ class ModelConfig:
         is_valid = len({*names}) == len(names) and ITEM not in names
         require(is_valid, key, f"must be distinct names of features other than {ITEM!r}, got {names}")
 
+
+@dataclass(kw_only=True, slots=True)
+class SasrecConfig(NextItemConfig):
+    """SASRec over the newest events."""
+
+    kind: ClassVar[Architecture] = Architecture.sasrec
+    needs_limit: ClassVar[bool] = True
+
+
+@dataclass(kw_only=True, slots=True)
+class HstuConfig(NextItemConfig):
+    """HSTU over the newest events."""
+
+    kind: ClassVar[Architecture] = Architecture.hstu
+    needs_limit: ClassVar[bool] = True
+
+
+@dataclass(kw_only=True, slots=True)
+class FuxiLinearConfig(NextItemConfig):
+    """FuXi-Linear over the newest events."""
+
+    kind: ClassVar[Architecture] = Architecture.fuxi_linear
+    needs_limit: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        NextItemConfig.__post_init__(self)
+        require(  # the temporal channel has two heads per head of the model
+            self.dim % (2 * self.num_heads) == 0,
+            "model.num_heads",
+            f"fuxi_linear needs model.dim={self.dim} to be a multiple of twice this, got {self.num_heads}",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig(NextItemConfig):
+    """VISTA: stage 1 (Summarizer), stage 2 (TargetAttention), reconstruction decoder, and heads."""
+
+    kind: ClassVar[Architecture] = Architecture.vista
+
+    num_seeds: int = 16
+    """Number of summary tokens K per user. With 0, only the tail is read, and the state with
+    target_attention=quasi_linear."""
+    mean_token: bool | None = None
+    """Let the first summary token be the mean token, from which user vectors start: a learned map of the mean of all
+    events that the summary covers. It needs architecture=vista, mixing=separable, and num_seeds above 0. null: with
+    counters, where these hold."""
+    num_interests: int = 0
+    """Number of interests C whose events summaries count, at most dim: the seeds then start from the logarithms of how
+    many events belong to each of C clusters of items. The clusters are those of the item vectors that training starts
+    from (item_start). It needs what mean_token needs, and decay=none. With 0, seeds start from parameters alone."""
+    num_target_layers: int = 2
+    """Number of layers of stage 2."""
+    target_attention: TargetAttentionKind = TargetAttentionKind.pointwise
+    """Layers of stage 2: softmax attention with a feed-forward network (the paper), or pointwise attention without one
+    (HSTU). quasi_linear adds to pointwise layers a read of stage 1's state, which the store then holds too. It needs
+    mixing=separable."""
+    mixing: Mixing = Mixing.separable
+    """How the tokens of stage 1 mix. separable: only history tokens write and only seeds read, so states can be updated
+    incrementally. bidirectional: all tokens write and read at every layer (the paper)."""
+    conv_width: int = 3
+    """Width, in events, of the causal depthwise convolution below the layers of stage 1. 1 disables it."""
+    decay: Decay = Decay.none
+    """How older events lose weight in separable mixing: not at all (none), by time, or by position, which is the number
+    of newer events."""
+    decay_horizons: list[float] = field(default_factory=list)
+    """One decay horizon tau per head, in days for decay=time or in events for decay=position. With 0, a head does not
+    decay."""
+    tail_in_summary: bool = True
+    """Whether the summary also covers the events of the tail. With false, stage 2 reads each event once, and training
+    cuts summaries where the tails of its windows begin. Only for models with a summary."""
+    tail_features: list[str] | None = None
+    """With features of events: those that stage 2 reads too. The store holds them for each event of a tail. null: all.
+    Over a base (`base`), null takes those of the base."""
+
+    def __post_init__(self) -> None:
+        NextItemConfig.__post_init__(self)
+        require_counts(self, "model.", ("num_seeds",), least=0, most=MAX_DIM)
+        require_counts(self, "model.", ("num_interests",), least=0, most=self.dim)
+        require_counts(self, "model.", ("num_target_layers",), most=64)
+        require_counts(self, "model.", ("conv_width",), most=1024)
+        features = self.tail_features or []
+        require(len({*features}) == len(features), "model.tail_features", f"names a column twice, got {features}")
+        require(
+            self.tail_in_summary or self.num_seeds + self.num_state_rows > 0,
+            "model.tail_in_summary",
+            "false needs a model with a summary; set model.num_seeds above 0, or true",
+        )
+        if self.decay is not Decay.none:
+            self._check_decay()
+        if self.num_state_rows:
+            self._check_state_rows()
+        if self.mean_token:
+            self._check_mean_token()
+        if self.num_interests:
+            self._check_interests()
+
+    @property
+    def can_have_mean_token(self) -> bool:
+        """Whether a seed reads the state of separable mixing, which the mean token can take the place of."""
+        return self.mixing is Mixing.separable and self.num_seeds > 0
+
+    @property
+    def num_state_layers(self) -> int:
+        """Matrices per head in a state of stage 1: one per layer, and one that counts interests."""
+        return self.num_layers + (self.num_interests > 0)
+
+    @property
+    def num_state_rows(self) -> int:
+        """Rows of width dim that a record holds of stage 1's state, after the summary tokens."""
+        reads_state = self.target_attention is TargetAttentionKind.quasi_linear
+        return self.num_layers * (self.dim // self.num_heads) if reads_state else 0
+
+    @property
+    def summary_lag(self) -> int:
+        """How many of a user's newest events a summary leaves to the tail."""
+        return 0 if self.tail_in_summary else self.tail_len
+
     def _check_mean_token(self) -> None:
         require(
             self.can_have_mean_token,
             "model.mean_token",
-            f"takes the place of a seed that reads the state of separable mixing, got "
-            f"architecture={self.architecture.value}, mixing={self.mixing.value}, and num_seeds={self.num_seeds}; set "
-            "model.architecture=vista, model.mixing=separable, and model.num_seeds above 0, or model.mean_token=false",
+            "takes the place of a seed that reads the state of separable mixing, got "
+            f"mixing={self.mixing.value} and num_seeds={self.num_seeds}; set "
+            "model.mixing=separable and model.num_seeds above 0, or model.mean_token=false",
         )
 
     def _check_interests(self) -> None:
@@ -312,10 +408,8 @@ class ModelConfig:
             self.can_have_mean_token and self.decay is Decay.none,
             "model.num_interests",
             "counts events in the state of separable mixing without decay, got "
-            f"architecture={self.architecture.value}, mixing={self.mixing.value}, decay={self.decay.value}, and "
-            f"num_seeds={self.num_seeds}; set "
-            "model.architecture=vista, model.mixing=separable, model.decay=none, and model.num_seeds above 0, or "
-            "model.num_interests=0",
+            f"mixing={self.mixing.value}, decay={self.decay.value}, and num_seeds={self.num_seeds}; set "
+            "model.mixing=separable, model.decay=none, and model.num_seeds above 0, or model.num_interests=0",
         )
 
     def _check_state_rows(self) -> None:
@@ -342,3 +436,25 @@ class ModelConfig:
             "model.decay_horizons",
             f"needs one horizon >= 0 per head ({self.num_heads}), got {list(self.decay_horizons)}",
         )
+
+
+CONFIGS: dict[Architecture, type[RankingConfig]] = {
+    config.kind: config
+    for config in (ModelConfig, SasrecConfig, HstuConfig, FuxiLinearConfig, DinConfig, SimConfig, TwinConfig)
+}
+"""The configuration of each architecture."""
+
+
+def readers_of(key: str) -> list[Architecture]:
+    """The architectures that read a key, such as "num_seeds"."""
+    return [each for each, config in CONFIGS.items() if any(one.name == key for one in fields(config))]
+
+
+def model_config_of(values: dict[str, Any]) -> RankingConfig:
+    """The configuration of a saved model: the inverse of `to_dict`.
+
+    Raises:
+        ConfigError: a key is missing or unknown, or a value is not allowed.
+    """
+    kind = values.get("architecture") if isinstance(values, dict) else None
+    return from_dict(CONFIGS[choice_of(Architecture, kind, "model.architecture")], values)

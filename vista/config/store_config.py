@@ -6,8 +6,6 @@ from collections.abc import Container
 from dataclasses import dataclass, field, fields
 
 from vista.config.checks import (
-    Architecture,
-    Arrival,
     Keyed,
     Multiplies,
     NamesUsers,
@@ -118,12 +116,10 @@ class WatchConfig(RunsOn, Keyed, UsesStore, UsesModel, UsesLog, ReadsRows):
     extra `kafka`. Each message is a JSON object with the columns of `events`."""
     stream: StreamConfig = field(default_factory=StreamConfig)
     """How the messages of `source` are read."""
-    arrival: Arrival = Arrival.done
-    """How the watch tells that a file is complete. done: its writer creates an empty file with the suffix .done next to
-    it, such as day.csv.done. pause: the file has not changed for settle_s; if its writer pauses longer, the rows before
-    the pause count twice."""
-    settle_s: float = 2.0
-    """With arrival=pause: number of seconds without a change after which a file is complete."""
+    settle_s: float | None = None
+    """Number of seconds without a change after which a file is complete. If its writer pauses longer, the rows before
+    the pause count twice. null: a file is complete once its writer has created an empty file with the suffix .done next
+    to it, such as day.csv.done."""
     events: SourceConfig = field(default_factory=SourceConfig)
     """Columns of the files or messages. events.paths is not used."""
     poll_s: float = 5.0
@@ -292,7 +288,7 @@ class PlanConfig(WritesJson, SummaryFormat):
             f"is {per_user:.2g} per active user, more than one per second; check users and this",
         )
         require(
-            self.model.architecture is Architecture.vista and self.model.num_seeds + self.model.num_state_rows > 0,
+            self.model.num_seeds + self.model.num_state_rows > 0,
             "model.architecture",
             "only vista with num_seeds above 0 stores summaries; other models read the raw history in each request",
         )

@@ -17,7 +17,6 @@ from vista.config.checks import (
     Precision,
     RunOrder,
     RunsOn,
-    Search,
     Seeded,
     Split,
     TableKind,
@@ -38,13 +37,13 @@ from vista.config.checks import (
     require_only_with,
     require_share,
 )
-from vista.config.model_config import ModelConfig
+from vista.config.model_config import ModelConfig, RankingConfig
 from vista.errors import shown
 
 # Configuration of the data: the log, its split, and how batches are made.
 
-PLACES = ("path", "item_categories")
-"""Keys of DataConfig that name a path. They may change between runs and are left out of result tables."""
+PLACES = ("path",)
+"""Keys of DataConfig that may change between runs and are left out of result tables."""
 MAX_HORIZON_EVENTS = 2**16
 
 
@@ -86,11 +85,6 @@ class DataConfig:
     """Number of training events that an item needs to have a row of its own in the model. Other items are unknown to
     the model, both in training and in serving. With init_from, the items of the earlier model keep their rows. 0 gives
     all items of the log a row. Must be 0 with `base`, whose items are kept."""
-    item_categories: str | None = None
-    """With model.search=hard: Parquet or CSV file with a column `item` of ids and a column of categories. It is read
-    when training starts and kept in the model. null reads the log's item features; null with any other search."""
-    category_column: str = "category"
-    """With model.search=hard: name of the column of categories in item_categories, or among the log's item features."""
     chunk_len: int = 16384
     """Maximum length, in events, of a stretch of one history in a training batch. Longer histories are cut into several
     chunks."""
@@ -242,7 +236,7 @@ class TrackingConfig:
 class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
     """A training run."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: RankingConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -270,25 +264,11 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
     def __post_init__(self) -> None:
         RunsOn.__post_init__(self)  # super() does not work in a dataclass with slots
         require_counts(self, "", ("checkpoint_every",))
-        self._check_search()
         self._check_data()
         self._check_stage()
         self._check_init()
         self._check_item_start()
         self._check_table()
-
-    def _check_search(self) -> None:
-        hard = self.model.search is Search.hard
-        require(
-            not hard or self.model.architecture is Architecture.sim,
-            "model.search",
-            "only SIM can search by category; set model.architecture=sim",
-        )
-        require(
-            hard or self.data.item_categories is None,
-            "data.item_categories",
-            "only applies with model.search=hard; set that, or leave this out",
-        )
 
     def _check_data(self) -> None:
         spacing, tail_len = self.data.label_spacing, self.model.tail_len
@@ -530,12 +510,10 @@ class ReportConfig(AsksLabels):
     """Cutoff k of the ranking metrics, in items."""
     baselines: bool = True
     """Also measure simple baselines: counting baselines and pooled vectors. Takes seconds for a million events."""
-    item_categories: str | None = None
-    """Table (Parquet or CSV) with the categories of items and a column `item`. Quality is then shown by the age of the
-    newest event in the label's category. null uses events with the same item, or with the most similar item if items of
-    the history are not ranked."""
-    category_column: str = "category"
-    """Column of categories in item_categories."""
+    category: str | None = None
+    """Name of a category among the log's item features. Quality is then shown by the age of the newest event with the
+    label's category. null uses events with the same item, or with the most similar item if items of the history are not
+    ranked."""
     out: str | None = None
     """HTML file. An existing file is replaced. null writes report.html into the folder of the run."""
 

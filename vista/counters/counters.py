@@ -22,7 +22,7 @@ from vista.config.model_config import (
     MAX_COUNTER_KEYS,
     MAX_HORIZONS,
     MIN_COUNTER_DAYS,
-    ModelConfig,
+    NextItemConfig,
 )
 from vista.files import NUMBER, check_fields, list_of, one_of, text, whole
 from vista.log.histories import DAY_MS, NO_TIMESTAMP, ranges
@@ -83,7 +83,7 @@ class CounterSpec:
             raise ValueError(f"days: must be empty for a log without times, got {self.days}")
 
     @classmethod
-    def of(cls, config: ModelConfig, *, has_time: bool) -> CounterSpec | None:
+    def of(cls, config: NextItemConfig, *, has_time: bool) -> CounterSpec | None:
         """What a model counts; None for a model without counters.
 
         Args:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
 from vista.config import DataConfig, OptimConfig, TrainConfig
-from vista.config.checks import Architecture, Decay, planned
+from vista.config.checks import Architecture, planned
 from vista.counters.counters import ItemKeys
 from vista.errors import ConfigError, DataError
 from vista.examples.batch import (
@@ -387,8 +387,7 @@ class BatchSource:
             action=events.action.astype(np.int64),
             rating=None if events.rating is None else np.array(events.rating, np.float32),
             gap=history_gaps(time, events.offsets) if has_gaps else np.zeros(len(time), np.int64),
-            # Baselines have no decay; they read times.
-            clock=decay_clock(model.decay if model.architecture is Architecture.vista else Decay.none, time),
+            clock=decay_clock(model.decay, time),
             offsets=events.offsets,
             impressions=self._impressions_of(user, start, stop, lead),
         )

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vista.arrays import Float32s, Int, offsets_of
-from vista.config import ModelConfig
 from vista.config.checks import require
+from vista.config.model_config import NextItemConfig, RankingConfig
 from vista.counters.counters import CounterSpec, ItemKeys
 from vista.errors import ConfigError, shown
 from vista.log.features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn, VectorColumn
@@ -459,7 +459,7 @@ def _owners(table: ItemFeatureTable) -> Int:
 # What a model counts for each user: items, and chosen categories of items.
 
 
-def check_categories(config: ModelConfig, features: ItemFeatures | None, items: Vocabulary, where: str) -> None:
+def check_categories(config: RankingConfig, features: ItemFeatures | None, items: Vocabulary, where: str) -> None:
     """Check that counted categories are categories, of which each item has at most one value.
 
     Args:
@@ -471,7 +471,7 @@ def check_categories(config: ModelConfig, features: ItemFeatures | None, items: 
     """
     columns = {} if features is None else features.columns
     categories = {name: column for name, column in columns.items() if isinstance(column, CategoryColumn)}
-    for name in config.counter_categories:
+    for name in config.counter_categories if isinstance(config, NextItemConfig) else ():
         require(
             name in categories,
             "model.counter_categories",
@@ -507,3 +507,22 @@ def largest_keys(spec: CounterSpec, schema: Schema, num_items: int) -> list[int]
     """The largest key of each field of a spec, for a model of `num_items` items."""
     sizes = {column.name: column.size for column in schema.item_features}
     return [num_items, *(sizes[name] for name in spec.fields[1:])]
+
+
+def category_codes(features: ItemFeatures | None, name: str, key: str) -> Int:
+    """Codes int64 [1 + V] of a category of the log's items, from 1; 0 for items without a value.
+
+    Raises:
+        ConfigError: naming the key of the configuration that names the category.
+    """
+    columns = {} if features is None else features.columns
+    column = columns.get(name)
+    if not isinstance(column, CategoryColumn):
+        known = ", ".join(each for each, own in columns.items() if isinstance(own, CategoryColumn))
+        raise ConfigError(f"{key}={name}: is not a category of the log's items, which have {known or 'none'}; name one")
+    counts = np.diff(column.offsets)
+    if counts.max(initial=0) > 1:
+        raise ConfigError(f"{key}={name}: some items have several values; name a category with one value per item")
+    codes = np.zeros(1 + len(counts), np.int64)
+    codes[1:][counts == 1] = 1 + column.codes
+    return codes

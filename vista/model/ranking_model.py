@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vista.config import DataConfig, ModelConfig, OptimConfig
+from vista.config import DataConfig, OptimConfig
 from vista.config.checks import Architecture, TableKind
+from vista.config.model_config import NextItemConfig, RankingConfig
 from vista.counters.counters import CounterSpec, ItemKeys
 from vista.errors import CheckpointError
 from vista.examples.batch import Batch, BatchEvents
@@ -63,10 +64,11 @@ class RankingModel(nn.Module):
     """Number of vectors of width M that encode a user's features."""
     id_mask: Tensor | None
     """[1 + V] 0 for items with only features, else 1; None unless a table of shared rows (unified) has features."""
+    config: RankingConfig
     item_popularity: Tensor
     """[1 + V] standardized log training frequencies; 0 for the unknown item. Only with counters or popularity."""
 
-    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+    def __init__(self, config: RankingConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__()
         self.config = config
         self.schema = schema
@@ -97,17 +99,18 @@ class RankingModel(nn.Module):
         self.user_features: RowFeatureReader | None = None
         self.popularity: PopularityTerm | None = None
         """Lets next items follow popularity; None without `model.popularity`."""
-        if config.popularity and retrieval:
-            self.popularity = PopularityTerm(config.dim, config.softmax_temperature)
+        counts = config if isinstance(config, NextItemConfig) and retrieval else None
+        if counts is not None and counts.popularity:
+            self.popularity = PopularityTerm(config.dim, counts.softmax_temperature)
         self.item_keys: ItemKeys | None = None
         """What items are counted as; their categories are set with their features. None without counters."""
         self.counted: CountedItemHead | None = None
         """Scores items that the user had before; None without counters."""
         if (spec := self.stage1.counters) is not None:
             self.item_keys = item_keys(spec, schema, None, 1 + len(items))
-            if retrieval:
+            if counts is not None:
                 num_codes = spec.num_fields * spec.num_columns
-                self.counted = CountedItemHead(num_codes, self.retrieval_dim, config.counted_dropout)
+                self.counted = CountedItemHead(num_codes, self.retrieval_dim, counts.counted_dropout)
         if self.popularity is not None or self.counted is not None:
             self.register_buffer("item_popularity", torch.zeros(1 + len(items)))
 

@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vista.config import DataConfig, ModelConfig
+from vista.config import DataConfig
 from vista.config.checks import from_dict, to_dict
+from vista.config.model_config import RankingConfig, model_config_of
 from vista.errors import CheckpointError, LogFormatError
 from vista.files import (
     TABLE,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from vista.model.ranking_model import RankingModel
 
 
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 CONFIG_FILE = "config.json"
 MAX_BYTES = 16 << 20
 """Of config.json."""
@@ -92,7 +93,7 @@ class FileEntry:
 class ModelDescription:
     """Sizes of a model, what it was trained on, and how the training data were split."""
 
-    config: ModelConfig
+    config: RankingConfig
     schema: Schema
     data: DataConfig
     num_trained_items: int
@@ -144,7 +145,7 @@ class ModelDescription:
                 raise ValueError("its checksum does not match; the file is damaged or was edited")
             files = {name: FileEntry.from_dict(entry) for name, entry in fields["files"].items()}
             return cls(
-                from_dict(ModelConfig, fields["model"]),
+                model_config_of(fields["model"]),
                 _schema(fields["schema"]),
                 from_dict(DataConfig, fields["data"]),
                 fields["num_trained_items"],

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vista.config import ModelConfig
 from vista.config.checks import Activation, Decay, Mixing, Normalization
-from vista.config.model_config import EMBEDDING_HASHES
+from vista.config.model_config import EMBEDDING_HASHES, NextItemConfig, RankingConfig
 from vista.counters.counters import CounterSpec
 from vista.log.histories import DAY_MS
 from vista.model.features import FeatureSpec, Schema
@@ -84,8 +84,15 @@ class Stage1Config:
     """With embedding_rows: number of hash functions per value."""
 
     @classmethod
-    def of(cls, config: ModelConfig, schema: Schema) -> Stage1Config:
-        """The part of a model's settings, and of what it reads of a log, that summaries depend on."""
+    def of(cls, config: RankingConfig, schema: Schema) -> Stage1Config:
+        """The part of a model's settings, and of what it reads of a log, that summaries depend on.
+
+        Of a baseline, that is what its event embeddings depend on.
+        """
+        counters = CounterSpec.of(config, has_time=schema.has_time) if isinstance(config, NextItemConfig) else None
+        if not isinstance(config, ModelConfig):
+            kept = {name: getattr(config, name) for name in ("dim", "history_limit", "embedding_rows", "use_time")}
+            config = ModelConfig(num_heads=1, num_seeds=0, **kept)
         return cls(
             dim=config.dim,
             num_heads=config.num_heads,
@@ -106,7 +113,7 @@ class Stage1Config:
             rating_range=schema.rating_range,
             item_features=tuple(schema.item_features),
             event_features=tuple(schema.event_features),
-            counters=CounterSpec.of(config, has_time=schema.has_time),
+            counters=counters,
             normalization=Normalization.length if config.mixing is Mixing.separable else Normalization.none,
         )
 

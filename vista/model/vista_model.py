@@ -126,6 +126,7 @@ class VistaModel(RankingModel):
     """VISTA: a summarizer of histories, a reconstruction decoder, target attention, and the heads."""
 
     architecture = Architecture.vista
+    config: ModelConfig
     user_parts = 5  # `TargetContext.user`
     item_interest: Tensor
     """float32 [1 + V] interest of each model row, 0 for none; only in models that count interests. A float, like all

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vista.config import PrepareConfig, WatchConfig
-from vista.config.checks import Arrival, to_dict
+from vista.config.checks import to_dict
 from vista.config.store_config import RefreshOptions
 from vista.device import resolve_device
 from vista.errors import ConfigError, DataError, LogBusyError, LogWriteError, TakenError, VistaError
@@ -158,14 +158,15 @@ class Watch:
 
     def _complete_since(self, path: Path, version: FileVersion) -> float | None:
         """Time in seconds when the file was completed; None if it is not complete."""
-        if self.config.arrival is Arrival.done:
+        settle_s = self.config.settle_s
+        if settle_s is None:
             return self._marked_since(path, version)
         age = time.time() - version.mtime_ns / 1e9
-        if age < -self.config.settle_s:
+        if age < -settle_s:
             self._warn_once(
                 path, f"is dated {-age:.0f} s in the future and will be read then; `touch` it, or correct the clock"
             )
-        return version.mtime_ns / 1e9 if age > self.config.settle_s else None
+        return version.mtime_ns / 1e9 if age > settle_s else None
 
     def _marked_since(self, path: Path, version: FileVersion) -> float | None:
         marker = path.with_name(path.name + MARKER_SUFFIX)
@@ -174,7 +175,7 @@ class Watch:
         except FileNotFoundError:
             if time.time() - version.mtime_ns / 1e9 > _PATIENCE_S:
                 self._warn_once(
-                    path, f"is waiting for {marker.name}; create it when the file is complete, or set arrival=pause"
+                    path, f"is waiting for {marker.name}; create it when the file is complete, or set settle_s"
                 )
             return None
         if marked_ns < version.mtime_ns:

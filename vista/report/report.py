@@ -162,9 +162,8 @@ def _age_section(data: ComparisonData, own: MeasuredRun, log: EventLog, config: 
     if config.target is Target.window:
         return "quality by the age of the deciding event, because a window has several labels"
     aged: list[tuple[Measure, list[CasePart]]] = []
-    if config.item_categories is not None:
-        file, column = Path(config.item_categories), config.category_column
-        aged = [(measure, age_parts(category_ages(measure, log, file, column))) for measure in data.measures]
+    if (column := config.category) is not None:
+        aged = [(measure, age_parts(category_ages(measure, log, column))) for measure in data.measures]
         definition = (
             f"The deciding event is the user's newest event whose item has the same {column} as the candidate or "
             "label. Its age is the number of the user's later events."

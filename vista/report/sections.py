@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,9 @@ from vista.evaluation.comparison import AucMeasure, Estimate, Measure
 from vista.evaluation.metrics import calibration, gauc, mean_and_error, normalized_entropy
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS
-from vista.log.ingest.source_parser import read_categories
 from vista.log.splits import Until, split_until
 from vista.model.inference import item_vectors
+from vista.model.item_feature_table import category_codes
 from vista.model.ranking_model import RankingModel
 from vista.report.html_page import PageSection, Series, folded, heading, interval_chart, line_chart, paragraph, table
 from vista.report.report_data import ORACLE, WIDE_SPREAD, ComparisonData, Latency, MeasuredRun, TrainedRun
@@ -496,13 +495,13 @@ def age_parts(age: Int) -> list[CasePart]:
     return [*parts, CasePart(f"{AGE_BOUNDS[-1]:,}+", age >= AGE_BOUNDS[-1]), CasePart("none", age < 0)]
 
 
-def category_ages(measure: Measure, log: EventLog, file: Path, column: str) -> Int:
+def category_ages(measure: Measure, log: EventLog, category: str) -> Int:
     """Events since the user's newest event whose item has the category of the label, int64 [N]; -1 if there is none.
 
     Raises:
-        DataError: as `read_categories`.
+        ConfigError: as `category_codes`.
     """
-    codes = read_categories(file, column, log.items)[1:]
+    codes = category_codes(log.item_features, category, "category")[1:]
     return _newest_ages(measure, log, np.where(codes > 0, codes, -1))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.config import TrainConfig
+from vista.config import ModelConfig, TrainConfig
 from vista.config.checks import to_dict
 from vista.config.composition import value_text
 from vista.errors import ConfigError, LeakageError
@@ -128,6 +128,7 @@ class Downstream:
             request_features=schema.request_features,
             user_features=self._base.schema.user_features if self.config.model.use_user_features else [],
         )
+        assert isinstance(self.config.model, ModelConfig)  # TrainConfig has checked
         model = VistaModel(self.config.model, kept, self._base.items, self.config.data)
         weights = {name: value for name, value in self._base.state_dict().items() if name.startswith(KEPT_WEIGHTS)}
         model.load_state_dict(weights, strict=False)
@@ -167,7 +168,8 @@ class Downstream:
 
 def with_settings_of(base: RankingModel, config: TrainConfig) -> TrainConfig:
     """The configuration with the base's values for settings that are null."""
-    null = {key: getattr(base.config, key) for key in INHERITED_KEYS if getattr(config.model, key) is None}
+    asked = [key for key in INHERITED_KEYS if getattr(config.model, key, ...) is None]
+    null: dict[str, Any] = {key: getattr(base.config, key, None) for key in asked}
     return replace(config, model=replace(config.model, **null))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vista.arrays import Int
-from vista.config import DataConfig, TrainConfig
+from vista.config import DataConfig, ModelConfig, TrainConfig
 from vista.config.checks import Decay
 from vista.errors import ConfigError, DataError
 from vista.examples.batch import Encoded
@@ -78,7 +78,8 @@ def event_reader(log: EventLog, config: TrainConfig) -> tuple[RowFeatureReader |
     """
     model = config.model
     values = log.event_features if model.use_event_features else {}
-    in_tail = [*values] if model.tail_features is None else model.tail_features
+    asked = model.tail_features if isinstance(model, ModelConfig) else None
+    in_tail = [*values] if asked is None else asked
     for name in in_tail:
         if name not in values:
             raise ConfigError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from vista.config import TrainConfig
+from vista.config import ModelConfig, TrainConfig
 from vista.config.checks import Architecture, InitFreeze, Split
 from vista.config.composition import flat_settings
 from vista.errors import ConfigError
@@ -376,7 +376,7 @@ def _model(model: RankingModel, config: TrainConfig) -> Iterable[tuple[str, obje
     own = config.model
     yield "parameters", f"{sum(parameter.numel() for parameter in model.parameters()):,}"
     yield "width (`model.dim`)", own.dim
-    if own.architecture is Architecture.vista:
+    if isinstance(own, ModelConfig):
         yield "summary tokens per user (`model.num_seeds`)", own.num_seeds
         yield "newest events read with the summary (`model.tail_len`)", own.tail_len
         yield "mixing (`model.mixing`)", own.mixing.value

@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from vista.config import ModelConfig, OptimConfig, TrainConfig
 from vista.config.checks import ItemStart, TableKind, require
+from vista.config.composition import flat_settings, value_text
+from vista.config.model_config import NextItemConfig, RankingConfig
 from vista.examples.batch_source import trained_tasks
 from vista.log.event_log import EventLog
 from vista.log.splits import Until, leaves_out_seen, split_until, visible_counts
@@ -81,7 +83,7 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     return replace(config, data=data, optim=optim, model=model)
 
 
-def _plan_counters(config: TrainConfig, model: ModelConfig, optim: OptimConfig, *, returns: bool) -> list[str]:
+def _plan_counters(config: TrainConfig, model: RankingConfig, optim: OptimConfig, *, returns: bool) -> list[str]:
     """Resolve whether a model has counters, and the settings that follow; what to log about them.
 
     Args:
@@ -90,26 +92,30 @@ def _plan_counters(config: TrainConfig, model: ModelConfig, optim: OptimConfig, 
         optim: likewise.
         returns: whether items that users may have had before are all that is ranked.
     """
-    if model.counters is None:
-        ranks_items = not model.architecture.ranks_only and (optim.next_weight != 0 or optim.window_weight != 0)
-        model.counters = returns and ranks_items and config.base is None
-    if model.popularity is None:
-        model.popularity = model.counters
-    if model.mean_token is None:
+    if isinstance(model, NextItemConfig):
+        if model.counters is None:
+            ranks_items = optim.next_weight != 0 or optim.window_weight != 0
+            model.counters = returns and ranks_items and config.base is None
+        if model.popularity is None:
+            model.popularity = model.counters
+        model.temperature = model.softmax_temperature
+    if isinstance(model, ModelConfig) and model.mean_token is None:
         model.mean_token = model.counters and model.can_have_mean_token
-    model.temperature = model.softmax_temperature
-    resolved = replace(config, model=model)
+    resolved = replace(config, model=model, optim=optim)
     optim.window_weight, optim.next_weight = resolved.window_weight, resolved.next_weight
-    next_weight = f"{optim.next_weight:g} (data.split={config.data.split.value})"
-    planned = (
-        ("model.counters", config.model.counters, "true (data.exclude_seen=false)"),
-        ("model.popularity", config.model.popularity, str(model.popularity).lower()),
-        ("model.mean_token", config.model.mean_token, str(model.mean_token).lower()),
-        ("model.temperature", config.model.temperature, f"{model.temperature:g}"),
-        ("optim.window_weight", config.optim.window_weight, f"{optim.window_weight:g}"),
-        ("optim.next_weight", config.optim.next_weight, next_weight),
+    if not model.counters:
+        return []
+    why = {
+        "model.counters": " (data.exclude_seen=false)",
+        "optim.next_weight": f" (data.split={config.data.split.value})",
+    }
+    asked, planned = flat_settings(config), flat_settings(resolved)
+    keys = (
+        *("model.counters", "model.popularity", "model.mean_token", "model.temperature"),
+        *("optim.window_weight", "optim.next_weight"),
     )
-    return [f"{name}={value}" for name, given, value in planned if given is None] if model.counters else []
+    nulls = [key for key in keys if asked.get(key, "absent") is None]
+    return [f"{key}={value_text(planned[key]).removesuffix('.0')}{why.get(key, '')}" for key in nulls]
 
 
 def warmup_steps(optim: OptimConfig, planned_steps: int) -> int:

@@ -73,7 +73,9 @@ def check_start(config: TrainConfig, base: RankingModel, log: EventLog) -> None:
 def _check_model(config: TrainConfig, base: RankingModel) -> None:
     asked, kept = to_dict(config.model), to_dict(base.config)
     unread = COUNTER_KEYS[1:] if not (config.model.counters or base.config.counters) else ()
-    changed = [key for key in asked if key not in (*FREE_KEYS, *unread) and asked[key] != kept[key]]
+    changed = [key for key in asked if key not in (*FREE_KEYS, *unread) and asked[key] != kept.get(key)]
+    if config.model.kind is not base.config.kind:  # which then also has other keys
+        changed = ["architecture"]
     if changed:
         differences = ", ".join(f"model.{key} ({kept[key]} -> {asked[key]})" for key in changed)
         words = " ".join(f"model.{key}={value_text(kept[key])}" for key in changed)
@@ -538,7 +540,7 @@ def start_model(
         if model.features is not None:
             unseen = np.setdiff1d(np.arange(UNKNOWN_ITEM + 1, 1 + len(model.items)), np.flatnonzero(source.frequency))
             model.zero_id_embeddings(unseen if warm is None else np.intersect1d(unseen, warm.new_rows))
-        if isinstance(model, VistaModel) and config.model.num_interests and (warm is None or not warm.freezes):
+        if isinstance(model, VistaModel) and model.config.num_interests and (warm is None or not warm.freezes):
             start_interests(model, source.frequency, config.seed)
     if model.counted is not None and (
         warm is None or warm.base.counted is None

@@ -11,7 +11,7 @@ from typing import Any
 from scripts.experiments.tables.table import AGES, BOTH, K0, ORACLE, SOFTMAX, Table, TableRow
 from vista.config.checks import Codec
 
-SIM_HARD = ("model=sim", "model.search=hard", "data.item_categories=items.parquet", "data.category_column=topic")
+SIM_HARD = ("model=sim", "model.search_category=topic")
 """SIM that finds events by the simulation's true topics."""
 LENGTHS = {"length-200": 200, "length-1k": 1_000, "simulation": 4_000, "length-16k": 16_000, "length-64k": 64_000}
 """The tables of one simulation -> mean events per history."""

@@ -24,8 +24,8 @@ def ingest(path: Path, out: Path, on_bad_rows: str = "raise", **options: object)
 BAD_ROWS = {
     "missing user": (",10,1600000000,4", r"column 'user': the value is missing; give every row a user id"),
     "missing item": ("1,,1600000000,4", r"column 'item': the value is missing"),
-    "text as user": ("bob,10,1600000000,4", r"column 'user': 'bob' is not an integer id.*events\.user_ids=str"),
-    "leading zero": ("007,10,1600000000,4", r"column 'user': '007' is not a plain integer.*user_ids=str"),
+    "text as user": ("bob,10,1600000000,4", r"column 'user': 'bob' is not an integer id.*events\.ids=str"),
+    "leading zero": ("007,10,1600000000,4", r"column 'user': '007' is not a plain integer.*ids=str"),
     "too large an id": (
         "1,99999999999999999999,1600000000,4",
         r"column 'item': '99999999999999999999' is not an integer id",
@@ -50,7 +50,7 @@ BAD_ROWS = {
 def test_a_bad_row_is_named_and_nothing_is_written(tmp_path: Path, line: str, place: str) -> None:
     message = next(message for bad, message in BAD_ROWS.values() if bad == line)
     # The first value decides that ids are integers, so a bad first row needs an explicit type.
-    kinds = {"user_ids": IdType("int"), "item_ids": IdType("int")}
+    kinds = {"ids": IdType("int")}
     file = tmp_path / "log.csv"
     file.write_text(HEADER + (line + "\n" + GOOD if place == "first" else GOOD + line + "\n"))
     row = 1 if place == "first" else 3

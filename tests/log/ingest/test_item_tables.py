@@ -202,7 +202,7 @@ BAD_TABLES: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str]] = {
     "text as an id": (
         {"item": ["10", "x"], "brand": ["a", "b"]},
         {},
-        "row 2, column 'item': 'x' is not an integer id; correct it, or set events.item_ids=str",
+        "row 2, column 'item': 'x' is not an integer id; correct it, or set events.ids=str",
     ),
     "integers that are not named": (
         {"item": [10], "year": [1999]},

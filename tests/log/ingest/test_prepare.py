@@ -219,7 +219,7 @@ def test_out_must_be_new_or_a_log(tmp_path: Path) -> None:
         (
             "user,item,timestamp",
             [(1, 1, 5)],
-            {"user_ids": IdType("str")},
+            {"ids": IdType("str")},
             ConfigError,
             r"user ids of the log are int; leave",
         ),
@@ -382,12 +382,12 @@ def test_the_first_value_of_a_text_file_decides_the_kind_of_ids(tmp_path: Path, 
 
 def test_the_config_sets_the_kind_of_ids(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "a.csv", [(7, "01", 1), (7, "1", 2)])
-    run(tmp_path / "log", [file], user_ids=IdType("str"), item_ids=IdType("str"))
+    run(tmp_path / "log", [file], ids=IdType("str"))
     assert items_of(EventLog.open(tmp_path / "log"), "7") == ["01", "1"]
     pl.DataFrame({"user": [7.0], "item": [3], "timestamp": [1]}).write_parquet(tmp_path / "a.parquet")
-    run(tmp_path / "other", [tmp_path / "a.parquet"], item_ids=IdType("str"))
+    run(tmp_path / "other", [tmp_path / "a.parquet"], ids=IdType("str"))
     log = EventLog.open(tmp_path / "other")
-    assert (log.users.kind, items_of(log, 7)) == ("int", ["3"])
+    assert (log.users.kind, items_of(log, "7.0")) == ("str", ["3"])
 
 
 def test_files_of_one_call_need_the_same_columns(tmp_path: Path) -> None:

@@ -290,7 +290,7 @@ def test_a_long_line_is_named(tmp_path: Path, filler: bytes) -> None:
         file.write_bytes(start + b"4," + filler * (length - 2) + b"\n5,6,7\n")
         message = "line 500002 is longer than 1,048,576 bytes" if held else "row 500001, column 'item'"
         with pytest.raises(DataError, match=rf"a\.csv: {message}"):
-            run(tmp_path / "log", [file], item_ids="int")
+            run(tmp_path / "log", [file], ids="int")
     file.write_bytes(start + b"4,5,6" * (1 << 18))
     with pytest.raises(DataError, match=r"line 500002 is longer"):
         run(tmp_path / "log", [file])

@@ -374,16 +374,15 @@ class _Ingest:
         """
         if self.events is None or "events" not in self.sources:
             return
-        wanted = {name: str(getattr(self.events, f"{name}_ids").value) for name in ("user", "item")}
+        wanted = str(self.events.ids.value)
         if not self.before:
             self.users, self.items = (
-                Vocabulary.empty(id_kind(self.sources["events"][0], name, kind)) for name, kind in wanted.items()
+                Vocabulary.empty(id_kind(self.sources["events"][0], name, wanted)) for name in ("user", "item")
             )
         for name, known in (("user", self.users), ("item", self.items)):
-            if wanted[name] not in ("auto", known.kind):
+            if wanted not in ("auto", known.kind):
                 raise ConfigError(
-                    f"events.{name}_ids={wanted[name]}: the {name} ids of the log are {known.kind}; leave "
-                    f"events.{name}_ids out"
+                    f"events.ids={wanted}: the {name} ids of the log are {known.kind}; leave events.ids out"
                 )
 
     def _read_parts(self, scratch: Path) -> dict[str, list[Part]]:

@@ -152,7 +152,7 @@ def _article(role: str) -> str:
 
 def _ids(column: str, dtype: pl.DataType, kind: str, table: str) -> tuple[pl.Expr, list[RowRule]]:
     raw = pl.col(column)
-    key = f"{'events' if table in OWNERS else table}.{column}_ids"
+    key = f"{'events' if table in OWNERS else table}.ids"
     missing = RowRule(column, raw.is_null(), "is missing", f"give every row {_article(column)} id")
     if kind == "str":
         text = raw.cast(pl.String)

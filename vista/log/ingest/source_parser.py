@@ -16,17 +16,10 @@ import sys
 import tempfile
 import threading
 from contextlib import suppress
-from io import BytesIO
-from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 from vista import errors
-from vista.arrays import Int
 from vista.errors import DataError, shortened
-from vista.installation import require_module
-from vista.log.vocabulary import Vocabulary
 from vista.machine import usable_cores
 
 MEMORY_BYTES = 768 << 20
@@ -214,31 +207,3 @@ def npz_limit(file_bytes: int) -> int:
 
 
 logger = logging.getLogger(__name__)
-
-
-def read_categories(file: Path, column: str, items: Vocabulary) -> Int:
-    """Category codes of a model's items, from a table next to the log, for SIM's hard search.
-
-    Args:
-        file: Parquet, or CSV with a header, one row per item, with a column `item` of ids.
-        column: name of the column of categories, integers or text.
-        items: vocabulary of the model; its row r has index r + 1 in the result.
-
-    Returns:
-        int64 [1 + V], starting at 1; 0 for items without a category.
-
-    Raises:
-        DataError: naming file, column, row, and remedy, if the file is invalid or contains no item of the model.
-    """
-    if not file.is_file():
-        raise DataError(f"data.item_categories={file}: cannot be read (no such file); name a Parquet or CSV file")
-    with SourceParser() as parser:
-        _, content = parser.call("category_table", file, column=column, kind=items.kind)
-    named = require_module("polars", "data").read_ipc(BytesIO(content))
-    rows = items.rows(named["item"].to_list())
-    logger.info("%s: %d of %d items have a category", file, int((rows >= 0).sum()), len(items))
-    if not (rows >= 0).any():
-        raise DataError(f"{file}: column 'item' contains none of the log's items; use the log's ids")
-    codes = np.zeros(1 + len(items), np.int64)
-    codes[rows[rows >= 0] + 1] = named["category"].rank("dense").to_numpy()[rows >= 0]
-    return codes

@@ -198,7 +198,7 @@ def with_kind(config: SourceConfig) -> SourceConfig:
     if config.kind == "auto" and config.paths:
         config = replace(config, kind=detect_kind(config.paths[0]))
     if config.kind in PUBLIC_SETS and PUBLIC_SETS[config.kind].has_text_ids:
-        config = replace(config, user_ids=IdType.string, item_ids=IdType.string)
+        config = replace(config, ids=IdType.string)
     return config
 
 

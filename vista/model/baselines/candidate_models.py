@@ -9,7 +9,6 @@ queries, K found events, U events found by any query, C candidates, M model dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,16 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.arrays import Int
-from vista.config import DataConfig, ModelConfig, OptimConfig
-from vista.config.checks import Architecture, Search
-from vista.errors import ConfigError
+from vista.config import DataConfig, OptimConfig
+from vista.config.checks import Architecture
+from vista.config.model_config import DinConfig, RankingConfig, SimConfig, TwinConfig
 from vista.examples.batch import Batch
-from vista.log.features import CategoryColumn, ItemFeatures
+from vista.log.features import ItemFeatures
 from vista.log.histories import NUM_GAPS, Histories
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.history_model import HistoryModel, PaddedTile, ShownCandidates, in_place, tiles, time_bucket
 from vista.model.features import EncodedRows, Schema
 from vista.model.inference import newest, user_feature_vectors
+from vista.model.item_feature_table import category_codes
 from vista.model.layers import Dropout, split_heads
 from vista.model.losses import Losses, search_unit, task_parts, weighted_losses
 
@@ -100,7 +100,7 @@ class CandidateModel(HistoryModel):
     found_at_once: int = 1 << 16
     """Found events whose vectors are gathered at once."""
 
-    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+    def __init__(self, config: RankingConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         self.network = network(3 * config.dim, len(schema.tasks), config.dropout)
 
@@ -257,7 +257,7 @@ class DIN(CandidateModel):
 
     architecture = Architecture.din
 
-    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+    def __init__(self, config: DinConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim = config.dim
         self.age = age_table(dim)
@@ -405,12 +405,13 @@ class SIM(SearchModel):
     category.
     """
 
+    config: SimConfig
     architecture = Architecture.sim
 
-    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+    def __init__(self, config: SimConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim = config.dim
-        hard = config.search is Search.hard
+        hard = config.search_category is not None
         self.register_buffer("category", torch.zeros(1 + len(items)) if hard else None)
         """[1 + V] codes of the items' categories; float32, like all tensors in a model's file."""
         self.category: Tensor | None
@@ -422,15 +423,8 @@ class SIM(SearchModel):
         self.age_key, self.age_value = age_table(dim), age_table(dim)
 
     def read_item_table(self, data: DataConfig, features: ItemFeatures | None) -> None:
-        if self.category is None:
-            return
-        if data.item_categories is None:
-            codes = _category_codes(features, data.category_column)
-        else:
-            from vista.log.ingest.source_parser import read_categories  # imports Polars, an optional package
-
-            codes = read_categories(Path(data.item_categories), data.category_column, self.items)
-        self.category.copy_(torch.from_numpy(codes))
+        if self.category is not None and (name := self.config.search_category) is not None:
+            self.category.copy_(torch.from_numpy(category_codes(features, name, "model.search_category")))
 
     def search_query(self, query: Tensor) -> Tensor:
         projected: Tensor = self.of_candidate(query)
@@ -490,26 +484,6 @@ class SIM(SearchModel):
         return attend(self.query(query), key, value, None, valid, self.config.num_heads)
 
 
-def _category_codes(features: ItemFeatures | None, name: str) -> Int:
-    """Codes int64 [1 + V] of a category of the log's items, from 1; NO_CATEGORY for items without a value."""
-    columns = {} if features is None else features.columns
-    column = columns.get(name)
-    if not isinstance(column, CategoryColumn):
-        known = ", ".join(each for each, own in columns.items() if isinstance(own, CategoryColumn))
-        raise ConfigError(
-            f"data.category_column={name}: is not a category of the log's items, which have "
-            f"{known or 'none'}; name one, or a table of categories with data.item_categories"
-        )
-    counts = np.diff(column.offsets)
-    if counts.max(initial=0) > 1:
-        raise ConfigError(
-            f"data.category_column={name}: some items have several values; name a category with one value per item"
-        )
-    codes = np.full(1 + len(counts), NO_CATEGORY, np.int64)
-    codes[1:][counts == 1] = 1 + column.codes
-    return codes
-
-
 # TWIN (Chang et al., KDD 2023, arXiv 2302.02352): the search scores events as the attention that reads them does.
 #
 # Letters: n histories of a tile, L events, C queries per history, N queries, K found events, U events found by any
@@ -522,9 +496,10 @@ TWINMemory = tuple[Tensor, Tensor, Tensor]
 class TWIN(SearchModel):
     """Scores q . k(item) / sqrt(D) + b(age) + b(action) per head. Keys depend on items only, so they could be kept."""
 
+    config: TwinConfig
     architecture = Architecture.twin
 
-    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+    def __init__(self, config: TwinConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim, heads = config.dim, config.num_heads
         self.query, self.out = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.arrays import Int
-from vista.config import DataConfig, ModelConfig, OptimConfig
+from vista.config import DataConfig, OptimConfig
 from vista.config.checks import Architecture, planned
+from vista.config.model_config import NextItemConfig
 from vista.examples.batch import Batch
 from vista.log.histories import NUM_GAPS, Histories, history_gaps
 from vista.log.vocabulary import Vocabulary
@@ -88,7 +89,7 @@ def _in_order(askers: list[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.cat(users)[torch.cat(order).argsort()]
 
 
-def state_head(config: ModelConfig, schema: Schema) -> nn.Sequential | None:
+def state_head(config: NextItemConfig, schema: Schema) -> nn.Sequential | None:
     """The network of the default `impression_logits`."""
     dim, num_tasks = config.dim, len(schema.tasks)
     return nn.Sequential(nn.Linear(3 * dim, dim), nn.ReLU(), nn.Linear(dim, num_tasks)) if num_tasks else None
@@ -97,12 +98,13 @@ def state_head(config: ModelConfig, schema: Schema) -> nn.Sequential | None:
 class SequenceModel(HistoryModel):
     """A causal encoder over the newest `history_limit` events, and the heads of retrieval and ranking."""
 
+    config: NextItemConfig
     task_head: nn.Module | None
     """Made by each architecture; None without tasks."""
     gap_scale: Tensor
     """Factor √M of the request's gap, which is added to a state; events and candidates have the same factor."""
 
-    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+    def __init__(self, config: NextItemConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim = config.dim
         self.position = nn.Parameter(torch.randn(config.history_limit, dim) * 0.02)
@@ -306,7 +308,7 @@ class SASRec(SequenceModel):
 
     architecture = Architecture.sasrec
 
-    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+    def __init__(self, config: NextItemConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim = config.dim
         self.blocks = module_list([SASRecBlock(config) for _ in range(config.num_layers)])
@@ -337,7 +339,7 @@ def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 class SASRecBlock(nn.Module):
     """x = h + attention(h, x) with h = norm(x), then x = h + network(h) with h = norm(x)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: NextItemConfig) -> None:
         super().__init__()
         dim = config.dim
         self.num_heads = config.num_heads
@@ -376,7 +378,7 @@ class HSTU(SequenceModel):
     queries_at_once: int = 256
     """Events of a history that attend at once, so that a long history needs no matrix of all pairs for every head."""
 
-    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+    def __init__(self, config: NextItemConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         self.layers = module_list(
             [HSTULayer(config, has_time=self.encoder.gap is not None) for _ in range(config.num_layers)]
@@ -436,7 +438,7 @@ class HSTU(SequenceModel):
 class HSTULayer(nn.Module):
     """Projections, biases and output of one layer."""
 
-    def __init__(self, config: ModelConfig, *, has_time: bool) -> None:
+    def __init__(self, config: NextItemConfig, *, has_time: bool) -> None:
         super().__init__()
         dim, heads = config.dim, config.num_heads
         self.num_heads, self.limit = heads, config.history_limit
@@ -535,7 +537,7 @@ class FuXiLinear(SequenceModel):
 
     architecture = Architecture.fuxi_linear
 
-    def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
+    def __init__(self, config: NextItemConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         has_time = self.encoder.gap is not None
         self.layers = module_list([FuXiLinearLayer(config, has_time=has_time) for _ in range(config.num_layers)])
@@ -550,7 +552,7 @@ class FuXiLinear(SequenceModel):
 class FuXiLinearLayer(nn.Module):
     """Three channels side by side, each normed; a gate; and a feed-forward network."""
 
-    def __init__(self, config: ModelConfig, *, has_time: bool) -> None:
+    def __init__(self, config: NextItemConfig, *, has_time: bool) -> None:
         super().__init__()
         dim, heads = config.dim, config.num_heads
         self.num_heads, self.num_channels = heads, 3 if has_time else 2
