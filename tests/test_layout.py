@@ -174,7 +174,7 @@ def test_modules_can_be_read_at_once() -> None:
     assert not long, "\n".join(long)
 
 
-MOST = {"vista": (191, 61_001), "tests": (224, 60_079)}
+MOST = {"vista": (189, 60_802), "tests": (216, 59_479)}
 """Files and lines of each folder. They only go down: whoever removes some lowers the numbers in the same commit."""
 
 
