@@ -26,7 +26,7 @@ from vista.config import DataConfig, ModelConfig
 from vista.config.checks import Activation, Decay, Mixing, Normalization, TargetAttentionKind
 from vista.counters.counters import CounterSpec
 from vista.errors import CheckpointError
-from vista.log.features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
+from vista.log.features import Column, Columns, selected
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.features import FeatureSpec, Schema
@@ -397,16 +397,16 @@ def test_summarizer_id_follows_the_vocabulary_and_no_setting_of_stage_2(make: Si
 NUM_ITEMS, NEW = 12, [100, 101, 250]
 
 
-def drawn_items(count: int, seed: int) -> ItemFeatures:
+def drawn_items(count: int, seed: int) -> Columns:
     rng = np.random.default_rng(seed)
     counts = rng.integers(0, 3, count)
     codes = np.concatenate([np.sort(rng.permutation(4)[:n]) for n in counts] + [np.zeros(0)]).astype(np.int32)
     columns = {
-        "brand": CategoryColumn(Vocabulary.from_ids(["a", "b", "c", "d"]), codes, offsets_of(counts)),
-        "price": NumberColumn(rng.random(count).astype(np.float32)),
-        "text": VectorColumn(rng.normal(size=(count, 5)).astype(np.float32)),
+        "brand": Column(codes, Vocabulary.from_ids(["a", "b", "c", "d"]), offsets_of(counts)),
+        "price": Column(rng.random(count).astype(np.float32)),
+        "text": Column(rng.normal(size=(count, 5)).astype(np.float32)),
     }
-    return ItemFeatures(columns)
+    return columns
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "popularity"])
@@ -414,7 +414,7 @@ def featured(request: pytest.FixtureRequest) -> VistaModel:
     """With drawn weights."""
     torch.manual_seed(0)
     features = drawn_items(NUM_ITEMS, 0)
-    columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
+    columns = [FeatureSpec.of(name, column) for name, column in features.items()]
     schema = Schema(["view"], True, None, ["click"], True, columns)
     config = ModelConfig(dim=8, num_heads=2, num_seeds=2, tail_len=4, counters=request.param, popularity=request.param)
     made = VistaModel(config, schema, Vocabulary.from_ids(np.arange(NUM_ITEMS)), DataConfig())
@@ -439,7 +439,7 @@ def test_only_the_catalog_grows(featured: VistaModel) -> None:
 
 def test_added_items_are_their_features(featured: VistaModel) -> None:
     features = drawn_items(NUM_ITEMS, 0)
-    grown = with_items(featured, NEW, features.select(np.array([4, 0, 11])))
+    grown = with_items(featured, NEW, selected(features, np.array([4, 0, 11])))
     added = grown.item_vectors(torch.arange(3) + 1 + NUM_ITEMS)
     assert featured.features is not None
     assert torch.equal(added, featured.features(torch.tensor([5, 1, 12])))

@@ -59,8 +59,7 @@ def export(folder: Path, log: EventLog, seed: int = 5, **changes: Any) -> VistaM
 
 def feature_table(log: EventLog) -> ItemFeatureTable:
     features = log.item_features
-    assert features is not None
-    return ItemFeatureTable.of(features, [FeatureSpec.of(name, column) for name, column in features.columns.items()])
+    return ItemFeatureTable.of(features, [FeatureSpec.of(name, column) for name, column in features.items()])
 
 
 @pytest.fixture(scope="module")

@@ -157,8 +157,8 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     torch.manual_seed(5)
     model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
     features = log.item_features
-    assert features is not None and model.features is not None
-    columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
+    assert model.features is not None
+    columns = [FeatureSpec.of(name, column) for name, column in features.items()]
     model.set_item_features(ItemFeatureTable.of(features, columns))
     draw_counter_weights(model)
     with torch.no_grad():

@@ -47,6 +47,7 @@ from vista.evaluation.answers import RawHistoryAnswers
 from vista.evaluation.cases import ImpressionCases, impression_cases, request_starts
 from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
 from vista.log.event_log import EventLog
+from vista.log.features import selected
 from vista.log.splits import split_until, visible_counts
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.inference import request_feature_vectors
@@ -509,8 +510,7 @@ def test_downstream_models_keep_the_features_of_their_base(
     _, kept, store = base
     config = downstream_config(base, tmp_path / "run", use_user_features=use_user_features)
     if not use_user_features:  # and with items that were added to the base
-        assert log.item_features is not None
-        kept = with_items(kept, [10**6, 10**6 + 1], log.item_features.select(np.array([3, 5])))
+        kept = with_items(kept, [10**6, 10**6 + 1], selected(log.item_features, np.array([3, 5])))
         kept.save_pretrained(tmp_path / "base")
         config.base = str(tmp_path / "base")
     model = train(config, log)

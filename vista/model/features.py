@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vista.arrays import Float32s, Int
 from vista.config.checks import require
 from vista.errors import shown
-from vista.log.features import CategoryColumn, FeatureColumn, NumberColumn
+from vista.log.features import Column
 from vista.log.histories import ColumnValues, RowColumn, RowFeatures
 from vista.log.vocabulary import Ids, Vocabulary
 
@@ -69,26 +69,39 @@ class FeatureSpec:
         """Entries of the dense input."""
         return {"category": 0, "number": 1, "vector": self.size}[self.kind]
 
+    def entries(self, data: NDArray[Any]) -> Int:
+        """Rows of the embedding, from the column's first one on, of codes or numbers [N]: 0 where they are missing."""
+        if self.kind == "category":
+            return data.astype(np.int64) + 1
+        buckets = np.searchsorted(self.bounds, data.astype(np.float64)) + 1
+        buckets[np.isnan(data)] = 0
+        return buckets
+
+    def fill_dense(self, out: Float32s, data: NDArray[Any]) -> None:
+        """Write the dense inputs of numbers [N] or vectors [N, D] into `out` [N, num_dense]; 0 if they are missing."""
+        if self.kind == "vector":
+            np.divide(data, np.float32(self.scale), out=out)
+            np.nan_to_num(out, copy=False, nan=0.0)
+        else:
+            score = (data.astype(np.float64) - self.mean) / self.scale
+            score[np.isnan(score)] = 0.0
+            out[:, 0] = np.minimum(np.maximum(score, -MAX_ABS_SCORE), MAX_ABS_SCORE)
+
     @classmethod
-    def of(cls, name: str, column: FeatureColumn) -> FeatureSpec:
-        """How to read a column, measured on its items."""
-        if isinstance(column, CategoryColumn):
-            return cls(name, column.kind, max(len(column.values), 1))
-        if isinstance(column, NumberColumn):
-            return _number(name, column.numbers)
-        known = column.vectors[column.is_known].astype(np.float64)
-        length = math.sqrt(np.square(known).sum(1).mean()) if len(known) else 0.0
-        return cls(name, column.kind, column.vectors.shape[1], scale=length or 1.0)
-
-
-def _number(name: str, numbers: Float32s) -> FeatureSpec:
-    known = numbers[~np.isnan(numbers)].astype(np.float64)
-    if not len(known):
-        return FeatureSpec(name, "number", 1)
-    bounds = np.unique(np.quantile(known, np.arange(1, MAX_BUCKETS) / MAX_BUCKETS, method="inverted_cdf"))
-    bounds = bounds[bounds < known.max()]  # the last bucket is not empty
-    scale = float(known.std())
-    return FeatureSpec(name, "number", len(bounds) + 1, bounds.tolist(), float(known.mean()), scale or 1.0)
+    def of(cls, name: str, column: Column) -> FeatureSpec:
+        """How to read a column, measured on its rows."""
+        if column.values is not None:
+            return cls(name, column.kind, max(column.size, 1), hashed=isinstance(column.values, HashedVocabulary))
+        known = column.data[column.is_known].astype(np.float64)
+        if column.kind == "vector":
+            length = math.sqrt(np.square(known).sum(1).mean()) if len(known) else 0.0
+            return cls(name, column.kind, column.size, scale=length or 1.0)
+        if not len(known):
+            return cls(name, column.kind, 1)
+        bounds = np.unique(np.quantile(known, np.arange(1, MAX_BUCKETS) / MAX_BUCKETS, method="inverted_cdf"))
+        bounds = bounds[bounds < known.max()]  # the last bucket is not empty
+        scale = float(known.std())
+        return cls(name, column.kind, len(bounds) + 1, bounds.tolist(), float(known.mean()), scale or 1.0)
 
 
 # What a model may read of a log, and what it is trained to predict.
@@ -290,18 +303,13 @@ class RowFeatureReader:
                 raise ValueError(f"the values of {column.name!r} do not fit a {column.kind} of size {column.size}")
         self.columns = list(columns)
         self.values = {column.name: values[column.name] for column in columns}
-        self._bounds = {column.name: np.array(column.bounds) for column in columns}
 
     @classmethod
     def of(cls, features: RowFeatures, values: ColumnValues) -> RowFeatureReader:
         """All columns of a log, measured on the rows that training may see."""
-        columns = [
-            FeatureSpec.of(name, NumberColumn(features.columns[name].astype(np.float32)))
-            if known is None
-            else FeatureSpec(name, "category", max(len(known), 1), hashed=isinstance(known, HashedVocabulary))
-            for name, known in values.items()
-        ]
-        return cls(columns, values)
+        nothing = np.empty(0, np.int32)  # Only the values of a category count.
+        given = {name: Column(features.columns.get(name, nothing), known) for name, known in values.items()}
+        return cls([FeatureSpec.of(name, column) for name, column in given.items()], values)
 
     def _codes_of(self, values: ColumnValues) -> dict[str, NDArray[np.int32]]:
         """By category: the model's code of each of a log's values, int32 [V + 1]; -1 if it is unknown, and at the end.
@@ -376,21 +384,11 @@ class RowFeatureReader:
         dense = np.zeros((num_rows, sum(column.num_dense for column in self.columns)), np.float32)
         first = place = 0
         for index, column in enumerate(self.columns):
-            given = features.columns.get(column.name)
-            if given is None:
-                entry[:, index] = first
-                place += column.num_dense
-            elif column.kind == "number":
-                numbers = given.astype(np.float64)
-                entry[:, index] = self._bounds[column.name].searchsorted(numbers) + (first + 1)
-                score = np.maximum((numbers - column.mean) / column.scale, -MAX_ABS_SCORE)
-                dense[:, place] = np.minimum(score, MAX_ABS_SCORE)
-                is_missing = np.isnan(numbers)
-                entry[is_missing, index], dense[is_missing, place] = first, 0.0
-                place += 1
-            else:
-                entry[:, index] = first + 1 + given
-            first += column.num_rows
+            given, next_place = features.columns.get(column.name), place + column.num_dense
+            entry[:, index] = first if given is None else first + column.entries(given)
+            if given is not None and column.num_dense:
+                column.fill_dense(dense[:, place:next_place], given)
+            first, place = first + column.num_rows, next_place
         return EncodedRows(entry, dense)
 
     def with_values(self, rows: EncodedRows, given: Mapping[str, Any]) -> EncodedRows:

@@ -20,6 +20,7 @@ from vista.config.checks import Mixing
 from vista.counters.counters import UserCounters
 from vista.examples.batch_source import EncodeRows
 from vista.log.event_log import EventLog
+from vista.log.features import row_features
 from vista.log.histories import UNKNOWN_GAP, Histories, RowColumn, RowFeatures, gap_bucket, token_groups
 from vista.model.features import EncodedRows, RowFeatureReader
 from vista.model.history_states import covered_events, default_slice_len, embed, history_states, reach
@@ -404,8 +405,8 @@ class LogUsers:
         self._rows = RowFeatures({})
         """Of all users, and of an unknown one in the last row."""
         if reader is not None:
-            features = log.user_features
-            known = reader.recoder(features.values)(features.rows, log.num_users).columns
+            rows, values = row_features(log.user_features)
+            known = reader.recoder(values)(rows, log.num_users).columns
             missing = RowFeatures.missing(reader.values, 1).columns
             self._rows = RowFeatures({name: np.concatenate([known[name], missing[name]]) for name in known})
 

@@ -22,7 +22,7 @@ from vista.counters.counters import CounterSpec, ItemKeys
 from vista.errors import CheckpointError
 from vista.examples.batch import Batch, BatchEvents
 from vista.files import checked_path
-from vista.log.features import ItemFeatures
+from vista.log.features import Columns
 from vista.log.histories import ColumnValues, RowFeatures
 from vista.log.vocabulary import Ids, Vocabulary
 from vista.model.feature_encoder import EventEncoder, FeatureEncoder, RowFeatureEncoder
@@ -256,7 +256,7 @@ class RankingModel(nn.Module):
         """[NA, M'] user vectors of a batch's anchors, as in `losses`. Only with the retrieval head."""
         raise NotImplementedError
 
-    def read_item_table(self, data: DataConfig, features: ItemFeatures | None) -> None:
+    def read_item_table(self, data: DataConfig, features: Columns) -> None:
         """Read item properties when training starts, from a file or the features of the model's items. Most need none.
 
         Raises:

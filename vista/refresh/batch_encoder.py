@@ -218,7 +218,7 @@ def check_log(model: RankingModel, log: EventLog) -> None:
     _check_features(log, "events", model.schema.event_features, _kinds(log.event_features))
     if model.schema.user_features:
         columns = declared_columns(features_of(log.segments, USERS))  # without reading the features of all users
-        of_log = {name: parts[0].column.kind for name, parts in columns.items()}
+        of_log = {name: parts[0].columns[name].kind for name, parts in columns.items()}
         _check_features(log, "users", model.schema.user_features, of_log)
 
 

@@ -19,7 +19,7 @@ from vista.examples.batch_source import EncodeEvents, EncodeRows, ModelReads, tr
 from vista.examples.chunks import visible_rows
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
-from vista.log.features import CategoryColumn, ItemFeatures
+from vista.log.features import Columns, row_features, selected
 from vista.log.histories import ColumnValues, RowColumn, RowFeatures
 from vista.log.splits import EVENTS_PER_BLOCK, split_until, visible_blocks, visible_counts
 from vista.log.vocabulary import Vocabulary
@@ -213,11 +213,9 @@ def check_hashed_features(hashed: Mapping[str, int], log: EventLog) -> None:
 
 def _categories(log: EventLog) -> set[str]:
     """Names of all categories of a log."""
-    items = {} if log.item_features is None else log.item_features.columns
-    rows = (log.event_features, log.request_features, log.user_features.values)
-    return {name for name, column in items.items() if isinstance(column, CategoryColumn)} | {
-        name for columns in rows for name, known in columns.items() if known is not None
-    }
+    of_items, of_users = (row_features(columns)[1] for columns in (log.item_features, log.user_features))
+    tables = (of_items, of_users, log.event_features, log.request_features)
+    return {name for values in tables for name, known in values.items() if known is not None}
 
 
 # Which of a log's items get a row of their own in a model's table (`data.min_item_events`).
@@ -253,14 +251,14 @@ def frequent_items(log: EventLog, data: DataConfig) -> Vocabulary:
     return log.items if kept.all() else Vocabulary.from_ids(log.items.ids(np.flatnonzero(kept)))
 
 
-def features_of(items: Vocabulary, log: EventLog, first: int = 0) -> ItemFeatures | None:
-    """A log's features of a model's items, from the row `first` of their vocabulary on; None if the log has none.
+def features_of(items: Vocabulary, log: EventLog, first: int = 0) -> Columns:
+    """A log's features of a model's items, from the row `first` of their vocabulary on.
 
     Items that the log lacks have none.
     """
-    if log.item_features is None or (items is log.items and not first):
+    if not log.item_features or (items is log.items and not first):
         return log.item_features
-    return log.item_features.select(log.items.rows(items.ids(np.arange(first, len(items)))))
+    return selected(log.item_features, log.items.rows(items.ids(np.arange(first, len(items)))))
 
 
 RESERVED_TASKS = {
@@ -313,13 +311,13 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
             "trained; set optim.next_weight=1"
         )
     ratings = rating_range(log) if log.has_rating else None
-    given = log.item_features if model.use_item_features else None
+    given = log.item_features if model.use_item_features else {}
     hashed = model.hashed_rows
     check_hashed_features(hashed, log)
     check_categories(model, given, log.items, str(log.path))
     features = [
         FeatureSpec(name, "category", hashed[name], hashed=True) if name in hashed else FeatureSpec.of(name, column)
-        for name, column in ({} if given is None else given.columns).items()
+        for name, column in given.items()
     ]
     of_events, num_tail_features = event_reader(log, config)
     of_requests, of_users = request_reader(log, config, since), user_reader(log, config)
@@ -340,8 +338,8 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
 
 def encoded_features(log: EventLog, items: Vocabulary, schema: Schema) -> ItemFeatureTable | None:
     """What a model of these items, with this schema, reads of a log's item features; None if it reads none."""
-    given = features_of(items, log) if schema.item_features else None
-    return None if given is None else ItemFeatureTable.of(given, schema.item_features)
+    given = features_of(items, log) if schema.item_features else {}
+    return ItemFeatureTable.of(given, schema.item_features) if given else None
 
 
 def user_reader(log: EventLog, config: TrainConfig) -> RowFeatureReader | None:
@@ -349,13 +347,11 @@ def user_reader(log: EventLog, config: TrainConfig) -> RowFeatureReader | None:
 
     It knows the values, and the distribution of numbers, of the users with events that training may see.
     """
-    if not config.model.use_user_features or not log.user_features.values:
+    if not config.model.use_user_features or not log.user_features:
         return None
     users = np.flatnonzero(visible_counts(log, split_until(config.data, "train")))
-    features, seen = (
-        log.user_features.rows.select(users),
-        SeenValues(log.user_features.values, config.model.hashed_rows),
-    )
+    rows, values = row_features(log.user_features)
+    features, seen = rows.select(users), SeenValues(values, config.model.hashed_rows)
     seen.add(features)
     return RowFeatureReader.of(features, seen.values)
 
@@ -460,15 +456,15 @@ def _of_items(model: RankingModel, frequency: Int) -> Iterator[HashCollisions]:
 
 def _of_item_features(model: RankingModel, log: EventLog, frequency: Int) -> Iterator[HashCollisions]:
     hashed = [column for column in model.schema.item_features if column.hashed]
-    if not hashed or log.item_features is None:
+    if not hashed:
         return
     rows = model.rows_of(log.items)
     events = np.where(rows < len(frequency), frequency[np.minimum(rows, len(frequency) - 1)], 0)
     for column in hashed:
-        given = log.item_features.columns.get(column.name)
-        if isinstance(given, CategoryColumn):
+        given = log.item_features.get(column.name)
+        if given is not None and given.values is not None and given.offsets is not None:
             weight = np.repeat(events, np.diff(given.offsets))
-            uses = np.bincount(given.codes, weight, len(given.values)).astype(np.int64)
+            uses = np.bincount(given.data, weight, len(given.values)).astype(np.int64)
             yield _collisions(f"feature {column.name} of items", column, given.values, uses)
 
 
@@ -483,10 +479,10 @@ def _of_rows(model: RankingModel, log: EventLog, config: TrainConfig, since: int
     if columns and log.impressions is not None:
         shown = visible_rows(log, log.impressions, counts, config.data, since).row
         yield from _counted("impressions", columns, log.request_features, [log.impressions.features.select(shown)])
-    columns = _hashed(model.schema.user_features, log.user_features.values)
+    of_users, values = row_features(log.user_features)
+    columns = _hashed(model.schema.user_features, values)
     if columns:
-        users = log.user_features.rows.select(np.flatnonzero(counts))
-        yield from _counted("users", columns, log.user_features.values, [users])
+        yield from _counted("users", columns, values, [of_users.select(np.flatnonzero(counts))])
 
 
 def _hashed(columns: Sequence[FeatureSpec], values: ColumnValues) -> dict[str, FeatureSpec]:

@@ -22,7 +22,7 @@ from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.checks import Architecture, Search
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
-from vista.log.features import CategoryColumn, ItemFeatures
+from vista.log.features import Columns
 from vista.log.histories import NUM_GAPS, Histories
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.history_model import HistoryModel, PaddedTile, ShownCandidates, in_place, tiles, time_bucket
@@ -421,7 +421,7 @@ class SIM(SearchModel):
         self.key, self.value = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.age_key, self.age_value = age_table(dim), age_table(dim)
 
-    def read_item_table(self, data: DataConfig, features: ItemFeatures | None) -> None:
+    def read_item_table(self, data: DataConfig, features: Columns) -> None:
         if self.category is None:
             return
         if data.item_categories is None:
@@ -490,12 +490,11 @@ class SIM(SearchModel):
         return attend(self.query(query), key, value, None, valid, self.config.num_heads)
 
 
-def _category_codes(features: ItemFeatures | None, name: str) -> Int:
+def _category_codes(features: Columns, name: str) -> Int:
     """Codes int64 [1 + V] of a category of the log's items, from 1; NO_CATEGORY for items without a value."""
-    columns = {} if features is None else features.columns
-    column = columns.get(name)
-    if not isinstance(column, CategoryColumn):
-        known = ", ".join(each for each, own in columns.items() if isinstance(own, CategoryColumn))
+    column = features.get(name)
+    if column is None or column.offsets is None:
+        known = ", ".join(each for each, own in features.items() if own.kind == "category")
         raise ConfigError(
             f"data.category_column={name}: is not a category of the log's items, which have "
             f"{known or 'none'}; name one, or a table of categories with data.item_categories"
@@ -506,7 +505,7 @@ def _category_codes(features: ItemFeatures | None, name: str) -> Int:
             f"data.category_column={name}: some items have several values; name a category with one value per item"
         )
     codes = np.full(1 + len(counts), NO_CATEGORY, np.int64)
-    codes[1:][counts == 1] = 1 + column.codes
+    codes[1:][counts == 1] = 1 + column.data
     return codes
 
 
