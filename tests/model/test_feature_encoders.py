@@ -18,7 +18,7 @@ from vista.errors import ConfigError
 from vista.log.features import Column, Columns, selected
 from vista.log.histories import RowFeatures
 from vista.log.vocabulary import Vocabulary
-from vista.model.feature_encoder import FeatureEncoder, RowFeatureEncoder
+from vista.model.feature_encoder import ItemFeatureEncoder, RowFeatureEncoder
 from vista.model.features import MAX_ABS_SCORE, FeatureSpec, HashedVocabulary, RowFeatureReader
 from vista.model.item_feature_table import ItemFeatureTable
 
@@ -48,10 +48,10 @@ def drawn_item_features(draw: st.DrawFn) -> Columns:
     return {name: columns[name] for name in names}
 
 
-def encoder_of(features: Columns, seed: int = 0) -> tuple[FeatureEncoder, list[FeatureSpec]]:
+def encoder_of(features: Columns, seed: int = 0) -> tuple[ItemFeatureEncoder, list[FeatureSpec]]:
     """A float64 encoder with drawn weights."""
     columns = [FeatureSpec.of(name, column) for name, column in features.items()]
-    made = FeatureEncoder(columns, DIM).double()
+    made = ItemFeatureEncoder(columns, DIM).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in made.parameters():
@@ -60,7 +60,7 @@ def encoder_of(features: Columns, seed: int = 0) -> tuple[FeatureEncoder, list[F
     return made, columns
 
 
-def plain_vector(features: Columns, columns: list[FeatureSpec], encoder: FeatureEncoder, item: int) -> np.ndarray:
+def plain_vector(features: Columns, columns: list[FeatureSpec], encoder: ItemFeatureEncoder, item: int) -> np.ndarray:
     """The vector of an item, one value after the other."""
     values = encoder.values.detach().numpy()
     dense = np.zeros((0, DIM)) if encoder.dense is None else encoder.dense.detach().numpy()
@@ -193,11 +193,11 @@ def test_a_table_of_another_model_is_refused() -> None:
     columns = [FeatureSpec.of(name, column) for name, column in features.items()]
     table = ItemFeatureTable.of(features, columns)
     with pytest.raises(RuntimeError, match="do not fit the model"):
-        FeatureEncoder(columns, DIM).set_table(table, NUM_ITEMS)
+        ItemFeatureEncoder(columns, DIM).set_table(table, NUM_ITEMS)
     with pytest.raises(RuntimeError, match="do not fit the model"):
-        FeatureEncoder([FeatureSpec("genres", "category", 1)], DIM).set_table(table, 1 + NUM_ITEMS)
+        ItemFeatureEncoder([FeatureSpec("genres", "category", 1)], DIM).set_table(table, 1 + NUM_ITEMS)
     with pytest.raises(RuntimeError, match="do not fit the model"):
-        FeatureEncoder([*columns, FeatureSpec("text", "vector", 2)], DIM).set_table(table, 1 + NUM_ITEMS)
+        ItemFeatureEncoder([*columns, FeatureSpec("text", "vector", 2)], DIM).set_table(table, 1 + NUM_ITEMS)
 
 
 @settings(max_examples=20, deadline=None)

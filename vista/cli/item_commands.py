@@ -437,7 +437,7 @@ def run_index(config: IndexConfig) -> ItemsIndexed:
         began = time.perf_counter()
         vectors = table[UNKNOWN_ITEM + 1 :].numpy()
         # The popularity is about 1 / temperature times as large as what user vectors multiply it with.
-        last_scale = 1.0 if model.popularity is None else model.config.softmax_temperature
+        last_scale = 1.0 if model.popularity is None else model.temperature
         index = ItemIndex.build(vectors, config.kind, last_scale=last_scale)
         index.save(out)
         seconds = time.perf_counter() - began

@@ -33,7 +33,7 @@ def anchor_losses(
     parts: dict[str, LossPart] = {}
 
     def loss(users: Tensor, label: Tensor, counted: CountedSlots | None) -> Tensor:
-        temperature = model.config.softmax_temperature
+        temperature = model.temperature
         return window_loss(
             users, items, label, negatives.item, negatives.log_weight, temperature, batch.logit_adjustment, counted
         )
@@ -68,7 +68,7 @@ def start_counted(model: RankingModel, batch: Batch, vectors: Tensor, returning_
         counted,
         negatives.item,
         negatives.log_weight,
-        model.config.softmax_temperature,
+        model.temperature,
         batch.logit_adjustment,
     )
     num_counted = (counted >= 0).sum(1)
@@ -86,7 +86,7 @@ def _counted_slots(
         return None
     full = torch.promote_types(users.dtype, torch.float32)
     with torch.autocast(users.device.type, enabled=False):
-        score = products(users.to(full), items.to(full), slots.item) / model.config.softmax_temperature
+        score = products(users.to(full), items.to(full), slots.item) / model.temperature
         popularity = model.item_popularity[batch.rows][slots.item.clamp(min=0)]
         logit = model.counted(slots.codes, score, popularity, slots.num_events, users.to(full))
     return CountedSlots(slots.item, logit)

@@ -326,7 +326,7 @@ def catalog_scores(
         items: [V, M'] from `item_vectors`.
         counters: of the B users as of their requests; None without counters.
     """
-    scores = users @ items.t() / model.config.softmax_temperature
+    scores = users @ items.t() / model.temperature
     if counters is not None:
         user, row = (torch.from_numpy(part).to(scores.device) for part in (counters.codes.owner, counters.codes.key))
         scores[user, row - UNKNOWN_ITEM - 1] = counted_scores(model, users, items, counters).to(scores.dtype)
@@ -354,7 +354,7 @@ def counted_scores(model: RankingModel, users: Tensor, items: Tensor, counters: 
     num_events = torch.from_numpy(counters.num_events).to(items.device).index_select(0, owner)
     # In float64, because in float32 the last bit depends on where the row lies in memory.
     product = vectors.double().mul_(users.double().index_select(0, owner)).sum(-1)
-    score = (product / model.config.softmax_temperature).float()
+    score = (product / model.temperature).float()
     popularity = model.item_popularity.index_select(0, key)
     logit = model.counted.from_counters(codes.unsqueeze(1), score.unsqueeze(1), popularity.unsqueeze(1), num_events)
     return (logit[:, 0] + model.counted.from_user(users).index_select(0, owner))[: len(counters.codes.key)]

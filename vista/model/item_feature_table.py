@@ -1,4 +1,4 @@
-"""Encoded features of the items that a model ranks: what its `FeatureEncoder` reads.
+"""Encoded features of the items that a model ranks: what its `ItemFeatureEncoder` reads.
 
 R model rows, E entries of all rows together, F dense inputs.
 """

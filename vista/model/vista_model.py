@@ -268,7 +268,7 @@ class VistaModel(RankingModel):
         label = batch.labels.item.flatten()
         known = (label >= 0).nonzero().squeeze(-1)
         items = self.retrieval_items(item_vectors, batch.rows)
-        mean = next_loss(batch, items, users.flatten(0, 1)[known], label[known], self.config.softmax_temperature)
+        mean = next_loss(batch, items, users.flatten(0, 1)[known], label[known], self.temperature)
         return LossPart(mean, len(known))
 
     def _reconstruction(self, batch: Batch, item_vectors: Tensor, encoded: Tensor, summaries: Tensor) -> LossPart:

@@ -323,7 +323,7 @@ def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -
     model, counters = snapshot.model, request.counters
     context, seen = _inputs(model, request)
     gap = inference.request_gap(model, request.now, request.tail)
-    items = snapshot.retrieval_vectors()[rows] / model.config.softmax_temperature
+    items = snapshot.retrieval_vectors()[rows] / model.temperature
     user = inference.user_vectors(model, context, gap)
     value: Tensor = items @ user[0]
     of_counters = torch.zeros_like(value)

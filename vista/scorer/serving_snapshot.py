@@ -268,7 +268,7 @@ class ServingSnapshot:
         """Scores of `next` of all items, float32 [B, V]; ValueError without the retrieval head."""
         items = self.retrieval_vectors()[UNKNOWN_ITEM + 1 :].cpu().numpy()
         vectors = self.user_vectors(request)
-        scores: NDArray[np.float32] = (vectors / self.model.config.softmax_temperature).cpu().numpy() @ items.T
+        scores: NDArray[np.float32] = (vectors / self.model.temperature).cpu().numpy() @ items.T
         rows, counted, offsets = self.counted_items(request, vectors)
         scores[np.repeat(np.arange(len(request)), np.diff(offsets)), rows - UNKNOWN_ITEM - 1] = counted
         return scores
@@ -542,7 +542,7 @@ class ServingSnapshot:
         counted = None
         if counters is not None:
             counted = inference.counted_scores(self.model, vectors, table[UNKNOWN_ITEM + 1 :], counters)
-        vectors = vectors / self.model.config.softmax_temperature
+        vectors = vectors / self.model.temperature
         for users, columns in rectangles(lengths, self._cosines_per_pass):
             items = take(table, rows, users, columns)
             # One product per user, because the bits of a joint product depend on the number of users.

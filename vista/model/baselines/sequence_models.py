@@ -181,7 +181,7 @@ class SequenceModel(HistoryModel):
         items = self.retrieval_items(item_vectors, batch.rows)
         if users:
             label = torch.cat(labels)
-            mean = next_loss(batch, items, torch.cat(users), label, self.config.softmax_temperature)
+            mean = next_loss(batch, items, torch.cat(users), label, self.temperature)
             parts["next"] = LossPart(mean, len(label))
         if askers:
             parts |= anchor_losses(self, batch, _in_order(askers), items, optim)
