@@ -185,7 +185,7 @@ def chunks(
     before = offsets[:-1][owner] + position - 1
     last = packed.timestamp[np.maximum(before, 0)] if packed.num_events else np.zeros(len(owner), np.int64)
     time = last + rng.integers(0, 48 * HOUR, len(owner))
-    features = [READER.encode(drawn_features(len(owner), seed), len(owner)), READER.missing(1)]
+    features = READER.encode(drawn_features(len(owner), seed), len(owner)).joined(READER.missing(1))
     of_events, of_users = READER.encode(packed.features, packed.num_events), users(packed).select(user)
     rest = packed.offsets[1:][user] - offsets[:-1]
     index = ranges(offsets[:-1], rest)
@@ -208,16 +208,13 @@ def chunks(
             label=rng.integers(0, 2, (len(owner), len(TASKS))).astype(np.float32),
             mask=rng.random((len(owner), len(TASKS))) < 0.8,
             time=time,
-            entry=np.concatenate([part.entry for part in features]) if requests else None,
-            dense=np.concatenate([part.dense for part in features]) if requests else None,
+            features=features if requests else None,
         ),
         counters=None
         if keys is None
         else ChunkCounters(HistoryCounters(keys, item, packed.timestamp, packed.offsets), user, start, None),
-        entry=of_events.entry,
-        dense=of_events.dense,
-        user_entry=np.concatenate([of_users.entry, READER.missing(1).entry]),
-        user_dense=np.concatenate([of_users.dense, READER.missing(1).dense]),
+        features=of_events,
+        user_features=of_users.joined(READER.missing(1)),
     )
     return made, time
 
@@ -316,7 +313,7 @@ def outputs(model: VistaModel, cut: Batch) -> tuple[Tensor, Tensor]:
         vectors = model.item_vectors(cut.rows)
         events = cut.events
         shown = model.shown_vectors(events, vectors)
-        encoded = model.encoder(shown, events.action, events.gap, events.rating, events.entry, events.dense)
+        encoded = model.encoder(shown, events.action, events.gap, events.rating, events.features)
         context = model.window_context(cut, shown, model.cut_summaries(cut, encoded))
         return model.window_users(cut, context), model.window_logits(cut, vectors, context)
 

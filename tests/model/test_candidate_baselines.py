@@ -21,7 +21,6 @@ from vista.log.features import Column
 from vista.log.histories import Histories, gap_bucket
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.candidate_models import DIN, SIM, TWIN, CandidateModel, SearchModel, newest_of_highest
-from vista.model.features import EncodedRows
 from vista.model.inference import user_feature_vectors
 from vista.model.registry import load_model
 
@@ -221,7 +220,7 @@ def test_training_at_a_position_is_a_request_after_its_events(make: SimpleNamesp
     for n, (owner, seen) in enumerate(zip(chunks.impressions.chunk, chunks.impressions.position, strict=True)):
         before = packed.slice(int(owner), 0, int(seen))
         item = torch.from_numpy(chunks.impressions.item[None, n : n + 1])
-        features = EncodedRows(chunks.impressions.entry[[n]], chunks.impressions.dense[[n]])
+        features = chunks.impressions.features.select([n])
         now, user = shown_at[n : n + 1], make.users(packed).select([owner])
         logits.append(model.candidate_logits(before, item, now, features=features, users=user)[0, 0])
         if isinstance(model, SIM) and model.category is None:

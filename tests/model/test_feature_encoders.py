@@ -274,7 +274,7 @@ def test_vectors_equal_a_plain_reading(rows: list[tuple[int, float]]) -> None:
     reader = RowFeatureReader.of(features, VALUES)
     encoder = drawn_encoder(reader)
     encoded = reader.encode(features, len(rows))
-    found = encoder(torch.from_numpy(encoded.entry), torch.from_numpy(encoded.dense)).detach().numpy()
+    found = encoder(encoded).detach().numpy()
     values, seconds = encoder.values.detach().numpy(), reader.columns[1]
     for index, (code, number) in enumerate(rows):
         expected = values[1 + code].copy()
@@ -294,7 +294,7 @@ def test_features_change_nothing_before_training() -> None:
     reader = RowFeatureReader.of(features, VALUES)
     encoded = reader.encode(features, 2)
     made = RowFeatureEncoder(reader.columns, DIM)
-    assert not made(torch.from_numpy(encoded.entry), torch.from_numpy(encoded.dense)).any()
+    assert not made(encoded).any()
 
 
 def test_unknown_values_and_columns_that_are_not_given_are_missing() -> None:

@@ -85,7 +85,7 @@ def recoded(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
     codes = (
         recoded.event_features["surface"],
         recoded.request_features["device"],
-        recoded.user_features.values["region"],
+        recoded.user_features["region"].values,
     )
     assert [ids(values)[:2] for values in codes] == [["a", "app"], ["a", "desktop"], ["a", "north"]]
     return recoded
@@ -184,14 +184,14 @@ def test_without_features_nothing_changes(log: EventLog, tmp_path: Path, name: s
 
 def test_a_run_without_tasks_reads_no_features_of_requests(log: EventLog, tmp_path: Path) -> None:
     made = Trainer(feature_config(log, tmp_path, optim__task_weight=0.0), log)
-    assert made.model.schema.request_features == [] and made.source.batch(0, 0).impressions.entry is None
+    assert made.model.schema.request_features == [] and made.source.batch(0, 0).impressions.features is None
 
 
 @pytest.mark.parametrize("architecture", [Architecture.vista, Architecture.sasrec])
 def test_a_batch_without_features_is_refused(log: EventLog, tmp_path: Path, architecture: Architecture) -> None:
     made = Trainer(feature_config(log, tmp_path / "run", **of_architecture(architecture)), log)
     batch = made.source.batch(0, 0)
-    bare = replace(batch, events=replace(batch.events, entry=None, dense=None))
+    bare = replace(batch, events=replace(batch.events, features=None))
     with pytest.raises(ValueError, match="has no features of events, which the model reads"):
         made.model.losses(bare, made.model.item_vectors(bare.rows), made.config.optim)
 
@@ -211,7 +211,7 @@ def test_training_knows_no_value_of_hidden_rows(log: EventLog, tmp_path: Path, h
     users["region"], users["age"] = np.where(rows, "east", users["region"]), np.where(rows, 200.0, users["age"])
     other = log_of(tables, tmp_path / "log")
     found, expected = (Trainer(feature_config(one, tmp_path / "run"), one).model for one in (other, log))
-    assert changed > 500 and other.user_features.values["region"] is not None
+    assert changed > 500 and other.user_features["region"].values is not None
     for name in ("events", "impressions", "users"):
         part = PARTS[name]
         is_equal = getattr(found.schema, part.schema) == getattr(expected.schema, part.schema)

@@ -1,9 +1,8 @@
 """A training batch: packed events, the cuts at which summaries are read, and windows of label positions.
 
 Letters: B chunks, T packed events, NS segments between cuts, NC cuts, NW windows, W positions per window, L tail
-length, I impressions per window, C columns and D dense inputs of features, J negatives, NA anchors, P labels and S
-counted items per anchor, G fields of counters, F values per key, NR reconstructed stretches, R distinct item rows, S
-seeds of stored summaries, M model dim.
+length, I impressions per window, J negatives, NA anchors, P labels and S counted items per anchor, G fields of
+counters, F values per key, NR reconstructed stretches, R distinct item rows, S seeds of stored summaries, M model dim.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vista.arrays import Int
+from vista.model.features import EncodedRows
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -44,10 +44,8 @@ class BatchEvents:
     """int64 [B+1]: chunk i holds the events [offsets[i], offsets[i+1])."""
     hidden: Tensor | None
     """bool [T]: True where training shows the event's item as unknown (`data.unknown_share`); None hides no item."""
-    entry: Tensor | None = None
-    """int64 [T, C], like `dense` from `RowFeatureReader.encode`: features of the events. None without them."""
-    dense: Tensor | None = None
-    """float32 [T, D]."""
+    features: EncodedRows | None = None
+    """[T] of the events; None without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +62,6 @@ class BatchCuts:
     """int64 [NC]: packed index of the first event that the cut's summary covers."""
     stop: Tensor
     """int64 [NC]: packed index after the last one."""
-
-
-@dataclass(frozen=True, slots=True)
-class BatchUsers:
-    """Features of the chunks' users, from `RowFeatureReader.encode`."""
-
-    entry: Tensor
-    """int64 [B, C]."""
-    dense: Tensor
-    """float32 [B, D]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,10 +114,8 @@ class BatchImpressions:
     codes: Tensor | None = None
     """uint8 [NW, I, G * F + 1] from `UserCounters.of_pairs`: the user's counters of each item and of its categories, 0
     where they are not counted. None without counters."""
-    entry: Tensor | None = None
-    """int64 [NW, I, C], like `dense` from `RowFeatureReader.encode`: features of the requests. None without them."""
-    dense: Tensor | None = None
-    """float32 [NW, I, D]."""
+    features: EncodedRows | None = None
+    """[NW, I] of the requests; None without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +179,8 @@ class Batch:
     reconstruction: BatchReconstruction
     anchors: BatchAnchors | None = None
     """None without the window loss."""
-    user_features: BatchUsers | None = None
-    """None for a model that reads none."""
+    user_features: EncodedRows | None = None
+    """[B] of the chunks' users; None for a model that reads none."""
     logit_adjustment: Tensor | None = None
     """float32 [R], added during training to an item's logits as label and as negative (`optim.logq_strength`)."""
     stored_summary: Tensor | None = None
@@ -298,7 +284,6 @@ def batch_part(batch: Batch, chunks: Int) -> Batch:
             next_item=anchors.next_item[anchor],
             counters=counters,
         )
-    users = batch.user_features
     return replace(
         batch,
         events=replace(
@@ -310,8 +295,7 @@ def batch_part(batch: Batch, chunks: Int) -> Batch:
             clock=events.clock[event],
             offsets=offsets,
             hidden=_rows(events.hidden, event),
-            entry=_rows(events.entry, event),
-            dense=_rows(events.dense, event),
+            features=None if events.features is None else events.features.select(event),
         ),
         cuts=cuts,
         windows=BatchWindows(
@@ -323,7 +307,7 @@ def batch_part(batch: Batch, chunks: Int) -> Batch:
         impressions=_impressions(batch.impressions, window),
         reconstruction=_reconstruction(batch.reconstruction, new_cut, shift[cut_chunk]),
         anchors=anchors,
-        user_features=None if users is None else replace(users, entry=users.entry[own], dense=users.dense[own]),
+        user_features=None if batch.user_features is None else batch.user_features.select(own),
         stored_summary=_rows(batch.stored_summary, own),
     )
 
@@ -362,8 +346,7 @@ def _impressions(shown: BatchImpressions, window: Tensor) -> BatchImpressions:
         label=shown.label[window],
         mask=shown.mask[window],
         codes=_rows(shown.codes, window),
-        entry=_rows(shown.entry, window),
-        dense=_rows(shown.dense, window),
+        features=None if shown.features is None else shown.features.select(window),
     )
 
 

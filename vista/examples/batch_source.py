@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -34,6 +33,7 @@ from vista.examples.item_statistics import item_frequency
 from vista.log.event_log import EventLog
 from vista.log.histories import RowFeatures, history_gaps, ranges, token_groups
 from vista.log.splits import Until, split_until, visible_counts
+from vista.model.features import EncodedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +96,11 @@ class NegativeSampler:
 
 MEASURED_BATCHES = 16
 """Batches that the mean number of labels per anchor is measured by."""
-EncodeRows: TypeAlias = Callable[[Int], tuple[Int, NDArray[np.float32]]]
-"""From rows int64 [N] of a log's impressions or users to `entry` and `dense` of chunks."""
-EncodeEvents: TypeAlias = Callable[[RowFeatures, int], tuple[Int, NDArray[np.float32]]]
-"""From features of T events of a log to `Chunks.entry` and `dense`."""
 NO_NEGATIVES = np.zeros(0, np.int64), np.zeros(0, np.float32)
+
+
+def _no_features(*_: object) -> None:
+    """The features that a model without any reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +117,12 @@ class ModelReads:
     not negatives."""
     keys: ItemKeys | None = None
     """What the model's counters count; None without counters."""
-    encode_events: EncodeEvents | None = None
-    """Features of the log's events; None if the model reads none."""
-    encode_requests: EncodeRows | None = None
-    """The same for the requests of the log's impressions."""
-    encode_users: EncodeRows | None = None
-    """The same for the log's users."""
+    encode_events: Callable[[RowFeatures, int], EncodedRows | None] = _no_features
+    """From features of T events of the log to `Chunks.features`; None for a model that reads none, like the others."""
+    encode_requests: Callable[[Int], EncodedRows | None] = _no_features
+    """From rows int64 [N] of the log's impressions to `ChunkImpressions.features`."""
+    encode_users: Callable[[Int], EncodedRows | None] = _no_features
+    """From rows int64 [B] of the log's users to `Chunks.user_features`."""
 
 
 class BatchSource:
@@ -243,8 +243,6 @@ class BatchSource:
         asked = None
         if anchors is not None:
             asked = ChunkTimeline(reads.item_rows[timeline.item], np.asarray(timeline.timestamp), timeline.offsets)
-        entry, dense = _encoded(reads.encode_events, events.features, events.num_events)
-        user_entry, user_dense = _encoded(reads.encode_users, user)
         return Chunks(
             user=user,
             item=reads.item_rows[events.item],
@@ -259,10 +257,8 @@ class BatchSource:
             lead=lead if self._stored else None,
             summary=self._stored.read(user) if self._stored else None,
             counters=self._counters(user, start - lead, stop),
-            entry=entry,
-            dense=dense,
-            user_entry=user_entry,
-            user_dense=user_dense,
+            features=reads.encode_events(events.features, events.num_events),
+            user_features=reads.encode_users(user),
         )
 
     def _impressions_of(self, user: Int, start: Int, stop: Int, lead: Int) -> ChunkImpressions:
@@ -272,7 +268,6 @@ class BatchSource:
         index = ranges(low, high - low)
         chunk = np.repeat(np.arange(len(user)), high - low)
         position = seen.position[index] - (start - lead)[chunk]
-        entry, dense = _encoded(self._reads.encode_requests, seen.row[index])
         return ChunkImpressions(
             chunk=chunk,
             position=position,
@@ -281,8 +276,7 @@ class BatchSource:
             label=seen.label[index],
             mask=seen.mask[index],
             time=seen.time[index],
-            entry=entry,
-            dense=dense,
+            features=self._reads.encode_requests(seen.row[index]),
         )
 
     def _counters(self, user: Int, start: Int, stop: Int) -> ChunkCounters | None:
@@ -295,13 +289,6 @@ class BatchSource:
             rows = np.where(rows > self._num_known, 0, rows)
         histories, history = HistoryCounters.of(reads.keys, self._log, rows, user, stop)
         return ChunkCounters(histories, history, start, self._first[user] if self._stored else None)
-
-
-def _encoded(
-    encode: Callable[..., tuple[Int, NDArray[np.float32]]] | None, *rows: object
-) -> tuple[Int | None, NDArray[np.float32] | None]:
-    """`entry` and `dense` of features; None for a model that reads none."""
-    return (None, None) if encode is None else encode(*rows)
 
 
 def _with_hidden(batch: Batch, hidden: Tensor) -> Batch:

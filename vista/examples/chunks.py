@@ -1,6 +1,6 @@
 """Chunks: packed stretches of users' histories, from which training batches are cut.
 
-Letters: B chunks, T packed events, N impressions, C columns and D dense inputs of features, S seeds, M model dim.
+Letters: B chunks, T packed events, N impressions, S seeds, M model dim.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from vista.log.event_keys import Impressions
 from vista.log.event_log import EventLog
 from vista.log.histories import gap_bucket, ranges, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK, split_until
+from vista.model.features import EncodedRows
 
 # Counters as requests read them, made from whole histories: for training, and for evaluation without a store.
 #
@@ -153,11 +154,9 @@ class ChunkImpressions:
     """bool [N, num_tasks]: True where a task's label is known."""
     time: Int
     """int64 [N] ms."""
-    entry: Int | None = None
-    """int64 [N + 1, C] features of their requests; the last row is that of a request without features. None for a model
-    that reads none."""
-    dense: NDArray[np.float32] | None = None
-    """float32 [N + 1, D], like `entry`."""
+    features: EncodedRows | None = None
+    """[N + 1] of their requests; the last row is that of a request without features. None for a model that reads
+    none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,15 +214,10 @@ class Chunks:
     """float32 [B, S, M] stored summaries; None computes them from the batch's own events."""
     counters: ChunkCounters | None = None
     """Counters of the chunks' users; None without counters."""
-    entry: Int | None = None
-    """int64 [T, C] features of the events, as in `BatchEvents`; None for a model that reads none."""
-    dense: NDArray[np.float32] | None = None
-    """float32 [T, D], like `entry`."""
-    user_entry: Int | None = None
-    """int64 [B + 1, C] features of the users; the last row is that of an unknown user. None for a model that reads
-    none."""
-    user_dense: NDArray[np.float32] | None = None
-    """float32 [B + 1, D], like `user_entry`."""
+    features: EncodedRows | None = None
+    """[T] of the events; None for a model that reads none."""
+    user_features: EncodedRows | None = None
+    """[B + 1] of the users; the last row is that of an unknown user. None for a model that reads none."""
 
     @property
     def num_context(self) -> Int:

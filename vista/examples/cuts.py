@@ -37,7 +37,6 @@ from vista.examples.batch import (
     BatchLabels,
     BatchNegatives,
     BatchReconstruction,
-    BatchUsers,
     BatchWindows,
 )
 from vista.examples.chunks import ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, CounterRequests
@@ -397,6 +396,9 @@ def cut_batch(
     ]
     rows, index = np.unique(np.concatenate(named), return_inverse=True)
     item, negative, candidate, label, next_item, slot = np.split(index, np.cumsum([len(part) for part in named[:-1]]))
+    users = chunks.user_features
+    if users is not None:  # -1 reads the last row: no features
+        users = users.select(np.where(is_unknown, -1, np.arange(len(is_unknown)))).apply(_tensor)
     of_anchors = None
     if anchors is not None:
         slots = None if counted is None else _anchor_counters(counted, slot)
@@ -421,7 +423,7 @@ def cut_batch(
         ),
         reconstruction=reconstruction,
         anchors=of_anchors,
-        user_features=_user_features(chunks, is_unknown),
+        user_features=users,
         stored_summary=None if chunks.summary is None else _tensor(chunks.summary),
     )
 
@@ -506,8 +508,7 @@ def _events(chunks: Chunks, item: Int, hidden: NDArray[np.bool_] | None) -> Batc
         clock=_tensor(chunks.clock),
         offsets=_tensor(chunks.offsets),
         hidden=None if hidden is None else _tensor(hidden),
-        entry=None if chunks.entry is None else _tensor(chunks.entry),
-        dense=None if chunks.dense is None else _tensor(chunks.dense),
+        features=None if chunks.features is None else chunks.features.apply(_tensor),
     )
 
 
@@ -577,7 +578,6 @@ def _impressions(
         codes = np.zeros((*impression.shape, found.shape[1]), np.uint8)
         codes[is_shown] = found
     described = np.where(is_featureless[:, None], -1, impression)  # -1 reads the last row: no features
-    entry, dense = (None if part is None else _tensor(part[described]) for part in (shown.entry, shown.dense))
     return BatchImpressions(
         item=_tensor(item),
         position=_tensor(np.where(is_shown, position, 0)),
@@ -585,17 +585,8 @@ def _impressions(
         label=_tensor(np.where(is_shown[..., None], shown.label[impression], np.float32(0))),
         mask=_tensor(shown.mask[impression] & is_shown[..., None]),
         codes=None if codes is None else _tensor(codes),
-        entry=entry,
-        dense=dense,
+        features=None if shown.features is None else shown.features.select(described).apply(_tensor),
     )
-
-
-def _user_features(chunks: Chunks, is_unknown: NDArray[np.bool_]) -> BatchUsers | None:
-    """is_unknown: bool [B] chunks without features of their users."""
-    if chunks.user_entry is None or chunks.user_dense is None:
-        return None
-    row = np.where(is_unknown, -1, np.arange(len(is_unknown)))  # -1 reads the last row: no features
-    return BatchUsers(_tensor(chunks.user_entry[row]), _tensor(chunks.user_dense[row]))
 
 
 def _covered(chunks: Chunks, plan: CutPlan, windows: ChunkWindows, cuts: BatchCuts, window_cut: Int) -> Int | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vista.model.features import FeatureSpec
+from vista.model.features import EncodedRows, FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.saved_model import SharedTables
 
@@ -43,8 +43,9 @@ class FeatureEncoder(nn.Module):
 class RowFeatureEncoder(FeatureEncoder):
     """Of rows with at most one value per column, which `RowFeatureReader.encode` reads."""
 
-    def forward(self, entry: Tensor, dense: Tensor) -> Tensor:
-        """[..., M] of entries int64 [..., C] and dense inputs float32 [..., F], of all columns or of the first ones."""
+    def forward(self, rows: EncodedRows) -> Tensor:
+        """[..., M] of rows [...], with all columns or the first ones."""
+        entry, dense = (torch.as_tensor(part, device=self.values.device) for part in (rows.entry, rows.dense))
         bags = F.embedding_bag(entry.reshape(-1, entry.shape[-1]), self.values, mode="sum", sparse=True)
         out = bags.view(*entry.shape[:-1], self.values.shape[1])
         # Not a matrix product, whose bits would depend on the number of rows.

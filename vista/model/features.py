@@ -263,22 +263,34 @@ _VALUES_FILE = "{}_values_{}"
 
 @dataclass(frozen=True, slots=True)
 class EncodedRows:
-    """What a `RowFeatureEncoder` reads of N rows."""
+    """What a `RowFeatureEncoder` reads of N rows: NumPy arrays, or in a batch of training, tensors.
 
-    entry: Int
+    N may be several axes.
+    """
+
+    entry: Any
     """int64 [N, C] rows of the encoder's embedding, one per column."""
-    dense: Float32s
+    dense: Any
     """float32 [N, F] standardized numbers, 0 where they are missing."""
 
-    def select(self, rows: slice | Int) -> EncodedRows:
-        """Some of the rows, or all of them in another order."""
+    def __len__(self) -> int:
+        return len(self.entry)
+
+    def select(self, rows: Any) -> EncodedRows:
+        """Rows at an index into the first axis."""
         return EncodedRows(self.entry[rows], self.dense[rows])
 
     def reshape(self, *shape: int) -> EncodedRows:
         """The rows with other leading axes instead of N."""
-        return EncodedRows(
-            self.entry.reshape(*shape, self.entry.shape[-1]), self.dense.reshape(*shape, self.dense.shape[-1])
-        )
+        return self.apply(lambda part: part.reshape(*shape, part.shape[-1]))
+
+    def apply(self, function: Callable[[Any], Any]) -> EncodedRows:
+        """What a function makes of each of the two parts."""
+        return EncodedRows(function(self.entry), function(self.dense))
+
+    def joined(self, other: EncodedRows) -> EncodedRows:
+        """These rows, then others, of arrays."""
+        return EncodedRows(np.concatenate([self.entry, other.entry]), np.concatenate([self.dense, other.dense]))
 
 
 class RowFeatureReader:
@@ -393,7 +405,7 @@ class RowFeatureReader:
 
     def with_values(self, rows: EncodedRows, given: Mapping[str, Any]) -> EncodedRows:
         """The same N rows, with other values in the columns that a caller names; arguments and errors as in `parse`."""
-        num_rows, place = len(rows.entry), 0
+        num_rows, place = len(rows), 0
         new = self.encode(self.parse(given, num_rows), num_rows)
         entry, dense = rows.entry.copy(), rows.dense.copy()
         for index, column in enumerate(self.columns):

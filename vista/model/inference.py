@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.arrays import Float32s, Int
+from vista.arrays import Int
 from vista.config.checks import Mixing
 from vista.counters.counters import UserCounters
-from vista.examples.batch_source import EncodeRows
 from vista.log.event_log import EventLog
 from vista.log.features import row_features
 from vista.log.histories import UNKNOWN_GAP, Histories, RowColumn, RowFeatures, gap_bucket, token_groups
@@ -29,8 +28,7 @@ from vista.model.summarizer import Summarizer
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 
-# Tails of requests: the newest events of users, right-aligned. Letters: B users, T packed events, L tail length, C
-# columns and D dense inputs of features.
+# Tails of requests: the newest events of users, right-aligned. Letters: B users, T packed events, L tail length.
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +45,8 @@ class PaddedTail:
     """bool [B, L]: False in the padding."""
     last_time: Int
     """int64 [B] ms of the newest event; arbitrary if there is none."""
-    entry: Int | None = None
-    """int64 [B, L, C], like `dense` from `RowFeatureReader.encode`: features of the events; arbitrary in the padding.
-    None for a model whose stage 2 reads none."""
-    dense: Float32s | None = None
-    """float32 [B, L, D]."""
+    features: EncodedRows | None = None
+    """[B, L] of the events; arbitrary in the padding. None for a model whose stage 2 reads none."""
 
     def select(self, users: slice | Int) -> PaddedTail:
         """The tails of some users, or of all in another order."""
@@ -61,8 +56,7 @@ class PaddedTail:
             self.gap[users],
             self.valid[users],
             self.last_time[users],
-            None if self.entry is None else self.entry[users],
-            None if self.dense is None else self.dense[users],
+            None if self.features is None else self.features.select(users),
         )
 
 
@@ -91,11 +85,9 @@ def pad_tail(
     encoded = None if reader is None else reader.encode(RowFeatures(features or {}), len(item))
     if len(item) == 0:
         zeros = np.zeros(index.shape, np.int64)
-        empty = PaddedTail(zeros, zeros, zeros, valid, np.zeros(len(index), np.int64))
-        if encoded is None:
-            return empty
-        entry, dense = (np.zeros((*index.shape, part.shape[1]), part.dtype) for part in (encoded.entry, encoded.dense))
-        return replace(empty, entry=entry, dense=dense)
+        if encoded is not None:
+            encoded = encoded.apply(lambda part: np.zeros((*index.shape, part.shape[1]), part.dtype))
+        return PaddedTail(zeros, zeros, zeros, valid, np.zeros(len(index), np.int64), encoded)
     times = time[index]
     gap = np.zeros(index.shape, np.int64)
     if model.encoder.gap is not None:
@@ -108,8 +100,7 @@ def pad_tail(
         gap,
         valid,
         last_time,
-        None if encoded is None else encoded.entry[index],
-        None if encoded is None else encoded.dense[index],
+        None if encoded is None else encoded.select(index),
     )
 
 
@@ -193,8 +184,7 @@ def request_context(
     device = model.device
     vectors = model.item_vectors(torch.from_numpy(tail.item).to(device))
     action, gap = torch.from_numpy(tail.action).to(device), torch.from_numpy(tail.gap).to(device)
-    entry, dense = (None if part is None else torch.from_numpy(part).to(device) for part in (tail.entry, tail.dense))
-    events = model.encoder(vectors, action, gap, entry=entry, dense=dense)
+    events = model.encoder(vectors, action, gap, features=tail.features)
     stage = model.target_attention
     context = stage.encode_request(summary.to(device), events, torch.from_numpy(tail.valid).to(device), masks)
     return replace(context, user=user_feature_vectors(model, users, len(summary)))
@@ -245,10 +235,7 @@ def request_feature_vectors(model: RankingModel, features: EncodedRows | None, n
     """
     if model.request_encoder is None:
         return None
-    features, device = _given_or_missing(features, model.request_features, num_requests), model.device
-    vectors: Tensor = model.request_encoder(
-        torch.from_numpy(features.entry).to(device), torch.from_numpy(features.dense).to(device)
-    )
+    vectors: Tensor = model.request_encoder(_given_or_missing(features, model.request_features, num_requests))
     return vectors
 
 
@@ -270,9 +257,8 @@ def user_feature_vectors(model: RankingModel, users: EncodedRows | None, num_use
     """
     if model.user_encoder is None:
         return None
-    users = _given_or_missing(users, model.user_features, num_users)
-    entry, dense = (torch.from_numpy(_whole_tiles(part)).to(model.device) for part in (users.entry, users.dense))
-    vectors: Tensor = model.user_encoder(entry, dense)
+    rows = _given_or_missing(users, model.user_features, num_users).apply(_whole_tiles)
+    vectors: Tensor = model.user_encoder(rows)
     return vectors[:num_users]
 
 
@@ -419,15 +405,6 @@ class LogUsers:
         """What the model's encoder reads of users, as in `features`; None for a model that reads none."""
         return None if self._reader is None else self._reader.encode(self._rows.select(users), len(users))
 
-    def encoding(self) -> EncodeRows | None:
-        """What training reads of users and, in a last row, of an unknown user; None for a model that reads none."""
-        if self._reader is None:
-            return None
-        reader = self._reader
-
-        def encode(users: Int) -> tuple[Int, Float32s]:
-            with_unknown = np.append(users, -1)
-            encoded = reader.encode(self._rows.select(with_unknown), len(with_unknown))
-            return encoded.entry, encoded.dense
-
-        return encode
+    def encoded_with_unknown(self, users: Int) -> EncodedRows | None:
+        """`encoded` with a last row for an unknown user, which training reads."""
+        return self.encoded(np.append(users, -1))

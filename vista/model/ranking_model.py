@@ -1,8 +1,7 @@
 """What every architecture has: an item table, an event encoder, losses, and files.
 
 Callers pass in item vectors, so that training reads only the rows of a batch. Letters: R item rows of a batch, M model
-dim, M' width of retrieval vectors, V items of the vocabulary; N rows and P hash functions of a unified table; T packed
-events, C columns and D dense inputs of features.
+dim, M' width of retrieval vectors, V items of the vocabulary; N rows and P hash functions of a unified table.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from vista.log.features import Columns
 from vista.log.histories import NUM_GAPS, ColumnValues, RowFeatures
 from vista.log.vocabulary import Ids, Vocabulary
 from vista.model.feature_encoder import ItemFeatureEncoder, RowFeatureEncoder
-from vista.model.features import Recode, RowFeatureReader, Schema
+from vista.model.features import EncodedRows, Recode, RowFeatureReader, Schema
 from vista.model.item_feature_table import ItemFeatureTable, item_keys
 from vista.model.layers import (
     CountedItemHead,
@@ -86,8 +85,7 @@ class EventEncoder(nn.Module):
         action: Tensor,
         gap: Tensor | None,
         rating: Tensor | None = None,
-        entry: Tensor | None = None,
-        dense: Tensor | None = None,
+        features: EncodedRows | None = None,
     ) -> Tensor:
         """Embed events.
 
@@ -96,9 +94,7 @@ class EventEncoder(nn.Module):
             action: int64 [...].
             gap: int64 [...] buckets of `gap_bucket`; None leaves times out.
             rating: float32 [...], NaN if an event has none; None leaves ratings out.
-            entry: int64 [..., C] of `RowFeatureReader.encode`, of all columns or the first ones; None leaves features
-                out.
-            dense: float32 [..., D], like `entry`.
+            features: of the events, in all columns or the first ones; None leaves features out.
 
         Returns:
             [..., M].
@@ -112,8 +108,8 @@ class EventEncoder(nn.Module):
             low, high = self.rating_range
             centered = (rating - (low + high) / 2) * (2 / (high - low) if low < high else 0.0)
             x = x + torch.nan_to_num(centered, nan=0.0).unsqueeze(-1).to(x.dtype) * self.rating
-        if self.features is not None and entry is not None:
-            x = x + self.features(entry, dense)
+        if self.features is not None and features is not None:
+            x = x + self.features(features)
         return x
 
     @property
@@ -121,16 +117,16 @@ class EventEncoder(nn.Module):
         """The embeddings that read `shared`."""
         return [table for table in (self.action, self.gap) if isinstance(table, HashedEmbedding)]
 
-    def check_batch(self, entry: Tensor | None) -> None:
+    def check_batch(self, features: EncodedRows | None) -> None:
         """Refuse a batch without the features that the encoder reads, since it would train without them silently.
 
         Args:
-            entry: of the batch's events, as in `forward`.
+            features: of the batch's events.
 
         Raises:
             ValueError: if they lack features.
         """
-        if self.features is not None and entry is None:
+        if self.features is not None and features is None:
             raise ValueError(
                 "the batch has no features of events, which the model reads; give BatchSource encode_events"
             )
@@ -236,18 +232,17 @@ class RankingModel(nn.Module):
             vectors = read_together(sharded.read, hashed, self.encoder.hashed)
         return vectors if self.id_mask is None else vectors * self.id_mask[rows].unsqueeze(-1)
 
-    def request_vectors(self, gap: Tensor, entry: Tensor | None, dense: Tensor | None) -> Tensor | None:
+    def request_vectors(self, gap: Tensor, rows: EncodedRows | None) -> Tensor | None:
         """[..., M] vectors of requests, which are added to their candidates; None if the model reads nothing of them.
 
         Args:
             gap: int64 [...] log buckets of the time from the newest event to the request.
-            entry: int64 [..., C], and dense: float32 [..., F], from `RowFeatureReader.encode`; None for a model that
-                reads no features of requests.
+            rows: features of the requests [...]; None for a model that reads none.
         """
         vectors = self.encoder.gap_vectors(gap)
         if self.request_encoder is None:
             return vectors
-        features: Tensor = self.request_encoder(entry, dense)
+        features: Tensor = self.request_encoder(rows)
         return features if vectors is None else vectors + features
 
     def catalog_vectors(self) -> Tensor:
@@ -419,16 +414,9 @@ class RankingModel(nn.Module):
             return lambda features, num_rows: RowFeatures({})
         return self.event_features.recoder(values)
 
-    def encoded_events(self, features: RowFeatures, num_events: int) -> tuple[Tensor | None, Tensor | None]:
-        """What `encoder` reads of features with the model's codes; None for a model that reads none.
-
-        Returns:
-            (entries int64 [T, C], dense inputs float32 [T, D]).
-        """
-        if self.event_features is None:
-            return None, None
-        encoded = self.event_features.encode(features, num_events)
-        return torch.from_numpy(encoded.entry).to(self.device), torch.from_numpy(encoded.dense).to(self.device)
+    def encoded_events(self, features: RowFeatures, num_events: int) -> EncodedRows | None:
+        """What `encoder` reads of features of T events with the model's codes; None for a model that reads none."""
+        return None if self.event_features is None else self.event_features.encode(features, num_events)
 
     @property
     def counter_spec(self) -> CounterSpec | None:

@@ -498,7 +498,7 @@ class ServingSnapshot:
         if features is not None and features.per_candidate:
             assert self._of_features is not None
             pairs = features.of_pairs(users, columns.start, count)
-            of_pairs = self._of_features.of(pairs, len(pairs.entry)).view(-1, count, 5 * dim)
+            of_pairs = self._of_features.of(pairs, len(pairs)).view(-1, count, 5 * dim)
             added = of_pairs if added is None else added + of_pairs
         shape = len(vectors), count + (0 if tokens is None else ROW_TILE)
         x = torch.empty(*shape, dim, device=self.model.device)

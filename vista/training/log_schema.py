@@ -6,16 +6,17 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vista.arrays import Float32s, Int
+from vista.arrays import Int
 from vista.config import DataConfig, TrainConfig
 from vista.config.checks import Decay
 from vista.errors import ConfigError, DataError
-from vista.examples.batch_source import EncodeEvents, EncodeRows, ModelReads, trained_tasks
+from vista.examples.batch_source import ModelReads, trained_tasks
 from vista.examples.chunks import visible_rows
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
@@ -23,7 +24,15 @@ from vista.log.features import Columns, row_features, selected
 from vista.log.histories import ColumnValues, RowColumn, RowFeatures
 from vista.log.splits import EVENTS_PER_BLOCK, split_until, visible_blocks, visible_counts
 from vista.log.vocabulary import Vocabulary
-from vista.model.features import FeatureSpec, HashedVocabulary, RowFeatureReader, RowReaders, Schema, log_encoder
+from vista.model.features import (
+    EncodedRows,
+    FeatureSpec,
+    HashedVocabulary,
+    RowFeatureReader,
+    RowReaders,
+    Schema,
+    log_encoder,
+)
 from vista.model.inference import LogUsers
 from vista.model.item_feature_table import ItemFeatureTable, check_categories
 from vista.model.layers import EmbeddingFeature, hashed_rows
@@ -110,24 +119,18 @@ def model_reads(model: RankingModel, log: EventLog) -> ModelReads:
         num_known=model.num_trained_items,
         has_features=model.rows_with_features(),
         keys=model.item_keys,
-        encode_events=event_encoding(model, log),
-        encode_requests=request_encoding(model, log),
-        encode_users=LogUsers(model.user_features, log).encoding(),
+        encode_events=log_encoder(model.event_features, log.event_features),
+        encode_requests=partial(_encoded_requests, model.request_features, log),
+        encode_users=LogUsers(model.user_features, log).encoded_with_unknown,
     )
 
 
-def event_encoding(model: RankingModel, log: EventLog) -> EncodeEvents | None:
-    """What a model reads of a log's events; None if it reads no features of them."""
-    if model.event_features is None:
+def _encoded_requests(reader: RowFeatureReader | None, log: EventLog, rows: Int) -> EncodedRows | None:
+    """What a model reads of impressions int64 [N] of a log and, in a last row, of a request without features."""
+    if reader is None or log.impressions is None:
         return None
-    read = log_encoder(model.event_features, log.event_features)
-
-    def encode(features: RowFeatures, num_events: int) -> tuple[Int, Float32s]:
-        encoded = read(features, num_events)
-        assert encoded is not None
-        return encoded.entry, encoded.dense
-
-    return encode
+    features = reader.recoder(log.request_features)(log.impressions.features.select(rows), len(rows))
+    return reader.encode(features, len(rows)).joined(reader.missing(1))
 
 
 def _read(log: EventLog, counts: NDArray[np.int64], seen: SeenValues) -> RowFeatures:
@@ -176,21 +179,6 @@ def request_reader(log: EventLog, config: TrainConfig, since: int | None) -> Row
     seen = SeenValues(values, config.model.hashed_rows)
     seen.add(features)
     return RowFeatureReader.of(features.select(slice(None, None, step)), seen.values)
-
-
-def request_encoding(model: RankingModel, log: EventLog) -> EncodeRows | None:
-    """What a model reads of a log's impressions; None if it reads no features of requests."""
-    reader, table = model.request_features, log.impressions
-    if reader is None or table is None:
-        return None
-    read, missing = log_encoder(reader, log.request_features), reader.missing(1)
-
-    def encode(rows: Int) -> tuple[Int, Float32s]:
-        asked = read(table.features.select(rows), len(rows))
-        assert asked is not None
-        return np.concatenate([asked.entry, missing.entry]), np.concatenate([asked.dense, missing.dense])
-
-    return encode
 
 
 def check_hashed_features(hashed: Mapping[str, int], log: EventLog) -> None:

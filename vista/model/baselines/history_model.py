@@ -152,7 +152,7 @@ class HistoryModel(RankingModel):
         if self.user_encoder is None:
             return None
         assert batch.user_features is not None
-        vectors: Tensor = self.user_encoder(batch.user_features.entry, batch.user_features.dense)
+        vectors: Tensor = self.user_encoder(batch.user_features)
         return vectors
 
     def _tensor(self, values: NDArray[np.generic]) -> Tensor:
@@ -167,7 +167,7 @@ def time_bucket(gap_ms: Tensor) -> Tensor:
 
 # The labeled impressions of a batch as one list of candidates.
 #
-# Letters: N candidates, NW windows, I impressions per window, C columns and D dense inputs of features.
+# Letters: N candidates, NW windows, I impressions per window.
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +183,8 @@ class ShownCandidates:
     """Events of the chunk before the request."""
     place: Tensor
     """Flat index into the batch's [NW, I]."""
-    entry: Tensor | None
-    """[N, C] features of the requests, like `dense`, float32 [N, D]; None without them."""
-    dense: Tensor | None
+    features: EncodedRows | None
+    """[N] of the requests; None without them."""
 
     @classmethod
     def of(cls, batch: Batch) -> ShownCandidates:
@@ -194,10 +193,9 @@ class ShownCandidates:
         place = impressions.mask.any(-1).flatten().nonzero().squeeze(-1)
         window = place // max(impressions.item.shape[1], 1)
         chunk, seen = seen_in_chunk(batch, window, impressions.position.flatten()[place])
-        features = (
-            None if part is None else part.flatten(0, 1)[place] for part in (impressions.entry, impressions.dense)
-        )
-        return cls(impressions.item.flatten()[place], impressions.gap.flatten()[place], chunk, seen, place, *features)
+        rows = impressions.features
+        features = None if rows is None else rows.reshape(-1).select(place)
+        return cls(impressions.item.flatten()[place], impressions.gap.flatten()[place], chunk, seen, place, features)
 
 
 def seen_in_chunk(batch: Batch, window: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:

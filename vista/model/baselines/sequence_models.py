@@ -150,7 +150,7 @@ class SequenceModel(HistoryModel):
         shown = requests = None
         if self.schema.tasks and optim.task_weight > 0:
             batch, shown = _encoded_impressions(batch, self.config.history_limit)
-            requests = self.request_vectors(shown.gap, shown.entry, shown.dense)
+            requests = self.request_vectors(shown.gap, shown.features)
         asked = _AskedAnchors.of(batch)
         users, labels, logits, places, askers = [], [], [], [], []
         for tile in tiles(events.offsets, self.device, self.tile_tokens):
@@ -200,9 +200,9 @@ class SequenceModel(HistoryModel):
     def _embedded(self, batch: Batch, item_vectors: Tensor) -> EmbeddedSequences:
         """The events of a batch."""
         events = batch.events
-        self.encoder.check_batch(events.entry)
+        self.encoder.check_batch(events.features)
         shown, user = self.shown_vectors(events, item_vectors), self.vectors_of_users(batch)
-        vectors = self.encoder(shown, events.action, events.gap, events.rating, events.entry, events.dense)
+        vectors = self.encoder(shown, events.action, events.gap, events.rating, events.features)
         return EmbeddedSequences(vectors, events.clock, events.offsets.cpu().numpy(), user)
 
     def _asked_users(
@@ -249,7 +249,7 @@ class SequenceModel(HistoryModel):
         vectors = self.item_vectors(self._tensor(histories.item).long())
         action = self._tensor(histories.action).long()
         features = self.encoded_events(histories.features, histories.num_events)
-        vectors = self.encoder(vectors, action, self._tensor(gap), rating, *features)
+        vectors = self.encoder(vectors, action, self._tensor(gap), rating, features)
         user = user_feature_vectors(self, users, histories.num_users)
         return EmbeddedSequences(vectors, self._tensor(time), histories.offsets, user)
 
