@@ -109,8 +109,9 @@ def candidates_of(scorer: Scorer, user: int, count: int, **options: Any) -> set[
     """The items of the user's tail and counters, and the nearest `count` others."""
     items, vectors = scorer.item_vectors()
     distances = scorer.user_vectors([user], **options)[0] @ vectors.T
-    with scorer._call([user], options.get("tail"), options.get("now")) as (_, request):
-        own = set(items[request.tail.item[request.tail.valid] - 1].tolist())
+    with scorer._call([user], options.get("tail"), options.get("now")) as call:
+        tail = call.request.tail
+        own = set(items[tail.item[tail.valid] - 1].tolist())
     own |= set(scorer.counted_items([user], **options)[0].tolist())
     others = [item for item in items[np.argsort(-distances)].tolist() if item not in own]
     return own | set(others[:count])

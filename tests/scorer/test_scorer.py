@@ -180,8 +180,8 @@ def test_unknown_users(served: Served, tmp_path: Path) -> None:
     with Scorer.open(served.model, served.store) as empty:
         scores = empty.score([100, 999, 103], ITEMS)
         np.testing.assert_allclose(scores[[0, 2]], empty.score([100, 103], ITEMS), atol=2e-5)
-        with empty._call([999], None, None) as (snapshot, request):
-            nobody, _ = snapshot.context(request)  # the seeds alone
+        with empty._call([999], None, None) as call:
+            nobody, _ = call.snapshot.context(call.request)  # the seeds alone
         history = inference.summarize(served.model, served.log.slice(0, 0, 0))
         tail = pad_tail(served.model, *(np.zeros(0, np.int64),) * 3, np.zeros(2, np.int64))
         expected = inference.request_context(served.model, history, tail)

@@ -31,8 +31,7 @@ from vista.log.splits import leaves_out_seen, part_counts, part_times
 from vista.runs.run_files import RunFiles, badness, thinned
 from vista.runs.run_list import RunSummary
 from vista.scorer import Scorer
-from vista.scorer.request import Request
-from vista.scorer.serving_snapshot import ServingSnapshot
+from vista.scorer.serving_snapshot import Call
 
 MAX_BYTES = 256 << 20
 _HEAD_BYTES = 1 << 16
@@ -210,9 +209,10 @@ class EmptySummaryScorer(Scorer):
     """
 
     @contextmanager
-    def _call(self, users: Any, tail: Any, now: Any) -> Iterator[tuple[ServingSnapshot, Request]]:
-        with super()._call(users, tail, now) as (snapshot, request):
-            yield snapshot, replace(request, summary=snapshot.empty.expand_as(request.summary).clone())
+    def _call(self, users: Any, tail: Any, now: Any) -> Iterator[Call]:
+        with super()._call(users, tail, now) as call:
+            empty = call.snapshot.empty.expand_as(call.request.summary).clone()
+            yield replace(call, request=replace(call.request, summary=empty))
 
 
 @dataclass(frozen=True, slots=True)

@@ -542,6 +542,31 @@ class ServingSnapshot:
             yield (users, columns), scores[:, : columns.stop - columns.start]
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a scorer."""
+
+    snapshot: ServingSnapshot
+    """What is in service."""
+    request: Request
+    """What it reads."""
+    on_missing: OnMissing
+    """How the scorer treats what is missing."""
+    tally: Tally
+    """The scorer's counters."""
+
+    def rows(self, given: Any, name: str = "candidates") -> Int:
+        """Model rows int64 [C] of candidates, which must be the same for every user."""
+        rows = self.snapshot.candidates(given, self.on_missing, name).rows
+        if rows.ndim != 1:
+            raise ValueError(f"{name}: must be of shape [C], got {rows.shape}")
+        return rows
+
+    def asked(self, features: Any, candidates: int | Int | None) -> Request:
+        """The request with the features that the caller passes (`Request.with_features`)."""
+        return self.request.with_features(self.snapshot.model, features, candidates)
+
+
 class RequestProjections:
     """Computes what features of requests add to the rows of `ItemProjections.candidate`.
 
