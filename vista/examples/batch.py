@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vista.arrays import Int
-from vista.model.features import EncodedRows
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+
+    from vista.model.features import EncodedRows
 
 
 Part = TypeVar("Part", bound="DataclassInstance")

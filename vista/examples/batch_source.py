@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,7 +34,9 @@ from vista.examples.item_statistics import item_frequency
 from vista.log.event_log import EventLog
 from vista.log.histories import RowFeatures, history_gaps, ranges, token_groups
 from vista.log.splits import Until, split_until, visible_counts
-from vista.model.features import EncodedRows
+
+if TYPE_CHECKING:
+    from vista.model.features import EncodedRows
 
 
 @dataclass(frozen=True, slots=True)

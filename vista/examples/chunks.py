@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,9 @@ from vista.log.event_keys import Impressions
 from vista.log.event_log import EventLog
 from vista.log.histories import gap_bucket, ranges, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK, split_until
-from vista.model.features import EncodedRows
+
+if TYPE_CHECKING:
+    from vista.model.features import EncodedRows
 
 # Counters as requests read them, made from whole histories: for training, and for evaluation without a store.
 #

@@ -1,6 +1,6 @@
-"""Encoded features of the items that a model ranks: what its `ItemFeatureEncoder` reads.
+"""Features of the items that a model ranks: encoded in a table, and their vectors.
 
-R model rows, E entries of all rows together, F dense inputs.
+R model rows, E entries of all rows together, F dense inputs, M model dim.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,7 +25,10 @@ from vista.errors import ConfigError, shown
 from vista.log.features import Column, Columns
 from vista.log.histories import ranges
 from vista.log.vocabulary import Vocabulary
-from vista.model.features import FeatureSpec, HashedVocabulary, Schema, load_values
+from vista.model.features import FeatureEncoder, FeatureSpec, HashedVocabulary, Schema, load_values
+
+if TYPE_CHECKING:
+    from vista.model.saved_model import SharedTables
 
 FEATURES_FILE = "item_features.safetensors"
 _VALUES_FILE = "item_values_{}"
@@ -215,6 +219,89 @@ def _recoded(features: Columns, values: Mapping[str, Vocabulary]) -> dict[str, C
     return {
         name: column if column.values is None else column.recoded(values[name]) for name, column in features.items()
     }
+
+
+ROWS_AT_ONCE = 8192
+
+
+class ItemFeatureEncoder(FeatureEncoder):
+    """Of the items of a model, whose features are encoded once.
+
+    A row of the item table is learned from the item's own events. Features are shared by many items, so an item with
+    few events, or none, still has a vector.
+    """
+
+    def __init__(self, columns: Sequence[FeatureSpec], dim: int) -> None:
+        super().__init__(columns, dim)
+        self.table: ItemFeatureTable | None = None
+        """Encoded features of the columns, set before the first use."""
+        self._missing = [sum(column.num_rows for column in columns[:index]) for index in range(len(columns))]
+        """The row of `values` for items without a value, of each column."""
+        self._of_rows: tuple[object, Tensor] | None = None
+        """What `forward` gives for all rows, and the state of the weights that it was computed from."""
+
+    def set_table(self, table: ItemFeatureTable, num_rows: int) -> None:
+        """Set the encoded features of `num_rows` model rows.
+
+        Raises:
+            RuntimeError: if they are of other columns, or of another number of rows.
+        """
+        if not table.fits(num_rows, len(self.values), 0 if self.dense is None else len(self.dense)):
+            raise RuntimeError("the features of the items do not fit the model")
+        self.table, self._of_rows = table, None
+
+    def rows_with_values(self) -> NDArray[np.bool_]:
+        """bool [R]: model rows with a value in at least one column."""
+        assert self.table is not None
+        is_missing = torch.isin(self.table.entry, torch.tensor(self._missing, device=self.table.entry.device))
+        missing_before = F.pad(is_missing.cumsum(0), (1, 0))[self.table.offsets]
+        known: NDArray[np.bool_] = (missing_before.diff() < len(self._missing)).cpu().numpy()
+        known[0] = False
+        return known
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[..., M] of model rows int64 [...]; 0 for the unknown item."""
+        if self.training or torch.is_grad_enabled():
+            return self._encode(rows.flatten()).view(*rows.shape, self.values.shape[1])
+        # For inference, all rows are encoded once: requests are fast, and bits do not depend on the other rows.
+        return F.embedding(rows, self._all_rows())
+
+    def share_rows(self, tables: SharedTables) -> None:
+        """Compute what `forward` gives for all rows, and hold it once with the other models that have the same."""
+        rows = self._all_rows()
+        assert self._of_rows is not None
+        if rows.device.type == "cpu":
+            self._of_rows = self._of_rows[0], tables.take_tensors({"": rows}, lambda: {"": rows})[""]
+
+    def _all_rows(self) -> Tensor:
+        """[R, M] of all model rows, of the current weights."""
+        weights = [(p.data_ptr(), p._version) for p in self.parameters()]
+        state = weights, self.values.device, id(self.table)
+        if self._of_rows is None or self._of_rows[0] != state:
+            assert self.table is not None
+            rows = torch.arange(len(self.table.offsets) - 1, device=self.values.device)
+            with torch.inference_mode(False), torch.no_grad():
+                blocks = [self._encode(rows[at : at + ROWS_AT_ONCE]) for at in range(0, len(rows), ROWS_AT_ONCE)]
+                self._of_rows = state, torch.cat(blocks)
+        return self._of_rows[1]
+
+    def _encode(self, rows: Tensor) -> Tensor:
+        """[N, M] of model rows int64 [N]."""
+        table = self.table
+        assert table is not None
+        start = table.offsets[rows]
+        counts = table.offsets[rows + 1] - start
+        bags = F.pad(counts.cumsum(0), (1, 0))
+        index = torch.arange(int(bags[-1]), device=rows.device) + (start - bags[:-1]).repeat_interleave(counts)
+        out = F.embedding_bag(
+            table.entry[index],
+            self.values,
+            bags[:-1],
+            mode="sum",
+            sparse=True,
+            per_sample_weights=table.weight[index].to(self.values.dtype),
+        )
+        return out if self.dense is None else out + table.dense[rows].to(out.dtype) @ self.dense
 
 
 class ItemsByValue:

@@ -25,9 +25,8 @@ from vista.files import checked_path
 from vista.log.features import Columns
 from vista.log.histories import NUM_GAPS, ColumnValues, RowFeatures
 from vista.log.vocabulary import Ids, Vocabulary
-from vista.model.feature_encoder import ItemFeatureEncoder, RowFeatureEncoder
-from vista.model.features import EncodedRows, Recode, RowFeatureReader, Schema
-from vista.model.item_feature_table import ItemFeatureTable, item_keys
+from vista.model.features import EncodedRows, Recode, RowFeatureEncoder, RowFeatureReader, Schema
+from vista.model.item_feature_table import ItemFeatureEncoder, ItemFeatureTable, item_keys
 from vista.model.layers import (
     CountedItemHead,
     EmbeddingFeature,

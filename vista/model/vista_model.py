@@ -24,11 +24,18 @@ from vista.config.checks import Architecture, Mixing, Precision, planned
 from vista.examples.batch import Batch, BatchEvents
 from vista.log.histories import UNKNOWN_GAP
 from vista.log.vocabulary import Vocabulary
-from vista.model.anchor_losses import anchor_losses
 from vista.model.features import EncodedRows, RowFeatureReader, Schema
 from vista.model.item_projections import save_item_projections
 from vista.model.layers import CandidateCounters, FeedForward, GatedOutput, frozen, module_list, norm, split_heads
-from vista.model.losses import Losses, LossPart, next_loss, reconstruction_loss, task_parts, weighted_losses
+from vista.model.losses import (
+    Losses,
+    LossPart,
+    anchor_losses,
+    next_loss,
+    reconstruction_loss,
+    task_parts,
+    weighted_losses,
+)
 from vista.model.ranking_model import RankingModel
 from vista.model.saved_model import ModelDescription
 from vista.model.summarizer import Summarizer

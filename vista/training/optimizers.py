@@ -23,7 +23,7 @@ from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work
 from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
 from vista.files import replace_file
 from vista.log.event_log import EventLog
-from vista.model.feature_encoder import FeatureEncoder
+from vista.model.features import FeatureEncoder
 from vista.model.layers import CandidateCounters
 from vista.model.losses import Losses, LossPart, loss_names, weighted_losses
 from vista.model.ranking_model import RankingModel

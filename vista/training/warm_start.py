@@ -33,9 +33,9 @@ from vista.examples.item_statistics import START_RMS, UserFactors, item_factors
 from vista.log.event_log import EventLog
 from vista.log.histories import ColumnValues
 from vista.log.splits import split_until
-from vista.model.anchor_losses import start_counted
 from vista.model.features import RowFeatureReader, RowReaders, Schema
 from vista.model.item_feature_table import GrownColumns, ItemFeatureTable, joined_features
+from vista.model.losses import start_counted
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.registry import ARCHITECTURES, load_model
 from vista.model.saved_model import CONFIG_FILE

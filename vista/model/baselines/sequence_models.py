@@ -23,7 +23,6 @@ from vista.config.checks import Architecture, planned
 from vista.examples.batch import Batch
 from vista.log.histories import NUM_GAPS, Histories, history_gaps
 from vista.log.vocabulary import Vocabulary
-from vista.model.anchor_losses import anchor_losses
 from vista.model.baselines.history_model import (
     HistoryModel,
     PaddedTile,
@@ -36,7 +35,7 @@ from vista.model.baselines.history_model import (
 from vista.model.features import EncodedRows, Schema
 from vista.model.inference import newest, user_feature_vectors
 from vista.model.layers import FEED_FORWARD_RATIO, CandidateCounters, Dropout, module_list, norm, split_heads
-from vista.model.losses import Losses, LossPart, next_loss, task_parts, weighted_losses
+from vista.model.losses import Losses, LossPart, anchor_losses, next_loss, task_parts, weighted_losses
 from vista.model.target_attention import MASKED
 
 
