@@ -50,7 +50,6 @@ from vista.log.event_log import EventLog
 from vista.log.features import selected
 from vista.log.splits import split_until, visible_counts
 from vista.model.baselines.history_model import HistoryModel
-from vista.model.inference import request_feature_vectors
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model, with_items
 from vista.model.vista_model import VistaModel
@@ -462,7 +461,7 @@ def test_a_warm_start_matches_values_by_name(
             assert model.summarizer_id() == base.summarizer_id()
     request = {"device": ["phone", "tv", None], "hour": [1.0, 20.0, None]}
     vectors = [
-        request_feature_vectors(one, one.request_features.encode(one.request_features.parse(request, 3), 3), 3)
+        one.request_encoder(one.request_features.encode(one.request_features.parse(request, 3), 3))
         for one in (base, made.model)
         if one.request_features is not None
     ]

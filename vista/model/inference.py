@@ -206,8 +206,7 @@ def request_bucket(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tens
 
 def request_gap(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tensor | None:
     """[B, 1, M] embeddings of `request_bucket`, which user vectors read."""
-    bucket = request_bucket(model, now, tail)
-    return None if bucket is None else model.encoder.gap_vectors(bucket)
+    return model.encoder.gap_vectors(request_bucket(model, now, tail))
 
 
 def request_vectors(
@@ -219,24 +218,21 @@ def request_vectors(
         now: as in `request_bucket`.
         features: of the B requests; None if all are missing.
     """
-    gap = request_gap(model, now, tail)
-    of_features = request_feature_vectors(model, features, len(tail.last_time))
-    if gap is None or of_features is None:
-        return gap if of_features is None else of_features[:, None]
-    return gap + of_features[:, None]
+    rows = request_rows(model, features, len(tail.last_time))
+    return model.request_vectors(request_bucket(model, now, tail), rows)
 
 
-def request_feature_vectors(model: RankingModel, features: EncodedRows | None, num_requests: int) -> Tensor | None:
-    """[B, M] vectors of the features of B requests, or [B, C, M] of rows [B, C]; None for a model that reads none.
+def request_rows(model: RankingModel, features: EncodedRows | None, num_requests: int) -> EncodedRows | None:
+    """Features [B, 1] of B requests, or [B, C] of their candidates; None for a model that reads none.
 
     Args:
-        features: None if all are missing.
+        features: [B] or [B, C]; None if all are missing.
         num_requests: B.
     """
     if model.request_encoder is None:
         return None
-    vectors: Tensor = model.request_encoder(_given_or_missing(features, model.request_features, num_requests))
-    return vectors
+    rows = _given_or_missing(features, model.request_features, num_requests)
+    return rows if rows.entry.ndim == 3 else rows.apply(lambda part: part[:, None])
 
 
 def _given_or_missing(given: EncodedRows | None, reader: RowFeatureReader | None, num_rows: int) -> EncodedRows:

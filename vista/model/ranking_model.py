@@ -130,9 +130,9 @@ class EventEncoder(nn.Module):
                 "the batch has no features of events, which the model reads; give BatchSource encode_events"
             )
 
-    def gap_vectors(self, gap: Tensor) -> Tensor | None:
-        """[..., M] embeddings of request gaps; None if the model uses no times."""
-        return None if self.gap is None else self.gap(gap)
+    def gap_vectors(self, gap: Tensor | None) -> Tensor | None:
+        """[..., M] embeddings of request gaps int64 [...]; None if the model uses no times."""
+        return None if self.gap is None or gap is None else self.gap(gap)
 
 
 class RankingModel(nn.Module):
@@ -231,11 +231,11 @@ class RankingModel(nn.Module):
             vectors = read_together(sharded.read, hashed, self.encoder.hashed)
         return vectors if self.id_mask is None else vectors * self.id_mask[rows].unsqueeze(-1)
 
-    def request_vectors(self, gap: Tensor, rows: EncodedRows | None) -> Tensor | None:
+    def request_vectors(self, gap: Tensor | None, rows: EncodedRows | None) -> Tensor | None:
         """[..., M] vectors of requests, which are added to their candidates; None if the model reads nothing of them.
 
         Args:
-            gap: int64 [...] log buckets of the time from the newest event to the request.
+            gap: int64 [...] log buckets of the time from the newest event to the request; None without times.
             rows: features of the requests [...]; None for a model that reads none.
         """
         vectors = self.encoder.gap_vectors(gap)

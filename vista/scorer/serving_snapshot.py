@@ -411,11 +411,10 @@ class ServingSnapshot:
             yield users, request.select(users)
 
     def _user_vectors(self, context: TargetContext, bucket: Tensor | None) -> Tensor:
-        vectors: Tensor = inference.user_vectors(self._scoring, context, self._gap(bucket), self._biases)
+        vectors: Tensor = inference.user_vectors(
+            self._scoring, context, self.model.encoder.gap_vectors(bucket), self._biases
+        )
         return vectors
-
-    def _gap(self, bucket: Tensor | None) -> Tensor | None:
-        return None if bucket is None else self.model.encoder.gap_vectors(bucket)
 
     @torch.inference_mode()
     def _logits(
@@ -442,7 +441,9 @@ class ServingSnapshot:
         model, dim = self._scoring, self.model.config.dim
         assert model.task_head is not None
         of_requests = self._of_requests(request, bucket)
-        tokens = inference.request_tokens(model, context, self._gap(bucket)) if with_users else None
+        tokens = (
+            inference.request_tokens(model, context, self.model.encoder.gap_vectors(bucket)) if with_users else None
+        )
         for users, columns in rectangles(lengths, self._pairs_per_pass):
             some = context.select(users)
             vectors, projections = (
@@ -599,9 +600,8 @@ class RequestProjections:
             features = self._model.request_features.missing(count)
         if self._table is None:
             tiles = np.arange(-(-count // ROW_TILE) * ROW_TILE) % max(count, 1)  # repeated rows fill the last one
-            vectors = inference.request_feature_vectors(self._model, features.select(tiles), len(tiles))
-            assert vectors is not None
-            return self._projected(vectors)[:count]
+            assert self._model.request_encoder is not None
+            return self._projected(self._model.request_encoder(features.select(tiles)))[:count]
         row = np.concatenate([features.entry, np.broadcast_to(self._dense_rows, features.dense.shape)], 1)
         weight = np.concatenate([np.ones(features.entry.shape, np.float32), features.dense], 1)
         row_, weight_ = torch.from_numpy(row).to(self._table.device), torch.from_numpy(weight).to(self._table.device)
