@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.conftest import DAY, ITEMS, START, USERS, Served, run_python, small_config, tail_of
+from tests.conftest import DAY, ITEMS, START, USERS, Served, run_python, tail_of, untrained
 from vista.config.checks import OnMissing, Precision
 from vista.errors import (
     UnknownItemError,
@@ -26,7 +26,6 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import CandidateSet, Scorer, Tail
 from vista.scorer.serving_snapshot import ServingSnapshot
-from vista.training.log_schema import schema_of
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
@@ -279,8 +278,7 @@ def test_encoded_candidates_are_model_rows(scorer: Scorer) -> None:
 
 
 def test_string_ids(order_log: EventLog, tmp_path: Path) -> None:
-    config = small_config(order_log, "unused")
-    model = VistaModel(config.model, schema_of(order_log, config), order_log.items, config.data).eval()
+    model = untrained(order_log)
     model.save_pretrained(tmp_path / "model")
     refresh(model, order_log, tmp_path / "store")
     with Scorer.open(tmp_path / "model", tmp_path / "store", on_missing="nan") as scorer:
