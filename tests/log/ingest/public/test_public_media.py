@@ -18,6 +18,7 @@ from vista.config import PrepareConfig, SourceConfig
 from vista.errors import DataError
 from vista.evaluation.cases import impression_cases
 from vista.log.event_log import EventLog
+from vista.log.features import described
 from vista.log.ingest.prepare import prepare
 from vista.log.ingest.sources import detect_kind
 from vista.log.splits import parse_time
@@ -79,7 +80,7 @@ def test_genres(tmp_path: Path, kind: str) -> None:
 def test_without_the_file_of_movies_there_are_no_features(tmp_path: Path, kind: str) -> None:
     folder = write_movielens(tmp_path / "set", kind)
     (folder / MOVIES[kind][0]).unlink()
-    assert load(folder, kind).item_features is None
+    assert load(folder, kind).item_features == {}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_the_real_users(tmp_path: Path) -> None:
 @pytest.mark.data
 def test_the_real_genres(tmp_path: Path) -> None:
     features = load_real("ml-latest-small", tmp_path / "log").item_features
-    assert features is not None and features.described() == ["genres: category of 19 values, 100% of items"]
+    assert described(features, "items") == ["genres: category of 19 values, 100% of items"]
 
 
 FLAGS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view")
