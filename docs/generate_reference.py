@@ -19,11 +19,11 @@ from vista.cli.help_pages import OPTIONS
 from vista.config.composition import ConfigKey, ConfigKeys, conf_dir, groups_of, options_of, value_text
 from vista.config.model_config import ModelConfig
 from vista.config.train_config import DataConfig, OptimConfig
-from vista.log.features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
+from vista.log.features import Column
 from vista.log.histories import Histories
 
 API: dict[str, tuple[object, ...]] = {
-    "Event log": (vista.EventLog, Histories, ItemFeatures, CategoryColumn, NumberColumn, VectorColumn),
+    "Event log": (vista.EventLog, Histories, Column),
     "Training": (vista.train, vista.TrainConfig, ModelConfig, DataConfig, OptimConfig),
     "Model": (vista.VistaModel,),
     "Refresh": (

@@ -197,6 +197,16 @@ def model_config(kind: Architecture | str | None = None, /, **settings: Any) -> 
     return schema(**{name: value for name, value in settings.items() if name in names})
 
 
+def untrained(log: EventLog, seed: int = 0, **changes: Any) -> VistaModel:
+    """A model with drawn weights; changes as in `small_config`."""
+    from vista.model.vista_model import VistaModel
+    from vista.training.log_schema import schema_of
+
+    config = small_config(log, "unused", **changes)
+    torch.manual_seed(seed)
+    return VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
+
+
 def draw_counter_weights(model: VistaModel | SequenceModel, seed: int = 0) -> None:
     """Give the parts of a model that read counters and popularity the weights of a trained model; they start at 0."""
     generator = torch.Generator().manual_seed(seed)

@@ -53,7 +53,7 @@ from vista.config import DataConfig, ModelConfig
 from vista.config.checks import Mixing, Precision
 from vista.device import choose_precision, keep_freed_memory, set_threads
 from vista.log.event_log import EventLog
-from vista.log.features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn
+from vista.log.features import Column
 from vista.log.histories import RowFeatures
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
@@ -209,11 +209,11 @@ def untrained_with_category(log: EventLog, *, dim: int, num_seeds: int) -> Vista
     plain = untrained(log, dim=dim, num_seeds=num_seeds, counters=True)
     codes = np.random.default_rng(0).integers(0, NUM_VALUES, log.num_items).astype(np.int32)
     values = Vocabulary.from_ids([f"value {number}" for number in range(NUM_VALUES)])
-    column = CategoryColumn(values, codes, np.arange(log.num_items + 1))
+    column = Column(codes, values, np.arange(log.num_items + 1))
     columns = [FeatureSpec.of("category", column)]
     config = replace(plain.config, counter_categories=["category"])
     model = VistaModel(config, replace(plain.schema, item_features=columns), log.items, DataConfig()).eval()
-    model.set_item_features(ItemFeatureTable.of(ItemFeatures({"category": column}), columns))
+    model.set_item_features(ItemFeatureTable.of({"category": column}, columns))
     return model
 
 
@@ -221,17 +221,13 @@ def untrained_with_features(log: EventLog, *, dim: int, num_seeds: int) -> Vista
     """`untrained` with eight features of items and four of requests, and random weights for them."""
     plain, rng = untrained(log, dim=dim, num_seeds=num_seeds), np.random.default_rng(0)
     count, values = log.num_items, Vocabulary.from_ids([f"value {number}" for number in range(100)])
-    columns: dict[str, FeatureColumn] = {
-        f"category {number}": CategoryColumn(
-            values, rng.integers(0, len(values), count).astype(np.int32), np.arange(count + 1)
-        )
+    columns = {
+        f"category {number}": Column(rng.integers(0, len(values), count).astype(np.int32), values, np.arange(count + 1))
         for number in range(CATEGORIES_OF_ITEMS)
     }
     columns |= {
-        f"number {number}": NumberColumn(rng.lognormal(size=count).astype(np.float32))
-        for number in range(NUMBERS_OF_ITEMS)
+        f"number {number}": Column(rng.lognormal(size=count).astype(np.float32)) for number in range(NUMBERS_OF_ITEMS)
     }
-    features = ItemFeatures(columns)
     of_items = [FeatureSpec.of(name, column) for name, column in columns.items()]
     drawn = {
         name: rng.integers(0, len(values), 1000).astype(np.int32)
@@ -243,7 +239,7 @@ def untrained_with_features(log: EventLog, *, dim: int, num_seeds: int) -> Vista
     reader = RowFeatureReader.of(RowFeatures(drawn), known)
     schema = replace(plain.schema, item_features=of_items, request_features=reader.columns)
     model = VistaModel(plain.config, schema, log.items, DataConfig()).eval()
-    model.set_item_features(ItemFeatureTable.of(features, of_items))
+    model.set_item_features(ItemFeatureTable.of(columns, of_items))
     model.request_features = reader
     for encoder in (model.features, model.request_encoder):
         assert encoder is not None

@@ -316,9 +316,7 @@ def _baseline(name: str, log: EventLog, data: DataConfig, horizon: int) -> Count
     """A baseline by its name, made for the items of so many next events."""
     if name == PopularityAfterwards.name:
         return PopularityAfterwards()
-    known = counting_baselines(
-        has_time=log.has_time, horizon_events=horizon, has_features=log.item_features is not None
-    )
+    known = counting_baselines(has_time=log.has_time, horizon_events=horizon, has_features=bool(log.item_features))
     if name not in [baseline.name for baseline in known]:  # these need scikit-learn
         known = trained_baselines(horizon_events=horizon, at_one_time=data.split is Split.time)
     (chosen,) = (baseline for baseline in known if baseline.name == name)

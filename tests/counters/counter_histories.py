@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
 from vista.counters.counters import CounterSpec, CounterTable, ItemKeys, UserCounters
-from vista.log.features import CategoryColumn, ItemFeatures
+from vista.log.features import Column
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import FeatureSpec
@@ -62,9 +62,9 @@ def category(name: str, codes: NDArray[np.int64]) -> tuple[list[FeatureSpec], It
     """How a model reads one category of its items, and the value of each item from 0 on; -1 is none."""
     size, is_known = int(codes.max()) + 1, codes >= 0
     values = Vocabulary.from_ids([f"value {value:03}" for value in range(size)])
-    column = CategoryColumn(values, codes[is_known].astype(np.int32), offsets_of(is_known.astype(np.int64)))
+    column = Column(codes[is_known].astype(np.int32), values, offsets_of(is_known.astype(np.int64)))
     columns = [FeatureSpec(name, "category", size)]
-    return columns, ItemFeatureTable.of(ItemFeatures({name: column}), columns)
+    return columns, ItemFeatureTable.of({name: column}, columns)
 
 
 def only_items(spec: CounterSpec) -> ItemKeys:

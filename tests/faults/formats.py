@@ -197,8 +197,7 @@ def read_log_with_impressions(folder: Path, world: Path) -> str:
     history, shown = log.gather(np.arange(log.num_users)), log.impressions
     assert shown is not None
     arrays = [getattr(shown, name) for name in ("offsets", "item", "timestamp", "label", "mask", "probability")]
-    assert log.item_features is not None
-    for column in log.item_features.columns.values():
+    for column in log.item_features.values():
         arrays += [getattr(column, name) for name in column.__slots__ if name != "values"]
     arrays += [*history.features.columns.values(), *shown.features.columns.values()]
     for values in (*log.event_features.values(), *log.request_features.values()):

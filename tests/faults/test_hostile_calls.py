@@ -41,8 +41,8 @@ from vista.training.trainer import train
 
 NOT_CALLED = {
     "slices arrays in memory, by the rules of NumPy": (
-        *("Histories.slice", "Histories.select_users", "Histories.select", "Histories.at", "ItemFeatures.select"),
-        *("CategoryColumn.recoded", "CategoryColumn.select", "NumberColumn.select", "VectorColumn.select"),
+        *("Histories.slice", "Histories.select_users", "Histories.select", "Histories.at"),
+        *("Column.recoded", "Column.select"),
         *("Tail.concatenated", "Tail.select", "Tail.of_user"),
         *("StoredBatch.expired", "StoredBatch.spread", "StoredBatch.without"),
     ),
@@ -56,7 +56,7 @@ NOT_CALLED = {
     ),
     "without arguments, from what is open or in memory": (
         *("Scorer.in_service", "VistaModel.summarizer_id"),
-        *("ItemFeatures.described", "CategoryColumn.with_used_values"),
+        *("Column.with_used_values", "Column.with_one_value"),
     ),
     "without arguments; it reads columns as `gather` does": ("EventLog.time_range",),
     "allocates as many offsets as it is asked for": ("Tail.empty",),

@@ -11,7 +11,7 @@ import polars as pl
 from tests.log.conftest import PARSER, write_csv
 from vista.config import ItemTableConfig, PrepareConfig, SourceConfig
 from vista.log.event_log import EventLog
-from vista.log.features import CategoryColumn, FeatureColumn, NumberColumn, VectorColumn
+from vista.log.features import Column
 from vista.log.ingest.prepare import PrepareReport, prepare
 
 EVENTS = [(1, 10, 1), (1, 20, 2), (2, 30, 3), (2, 40, 4)]
@@ -44,38 +44,35 @@ def text_file(folder: Path, content: str, name: str = "items.csv") -> Path:
 
 def features_of(log: EventLog) -> dict[str, dict[Any, Any]]:
     """The features of a log that are not missing: column -> id -> values, number, or vector."""
-    features = log.item_features
-    assert features is not None
     ids = log.items.ids(np.arange(log.num_items)).tolist()
     return {
         name: {item: value for item, value in zip(ids, _values(column), strict=True) if value not in (None, [])}
-        for name, column in features.columns.items()
+        for name, column in log.item_features.items()
     }
 
 
-def _values(column: FeatureColumn) -> list[Any]:
-    if isinstance(column, NumberColumn):
-        return [None if np.isnan(number) else number for number in column.numbers.tolist()]
-    if isinstance(column, VectorColumn):
-        return [None if np.isnan(vector).all() else vector for vector in column.vectors.tolist()]
-    return [names_of(column, row) for row in range(len(column.offsets) - 1)]
+def _values(column: Column) -> list[Any]:
+    if column.kind == "number":
+        return [None if np.isnan(number) else number for number in column.data.tolist()]
+    if column.kind == "vector":
+        return [None if np.isnan(vector).all() else vector for vector in column.data.tolist()]
+    return [names_of(column, row) for row in range(len(column.is_known))]
 
 
-def names_of(column: CategoryColumn, row: int) -> list[str]:
+def names_of(column: Column, row: int) -> list[str]:
     """The values of one item, sorted."""
-    codes = column.codes[column.offsets[row] : column.offsets[row + 1]]
+    assert column.values is not None and column.offsets is not None
+    codes = column.data[column.offsets[row] : column.offsets[row + 1]]
     assert (np.diff(codes) > 0).all()
     return sorted(column.values.ids(codes).tolist())
 
 
 def user_features_of(log: EventLog) -> dict[str, dict[Any, Any]]:
     """The features of users that are not missing: column -> id -> value."""
-    features = log.user_features
     rows = np.flatnonzero(log.users.has_ids(np.arange(log.num_users)))
-    ids, chosen = log.users.ids(rows).tolist(), features.rows.select(rows)
-    found: dict[str, dict[Any, Any]] = {}
-    for name, values in features.values.items():
-        column = chosen.columns[name].tolist()
-        texts = column if values is None else [None if code < 0 else values.ids([code])[0] for code in column]
+    ids, found = log.users.ids(rows).tolist(), {}
+    for name, column in log.user_features.items():
+        data, values = column.data[rows].tolist(), column.values
+        texts = data if values is None else [None if code < 0 else values.ids([code])[0] for code in data]
         found[name] = {user: text for user, text in zip(ids, texts, strict=True) if text is not None and text == text}
     return found

@@ -22,7 +22,7 @@ from vista.errors import LogFormatError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
-from vista.log.features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
+from vista.log.features import Column, described, selected
 from vista.log.inspection import LogStats
 from vista.log.vocabulary import Vocabulary
 
@@ -97,9 +97,9 @@ def test_segments_are_merged_like_dictionaries(
             log = EventLog.open(path)
         assert features_of(log) == model.columns
         features = log.item_features
-        assert features is not None and list(features.columns) == list(model.columns)
-        for name, column in features.columns.items():
-            if isinstance(column, CategoryColumn):
+        assert list(features) == list(model.columns)
+        for name, column in features.items():
+            if column.values is not None:
                 values = column.values.ids(np.arange(len(column.values))).tolist()
                 assert values[: len(known.get(name, []))] == known.get(name, [])  # codes never change
                 known[name] = values
@@ -109,9 +109,8 @@ def test_segments_are_merged_like_dictionaries(
     log.verify()
     assert features_of(log) == uncompacted
     for name, values in known.items():
-        column = log.item_features.columns[name]  # type: ignore[union-attr]
-        assert isinstance(column, CategoryColumn)
-        assert column.values.ids(np.arange(len(column.values))).tolist() == values
+        known_values = log.item_features[name].values
+        assert known_values is not None and known_values.ids(np.arange(len(known_values))).tolist() == values
 
 
 def test_features_survive_deletions_and_are_read_as_of_a_segment(tmp_path: Path) -> None:
@@ -143,10 +142,10 @@ def test_features_of_one_complete_table_are_not_copied(tmp_path: Path) -> None:
     features = log.item_features
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert features is not None and log.item_features is features
-    column = features.columns["v"]
-    assert isinstance(column, VectorColumn) and not column.vectors.flags.writeable
-    np.testing.assert_array_equal(column.vectors, vectors[[1, 2, 3, 0]])
+    assert log.item_features is features
+    column = features["v"]
+    assert column.kind == "vector" and not column.data.flags.writeable
+    np.testing.assert_array_equal(column.data, vectors[[1, 2, 3, 0]])
     assert peak < vectors.nbytes
 
 
@@ -161,30 +160,30 @@ def test_a_compaction_copies_vectors_in_blocks(tmp_path: Path) -> None:
     compact_log(tmp_path / "log", run_events=20_000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    column = EventLog.open(tmp_path / "log").item_features.columns["v"]  # type: ignore[union-attr]
-    assert isinstance(column, VectorColumn)
-    np.testing.assert_array_equal(column.vectors[::2], new[::2])
-    np.testing.assert_array_equal(column.vectors[1::2], old[1::2])
+    column = EventLog.open(tmp_path / "log").item_features["v"]
+    assert column.kind == "vector"
+    np.testing.assert_array_equal(column.data[::2], new[::2])
+    np.testing.assert_array_equal(column.data[1::2], old[1::2])
     assert peak < old.nbytes / 2
 
 
 def test_features_are_selected_by_row() -> None:
     values = Vocabulary.empty("str").extended(["x", "y"])
-    category = CategoryColumn(values, np.array([0, 1, 1], np.int32), np.array([0, 2, 2, 3]))
-    number = NumberColumn(np.array([1, np.nan, 3], np.float32))
-    vector = VectorColumn(np.array([[1, 2], [np.nan] * 2, [3, 4]], np.float32))
-    features = ItemFeatures({"c": category, "n": number, "v": vector})
-    assert features.described() == [
+    category = Column(np.array([0, 1, 1], np.int32), values, np.array([0, 2, 2, 3]))
+    number = Column(np.array([1, np.nan, 3], np.float32))
+    vector = Column(np.array([[1, 2], [np.nan] * 2, [3, 4]], np.float32))
+    features = {"c": category, "n": number, "v": vector}
+    assert described(features, "items") == [
         "c: category of 2 values, 67% of items",
         "n: number, 67% of items",
         "v: vector of 2 dimensions, 67% of items",
     ]
-    chosen = features.select(np.array([2, -1, 0, 1])).columns
+    chosen = selected(features, np.array([2, -1, 0, 1]))
     c, n, v = chosen["c"], chosen["n"], chosen["v"]
-    assert isinstance(c, CategoryColumn) and isinstance(n, NumberColumn) and isinstance(v, VectorColumn)
+    assert [column.kind for column in chosen.values()] == ["category", "number", "vector"]
     assert [names_of(c, row) for row in range(4)] == [["y"], [], ["x", "y"], []]
-    np.testing.assert_array_equal(n.numbers, [3, np.nan, 1, np.nan])
-    np.testing.assert_array_equal(v.vectors, [[3, 4], [np.nan] * 2, [1, 2], [np.nan] * 2])
+    np.testing.assert_array_equal(n.data, [3, np.nan, 1, np.nan])
+    np.testing.assert_array_equal(v.data, [[3, 4], [np.nan] * 2, [1, 2], [np.nan] * 2])
 
 
 @pytest.fixture(scope="module")

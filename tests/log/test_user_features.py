@@ -18,7 +18,7 @@ from vista.errors import ConfigError, DataError, LogFormatError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
-from vista.log.features import UserFeatureParts
+from vista.log.features import merged_features, verified_columns
 from vista.log.ingest.prepare import PrepareReport, prepare
 from vista.log.inspection import LogStats
 from vista.log.segment import features_of
@@ -48,7 +48,7 @@ def test_a_table_of_users_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixtu
                        age=[30.0, None, 50.0])  # fmt: skip
     log = EventLog.open(tmp_path / "log")
     assert user_features_of(log) == {"region": {3: "north"}, "paying": {3: "true", 1: "false"}, "age": {3: 30.0}}
-    assert log.item_features is None
+    assert log.item_features == {}
     file = tmp_path / "users.parquet"
     assert f"{file}: left out 1 users that the log does not contain" in caplog.messages
     assert f"{file}: features by the types of the columns: region (category), paying (category), age (number)" in (
@@ -85,11 +85,10 @@ def test_the_newest_row_of_a_user_counts_in_each_column(tmp_path: Path) -> None:
     expected = {"region": {1: "n", 2: "w"}, "age": {1: 1.0, 2: 2.0, 4: 4.0}, "plan": {2: "a", 3: "b"}}
     assert user_features_of(log) == expected
     users = np.array([3, 0, 2, 1, 0])  # in any order
-    some = UserFeatureParts.of(features_of(log.segments, USERS)).rows(users)
-    every = log.user_features.rows.select(users)
-    assert list(some.columns) == list(every.columns)
-    for name, column in some.columns.items():
-        np.testing.assert_array_equal(column, every.columns[name])
+    some = merged_features(verified_columns(features_of(log.segments, USERS)), users)
+    assert list(some) == list(log.user_features)
+    for name, column in some.items():
+        np.testing.assert_array_equal(column.data, log.user_features[name].data[users])
     first = {"region": {1: "n", 2: "s"}, "age": {1: 1, 2: 2}}
     assert user_features_of(EventLog.open(log.path, last_segment=1)) == first
     assert [log.users.ids(log.changed_users(after)).tolist() for after in range(4)] == changed
@@ -227,7 +226,7 @@ def test_items_and_users_are_prepared_together(tmp_path: Path) -> None:
     ]
     log = EventLog.open(tmp_path / "log")
     assert user_features_of(log) == {"region": {1: "n", 2: "s"}}
-    assert log.item_features is not None and list(log.item_features.columns) == ["brand"]
+    assert list(log.item_features) == ["brand"]
     same = EventLog.from_frame(None, log.path, append=True, users={"user": [1], "region": ["s"]})
     assert same.last_segment == 2 and user_features_of(same) == {"region": {1: "s", 2: "s"}}
 

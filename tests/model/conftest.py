@@ -20,7 +20,7 @@ from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
 from vista.config.checks import Decay
 from vista.counters.counters import ItemKeys
-from vista.examples.batch import Batch, ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, Encoded, decay_clock
+from vista.examples.batch import Batch, ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, decay_clock
 from vista.examples.cuts import AnchorPlan, CutPlan, cut_batch
 from vista.examples.item_statistics import HistoryCounters
 from vista.log.histories import Histories, RowFeatures, gap_bucket, history_gaps, ranges
@@ -186,7 +186,7 @@ def chunks(
     before = offsets[:-1][owner] + position - 1
     last = packed.timestamp[np.maximum(before, 0)] if packed.num_events else np.zeros(len(owner), np.int64)
     time = last + rng.integers(0, 48 * HOUR, len(owner))
-    features = [READER.encode(drawn_features(len(owner), seed), len(owner)), READER.missing(1)]
+    features = READER.encode(drawn_features(len(owner), seed), len(owner)).joined(READER.missing(1))
     of_events, of_users = READER.encode(packed.features, packed.num_events), users(packed).select(user)
     rest = packed.offsets[1:][user] - offsets[:-1]
     index = ranges(offsets[:-1], rest)
@@ -209,19 +209,15 @@ def chunks(
             label=rng.integers(0, 2, (len(owner), len(TASKS))).astype(np.float32),
             mask=rng.random((len(owner), len(TASKS))) < 0.8,
             time=time,
-            features=joined(*features) if requests else None,
+            features=features if requests else None,
         ),
         counters=None
         if keys is None
         else ChunkCounters(HistoryCounters(keys, item, packed.timestamp, packed.offsets), user, start, None),
-        features=joined(of_events),
-        user_features=joined(of_users, READER.missing(1)),
+        features=of_events,
+        user_features=of_users.joined(READER.missing(1)),
     )
     return made, time
-
-
-def joined(*parts: EncodedRows) -> Encoded:
-    return np.concatenate([part.entry for part in parts]), np.concatenate([part.dense for part in parts])
 
 
 def plan(model: VistaModel, **changes: Any) -> CutPlan:
@@ -318,7 +314,7 @@ def outputs(model: VistaModel, cut: Batch) -> tuple[Tensor, Tensor]:
         vectors = model.item_vectors(cut.rows)
         events = cut.events
         shown = model.shown_vectors(events, vectors)
-        encoded = model.encoder(shown, events.action, events.gap, events.rating, events.entry, events.dense)
+        encoded = model.encoder(shown, events.action, events.gap, events.rating, events.features)
         context = model.window_context(cut, shown, model.cut_summaries(cut, encoded))
         return model.window_users(cut, context), model.window_logits(cut, vectors, context)
 

@@ -16,11 +16,10 @@ from torch import Tensor
 from tests.conftest import NEXT_ONLY
 from vista.config import DataConfig
 from vista.errors import ConfigError
-from vista.log.features import CategoryColumn, ItemFeatures, NumberColumn
+from vista.log.features import Column
 from vista.log.histories import Histories, gap_bucket
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.candidate_models import DIN, SIM, TWIN, CandidateModel, SearchModel, newest_of_highest
-from vista.model.features import EncodedRows
 from vista.model.inference import user_feature_vectors
 from vista.model.registry import load_model
 
@@ -220,7 +219,7 @@ def test_training_at_a_position_is_a_request_after_its_events(make: SimpleNamesp
     for n, (owner, seen) in enumerate(zip(chunks.impressions.chunk, chunks.impressions.position, strict=True)):
         before = packed.slice(int(owner), 0, int(seen))
         item = torch.from_numpy(chunks.impressions.item[None, n : n + 1])
-        features = EncodedRows(chunks.impressions.entry[[n]], chunks.impressions.dense[[n]])
+        features = chunks.impressions.features.select([n])
         now, user = shown_at[n : n + 1], make.users(packed).select([owner])
         logits.append(model.candidate_logits(before, item, now, features=features, users=user)[0, 0])
         if isinstance(model, SIM) and model.category is None:
@@ -291,12 +290,10 @@ def test_hard_search_reads_a_category_of_the_log(make: SimpleNamespace) -> None:
     model, count = baseline(make, "sim-hard"), make.num_items
     assert isinstance(model, SIM) and model.category is not None
     codes = (np.arange(count - 1) % 3).astype(np.int32)
-    topic = CategoryColumn(
-        Vocabulary.empty("str").extended(["a", "b", "c"]), codes, np.r_[0, 0, 1 + np.arange(count - 1)]
-    )
-    tags = CategoryColumn(topic.values, np.tile(np.int32([0, 2]), count), 2 * np.arange(count + 1))
-    price = NumberColumn(np.ones(count, np.float32))
-    features = ItemFeatures({"topic": topic, "tags": tags, "price": price})
+    topic = Column(codes, Vocabulary.empty("str").extended(["a", "b", "c"]), np.r_[0, 0, 1 + np.arange(count - 1)])
+    tags = Column(np.tile(np.int32([0, 2]), count), topic.values, 2 * np.arange(count + 1))
+    price = Column(np.ones(count, np.float32))
+    features = {"topic": topic, "tags": tags, "price": price}
     model.read_item_table(DataConfig(), features)
     assert model.category.tolist() == [0, 0, *(1 + codes)]
     for name, given, message in (
@@ -305,7 +302,7 @@ def test_hard_search_reads_a_category_of_the_log(make: SimpleNamespace) -> None:
             features,
             "model.search_category=price: is not a category of the log's items, which have topic, tags;",
         ),
-        ("category", None, "model.search_category=category: is not a category of the log's items, which have none;"),
+        ("category", {}, "model.search_category=category: is not a category of the log's items, which have none;"),
         ("tags", features, "model.search_category=tags: some items have several values"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -15,43 +15,42 @@ from hypothesis import strategies as st
 
 from vista.arrays import offsets_of
 from vista.errors import ConfigError
-from vista.log.features import CategoryColumn, ItemFeatures, NumberColumn, VectorColumn
+from vista.log.features import Column, Columns, selected
 from vista.log.histories import RowFeatures
 from vista.log.vocabulary import Vocabulary
-from vista.model.feature_encoder import FeatureEncoder, RowFeatureEncoder
-from vista.model.features import MAX_ABS_SCORE, FeatureSpec, HashedVocabulary, RowFeatureReader
-from vista.model.item_feature_table import ItemFeatureTable
+from vista.model.features import MAX_ABS_SCORE, FeatureSpec, HashedVocabulary, RowFeatureEncoder, RowFeatureReader
+from vista.model.item_feature_table import ItemFeatureEncoder, ItemFeatureTable
 
 DIM, NUM_ITEMS, WIDTH = 6, 9, 3
 GENRES = ["comedy", "drama", "war"]
 
 
-def category(values: list[list[int]]) -> CategoryColumn:
+def category(values: list[list[int]]) -> Column:
     """A column of GENRES, by codes per item."""
     counts = np.array([len(codes) for codes in values], np.int64)
     codes = np.array([code for item in values for code in sorted(item)], np.int32)
-    return CategoryColumn(Vocabulary.from_ids(GENRES), codes, offsets_of(counts))
+    return Column(codes, Vocabulary.from_ids(GENRES), offsets_of(counts))
 
 
 @st.composite
-def drawn_item_features(draw: st.DrawFn) -> ItemFeatures:
+def drawn_item_features(draw: st.DrawFn) -> Columns:
     codes = st.lists(st.integers(0, len(GENRES) - 1), max_size=3, unique=True)
     number = st.one_of(st.just(math.nan), st.floats(-1e6, 1e6, width=32))
     vector = st.one_of(st.just([math.nan] * WIDTH), st.lists(st.floats(-10, 10, width=32), min_size=3, max_size=3))
     n = NUM_ITEMS
     columns = {
         "genres": category(draw(st.lists(codes, min_size=n, max_size=n))),
-        "price": NumberColumn(np.array(draw(st.lists(number, min_size=n, max_size=n)), np.float32)),
-        "text": VectorColumn(np.array(draw(st.lists(vector, min_size=n, max_size=n)), np.float32)),
+        "price": Column(np.array(draw(st.lists(number, min_size=n, max_size=n)), np.float32)),
+        "text": Column(np.array(draw(st.lists(vector, min_size=n, max_size=n)), np.float32)),
     }
     names = draw(st.lists(st.sampled_from(list(columns)), min_size=1, unique=True))
-    return ItemFeatures({name: columns[name] for name in names})
+    return {name: columns[name] for name in names}
 
 
-def encoder_of(features: ItemFeatures, seed: int = 0) -> tuple[FeatureEncoder, list[FeatureSpec]]:
+def encoder_of(features: Columns, seed: int = 0) -> tuple[ItemFeatureEncoder, list[FeatureSpec]]:
     """A float64 encoder with drawn weights."""
-    columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
-    made = FeatureEncoder(columns, DIM).double()
+    columns = [FeatureSpec.of(name, column) for name, column in features.items()]
+    made = ItemFeatureEncoder(columns, DIM).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in made.parameters():
@@ -60,18 +59,18 @@ def encoder_of(features: ItemFeatures, seed: int = 0) -> tuple[FeatureEncoder, l
     return made, columns
 
 
-def plain_vector(features: ItemFeatures, columns: list[FeatureSpec], encoder: FeatureEncoder, item: int) -> np.ndarray:
+def plain_vector(features: Columns, columns: list[FeatureSpec], encoder: ItemFeatureEncoder, item: int) -> np.ndarray:
     """The vector of an item, one value after the other."""
     values = encoder.values.detach().numpy()
     dense = np.zeros((0, DIM)) if encoder.dense is None else encoder.dense.detach().numpy()
     out, first, place = np.zeros(DIM), 0, 0
     for column in columns:
-        given = features.columns[column.name]
-        if isinstance(given, CategoryColumn):
-            codes = given.codes[given.offsets[item] : given.offsets[item + 1]]
+        given = features[column.name]
+        if given.kind == "category":
+            codes = given.data[given.offsets[item] : given.offsets[item + 1]]
             out += values[first + 1 + codes].mean(0) if len(codes) else values[first]
-        elif isinstance(given, NumberColumn):
-            number = float(given.numbers[item])
+        elif given.kind == "number":
+            number = float(given.data[item])
             if math.isnan(number):
                 out += values[first]
             else:
@@ -79,7 +78,7 @@ def plain_vector(features: ItemFeatures, columns: list[FeatureSpec], encoder: Fe
                 score = np.float32(np.clip((number - column.mean) / column.scale, -MAX_ABS_SCORE, MAX_ABS_SCORE))
                 out += score * dense[place]
         else:
-            vector = given.vectors[item].astype(np.float64)
+            vector = given.data[item].astype(np.float64)
             if math.isnan(vector[0]):
                 out += values[first]
             else:
@@ -90,7 +89,7 @@ def plain_vector(features: ItemFeatures, columns: list[FeatureSpec], encoder: Fe
 
 @settings(max_examples=25, deadline=None)
 @given(features=drawn_item_features(), rows=st.lists(st.integers(0, NUM_ITEMS), max_size=12))
-def test_vectors_are_those_of_a_plain_reading(features: ItemFeatures, rows: list[int]) -> None:
+def test_vectors_are_those_of_a_plain_reading(features: Columns, rows: list[int]) -> None:
     encoder, columns = encoder_of(features)
     asked = torch.tensor(rows, dtype=torch.int64)
     out = encoder(asked).detach().numpy()
@@ -99,19 +98,19 @@ def test_vectors_are_those_of_a_plain_reading(features: ItemFeatures, rows: list
     np.testing.assert_allclose(out, np.array(expected).reshape(-1, DIM), rtol=1e-6, atol=1e-5)
     with torch.inference_mode():
         np.testing.assert_allclose(encoder.eval()(asked).numpy(), out, rtol=1e-6, atol=1e-9)
-    known = [any(column.is_known[item] for column in features.columns.values()) for item in range(NUM_ITEMS)]
+    known = [any(column.is_known[item] for column in features.values()) for item in range(NUM_ITEMS)]
     assert encoder.rows_with_values().tolist() == [False, *known]
 
 
 def test_rows_of_any_shape() -> None:
-    encoder, _ = encoder_of(ItemFeatures({"price": NumberColumn(np.arange(NUM_ITEMS, dtype=np.float32))}))
+    encoder, _ = encoder_of({"price": Column(np.arange(NUM_ITEMS, dtype=np.float32))})
     rows = torch.arange(1 + NUM_ITEMS).view(2, 5)
     assert torch.equal(encoder(rows), encoder(rows.flatten()).view(2, 5, DIM))
     assert encoder(rows[:0]).shape == (0, 5, DIM)
 
 
 def test_the_gradient_of_the_embeddings_is_sparse_and_right() -> None:
-    features = ItemFeatures({"genres": category([[0, 2], [1], [], [0], [1, 2], [2], [], [0, 1, 2], [1]])})
+    features = {"genres": category([[0, 2], [1], [], [0], [1, 2], [2], [], [0, 1, 2], [1]])}
     encoder, _ = encoder_of(features)
     encoder(torch.tensor([1, 1, 3])).sum().backward()  # items 0, 0, and 2
     gradient = encoder.values.grad
@@ -122,20 +121,20 @@ def test_the_gradient_of_the_embeddings_is_sparse_and_right() -> None:
 
 
 def test_numbers_have_buckets_of_equal_size() -> None:
-    feature = FeatureSpec.of("price", NumberColumn(np.arange(6400, dtype=np.float32)))
+    feature = FeatureSpec.of("price", Column(np.arange(6400, dtype=np.float32)))
     bucket = np.searchsorted(np.array(feature.bounds), np.arange(6400), side="left")
     assert feature.size == 32 and np.ptp(np.bincount(bucket)) <= 2
-    few = FeatureSpec.of("price", NumberColumn(np.array([3] * 60 + [7] * 4 + [np.nan], np.float32)))
+    few = FeatureSpec.of("price", Column(np.array([3] * 60 + [7] * 4 + [np.nan], np.float32)))
     assert (few.bounds, few.size) == ([3.0], 2)
-    same = FeatureSpec.of("price", NumberColumn(np.full(5, 2, np.float32)))
+    same = FeatureSpec.of("price", Column(np.full(5, 2, np.float32)))
     assert (same.bounds, same.size, same.mean, same.scale) == ([], 1, 2, 1)
-    assert FeatureSpec.of("price", NumberColumn(np.full(5, np.nan, np.float32))).size == 1
+    assert FeatureSpec.of("price", Column(np.full(5, np.nan, np.float32))).size == 1
 
 
 def test_vectors_are_scaled_to_length_one() -> None:
     vectors = np.array([[3, 4], [np.nan, np.nan], [0, 5]], np.float32)
-    assert FeatureSpec.of("text", VectorColumn(vectors)) == FeatureSpec("text", "vector", 2, scale=5.0)
-    assert FeatureSpec.of("text", VectorColumn(np.zeros((2, 4), np.float32))).scale == 1
+    assert FeatureSpec.of("text", Column(vectors)) == FeatureSpec("text", "vector", 2, scale=5.0)
+    assert FeatureSpec.of("text", Column(np.zeros((2, 4), np.float32))).scale == 1
 
 
 @pytest.mark.parametrize(
@@ -159,8 +158,8 @@ def test_impossible_columns_are_refused(change: dict[str, object], message: str)
 
 
 def test_a_saved_table_is_the_same(tmp_path: Path) -> None:
-    features = ItemFeatures({"genres": category([[0, 2], [], [1]]), "price": NumberColumn(np.float32([1, np.nan, 3]))})
-    columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
+    features = {"genres": category([[0, 2], [], [1]]), "price": Column(np.float32([1, np.nan, 3]))}
+    columns = [FeatureSpec.of(name, column) for name, column in features.items()]
     table = ItemFeatureTable.of(features, columns)
     table.save(tmp_path)
     loaded = ItemFeatureTable.load(tmp_path, columns)
@@ -171,16 +170,14 @@ def test_a_saved_table_is_the_same(tmp_path: Path) -> None:
 
 def test_the_keys_of_a_category_do_not_depend_on_the_other_columns() -> None:
     brand = [[1], [], [0], [2], [2], [], [0], [1], [2]]
-    features = ItemFeatures(
-        {
-            "genres": category([[0, 2], [1], [], [0], [1, 2], [2], [], [0, 1, 2], [1]]),
-            "price": NumberColumn(np.arange(NUM_ITEMS, dtype=np.float32)),
-            "brand": category(brand),
-            "text": VectorColumn(np.ones((NUM_ITEMS, 2), np.float32)),
-            "topic": category(brand[::-1]),
-        }
-    )
-    columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
+    features = {
+        "genres": category([[0, 2], [1], [], [0], [1, 2], [2], [], [0, 1, 2], [1]]),
+        "price": Column(np.arange(NUM_ITEMS, dtype=np.float32)),
+        "brand": category(brand),
+        "text": Column(np.ones((NUM_ITEMS, 2), np.float32)),
+        "topic": category(brand[::-1]),
+    }
+    columns = [FeatureSpec.of(name, column) for name, column in features.items()]
     table = ItemFeatureTable.of(features, columns)
     keys = [0, *(values[0] + 1 if values else 0 for values in brand)]
     assert table.category_keys(columns, "brand").tolist() == keys
@@ -191,38 +188,38 @@ def test_the_keys_of_a_category_do_not_depend_on_the_other_columns() -> None:
 
 
 def test_a_table_of_another_model_is_refused() -> None:
-    features = ItemFeatures({"genres": category([[2]] * NUM_ITEMS)})
-    columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
+    features = {"genres": category([[2]] * NUM_ITEMS)}
+    columns = [FeatureSpec.of(name, column) for name, column in features.items()]
     table = ItemFeatureTable.of(features, columns)
     with pytest.raises(RuntimeError, match="do not fit the model"):
-        FeatureEncoder(columns, DIM).set_table(table, NUM_ITEMS)
+        ItemFeatureEncoder(columns, DIM).set_table(table, NUM_ITEMS)
     with pytest.raises(RuntimeError, match="do not fit the model"):
-        FeatureEncoder([FeatureSpec("genres", "category", 1)], DIM).set_table(table, 1 + NUM_ITEMS)
+        ItemFeatureEncoder([FeatureSpec("genres", "category", 1)], DIM).set_table(table, 1 + NUM_ITEMS)
     with pytest.raises(RuntimeError, match="do not fit the model"):
-        FeatureEncoder([*columns, FeatureSpec("text", "vector", 2)], DIM).set_table(table, 1 + NUM_ITEMS)
+        ItemFeatureEncoder([*columns, FeatureSpec("text", "vector", 2)], DIM).set_table(table, 1 + NUM_ITEMS)
 
 
 @settings(max_examples=20, deadline=None)
 @given(features=drawn_item_features(), stop=st.integers(0, NUM_ITEMS))
-def test_a_table_grows_item_by_item(features: ItemFeatures, stop: int) -> None:
-    columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
+def test_a_table_grows_item_by_item(features: Columns, stop: int) -> None:
+    columns = [FeatureSpec.of(name, column) for name, column in features.items()]
     whole = ItemFeatureTable.of(features, columns)
-    first, rest = (features.select(rows) for rows in np.split(np.arange(NUM_ITEMS), [stop]))
+    first, rest = (selected(features, rows) for rows in np.split(np.arange(NUM_ITEMS), [stop]))
     grown = ItemFeatureTable.of(first, columns).extended(rest, columns)
     assert grown.content(1 + NUM_ITEMS) == whole.content(1 + NUM_ITEMS)
 
 
 def test_unseen_values_are_missing() -> None:
-    known = ItemFeatures({"genres": category([[0, 2], [1]])})
-    columns = [FeatureSpec.of("genres", known.columns["genres"])]
-    others = CategoryColumn(Vocabulary.from_ids(["anime", "war"]), np.int32([0, 0, 1]), np.array([0, 1, 3]))
-    grown = ItemFeatureTable.of(known, columns).extended(ItemFeatures({"genres": others}), columns)
+    known = {"genres": category([[0, 2], [1]])}
+    columns = [FeatureSpec.of("genres", known["genres"])]
+    others = Column(np.int32([0, 0, 1]), Vocabulary.from_ids(["anime", "war"]), np.array([0, 1, 3]))
+    grown = ItemFeatureTable.of(known, columns).extended({"genres": others}, columns)
     missing, war = 0, 1 + GENRES.index("war")
     assert grown.entry.tolist()[3:] == [missing, war] and grown.weight.tolist()[3:] == [1, 1]
 
 
 def test_vectors_of_inference_follow_the_weights() -> None:
-    encoder, _ = encoder_of(ItemFeatures({"genres": category([[0, 2], [1], [], [0], [1, 2], [2], [], [0, 1, 2], [1]])}))
+    encoder, _ = encoder_of({"genres": category([[0, 2], [1], [], [0], [1, 2], [2], [], [0, 1, 2], [1]])})
     rows = torch.arange(1 + NUM_ITEMS)
     with torch.inference_mode():
         before = encoder.eval()(rows)
@@ -237,8 +234,8 @@ def test_vectors_of_inference_follow_the_weights() -> None:
 
 @pytest.mark.parametrize("values", [[1, 2, 3], ["a", "b", "c", "d"]], ids=str)
 def test_damaged_values_are_refused(tmp_path: Path, values: list[Any]) -> None:
-    features = ItemFeatures({"genres": category([[0, 2], [], [1]])})
-    columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
+    features = {"genres": category([[0, 2], [], [1]])}
+    columns = [FeatureSpec.of(name, column) for name, column in features.items()]
     table = ItemFeatureTable.of(features, columns)
     table.save(tmp_path)
     (tmp_path / "item_values_0.offsets.npy").unlink()
@@ -276,7 +273,7 @@ def test_vectors_equal_a_plain_reading(rows: list[tuple[int, float]]) -> None:
     reader = RowFeatureReader.of(features, VALUES)
     encoder = drawn_encoder(reader)
     encoded = reader.encode(features, len(rows))
-    found = encoder(torch.from_numpy(encoded.entry), torch.from_numpy(encoded.dense)).detach().numpy()
+    found = encoder(encoded).detach().numpy()
     values, seconds = encoder.values.detach().numpy(), reader.columns[1]
     for index, (code, number) in enumerate(rows):
         expected = values[1 + code].copy()
@@ -296,7 +293,7 @@ def test_features_change_nothing_before_training() -> None:
     reader = RowFeatureReader.of(features, VALUES)
     encoded = reader.encode(features, 2)
     made = RowFeatureEncoder(reader.columns, DIM)
-    assert not made(torch.from_numpy(encoded.entry), torch.from_numpy(encoded.dense)).any()
+    assert not made(encoded).any()
 
 
 def test_unknown_values_and_columns_that_are_not_given_are_missing() -> None:
@@ -388,13 +385,13 @@ def test_a_reader_reads_logs_and_callers_alike(tmp_path: Path) -> None:
 
 def test_an_item_table_reads_hashed_values(tmp_path: Path) -> None:
     texts = Vocabulary.from_ids(["p", "q", "r"])
-    columns = CategoryColumn(texts, np.array([0, 2, 1], np.int32), np.array([0, 2, 2, 3]))
-    table = ItemFeatureTable.of(ItemFeatures({"url": columns}), [URL])
+    columns = Column(np.array([0, 2, 1], np.int32), texts, np.array([0, 2, 2, 3]))
+    table = ItemFeatureTable.of({"url": columns}, [URL])
     expected = 1 + HashedVocabulary(1000).rows(["p", "r", "q"])
     assert table.entry.tolist() == [*sorted(expected[:2].tolist()), 0, expected[2]]
     assert table.weight.tolist() == [0.5, 0.5, 1.0, 1.0] and table.fits(4, URL.num_rows, 0)
-    new = CategoryColumn(Vocabulary.from_ids(["new"]), np.array([0], np.int32), np.array([0, 1]))
-    grown = table.extended(ItemFeatures({"url": new}), [URL])
+    new = Column(np.array([0], np.int32), Vocabulary.from_ids(["new"]), np.array([0, 1]))
+    grown = table.extended({"url": new}, [URL])
     assert grown.entry[-1] == 1 + HashedVocabulary(1000).rows(["new"])[0]
     grown.save(tmp_path)
     assert ItemFeatureTable.load(tmp_path, [URL]).entry.tolist() == grown.entry.tolist()

@@ -18,7 +18,6 @@ from vista.config import ModelConfig
 from vista.config.checks import Activation, Normalization, Precision, TargetAttentionKind
 from vista.log.histories import NUM_GAPS, gap_bucket, history_gaps
 from vista.model import inference
-from vista.model.feature_encoder import EventEncoder
 from vista.model.features import Schema
 from vista.model.inference import pad_tail
 from vista.model.layers import (
@@ -33,6 +32,7 @@ from vista.model.layers import (
     silu,
     split_heads,
 )
+from vista.model.ranking_model import EventEncoder
 from vista.model.summarizer import QuasiLinearRead, Stage1Config, state_rows
 from vista.model.target_attention import MASKED, PointwiseLayer, target_layer
 from vista_kernels import accumulate_state, reference

@@ -24,7 +24,6 @@ from vista.model.baselines.sequence_models import (
     attend_causally,
     decayed_attention,
 )
-from vista.model.features import EncodedRows
 from vista.model.registry import load_model
 
 LENGTHS = [0, 1, 9, 4, 0, 7, 12]
@@ -219,10 +218,10 @@ def test_training_at_a_position_is_a_request_after_its_events(
     late = (chunks.impressions.chunk > 0) | (chunks.impressions.position > 8)
     assert not late.all() and chunks.impressions.chunk[late][0] == 0
     shown = chunks.impressions
-    parts = {field.name: getattr(shown, field.name) for field in fields(shown)}
+    parts = {field.name: getattr(shown, field.name) for field in fields(shown) if field.name != "features"}
     # Of the features, the last row is that of requests without them.
-    kept = {"entry": np.append(late, True), "dense": np.append(late, True)}
-    shown = replace(shown, **{name: part[kept.get(name, late)] for name, part in parts.items()})
+    features = shown.features.select(np.append(late, True))
+    shown = replace(shown, features=features, **{name: part[late] for name, part in parts.items()})
     chunks, shown_at = replace(chunks, impressions=shown), shown_at[late]
     plan = make.plan(model, timeless_share=0.0, anchors=make.anchor_plan())
     batch = make.batch(chunks, plan, 5)
@@ -261,7 +260,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
     for n, (owner, seen) in enumerate(zip(chunks.impressions.chunk, chunks.impressions.position, strict=True)):
         before = asked.slice(int(owner), 0, int(seen))
         item = torch.from_numpy(chunks.impressions.item[None, n : n + 1])
-        features = EncodedRows(chunks.impressions.entry[[n]], chunks.impressions.dense[[n]])
+        features = chunks.impressions.features.select([n])
         now, user = shown_at[n : n + 1], own.select([owner])
         logits = model.candidate_logits(before, item, now, features=features, users=user)[0, 0]
         for index, task in enumerate(model.schema.tasks):

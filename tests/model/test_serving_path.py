@@ -176,7 +176,7 @@ def test_training_at_a_position_is_serving_after_its_events(make: SimpleNamespac
         owner, position = impressions.chunk[window, place], impressions.position[window, place]
         context, tail = served_context(make, model, packed, batch, window, owner, position)
         number = impressions.number[window, place]
-        features = EncodedRows(chunks.impressions.entry[[number]], chunks.impressions.dense[[number]])
+        features = chunks.impressions.features.select([number])
         asked = inference.request_vectors(model, shown_at[[number]], tail, features)
         candidate = torch.from_numpy(chunks.impressions.item[[[number]]])
         close(trained_logits[window, place], inference.candidate_logits(model, context, asked, candidate)[0, 0])
@@ -394,10 +394,13 @@ def test_a_share_of_the_windows_trains_requests_without_features(make: SimpleNam
     chunks, _ = make.chunks(make.histories([60, 60, 60], 17), 17, impressions=200, requests=True)
     bare = make.batch(chunks, make.plan(model, featureless_share=0.5)).impressions
     full = make.batch(chunks, make.plan(model)).impressions
-    is_missing = (bare.entry == torch.from_numpy(chunks.impressions.entry[-1])).all(-1)
+    is_missing = (bare.features.entry == torch.from_numpy(chunks.impressions.features.entry[-1])).all(-1)
     is_shown = full.mask.any(-1)
     by_window = (is_missing & is_shown).sum(1) / is_shown.sum(1).clamp(min=1)
     assert 0.3 < (by_window == 1).float().mean() < 0.7
     kept = ~is_missing & is_shown
-    assert torch.equal(bare.entry[kept], full.entry[kept]) and torch.equal(bare.dense[kept], full.dense[kept])
+    assert all(
+        torch.equal(getattr(bare.features, part)[kept], getattr(full.features, part)[kept])
+        for part in ("entry", "dense")
+    )
     assert torch.equal(bare.gap, full.gap) and torch.equal(bare.item, full.item)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.conftest import Served
 from vista.evaluation.comparison import AucMeasure, Estimate, MeanMeasure, PerUserMetrics, drawn_aucs
 from vista.log.event_log import EventLog
-from vista.log.features import CategoryColumn, ItemFeatures
+from vista.log.features import Column
 from vista.log.vocabulary import Vocabulary
 from vista.model.inference import item_vectors
 from vista.report import sections
@@ -201,8 +201,8 @@ def test_an_undefined_baseline_is_neither_shown_nor_listed_first() -> None:
 def test_ages_by_category(impression_log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
     log = impression_log
     items = np.arange(log.num_items)
-    topics = CategoryColumn(Vocabulary.from_ids(np.arange(5)), (items % 5).astype(np.int32), np.r_[items, len(items)])
-    monkeypatch.setattr(log, "item_features", ItemFeatures({"topic": topics}))
+    topics = Column((items % 5).astype(np.int32), Vocabulary.from_ids(np.arange(5)), np.r_[items, len(items)])
+    monkeypatch.setattr(log, "item_features", {"topic": topics})
     user, item = np.arange(log.num_users), np.zeros(log.num_users, np.int64)
     measure = MeanMeasure("m", "m", user, log.lengths, item, {"own": np.ones(log.num_users)})
     ages = category_ages(measure, log, "topic")

@@ -13,9 +13,17 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-import torch
 
-from tests.conftest import DAY, LENGTHS, START, Served, draw_counter_weights, small_config, small_frame, tail_of
+from tests.conftest import (
+    DAY,
+    LENGTHS,
+    START,
+    Served,
+    draw_counter_weights,
+    small_frame,
+    tail_of,
+    untrained,
+)
 from vista.cli.item_commands import run_index, run_items_add
 from vista.config import IndexConfig, ItemsAddConfig, ItemTableConfig
 from vista.config.checks import IndexKind
@@ -27,7 +35,6 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.scorer.ranking import Ranking
-from vista.training.log_schema import schema_of
 
 USERS = [100 + number for number in range(len(LENGTHS))]
 ITEMS = np.unique(small_frame()["item"])
@@ -47,9 +54,7 @@ def item_table(items: Any, seed: int = 1) -> dict[str, Any]:
 
 def export(folder: Path, log: EventLog, seed: int = 5, **changes: Any) -> VistaModel:
     """An untrained model with counters, popularity, and weights of the heads as if it were trained; and its store."""
-    config = small_config(log, "unused", model__counters=True, model__popularity=True, **changes)
-    torch.manual_seed(seed)
-    model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
+    model = untrained(log, seed, model__counters=True, model__popularity=True, **changes)
     model.set_item_features(feature_table(log))
     draw_counter_weights(model)
     model.save_pretrained(folder / "model")
@@ -59,8 +64,7 @@ def export(folder: Path, log: EventLog, seed: int = 5, **changes: Any) -> VistaM
 
 def feature_table(log: EventLog) -> ItemFeatureTable:
     features = log.item_features
-    assert features is not None
-    return ItemFeatureTable.of(features, [FeatureSpec.of(name, column) for name, column in features.columns.items()])
+    return ItemFeatureTable.of(features, [FeatureSpec.of(name, column) for name, column in features.items()])
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +114,9 @@ def candidates_of(scorer: Scorer, user: int, count: int, **options: Any) -> set[
     """The items of the user's tail and counters, and the nearest `count` others."""
     items, vectors = scorer.item_vectors()
     distances = scorer.user_vectors([user], **options)[0] @ vectors.T
-    with scorer._call([user], options.get("tail"), options.get("now")) as (_, request):
-        own = set(items[request.tail.item[request.tail.valid] - 1].tolist())
+    with scorer._call([user], options.get("tail"), options.get("now")) as call:
+        tail = call.request.tail
+        own = set(items[tail.item[tail.valid] - 1].tolist())
     own |= set(scorer.counted_items([user], **options)[0].tolist())
     others = [item for item in items[np.argsort(-distances)].tolist() if item not in own]
     return own | set(others[:count])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.conftest import DAY, ITEMS, START, USERS, Served, run_python, small_config, tail_of
+from tests.conftest import DAY, ITEMS, START, USERS, Served, run_python, tail_of, untrained
 from vista.config.checks import OnMissing, Precision
 from vista.errors import (
     UnknownItemError,
@@ -25,7 +25,6 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import CandidateSet, Scorer, Tail
 from vista.scorer.serving_snapshot import ServingSnapshot
-from vista.training.log_schema import schema_of
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
@@ -181,8 +180,8 @@ def test_unknown_users(served: Served, tmp_path: Path) -> None:
     with Scorer.open(served.model, served.store) as empty:
         scores = empty.score([100, 999, 103], ITEMS)
         np.testing.assert_allclose(scores[[0, 2]], empty.score([100, 103], ITEMS), atol=2e-5)
-        with empty._call([999], None, None) as (snapshot, request):
-            nobody, _ = snapshot.context(request)  # the seeds alone
+        with empty._call([999], None, None) as call:
+            nobody, _ = call.snapshot.context(call.request)  # the seeds alone
         history = inference.summarize(served.model, served.log.slice(0, 0, 0))
         tail = pad_tail(served.model, *(np.zeros(0, np.int64),) * 3, np.zeros(2, np.int64))
         expected = inference.request_context(served.model, history, tail)
@@ -280,8 +279,7 @@ def test_encoded_candidates_are_model_rows(scorer: Scorer) -> None:
 
 
 def test_string_ids(order_log: EventLog, tmp_path: Path) -> None:
-    config = small_config(order_log, "unused")
-    model = VistaModel(config.model, schema_of(order_log, config), order_log.items, config.data).eval()
+    model = untrained(order_log)
     model.save_pretrained(tmp_path / "model")
     refresh(model, order_log, tmp_path / "store")
     with Scorer.open(tmp_path / "model", tmp_path / "store", on_missing="nan") as scorer:

@@ -44,14 +44,17 @@ def good_tail(**changes: Any) -> Tail:
 @pytest.mark.parametrize(
     "users",
     [
-        *([True], [None], [100, "a"], [100.0], [np.nan], [2**63], [-(2**70)], [b"100"], [[100], [103]]),
+        *([True], [None], [100, "a"], ["a"], [100.0], [np.nan], [2**63], [-(2**70)], [b"100"], [[100], [103]]),
+        *([[100]], [np.array([100])]),
         *(np.array([[100]]), np.array(100), np.array([100.0]), np.array([2**63], np.uint64)),
         *(torch.tensor([100.0]), torch.tensor(100), np.array(["2024-01-01"], "datetime64[D]")),
     ],
     ids=repr,
 )
 def test_users(scorer: Scorer, users: Any) -> None:
-    for call in (scorer.score, scorer.predict, lambda users, _: scorer.user_vectors(users)):
+    calls = [scorer.score, scorer.predict, lambda users, _: scorer.user_vectors(users)]
+    calls += [lambda users, _: scorer.rank(users[0])] if isinstance(users, list) and len(users) == 1 else []
+    for call in calls:
         with pytest.raises(UserKeyError, match="user"):
             call(users, ITEMS)
 
@@ -63,12 +66,6 @@ def test_users_that_are_not_a_list(scorer: Scorer, users: Any) -> None:
     for call in (scorer.score, scorer.predict, lambda users, _: scorer.user_vectors(users)):
         with pytest.raises(TypeError, match="users: must be a list or an array of ids"):
             call(users, ITEMS)
-
-
-@pytest.mark.parametrize("user", [None, "a", 1.5, True, [100], np.array([100]), 2**63], ids=repr)
-def test_rank_takes_one_user(scorer: Scorer, user: Any) -> None:
-    with pytest.raises(UserKeyError, match="user"):
-        scorer.rank(user)
 
 
 @pytest.mark.parametrize("items", [None, 10, "10", {10}, {10: 1}, torch.tensor(10)], ids=repr)
@@ -122,6 +119,8 @@ def test_top_k(scorer: Scorer, top_k: Any, error: type[Exception]) -> None:
         ([[START]], ValueError, r"now: must be one time, .*got shape \(1, 1\)"),
         ([[1], [2, 3]], ValueError, "now: the rows differ in length"),
         ([], ValueError, r"now: must be one time, .*got shape \(0,\)"),
+        ([START] * 3, ValueError, r"now: must be one time, or one for each of 1 users, .*\(3,\)"),
+        ("2024-01-01", TypeError, "now: must hold integer milliseconds, got <U10"),
     ],
     ids=repr,
 )
@@ -359,37 +358,28 @@ def test_refusals(scorer: Scorer, call: Call, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("users", "candidates", "now", "error", "message"),
+    ("users", "candidates", "error", "message"),
     [
-        (["abc"], ITEMS, None, UserKeyError, "user 'abc': the user ids of the store are of type int"),
-        ([1.5], ITEMS, None, UserKeyError, "user id 1.5 is a float"),
-        ([100], [[[10]]], None, ValueError, r"candidates: must be of shape \[C\] or \[B, C\], got \(1, 1, 1\)"),
-        ([100], [[10], [20]], None, ValueError, r"candidates: shape \(2, 1\) does not match 1 users"),
-        ([100, 103], [[10], [20, 30]], None, ValueError, "candidates: the rows differ in length"),
-        ([100], ["a"], None, TypeError, "integer ids, got str 'a'"),
-        ([100], (ITEMS, [0, 3]), None, ValueError, r"candidates: offsets must rise from 0 to 6, got 0 to 3"),
+        (["abc"], ITEMS, UserKeyError, "user 'abc': the user ids of the store are of type int"),
+        ([1.5], ITEMS, UserKeyError, "user id 1.5 is a float"),
+        ([100], [[[10]]], ValueError, r"candidates: must be of shape \[C\] or \[B, C\], got \(1, 1, 1\)"),
+        ([100], [[10], [20]], ValueError, r"candidates: shape \(2, 1\) does not match 1 users"),
+        ([100, 103], [[10], [20, 30]], ValueError, "candidates: the rows differ in length"),
+        ([100], ["a"], TypeError, "integer ids, got str 'a'"),
+        ([100], (ITEMS, [0, 3]), ValueError, r"candidates: offsets must rise from 0 to 6, got 0 to 3"),
         (
             [100],
             (ITEMS, [0.0, 6.0]),
-            None,
             ValueError,
             r"candidates: must be values \[N\] and integer offsets \[2\]",
         ),
-        ([100], ([[1], [2]], [0, 2]), None, ValueError, r"candidates: must be values \[N\] and .*\(2, 1\)"),
-        ([100, 103], (ITEMS, [0, 6]), None, ValueError, r"integer offsets \[3\], got values of shape \(6,\)"),
-        ([100], ITEMS, "2024-01-01", TypeError, "now: must hold integer milliseconds, got <U10"),
-        (
-            [100, 103],
-            ITEMS,
-            [START] * 3,
-            ValueError,
-            r"now: must be one time, or one for each of 2 users, .*\(3,\)",
-        ),
+        ([100], ([[1], [2]], [0, 2]), ValueError, r"candidates: must be values \[N\] and .*\(2, 1\)"),
+        ([100, 103], (ITEMS, [0, 6]), ValueError, r"integer offsets \[3\], got values of shape \(6,\)"),
     ],
 )
 def test_the_argument_is_named(
-    scorer: Scorer, users: Any, candidates: Any, now: Any, error: type[Exception], message: str
+    scorer: Scorer, users: Any, candidates: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        scorer.score(users, candidates, now=now)
+        scorer.score(users, candidates)
     assert scorer.score([100], [10]).shape == (1, 1)

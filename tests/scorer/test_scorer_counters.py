@@ -59,8 +59,8 @@ class Opened:
         )
 
     def request(self, users: list[Any], tail: Tail | None, now: Any) -> Request:
-        with self.scorer._call(users, tail, now) as (_, request):
-            return request
+        with self.scorer._call(users, tail, now) as call:
+            return call.request
 
     def counters(self, users: list[Any], tail: Tail | None, now: Any) -> RequestCounters:
         counters = self.request(users, tail, now).counters

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.conftest import DAY, START, Served, small_config, tail_of
+from tests.conftest import DAY, START, Served, tail_of, untrained
 from vista.config.checks import TargetAttentionKind
 from vista.log.event_log import EventLog
 from vista.model import inference
@@ -22,7 +22,6 @@ from vista.model.target_attention import PointwiseLayer, TargetContext
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.training.log_schema import schema_of
 
 POINTWISE = TargetAttentionKind.pointwise
 
@@ -34,9 +33,7 @@ def opened(
     """A scorer with three target layers with different biases, three tasks and the next item; with a mean token."""
     kind, mean = request.param
     options = {"model__num_target_layers": 3, "model__target_attention": kind, "model__mean_token": mean}
-    config = small_config(impression_log, "unused", **options)
-    torch.manual_seed(5)
-    model = VistaModel(config.model, schema_of(impression_log, config), impression_log.items, config.data).eval()
+    model = untrained(impression_log, 5, **options)
     with torch.no_grad():
         for name, weight in model.target_attention.named_parameters():
             noisy = name.endswith("bias") or "norm" in name or name.startswith("reads.")

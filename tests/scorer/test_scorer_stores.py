@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ITEMS, USERS, Served, sign_model, small_config
+from tests.conftest import ITEMS, USERS, Served, sign_model, untrained
 from tests.forked_child import in_child
 from vista.config.checks import Precision
 from vista.errors import (
@@ -39,7 +39,6 @@ from vista.scorer import Scorer
 from vista.scorer.scorer import LATENCY_BOUNDS_MS, AnswerSource, ScorerStats
 from vista.store.admin import compact_store
 from vista.store.layout import Shard
-from vista.training.log_schema import schema_of
 
 Call = Callable[[Scorer], object]
 
@@ -156,17 +155,11 @@ def test_folders_that_are_not_a_store_are_neither_opened_nor_written(served: Ser
         assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 
-@pytest.fixture(scope="module")
-def tail_only(event_log: EventLog) -> VistaModel:
-    """A model without summary tokens, whose scores depend on the tail alone."""
-    config = small_config(event_log, "unused", model__num_seeds=0)
-    return VistaModel(config.model, schema_of(event_log, config), event_log.items, config.data).eval()
-
-
-def test_a_store_of_another_model_is_refused_and_both_are_named(served: Served, tail_only: VistaModel) -> None:
-    ids = (served.model.summarizer_id().hex(), tail_only.summarizer_id().hex())
+def test_a_store_of_another_model_is_refused_and_both_are_named(served: Served) -> None:
+    other = untrained(served.log, model__num_seeds=0)
+    ids = (served.model.summarizer_id().hex(), other.summarizer_id().hex())
     with pytest.raises(SummarizerMismatchError, match=f"summarizer {ids[0]}, but the model's is {ids[1]}"):
-        Scorer.open(tail_only, served.store)
+        Scorer.open(other, served.store)
 
 
 def test_a_store_with_shorter_tails_is_refused(served: Served, tmp_path: Path) -> None:
@@ -259,12 +252,6 @@ def test_a_model_in_memory_and_a_store_with_shards(served: Served, tmp_path: Pat
         assert sorted(reader.generation for reader in scorer.store._readers) == [1, 2]  # type: ignore[union-attr]
         scorer.score(USERS, ITEMS)
         assert scorer.answered_from == AnswerSource(1, None)
-
-
-def untrained(log: EventLog, seed: int, **changes: Any) -> VistaModel:
-    config = small_config(log, "unused", **changes)
-    torch.manual_seed(seed)
-    return VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
 
 
 def wait_for_end(thread: threading.Thread) -> None:

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import DAY, ITEMS, START, Served, small_config, small_frame, tail_of
+from tests.conftest import DAY, ITEMS, START, Served, small_frame, tail_of, untrained
 from vista.arrays import Int
 from vista.cli.item_commands import run_index
 from vista.cli.serving_commands import run_score
@@ -33,7 +33,6 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
 from vista.scorer.request import checked_tail, merge_tails
-from vista.training.log_schema import schema_of
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
@@ -41,8 +40,7 @@ pytestmark = pytest.mark.usefixtures("no_warnings")
 @pytest.fixture(scope="module")
 def tail_only(event_log: EventLog) -> VistaModel:
     """A model without summary tokens, whose scores depend on the tail alone."""
-    config = small_config(event_log, "unused", model__num_seeds=0)
-    return VistaModel(config.model, schema_of(event_log, config), event_log.items, config.data).eval()
+    return untrained(event_log, model__num_seeds=0)
 
 
 def _rows(log: EventLog, row: int, first: int) -> list[tuple[int, int, int]]:
@@ -133,9 +131,7 @@ def test_an_unknown_action_is_refused_under_every_policy(served: Served, policy:
 def test_the_only_action_needs_no_name(tmp_path: Path) -> None:
     frame = {key: values for key, values in small_frame().items() if key not in ("action", "rating")}
     log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms")
-    config = small_config(log, "unused")
-    model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
-    refresh(model, log, tmp_path / "store")
+    refresh(model := untrained(log), log, tmp_path / "store")
     events = tail_of([(100, [(10, START + 900 * DAY, 0)])])
     with Scorer.open(model, tmp_path / "store") as scorer:
         expected = scorer.score([100], ITEMS, tail=events)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import DAY, ITEMS, START, USERS, Served, draw_counter_weights, small_config, small_frame
+from tests.conftest import DAY, ITEMS, START, USERS, Served, draw_counter_weights, small_frame, untrained
 from vista.config import SourceColumns
 from vista.config.checks import Split
 from vista.log.event_log import EventLog
@@ -22,7 +22,6 @@ from vista.model.saved_model import WEIGHTS_FILE, SharedTables, tables_of, total
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.training.log_schema import schema_of
 
 TOLERANCE = 1e-5
 """Between projections that the export holds and those that a request computes (docs/guides/serve.md)."""
@@ -153,12 +152,10 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         impressions={name: shown[name] for name in ("user", "item", "timestamp", "click")},
     )
     times = {"data__validation_from": str(START + 20 * DAY), "data__test_from": str(START + 30 * DAY)}
-    config = small_config(log, "unused", model__counters=True, model__popularity=True, data__split=Split.time, **times)
-    torch.manual_seed(5)
-    model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
+    model = untrained(log, 5, model__counters=True, model__popularity=True, data__split=Split.time, **times)
     features = log.item_features
-    assert features is not None and model.features is not None
-    columns = [FeatureSpec.of(name, column) for name, column in features.columns.items()]
+    assert model.features is not None
+    columns = [FeatureSpec.of(name, column) for name, column in features.items()]
     model.set_item_features(ItemFeatureTable.of(features, columns))
     draw_counter_weights(model)
     with torch.no_grad():

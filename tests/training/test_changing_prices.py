@@ -19,7 +19,7 @@ from vista.evaluation.cases import impression_cases
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.batch import Batch
 from vista.log.event_log import EventLog
-from vista.model.features import FeatureSpec
+from vista.model.features import EncodedRows, FeatureSpec
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
@@ -87,11 +87,11 @@ def batches_of(made: Trainer) -> list[Batch]:
     return [made.source.batch(0, index) for index in range(made.source.num_batches(0))]
 
 
-def read_prices(dense: torch.Tensor | None, columns: list[FeatureSpec]) -> NDArray[np.float64]:
+def read_prices(features: EncodedRows | None, columns: list[FeatureSpec]) -> NDArray[np.float64]:
     """The prices from which a model's inputs were standardized."""
     (price,) = columns
-    assert dense is not None
-    return np.round((dense[..., 0].double().numpy() * price.scale + price.mean) * 4) / 4
+    assert features is not None
+    return np.round((features.dense[..., 0].double().numpy() * price.scale + price.mean) * 4) / 4
 
 
 def tensors_of(part: Any) -> list[torch.Tensor]:
@@ -111,15 +111,16 @@ def test_training_reads_the_price_of_each_row(log: EventLog, events: Columns, sh
     row_of = {price: row for row, price in enumerate(shown["price"].tolist())}
     num_events, rows = 0, []
     for batch in batches_of(made):
-        prices = read_prices(batch.events.dense, made.model.schema.event_features)
+        prices = read_prices(batch.events.features, made.model.schema.event_features)
         item = items[batch.rows[batch.events.item].numpy() - 1].tolist()
         for key, price in zip(zip(item, batch.events.clock.tolist(), strict=True), prices, strict=True):
             assert price == paid[key]
             num_events += 1
         seen = batch.impressions
-        assert seen.entry is not None
-        known = seen.mask.any(-1) & (seen.entry[..., 0] > 0)  # without the tenth whose features training leaves out
-        prices = read_prices(seen.dense, made.model.schema.request_features)[known.numpy()]
+        assert seen.features is not None
+        is_described = seen.features.entry[..., 0] > 0  # all but the tenth whose features training leaves out
+        known = seen.mask.any(-1) & is_described
+        prices = read_prices(seen.features, made.model.schema.request_features)[known.numpy()]
         item = items[batch.rows[seen.item[known]].numpy() - 1]
         own = [row_of[price] for price in prices.tolist()]
         assert item.tolist() == shown["item"][own].tolist()
@@ -158,15 +159,15 @@ def test_a_row_does_not_read_later_prices_of_its_item(
     time_of = dict(zip(shown["price"].tolist(), shown["timestamp"].tolist(), strict=True))
     for one, changed in zip(batches_of(first), batches_of(second), strict=True):
         before, after = (
-            read_prices(batch.events.dense, made.model.schema.event_features)
+            read_prices(batch.events.features, made.model.schema.event_features)
             for batch, made in ((one, first), (changed, second))
         )
         assert torch.equal(one.events.clock, changed.events.clock)
         assert ((before == after) == (one.events.clock < MIDDLE).numpy()).all()
-        assert one.impressions.entry is not None
-        known = (one.impressions.mask.any(-1) & (one.impressions.entry[..., 0] > 0)).numpy()
+        assert one.impressions.features is not None
+        known = (one.impressions.mask.any(-1) & (one.impressions.features.entry[..., 0] > 0)).numpy()
         before, after = (
-            read_prices(batch.impressions.dense, made.model.schema.request_features)[known]
+            read_prices(batch.impressions.features, made.model.schema.request_features)[known]
             for batch, made in ((one, first), (changed, second))
         )
         assert ((before == after) == [time_of[price] < MIDDLE for price in before.tolist()]).all()

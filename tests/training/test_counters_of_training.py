@@ -36,9 +36,9 @@ from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.log.splits import split_until, visible_counts
 from vista.model import inference
-from vista.model.anchor_losses import start_counted
 from vista.model.baselines.sequence_models import SequenceModel
 from vista.model.inference import pad_tail
+from vista.model.losses import start_counted
 from vista.model.ranking_model import RankingModel
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel

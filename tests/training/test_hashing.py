@@ -33,6 +33,7 @@ from vista.config import ItemsAddConfig, ItemTableConfig, TrainConfig
 from vista.config.checks import Architecture
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
+from vista.log.features import selected
 from vista.model.features import HashedVocabulary
 from vista.model.layers import EmbeddingFeature, hashed_rows
 from vista.model.registry import with_items
@@ -192,8 +193,7 @@ def test_items_without_training_events_are_their_features(
 
 def test_added_items_are_their_features(log: EventLog, item_run: Run) -> None:
     _, model = item_run
-    assert log.item_features is not None
-    grown = with_items(model, [1001, 1002], log.item_features.select(np.array([3, 7])))
+    grown = with_items(model, [1001, 1002], selected(log.item_features, np.array([3, 7])))
     old, new = torch.arange(1 + len(model.items)), torch.from_numpy(grown.item_rows([1001, 1002]))
     with torch.no_grad():
         assert torch.equal(grown.item_vectors(old), model.item_vectors(old))

@@ -19,6 +19,7 @@ from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, Tr
 from vista.config.checks import Architecture, Codec, Decay, InitFreeze, Split, to_dict
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
+from vista.log.features import selected
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import Schema
@@ -247,12 +248,12 @@ def test_features_of_the_items_with_rows(tmp_path: Path) -> None:
     log = as_log(frame, tmp_path / "log", items=feature_frame(items))
     config = small_config(log, tmp_path / "run", data__min_item_events=LEAST, optim__learning_rate=2e-2)
     model = train(config, log)
-    assert ids_of(model) == frequent(frame) and model.feature_table is not None and log.item_features is not None
+    assert ids_of(model) == frequent(frame) and model.feature_table is not None
     own = model.items.ids(np.arange(len(model.items)))
-    of_log = log.item_features.select(log.items.rows(own))
+    of_log = selected(log.item_features, log.items.rows(own))
     assert not model.feature_table.differs(np.arange(1, 1 + len(own)), of_log, model.schema.item_features).any()
     rare = np.setdiff1d(items, own)
-    more = with_items(model, rare.tolist(), log.item_features.select(log.items.rows(rare)))
+    more = with_items(model, rare.tolist(), selected(log.item_features, log.items.rows(rare)))
     refresh(model, log, tmp_path / "store")
     with Scorer.open(model, tmp_path / "store") as before, Scorer.open(more, tmp_path / "store") as after:
         unknown, by_features = before.score([103], rare), after.score([103], rare)

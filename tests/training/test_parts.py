@@ -48,9 +48,9 @@ from vista.evaluation.answers import RawHistoryAnswers
 from vista.evaluation.cases import ImpressionCases, impression_cases, request_starts
 from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
 from vista.log.event_log import EventLog
+from vista.log.features import selected
 from vista.log.splits import split_until, visible_counts
 from vista.model.baselines.history_model import HistoryModel
-from vista.model.inference import request_feature_vectors
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model, with_items
 from vista.model.vista_model import VistaModel
@@ -85,7 +85,7 @@ def recoded(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
     codes = (
         recoded.event_features["surface"],
         recoded.request_features["device"],
-        recoded.user_features.values["region"],
+        recoded.user_features["region"].values,
     )
     assert [ids(values)[:2] for values in codes] == [["a", "app"], ["a", "desktop"], ["a", "north"]]
     return recoded
@@ -191,14 +191,14 @@ def test_without_features_nothing_changes(log: EventLog, tmp_path: Path, names: 
 
 def test_a_run_without_tasks_reads_no_features_of_requests(log: EventLog, tmp_path: Path) -> None:
     made = Trainer(feature_config(log, tmp_path, optim__task_weight=0.0), log)
-    assert made.model.schema.request_features == [] and made.source.batch(0, 0).impressions.entry is None
+    assert made.model.schema.request_features == [] and made.source.batch(0, 0).impressions.features is None
 
 
 @pytest.mark.parametrize("architecture", [Architecture.vista, Architecture.sasrec])
 def test_a_batch_without_features_is_refused(log: EventLog, tmp_path: Path, architecture: Architecture) -> None:
     made = Trainer(feature_config(log, tmp_path / "run", **of_architecture(architecture)), log)
     batch = made.source.batch(0, 0)
-    bare = replace(batch, events=replace(batch.events, entry=None, dense=None))
+    bare = replace(batch, events=replace(batch.events, features=None))
     with pytest.raises(ValueError, match="has no features of events, which the model reads"):
         made.model.losses(bare, made.model.item_vectors(bare.rows), made.config.optim)
 
@@ -218,7 +218,7 @@ def test_training_knows_no_value_of_hidden_rows(log: EventLog, tmp_path: Path, h
     users["region"], users["age"] = np.where(rows, "east", users["region"]), np.where(rows, 200.0, users["age"])
     other = log_of(tables, tmp_path / "log")
     found, expected = (Trainer(feature_config(one, tmp_path / "run"), one).model for one in (other, log))
-    assert changed > 500 and other.user_features.values["region"] is not None
+    assert changed > 500 and other.user_features["region"].values is not None
     for name in ("events", "impressions", "users"):
         part = PARTS[name]
         is_equal = getattr(found.schema, part.schema) == getattr(expected.schema, part.schema)
@@ -463,7 +463,7 @@ def test_a_warm_start_matches_values_by_name(
             assert model.summarizer_id() == base.summarizer_id()
     request = {"device": ["phone", "tv", None], "hour": [1.0, 20.0, None]}
     vectors = [
-        request_feature_vectors(one, one.request_features.encode(one.request_features.parse(request, 3), 3), 3)
+        one.request_encoder(one.request_features.encode(one.request_features.parse(request, 3), 3))
         for one in (base, made.model)
         if one.request_features is not None
     ]
@@ -510,8 +510,7 @@ def test_downstream_models_keep_the_features_of_their_base(
     _, kept, store = base
     config = downstream_config(base, tmp_path / "run", use_user_features=use_user_features)
     if not use_user_features:  # and with items that were added to the base
-        assert log.item_features is not None
-        kept = with_items(kept, [10**6, 10**6 + 1], log.item_features.select(np.array([3, 5])))
+        kept = with_items(kept, [10**6, 10**6 + 1], selected(log.item_features, np.array([3, 5])))
         kept.save_pretrained(tmp_path / "base")
         config.base = str(tmp_path / "base")
     model = train(config, log)

@@ -19,6 +19,7 @@ from vista.config.checks import Codec
 from vista.errors import CheckpointError, StoreError
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
+from vista.log.features import row_features
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import RowFeatureReader
 from vista.model.inference import LogUsers, user_feature_vectors
@@ -205,7 +206,8 @@ def test_shards_exports_and_copies_hold_features(log: EventLog, model: VistaMode
 
 def test_a_call_may_pass_features_of_users(log: EventLog, best: Path, store: Path) -> None:
     """They replace those of the record, so a user without a record scores as one with an empty history."""
-    now, known = END + HOUR, log.user_features.rows.named(log.user_features.values)
+    rows, values = row_features(log.user_features)
+    now, known = END + HOUR, rows.named(values)
     with Scorer.open(best, store) as scorer:
         users = [int(user) for user in list(scorer.store.keys())[:3]]
         own = {name: [column[row] for row in log.users.rows(users)] for name, column in known.items()}

@@ -30,6 +30,7 @@ from vista.config.checks import Architecture, Codec, InitFreeze, ItemStart, Spli
 from vista.errors import CheckpointError, ConfigError, LeakageError
 from vista.examples.item_statistics import item_factors
 from vista.log.event_log import EventLog
+from vista.log.features import selected
 from vista.model.registry import with_items
 from vista.model.vista_model import STAGE1_WEIGHTS, VistaModel
 from vista.refresh import RefreshOptions, refresh
@@ -109,8 +110,7 @@ def test_items_that_the_logs_table_lacks_keep_their_features(
 ) -> None:
     """The model knows an item from a newer table than that of the log."""
     config, base = earlier
-    assert feature_log.item_features is not None
-    added = with_items(base, [7777], feature_log.item_features.select(np.array([4])))
+    added = with_items(base, [7777], selected(feature_log.item_features, np.array([4])))
     added.save_pretrained(tmp_path / "best")
     frame = more_events()
     frame["item"] = np.where(frame["item"] == 1000, 7777, frame["item"])
@@ -128,8 +128,7 @@ def test_items_that_the_logs_table_lacks_keep_their_features(
 
 def test_added_items_that_the_log_lacks_are_their_features(feature_log: EventLog, earlier: Run, tmp_path: Path) -> None:
     config, base = earlier
-    assert feature_log.item_features is not None
-    added = with_items(base, [7777], feature_log.item_features.select(np.array([4])))
+    added = with_items(base, [7777], selected(feature_log.item_features, np.array([4])))
     added.save_pretrained(tmp_path / "best")
     run_dir = tmp_path / "run"
     run_dir.mkdir()

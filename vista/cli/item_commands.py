@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import polars as pl
     import torch
 
-    from vista.log.features import ItemFeatures
+    from vista.log.features import Columns
     from vista.model.codebooks import Codebooks, ResidualCodes
     from vista.model.vista_model import VistaModel
 
@@ -69,6 +69,7 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
         ConfigError: the model was trained without features of items.
         DataError: the table is invalid.
     """
+    from vista.log.features import selected
     from vista.log.ingest.new_features import read_items, with_columns
     from vista.log.vocabulary import Vocabulary
     from vista.model.item_feature_table import check_categories
@@ -94,11 +95,11 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
         rows = model.items.rows(ids.tolist())
         known, new = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0)
         differing = 0
-        if features is not None and model.feature_table is not None:
-            given = features.select(known)
+        if features and model.feature_table is not None:
+            given = selected(features, known)
             differing = int(model.feature_table.differs(1 + rows[known], given, model.schema.item_features).sum())
-        if features is not None and len(new):
-            features = features.select(new)
+        if features and len(new):
+            features = selected(features, new)
             paths = ", ".join(config.items.paths)
             check_categories(model.config, features, Vocabulary.from_ids(ids[new]), paths)
             unseen = _unseen_values(features, model)
@@ -120,15 +121,13 @@ def _card(path: Path) -> str | None:
         ) from error
 
 
-def _unseen_values(features: ItemFeatures, model: VistaModel) -> dict[str, str]:
+def _unseen_values(features: Columns, model: VistaModel) -> dict[str, str]:
     """By name of a category column: how many of its values training did not see, with an example."""
-    from vista.log.features import CategoryColumn
-
     assert model.feature_table is not None
     known, unseen = model.feature_table.values, {}
-    for name, column in features.columns.items():
-        if isinstance(column, CategoryColumn) and len(column.codes):
-            used = column.with_used_values().values
+    for name, column in features.items():
+        used = None if column.values is None else column.with_used_values().values
+        if used is not None and len(column.data):
             values = used.ids(np.arange(len(used)))
             new = values[known[name].rows(values.tolist()) < 0]
             if len(new):
@@ -449,7 +448,7 @@ def run_index(config: IndexConfig) -> ItemsIndexed:
         began = time.perf_counter()
         vectors = table[UNKNOWN_ITEM + 1 :].numpy()
         # The popularity is about 1 / temperature times as large as what user vectors multiply it with.
-        last_scale = 1.0 if model.popularity is None else model.config.softmax_temperature
+        last_scale = 1.0 if model.popularity is None else model.temperature
         index = ItemIndex.build(vectors, config.kind, last_scale=last_scale)
         index.save(out)
         seconds = time.perf_counter() - began

@@ -124,7 +124,7 @@ def measure_baselines(model: RankingModel, log: EventLog, config: EvaluateConfig
     returns = is_window or not leaves_out_seen(log, model.data)
     columns = model.rows_of(log.items) - 1
     horizons = asked_horizons(config)
-    known = {"has_time": log.has_time, "returns": returns, "has_features": log.item_features is not None}
+    known = {"has_time": log.has_time, "returns": returns, "has_features": bool(log.item_features)}
     by_horizon = [counting_baselines(horizon_events=n, **known) for n in horizons]
     if config.baselines is AskedBaselines.trained:
         at_one_time = model.data.split is Split.time

@@ -19,7 +19,7 @@ from vista.evaluation.metrics import mean_and_error
 from vista.evaluation.protocol import case_batches, rank_windows
 from vista.examples.item_statistics import distinct_counts, item_counts, pair_counts
 from vista.log.event_log import EventLog
-from vista.log.features import FeatureColumn, VectorColumn
+from vista.log.features import Column
 from vista.log.histories import DAY_MS, Histories, ranges
 from vista.log.splits import visible_blocks
 from vista.model.features import FeatureSpec
@@ -293,15 +293,14 @@ class ContentNeighbors:
 
     def fit(self, log: EventLog, counts: Int, rng: np.random.Generator) -> None:
         self._log = log
-        features = log.item_features
-        if features is None:
+        if not log.item_features:
             raise ValueError(f"{log.path} has no features of items")
         self._tie = tie_breaker(item_counts(log, counts))
         self._values: list[SparseRows] = []
         self._vectors: list[Float32s] = []
-        for name, column in features.columns.items():
-            if isinstance(column, VectorColumn):
-                self._vectors.append(_unit_vectors(column))
+        for name, column in log.item_features.items():
+            if column.kind == "vector":
+                self._vectors.append(_unit_vectors(column.data))
             else:
                 self._values.append(_weighted_values(name, column))
 
@@ -324,16 +323,16 @@ class ContentNeighbors:
         return out
 
 
-def _unit_vectors(column: VectorColumn) -> Float32s:
+def _unit_vectors(given: Float32s) -> Float32s:
     """Vectors of length 1, or 0 where one is missing: a single copy."""
-    vectors: Float32s = np.nan_to_num(column.vectors, nan=0.0)
+    vectors: Float32s = np.nan_to_num(given, nan=0.0)
     largest = np.maximum(vectors.max(axis=1), -vectors.min(axis=1))
     vectors /= np.maximum(largest, np.finfo(np.float32).tiny)[:, None]  # Squares then neither overflow nor vanish.
     vectors /= np.maximum(np.sqrt(np.einsum("vd,vd->v", vectors, vectors)), 1e-12)[:, None]
     return vectors
 
 
-def _weighted_values(name: str, column: FeatureColumn) -> SparseRows:
+def _weighted_values(name: str, column: Column) -> SparseRows:
     """Unit vectors of items over the values of a column."""
     spec = FeatureSpec.of(name, column)
     owner, code = value_codes(column, spec)

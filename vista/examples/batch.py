@@ -1,16 +1,16 @@
 """A training batch: packed events, the cuts at which summaries are read, and windows of label positions.
 
 It is cut from chunks. Letters: B chunks, T packed events, NS segments between cuts, NC cuts, NW windows, W positions
-per window, L tail length, I impressions per window, C columns and D dense inputs of features, J negatives, NA anchors,
-P labels and S counted items per anchor, G fields of counters, F values per key, NR reconstructed stretches, R distinct
-item rows, S seeds of stored summaries, M model dim.
+per window, L tail length, I impressions per window, J negatives, NA anchors, P labels and S counted items per anchor, G
+fields of counters, F values per key, NR reconstructed stretches, R distinct item rows, S seeds of stored summaries, M
+model dim.
 """
 
 from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,12 +25,11 @@ from vista.examples.item_statistics import HistoryCounters
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from vista.model.features import EncodedRows
+
 
 Part = TypeVar("Part", bound="DataclassInstance")
 
-
-Encoded: TypeAlias = tuple[Int, NDArray[np.float32]]
-"""`entry` int64 [N, C] and `dense` float32 [N, D] of N rows, from `RowFeatureReader.encode`."""
 
 # Chunks: packed stretches of users' histories, from which training batches are cut. Letters: N impressions.
 
@@ -53,8 +52,8 @@ class ChunkImpressions:
     """bool [N, num_tasks]: True where a task's label is known."""
     time: Int
     """int64 [N] ms."""
-    features: Encoded | None = None
-    """Of their requests, N + 1 rows: the last one is that of a request without features. None for a model that reads
+    features: EncodedRows | None = None
+    """[N + 1] of their requests; the last row is that of a request without features. None for a model that reads
     none."""
 
     def select(self, index: Int) -> ChunkImpressions:
@@ -125,10 +124,10 @@ class Chunks:
     """float32 [B, S, M] stored summaries; None computes them from the batch's own events."""
     counters: ChunkCounters | None = None
     """Counters of the chunks' users; None without counters."""
-    features: Encoded | None = None
-    """Of the events, T rows; None for a model that reads none."""
-    user_features: Encoded | None = None
-    """B + 1 rows: the last one is that of an unknown user. None for a model that reads none."""
+    features: EncodedRows | None = None
+    """[T] of the events; None for a model that reads none."""
+    user_features: EncodedRows | None = None
+    """[B + 1] of the users; the last row is that of an unknown user. None for a model that reads none."""
 
     @property
     def num_context(self) -> Int:
@@ -162,10 +161,8 @@ class BatchEvents:
     """int64 [B+1]: chunk i holds the events [offsets[i], offsets[i+1])."""
     hidden: Tensor | None
     """bool [T]: True where training shows the event's item as unknown (`data.unknown_share`); None hides no item."""
-    entry: Tensor | None = None
-    """int64 [T, C], like `dense` from `RowFeatureReader.encode`: features of the events. None without them."""
-    dense: Tensor | None = None
-    """float32 [T, D]."""
+    features: EncodedRows | None = None
+    """[T] of the events; None without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,16 +179,6 @@ class BatchCuts:
     """int64 [NC]: packed index of the first event that the cut's summary covers."""
     stop: Tensor
     """int64 [NC]: packed index after the last one."""
-
-
-@dataclass(frozen=True, slots=True)
-class BatchUsers:
-    """Features of the chunks' users, from `RowFeatureReader.encode`."""
-
-    entry: Tensor
-    """int64 [B, C]."""
-    dense: Tensor
-    """float32 [B, D]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,10 +231,8 @@ class BatchImpressions:
     codes: Tensor | None = None
     """uint8 [NW, I, G * F + 1] from `UserCounters.of_pairs`: the user's counters of each item and of its categories, 0
     where they are not counted. None without counters."""
-    entry: Tensor | None = None
-    """int64 [NW, I, C], like `dense` from `RowFeatureReader.encode`: features of the requests. None without them."""
-    dense: Tensor | None = None
-    """float32 [NW, I, D]."""
+    features: EncodedRows | None = None
+    """[NW, I] of the requests; None without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,8 +296,8 @@ class Batch:
     reconstruction: BatchReconstruction
     anchors: BatchAnchors | None = None
     """None without the window loss."""
-    user_features: BatchUsers | None = None
-    """None for a model that reads none."""
+    user_features: EncodedRows | None = None
+    """[B] of the chunks' users; None for a model that reads none."""
     logit_adjustment: Tensor | None = None
     """float32 [R], added during training to an item's logits as label and as negative (`optim.logq_strength`)."""
     stored_summary: Tensor | None = None
@@ -399,8 +384,7 @@ def batch_part(batch: Batch, chunks: Int) -> Batch:
     if anchors is not None:
         new_window = _new_index(window, len(batch.windows.chunk))[anchors.window]
         anchor = (new_window >= 0).nonzero().squeeze(-1)
-        counters = None if anchors.counters is None else _rows(anchors.counters, anchor)
-        anchors = _rows(anchors, anchor, window=new_window[anchor], counters=counters)
+        anchors = _rows(anchors, anchor, window=new_window[anchor])
     return replace(
         batch,
         events=_rows(events, event, offsets=offsets),
@@ -414,16 +398,20 @@ def batch_part(batch: Batch, chunks: Int) -> Batch:
         impressions=_rows(batch.impressions, window),
         reconstruction=_reconstruction(batch.reconstruction, new_cut, shift[cut_chunk]),
         anchors=anchors,
-        user_features=None if batch.user_features is None else _rows(batch.user_features, own),
+        user_features=None if batch.user_features is None else batch.user_features.select(own),
         stored_summary=None if batch.stored_summary is None else batch.stored_summary[own],
     )
 
 
 def _rows(part: Part, index: Tensor, **others: Any) -> Part:
-    """Some rows of all tensors of a part of a batch, except for fields whose values are given."""
-    values = {field.name: getattr(part, field.name) for field in fields(part) if field.name not in others}
-    rows = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
-    return replace(part, **rows, **others)
+    """Some rows of all tensors of a part of a batch and of its own parts, except for fields whose values are given."""
+    for name in {field.name for field in fields(part)} - others.keys():
+        value = getattr(part, name)
+        if isinstance(value, Tensor):
+            others[name] = value[index]
+        elif is_dataclass(value) and not isinstance(value, type):
+            others[name] = _rows(value, index)
+    return replace(part, **others)
 
 
 def _cuts(batch: Batch, own: Tensor, window: Tensor, chunk: Tensor, shift: Tensor) -> tuple[BatchCuts, Tensor, Tensor]:

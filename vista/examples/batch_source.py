@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import TracebackType
-from typing import TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,7 +28,6 @@ from vista.examples.batch import (
     ChunkImpressions,
     Chunks,
     ChunkTimeline,
-    Encoded,
     decay_clock,
 )
 from vista.examples.cuts import CutPlan, cut_batch
@@ -37,6 +36,9 @@ from vista.log.event_keys import Impressions
 from vista.log.event_log import EventLog
 from vista.log.histories import RowFeatures, gap_bucket, history_gaps, ranges, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK, Until, split_until, visible_counts
+
+if TYPE_CHECKING:
+    from vista.model.features import EncodedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,11 +223,11 @@ class NegativeSampler:
 
 MEASURED_BATCHES = 16
 """Batches that the mean number of labels per anchor is measured by."""
-EncodeRows: TypeAlias = Callable[[Int], Encoded]
-"""From rows int64 [N] of a log's impressions or users to features of chunks."""
-EncodeEvents: TypeAlias = Callable[[RowFeatures, int], Encoded]
-"""From features of T events of a log to those of chunks."""
 NO_NEGATIVES = np.zeros(0, np.int64), np.zeros(0, np.float32)
+
+
+def _no_features(*_: object) -> None:
+    """The features that a model without any reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,12 +244,12 @@ class ModelReads:
     not negatives."""
     keys: ItemKeys | None = None
     """What the model's counters count; None without counters."""
-    encode_events: EncodeEvents | None = None
-    """Features of the log's events; None if the model reads none."""
-    encode_requests: EncodeRows | None = None
-    """The same for the requests of the log's impressions."""
-    encode_users: EncodeRows | None = None
-    """The same for the log's users."""
+    encode_events: Callable[[RowFeatures, int], EncodedRows | None] = _no_features
+    """From features of T events of the log to `Chunks.features`; None for a model that reads none, like the others."""
+    encode_requests: Callable[[Int], EncodedRows | None] = _no_features
+    """From rows int64 [N] of the log's impressions to `ChunkImpressions.features`."""
+    encode_users: Callable[[Int], EncodedRows | None] = _no_features
+    """From rows int64 [B] of the log's users to `Chunks.user_features`."""
 
 
 class BatchSource:
@@ -390,6 +392,8 @@ class BatchSource:
             clock=decay_clock(model.decay, time),
             offsets=events.offsets,
             impressions=self._impressions_of(user, start, stop, lead),
+            features=reads.encode_events(events.features, events.num_events),
+            user_features=reads.encode_users(user),
         )
         if anchors is not None:
             chunks.timeline = ChunkTimeline(item, np.asarray(timeline.timestamp), timeline.offsets)
@@ -398,22 +402,18 @@ class BatchSource:
         if reads.keys is not None:
             histories, history = HistoryCounters.of(reads.keys, self._log, self._history_rows, user, stop)
             chunks.counters = ChunkCounters(histories, history, start - lead, self._first[user] if stored else None)
-        if reads.encode_events is not None:
-            chunks.features = reads.encode_events(events.features, events.num_events)
-        if reads.encode_users is not None:
-            chunks.user_features = reads.encode_users(user)
         return chunks
 
     def _impressions_of(self, user: Int, start: Int, stop: Int, lead: Int) -> ChunkImpressions:
         """The impressions of chunks, at positions counted from the first of the `lead` events before each chunk."""
-        visible, encode = self._impressions, self._reads.encode_requests
+        visible = self._impressions
         low, high = visible.ranges(user, start, stop, self._first[user])
         index = ranges(low, high - low)
         shown = visible.shown.select(index)
         chunk = np.repeat(np.arange(len(user)), high - low)
         position = shown.position - (start - lead)[chunk]
-        features = None if encode is None else encode(visible.row[index])
         gap = np.where(position > 0, shown.gap, 0)
+        features = self._reads.encode_requests(visible.row[index])
         return replace(shown, chunk=chunk, position=position, gap=gap, features=features)
 
 

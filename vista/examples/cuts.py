@@ -37,13 +37,11 @@ from vista.examples.batch import (
     BatchLabels,
     BatchNegatives,
     BatchReconstruction,
-    BatchUsers,
     BatchWindows,
     ChunkCounters,
     ChunkImpressions,
     Chunks,
     ChunkTimeline,
-    Encoded,
 )
 from vista.examples.item_statistics import CounterRequests
 from vista.log.histories import DAY_MS, UNKNOWN_GAP, gap_bucket, ranges
@@ -387,6 +385,9 @@ def cut_batch(
     ]
     rows, index = np.unique(np.concatenate(named), return_inverse=True)
     item, negative, candidate, label, next_item, slot = np.split(index, np.cumsum([len(part) for part in named[:-1]]))
+    users = chunks.user_features
+    if users is not None:  # -1 reads the last row: no features
+        users = users.select(np.where(is_unknown, -1, np.arange(len(is_unknown)))).apply(_tensor)
     of_anchors = None
     if anchors is not None:
         slots = None if counted is None else _anchor_counters(counted, slot)
@@ -411,7 +412,7 @@ def cut_batch(
         ),
         reconstruction=reconstruction,
         anchors=of_anchors,
-        user_features=_user_features(chunks, is_unknown),
+        user_features=users,
         stored_summary=None if chunks.summary is None else _tensor(chunks.summary),
     )
 
@@ -488,7 +489,6 @@ def _draw_reconstruction(plan: CutPlan, rng: np.random.Generator, cuts: BatchCut
 
 
 def _events(chunks: Chunks, item: Int, hidden: NDArray[np.bool_] | None) -> BatchEvents:
-    entry, dense = _feature_tensors(chunks.features)
     return BatchEvents(
         item=_tensor(item),
         action=_tensor(chunks.action),
@@ -497,8 +497,7 @@ def _events(chunks: Chunks, item: Int, hidden: NDArray[np.bool_] | None) -> Batc
         clock=_tensor(chunks.clock),
         offsets=_tensor(chunks.offsets),
         hidden=None if hidden is None else _tensor(hidden),
-        entry=entry,
-        dense=dense,
+        features=None if chunks.features is None else chunks.features.apply(_tensor),
     )
 
 
@@ -568,7 +567,6 @@ def _impressions(
         codes = np.zeros((*impression.shape, found.shape[1]), np.uint8)
         codes[is_shown] = found
     described = np.where(is_featureless[:, None], -1, impression)  # -1 reads the last row: no features
-    entry, dense = _feature_tensors(shown.features, described)
     return BatchImpressions(
         item=_tensor(item),
         position=_tensor(np.where(is_shown, position, 0)),
@@ -576,16 +574,8 @@ def _impressions(
         label=_tensor(np.where(is_shown[..., None], shown.label[impression], np.float32(0))),
         mask=_tensor(shown.mask[impression] & is_shown[..., None]),
         codes=None if codes is None else _tensor(codes),
-        entry=entry,
-        dense=dense,
+        features=None if shown.features is None else shown.features.select(described).apply(_tensor),
     )
-
-
-def _user_features(chunks: Chunks, is_unknown: NDArray[np.bool_]) -> BatchUsers | None:
-    """is_unknown: bool [B] chunks without features of their users."""
-    row = np.where(is_unknown, -1, np.arange(len(is_unknown)))  # -1 reads the last row: no features
-    entry, dense = _feature_tensors(chunks.user_features, row)
-    return None if entry is None or dense is None else BatchUsers(entry, dense)
 
 
 def _covered(chunks: Chunks, plan: CutPlan, windows: ChunkWindows, cuts: BatchCuts, window_cut: Int) -> Int | None:
@@ -632,14 +622,6 @@ def _anchors(
         counters=counters,
         mean_labels=plan.anchors.mean_labels,
     )
-
-
-def _feature_tensors(features: Encoded | None, rows: Int | None = None) -> tuple[Tensor | None, Tensor | None]:
-    """`entry` and `dense` of some rows, or all of them."""
-    if features is None:
-        return None, None
-    entry, dense = features
-    return (_tensor(entry), _tensor(dense)) if rows is None else (_tensor(entry[rows]), _tensor(dense[rows]))
 
 
 def _take(values: Int, index: Int) -> Int:

@@ -30,8 +30,7 @@ from vista.log.event_log import EventLog
 from vista.log.splits import leaves_out_seen, part_counts, part_times
 from vista.runs.run_list import RunFiles, RunSummary, badness, thinned
 from vista.scorer import Scorer
-from vista.scorer.request import Request
-from vista.scorer.serving_snapshot import ServingSnapshot
+from vista.scorer.serving_snapshot import Call
 
 MAX_BYTES = 256 << 20
 _HEAD_BYTES = 1 << 16
@@ -209,9 +208,10 @@ class EmptySummaryScorer(Scorer):
     """
 
     @contextmanager
-    def _call(self, users: Any, tail: Any, now: Any) -> Iterator[tuple[ServingSnapshot, Request]]:
-        with super()._call(users, tail, now) as (snapshot, request):
-            yield snapshot, replace(request, summary=snapshot.empty.expand_as(request.summary).clone())
+    def _call(self, users: Any, tail: Any, now: Any) -> Iterator[Call]:
+        with super()._call(users, tail, now) as call:
+            empty = call.snapshot.empty.expand_as(call.request.summary).clone()
+            yield replace(call, request=replace(call.request, summary=empty))
 
 
 @dataclass(frozen=True, slots=True)

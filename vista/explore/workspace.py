@@ -21,7 +21,7 @@ from vista.config import ExploreConfig
 from vista.config.checks import Precision, without_password
 from vista.errors import ConfigError, VistaError
 from vista.log.event_log import EventLog
-from vista.log.features import CategoryColumn
+from vista.log.features import Column
 from vista.log.segment import find_segments
 from vista.log.vocabulary import Vocabulary, ids_of_words
 from vista.runs.run_list import read_settings, run_folders
@@ -104,8 +104,8 @@ class ItemNames:
     """Titles and groups of a log's items, from its features; without such columns, items are shown by their ids."""
 
     items: Vocabulary
-    titles: CategoryColumn | None = None
-    groups: CategoryColumn | None = None
+    titles: Column | None = None
+    groups: Column | None = None
     group_name: str = ""
     """Name of the column of groups, such as genres."""
 
@@ -116,11 +116,11 @@ class ItemNames:
         Raises:
             LogFormatError: the log's features are damaged.
         """
-        if log is None or log.item_features is None:
+        if log is None or not log.item_features:
             return cls.by_id(log)
-        columns = {n: c for n, c in log.item_features.columns.items() if isinstance(c, CategoryColumn)}
+        columns = {n: c for n, c in log.item_features.items() if c.kind == "category"}
         titles = next((c for n, c in columns.items() if any(word in n.lower() for word in TITLE_WORDS)), None)
-        few = (n for n, c in columns.items() if c is not titles and 1 < len(c.values) <= MAX_GROUPS)
+        few = (n for n, c in columns.items() if c is not titles and 1 < c.size <= MAX_GROUPS)
         group_name = next(few, "")
         return cls(log.items, titles, columns.get(group_name), group_name)
 
@@ -142,16 +142,17 @@ class ItemNames:
         """The first group of each item id; "" without one."""
         return self._values(self.groups, list(ids))
 
-    def _values(self, column: CategoryColumn | None, ids: list[Any]) -> list[str]:
+    def _values(self, column: Column | None, ids: list[Any]) -> list[str]:
         """The first value of each item in a column; "" without one."""
-        if column is None:
+        if column is None or column.values is None:
             return [""] * len(ids)
         given = [place for place, item in enumerate(ids) if item is not None]
         rows = np.full(len(ids), -1, np.int64)
         rows[given] = self.items.rows([ids[place] for place in given]) if given else []
         chosen = column.select(rows)
-        has = np.diff(chosen.offsets) > 0
-        texts = iter(column.values.ids(chosen.codes[chosen.offsets[:-1][has]]).tolist())
+        assert chosen.offsets is not None
+        has = chosen.is_known
+        texts = iter(column.values.ids(chosen.data[chosen.offsets[:-1][has]]).tolist())
         return [str(next(texts)) if one else "" for one in has.tolist()]
 
 

@@ -34,8 +34,7 @@ from vista.counters.counters import (
 )
 from vista.log.histories import NO_TIMESTAMP, NUM_GAPS, UNKNOWN_GAP
 from vista.model import inference
-from vista.model.feature_encoder import RowFeatureEncoder
-from vista.model.features import MAX_ABS_SCORE, FeatureSpec
+from vista.model.features import MAX_ABS_SCORE, FeatureSpec, RowFeatureEncoder
 from vista.model.item_projections import ItemProjections
 from vista.model.target_attention import MASKED, SoftmaxLayer, TargetAttention
 from vista.model.vista_model import VistaModel

@@ -15,18 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Float32s, Int
+from vista.arrays import Int
 from vista.errors import LogFormatError, LogWriteError
 from vista.files import checked_path, sync
 from vista.log.event_log import EventLog
-from vista.log.features import (
-    CategoryColumn,
-    SegmentColumn,
-    VectorColumn,
-    declared_columns,
-    merged_column,
-    rows_with_features,
-)
+from vista.log.features import declared_columns, merged_column, rows_with_features
 from vista.log.histories import ColumnValues, PackedTable, RowFeatures, rows_that_fit, take_range, token_groups
 from vista.log.segment import features_of, segment_name, superseded_segments
 from vista.log.segment_files import (
@@ -255,23 +248,16 @@ def _write_features(
         return []
     writer = FeatureWriter(segment, owner, owners)
     for name, parts in declared.items():
-        first = parts[0].column
-        if isinstance(first, VectorColumn):
-            rows = token_groups(np.full(len(owners), first.vectors.shape[1]), run_values)
-            writer.add_vectors(name, first.vectors.shape[1], (_vectors(parts, owners[run]) for run in rows))
+        first = parts[0].columns[name]
+        if first.kind == "vector":
+            runs = token_groups(np.full(len(owners), first.size), run_values)
+            writer.add_vectors(name, first.size, (merged_column(name, parts, owners[run]).data for run in runs))
         else:
-            column = merged_column(parts, owners)
-            assert not isinstance(column, VectorColumn)
-            if owner is USERS and isinstance(column, CategoryColumn):
+            column = merged_column(name, parts, owners)
+            if owner is USERS and column.kind == "category":
                 column = column.with_used_values()  # A value of erased users alone may identify them.
             writer.add(name, column)
     return writer.columns
-
-
-def _vectors(parts: Sequence[SegmentColumn], rows: Int) -> Float32s:
-    column = merged_column(parts, rows)
-    assert isinstance(column, VectorColumn)
-    return column.vectors
 
 
 def _last_changes(log: EventLog) -> Int:

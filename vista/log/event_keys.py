@@ -102,7 +102,7 @@ def obey_deletions(segments: Sequence[Segment]) -> tuple[Segment, ...]:
         features = dict(segment.features)
         if USERS in features and np.isin(features[USERS].rows, erased).any():
             features[USERS].verify()
-            features[USERS].check_order()
+            features[USERS].check()
             features[USERS] = features[USERS].without(erased)
         left.append(replace(segment, events=events, impressions=impressions, features=features))
         forgotten += [forgotten_events(segment)] if segment.forgotten is not None else []

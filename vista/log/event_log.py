@@ -20,12 +20,11 @@ from vista.errors import ConfigError, LogFormatError, UnknownUserError, shown
 from vista.files import checked_path
 from vista.log.event_keys import Impressions, obey_deletions, read_impressions
 from vista.log.features import (
-    ItemFeatures,
-    UserFeatureParts,
-    UserFeatures,
+    Column,
     declared_columns,
     merged_features,
     values_of,
+    verified_columns,
 )
 from vista.log.histories import ColumnValues, Histories, PackedTable, take_histories
 from vista.log.segment import Segment, features_of, read_segments, read_vocabularies, with_row_features
@@ -215,16 +214,15 @@ class EventLog:
         return None
 
     @cached_property
-    def item_features(self) -> ItemFeatures | None:
-        """Features of all items, in the order of `items`; None without any.
+    def item_features(self) -> dict[str, Column]:
+        """Features of all items by name, in the order of `items`; empty without any.
 
         They are verified, and merged over the segments, on first use.
 
         Raises:
             LogFormatError: if a file of them is damaged, or segments contradict each other.
         """
-        columns = merged_features(features_of(self.segments, ITEMS), self.num_items)
-        return ItemFeatures(columns) if columns else None
+        return merged_features(verified_columns(features_of(self.segments, ITEMS)), np.arange(self.num_items))
 
     @cached_property
     def event_features(self) -> ColumnValues:
@@ -237,10 +235,9 @@ class EventLog:
         return values_of(declared_columns(features_of(self.segments, IMPRESSIONS)))
 
     @cached_property
-    def user_features(self) -> UserFeatures:
-        """Features of all users, in the order of `users`; read like `item_features`."""
-        parts = UserFeatureParts.of(features_of(self.segments, USERS))
-        return UserFeatures(parts.values, parts.rows(np.arange(self.num_users)))
+    def user_features(self) -> dict[str, Column]:
+        """Features of all users by name, in the order of `users`; read like `item_features`."""
+        return merged_features(verified_columns(features_of(self.segments, USERS)), np.arange(self.num_users))
 
     def gather(self, user_rows: Any, counts: Any = None, *, features: bool = True) -> Histories:
         """Histories of several users.

@@ -13,6 +13,7 @@ import numpy as np
 from vista.errors import LogFormatError
 from vista.files import checked_path
 from vista.log.event_log import EventLog
+from vista.log.features import described
 from vista.log.histories import ColumnValues
 from vista.log.segment import find_segments
 from vista.log.segment_files import (
@@ -72,8 +73,8 @@ class LogStats:
                 if table is not None
             ),
             [
-                *([] if log.item_features is None else log.item_features.described()),
-                *log.user_features.described(),
+                *described(log.item_features, "items"),
+                *described(log.user_features, "users"),
                 *_lines(log.event_features, "event"),
                 *_lines(log.request_features, "impression"),
             ],

@@ -44,7 +44,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.errors import LogFormatError
-from vista.log.features import SegmentColumn, SegmentFeatures, declared_columns
+from vista.log.features import Declared, SegmentFeatures, declared_columns
 from vista.log.histories import PackedTable
 from vista.log.segment_files import (
     EVENT_COLUMNS,
@@ -140,10 +140,15 @@ def _segment(path: Path, manifest: dict[str, Any], files: SegmentFiles) -> Segme
         for owner, count in num_rows.items()
         if (read := SegmentFeatures.read(path, files, owner, manifest[owner.field], count)) is not None
     }
+    row_features = {
+        owner: {name: column.data for name, column in features[owner].columns.items()}
+        for owner in (EVENTS, IMPRESSIONS)
+        if owner in features
+    }
     if EVENTS in features:
-        events = replace(events, features=features[EVENTS].row_columns)
+        events = replace(events, features=row_features[EVENTS])
     if IMPRESSIONS in features and impressions is not None:
-        impressions = replace(impressions, features=features[IMPRESSIONS].row_columns)
+        impressions = replace(impressions, features=row_features[IMPRESSIONS])
     return Segment(
         path,
         manifest["first_segment"],
@@ -231,14 +236,14 @@ def with_row_features(segments: Sequence[Segment]) -> list[Segment]:
     ]
 
 
-def _completed(table: PackedTable, columns: Mapping[str, Sequence[SegmentColumn]]) -> PackedTable:
+def _completed(table: PackedTable, columns: Declared) -> PackedTable:
     """The table with all of these columns. Those that it lacks take no memory."""
     num_rows = table.num_rows + table.num_deleted
     missing: dict[str, NDArray[Any]] = {"number": np.array(np.nan, np.float32), "category": np.array(-1, np.int8)}
     features = {
         name: table.features[name]
         if name in table.features
-        else np.broadcast_to(missing[parts[0].column.kind], num_rows)
+        else np.broadcast_to(missing[parts[0].columns[name].kind], num_rows)
         for name, parts in columns.items()
     }
     return replace(table, features=features)

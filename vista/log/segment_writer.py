@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 from vista.arrays import ArrayWriter, Float32s, Int, offsets_of
 from vista.errors import DataError, LogBusyError, LogWriteError
 from vista.files import make_folders, sync
-from vista.log.features import CategoryColumn, NumberColumn, code_type
+from vista.log.features import Column, code_type
 from vista.log.histories import ColumnValues, RowFeatures
 from vista.log.segment import find_segments
 from vista.log.segment_files import (
@@ -157,13 +157,13 @@ class FeatureWriter:
             (segment.folder / owner.folder).mkdir()
             segment.save(owner.rows_file, rows)
 
-    def add(self, name: str, column: CategoryColumn | NumberColumn) -> None:
-        """Write a column of items or users. Of a category column, `values` are only those that the segment adds."""
+    def add(self, name: str, column: Column) -> None:
+        """Write numbers, or a category, of items or users. `values` are only those that the segment adds."""
         place = self._place(name, column.kind)
-        if isinstance(column, NumberColumn):
-            self._segment.save(f"{place}.numbers.npy", column.numbers)
+        if column.values is None or column.offsets is None:
+            self._segment.save(f"{place}.numbers.npy", column.data)
             return
-        self._segment.save(f"{place}.codes.npy", column.codes)
+        self._segment.save(f"{place}.codes.npy", column.data)
         self._segment.save(f"{place}.offsets.npy", column.offsets)
         self._segment.save_vocabulary(f"{place}.values", column.values)
 

@@ -1,4 +1,4 @@
-"""How a model encodes one column of features."""
+"""How a model reads features of rows: of events, requests, and users, and the columns that it reads of items."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 import xxhash
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from vista.arrays import Float32s, Int
 from vista.config.checks import require
 from vista.errors import shown
-from vista.log.features import CategoryColumn, FeatureColumn, NumberColumn
+from vista.log.features import Column
 from vista.log.histories import ColumnValues, RowColumn, RowFeatures
 from vista.log.vocabulary import Ids, Vocabulary
 
@@ -69,26 +72,39 @@ class FeatureSpec:
         """Entries of the dense input."""
         return {"category": 0, "number": 1, "vector": self.size}[self.kind]
 
+    def entries(self, data: NDArray[Any]) -> Int:
+        """Rows of the embedding, from the column's first one on, of codes or numbers [N]: 0 where they are missing."""
+        if self.kind == "category":
+            return data.astype(np.int64) + 1
+        buckets = np.searchsorted(self.bounds, data.astype(np.float64)) + 1
+        buckets[np.isnan(data)] = 0
+        return buckets
+
+    def fill_dense(self, out: Float32s, data: NDArray[Any]) -> None:
+        """Write the dense inputs of numbers [N] or vectors [N, D] into `out` [N, num_dense]; 0 if they are missing."""
+        if self.kind == "vector":
+            np.divide(data, np.float32(self.scale), out=out)
+            np.nan_to_num(out, copy=False, nan=0.0)
+        else:
+            score = (data.astype(np.float64) - self.mean) / self.scale
+            score[np.isnan(score)] = 0.0
+            out[:, 0] = np.minimum(np.maximum(score, -MAX_ABS_SCORE), MAX_ABS_SCORE)
+
     @classmethod
-    def of(cls, name: str, column: FeatureColumn) -> FeatureSpec:
-        """How to read a column, measured on its items."""
-        if isinstance(column, CategoryColumn):
-            return cls(name, column.kind, max(len(column.values), 1))
-        if isinstance(column, NumberColumn):
-            return _number(name, column.numbers)
-        known = column.vectors[column.is_known].astype(np.float64)
-        length = math.sqrt(np.square(known).sum(1).mean()) if len(known) else 0.0
-        return cls(name, column.kind, column.vectors.shape[1], scale=length or 1.0)
-
-
-def _number(name: str, numbers: Float32s) -> FeatureSpec:
-    known = numbers[~np.isnan(numbers)].astype(np.float64)
-    if not len(known):
-        return FeatureSpec(name, "number", 1)
-    bounds = np.unique(np.quantile(known, np.arange(1, MAX_BUCKETS) / MAX_BUCKETS, method="inverted_cdf"))
-    bounds = bounds[bounds < known.max()]  # the last bucket is not empty
-    scale = float(known.std())
-    return FeatureSpec(name, "number", len(bounds) + 1, bounds.tolist(), float(known.mean()), scale or 1.0)
+    def of(cls, name: str, column: Column) -> FeatureSpec:
+        """How to read a column, measured on its rows."""
+        if column.values is not None:
+            return cls(name, column.kind, max(column.size, 1), hashed=isinstance(column.values, HashedVocabulary))
+        known = column.data[column.is_known].astype(np.float64)
+        if column.kind == "vector":
+            length = math.sqrt(np.square(known).sum(1).mean()) if len(known) else 0.0
+            return cls(name, column.kind, column.size, scale=length or 1.0)
+        if not len(known):
+            return cls(name, column.kind, 1)
+        bounds = np.unique(np.quantile(known, np.arange(1, MAX_BUCKETS) / MAX_BUCKETS, method="inverted_cdf"))
+        bounds = bounds[bounds < known.max()]  # the last bucket is not empty
+        scale = float(known.std())
+        return cls(name, column.kind, len(bounds) + 1, bounds.tolist(), float(known.mean()), scale or 1.0)
 
 
 # What a model may read of a log, and what it is trained to predict.
@@ -250,22 +266,34 @@ _VALUES_FILE = "{}_values_{}"
 
 @dataclass(frozen=True, slots=True)
 class EncodedRows:
-    """What a `RowFeatureEncoder` reads of N rows."""
+    """What a `RowFeatureEncoder` reads of N rows: NumPy arrays, or in a batch of training, tensors.
 
-    entry: Int
+    N may be several axes.
+    """
+
+    entry: Any
     """int64 [N, C] rows of the encoder's embedding, one per column."""
-    dense: Float32s
+    dense: Any
     """float32 [N, F] standardized numbers, 0 where they are missing."""
 
-    def select(self, rows: slice | Int) -> EncodedRows:
-        """Some of the rows, or all of them in another order."""
+    def __len__(self) -> int:
+        return len(self.entry)
+
+    def select(self, rows: Any) -> EncodedRows:
+        """Rows at an index into the first axis."""
         return EncodedRows(self.entry[rows], self.dense[rows])
 
     def reshape(self, *shape: int) -> EncodedRows:
         """The rows with other leading axes instead of N."""
-        return EncodedRows(
-            self.entry.reshape(*shape, self.entry.shape[-1]), self.dense.reshape(*shape, self.dense.shape[-1])
-        )
+        return self.apply(lambda part: part.reshape(*shape, part.shape[-1]))
+
+    def apply(self, function: Callable[[Any], Any]) -> EncodedRows:
+        """What a function makes of each of the two parts."""
+        return EncodedRows(function(self.entry), function(self.dense))
+
+    def joined(self, other: EncodedRows) -> EncodedRows:
+        """These rows, then others, of arrays."""
+        return EncodedRows(np.concatenate([self.entry, other.entry]), np.concatenate([self.dense, other.dense]))
 
 
 class RowFeatureReader:
@@ -290,18 +318,13 @@ class RowFeatureReader:
                 raise ValueError(f"the values of {column.name!r} do not fit a {column.kind} of size {column.size}")
         self.columns = list(columns)
         self.values = {column.name: values[column.name] for column in columns}
-        self._bounds = {column.name: np.array(column.bounds) for column in columns}
 
     @classmethod
     def of(cls, features: RowFeatures, values: ColumnValues) -> RowFeatureReader:
         """All columns of a log, measured on the rows that training may see."""
-        columns = [
-            FeatureSpec.of(name, NumberColumn(features.columns[name].astype(np.float32)))
-            if known is None
-            else FeatureSpec(name, "category", max(len(known), 1), hashed=isinstance(known, HashedVocabulary))
-            for name, known in values.items()
-        ]
-        return cls(columns, values)
+        nothing = np.empty(0, np.int32)  # Only the values of a category count.
+        given = {name: Column(features.columns.get(name, nothing), known) for name, known in values.items()}
+        return cls([FeatureSpec.of(name, column) for name, column in given.items()], values)
 
     def _codes_of(self, values: ColumnValues) -> dict[str, NDArray[np.int32]]:
         """By category: the model's code of each of a log's values, int32 [V + 1]; -1 if it is unknown, and at the end.
@@ -376,26 +399,16 @@ class RowFeatureReader:
         dense = np.zeros((num_rows, sum(column.num_dense for column in self.columns)), np.float32)
         first = place = 0
         for index, column in enumerate(self.columns):
-            given = features.columns.get(column.name)
-            if given is None:
-                entry[:, index] = first
-                place += column.num_dense
-            elif column.kind == "number":
-                numbers = given.astype(np.float64)
-                entry[:, index] = self._bounds[column.name].searchsorted(numbers) + (first + 1)
-                score = np.maximum((numbers - column.mean) / column.scale, -MAX_ABS_SCORE)
-                dense[:, place] = np.minimum(score, MAX_ABS_SCORE)
-                is_missing = np.isnan(numbers)
-                entry[is_missing, index], dense[is_missing, place] = first, 0.0
-                place += 1
-            else:
-                entry[:, index] = first + 1 + given
-            first += column.num_rows
+            given, next_place = features.columns.get(column.name), place + column.num_dense
+            entry[:, index] = first if given is None else first + column.entries(given)
+            if given is not None and column.num_dense:
+                column.fill_dense(dense[:, place:next_place], given)
+            first, place = first + column.num_rows, next_place
         return EncodedRows(entry, dense)
 
     def with_values(self, rows: EncodedRows, given: Mapping[str, Any]) -> EncodedRows:
         """The same N rows, with other values in the columns that a caller names; arguments and errors as in `parse`."""
-        num_rows, place = len(rows.entry), 0
+        num_rows, place = len(rows), 0
         new = self.encode(self.parse(given, num_rows), num_rows)
         entry, dense = rows.entry.copy(), rows.dense.copy()
         for index, column in enumerate(self.columns):
@@ -478,3 +491,40 @@ def _text(name: str, value: Any) -> str | None:
     if isinstance(value, (int, np.integer)):
         return str(int(value))
     raise ValueError(f"{name!r} is a category and needs texts, integers, or booleans, got {shown(value)}")
+
+
+# Vectors of features. Those of items, which are encoded once, are in `vista.model.item_feature_table`.
+
+
+class FeatureEncoder(nn.Module):
+    """Sum over columns: the mean embedding of a row's values, and a linear map of its numbers and vectors.
+
+    All weights start at 0, so features change nothing before training.
+    """
+
+    def __init__(self, columns: Sequence[FeatureSpec], dim: int) -> None:
+        """
+        Args:
+            columns: at least one.
+            dim: M.
+        """
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(sum(column.num_rows for column in columns), dim))
+        """Per column, a row for rows without a value, then one per value or bucket. Its gradient is sparse."""
+        num_dense = sum(column.num_dense for column in columns)
+        self.dense = nn.Parameter(torch.zeros(num_dense, dim)) if num_dense else None
+
+
+class RowFeatureEncoder(FeatureEncoder):
+    """Of rows with at most one value per column, which `RowFeatureReader.encode` reads."""
+
+    def forward(self, rows: EncodedRows) -> Tensor:
+        """[..., M] of rows [...], with all columns or the first ones."""
+        entry, dense = (torch.as_tensor(part, device=self.values.device) for part in (rows.entry, rows.dense))
+        bags = F.embedding_bag(entry.reshape(-1, entry.shape[-1]), self.values, mode="sum", sparse=True)
+        out = bags.view(*entry.shape[:-1], self.values.shape[1])
+        # Not a matrix product, whose bits would depend on the number of rows.
+        for place in range(dense.shape[-1]):
+            assert self.dense is not None
+            out = out + dense[..., place : place + 1].to(out.dtype) * self.dense[place]
+        return out

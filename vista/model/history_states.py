@@ -188,7 +188,7 @@ def embed(model: VistaModel, histories: Histories, start: Int | None = None) -> 
         torch.from_numpy(histories.action.astype(np.int64)).to(device),
         torch.from_numpy(gap).to(device),
         rating,
-        *model.encoded_events(histories.features, histories.num_events),
+        model.encoded_events(histories.features, histories.num_events),
     )
     return events, torch.from_numpy(inside).to(device), torch.from_numpy(np.array(clock)).to(device)
 

@@ -15,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.arrays import Float32s, Int
+from vista.arrays import Int
 from vista.config.checks import Mixing
 from vista.counters.counters import UserCounters
-from vista.examples.batch_source import EncodeRows
 from vista.log.event_log import EventLog
+from vista.log.features import row_features
 from vista.log.histories import UNKNOWN_GAP, Histories, RowColumn, RowFeatures, gap_bucket, token_groups
 from vista.model.features import EncodedRows, RowFeatureReader
 from vista.model.history_states import covered_events, default_slice_len, embed, history_states, reach
@@ -28,8 +28,7 @@ from vista.model.summarizer import Summarizer
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 
-# Tails of requests: the newest events of users, right-aligned. Letters: B users, T packed events, L tail length, C
-# columns and D dense inputs of features.
+# Tails of requests: the newest events of users, right-aligned. Letters: B users, T packed events, L tail length.
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +45,8 @@ class PaddedTail:
     """bool [B, L]: False in the padding."""
     last_time: Int
     """int64 [B] ms of the newest event; arbitrary if there is none."""
-    entry: Int | None = None
-    """int64 [B, L, C], like `dense` from `RowFeatureReader.encode`: features of the events; arbitrary in the padding.
-    None for a model whose stage 2 reads none."""
-    dense: Float32s | None = None
-    """float32 [B, L, D]."""
+    features: EncodedRows | None = None
+    """[B, L] of the events; arbitrary in the padding. None for a model whose stage 2 reads none."""
 
     def select(self, users: slice | Int) -> PaddedTail:
         """The tails of some users, or of all in another order."""
@@ -60,8 +56,7 @@ class PaddedTail:
             self.gap[users],
             self.valid[users],
             self.last_time[users],
-            None if self.entry is None else self.entry[users],
-            None if self.dense is None else self.dense[users],
+            None if self.features is None else self.features.select(users),
         )
 
 
@@ -90,11 +85,9 @@ def pad_tail(
     encoded = None if reader is None else reader.encode(RowFeatures(features or {}), len(item))
     if len(item) == 0:
         zeros = np.zeros(index.shape, np.int64)
-        empty = PaddedTail(zeros, zeros, zeros, valid, np.zeros(len(index), np.int64))
-        if encoded is None:
-            return empty
-        entry, dense = (np.zeros((*index.shape, part.shape[1]), part.dtype) for part in (encoded.entry, encoded.dense))
-        return replace(empty, entry=entry, dense=dense)
+        if encoded is not None:
+            encoded = encoded.apply(lambda part: np.zeros((*index.shape, part.shape[1]), part.dtype))
+        return PaddedTail(zeros, zeros, zeros, valid, np.zeros(len(index), np.int64), encoded)
     times = time[index]
     gap = np.zeros(index.shape, np.int64)
     if model.encoder.gap is not None:
@@ -107,8 +100,7 @@ def pad_tail(
         gap,
         valid,
         last_time,
-        None if encoded is None else encoded.entry[index],
-        None if encoded is None else encoded.dense[index],
+        None if encoded is None else encoded.select(index),
     )
 
 
@@ -192,8 +184,7 @@ def request_context(
     device = model.device
     vectors = model.item_vectors(torch.from_numpy(tail.item).to(device))
     action, gap = torch.from_numpy(tail.action).to(device), torch.from_numpy(tail.gap).to(device)
-    entry, dense = (None if part is None else torch.from_numpy(part).to(device) for part in (tail.entry, tail.dense))
-    events = model.encoder(vectors, action, gap, entry=entry, dense=dense)
+    events = model.encoder(vectors, action, gap, features=tail.features)
     stage = model.target_attention
     context = stage.encode_request(summary.to(device), events, torch.from_numpy(tail.valid).to(device), masks)
     return replace(context, user=user_feature_vectors(model, users, len(summary)))
@@ -215,8 +206,7 @@ def request_bucket(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tens
 
 def request_gap(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tensor | None:
     """[B, 1, M] embeddings of `request_bucket`, which user vectors read."""
-    bucket = request_bucket(model, now, tail)
-    return None if bucket is None else model.encoder.gap_vectors(bucket)
+    return model.encoder.gap_vectors(request_bucket(model, now, tail))
 
 
 def request_vectors(
@@ -228,27 +218,21 @@ def request_vectors(
         now: as in `request_bucket`.
         features: of the B requests; None if all are missing.
     """
-    gap = request_gap(model, now, tail)
-    of_features = request_feature_vectors(model, features, len(tail.last_time))
-    if gap is None or of_features is None:
-        return gap if of_features is None else of_features[:, None]
-    return gap + of_features[:, None]
+    rows = request_rows(model, features, len(tail.last_time))
+    return model.request_vectors(request_bucket(model, now, tail), rows)
 
 
-def request_feature_vectors(model: RankingModel, features: EncodedRows | None, num_requests: int) -> Tensor | None:
-    """[B, M] vectors of the features of B requests, or [B, C, M] of rows [B, C]; None for a model that reads none.
+def request_rows(model: RankingModel, features: EncodedRows | None, num_requests: int) -> EncodedRows | None:
+    """Features [B, 1] of B requests, or [B, C] of their candidates; None for a model that reads none.
 
     Args:
-        features: None if all are missing.
+        features: [B] or [B, C]; None if all are missing.
         num_requests: B.
     """
     if model.request_encoder is None:
         return None
-    features, device = _given_or_missing(features, model.request_features, num_requests), model.device
-    vectors: Tensor = model.request_encoder(
-        torch.from_numpy(features.entry).to(device), torch.from_numpy(features.dense).to(device)
-    )
-    return vectors
+    rows = _given_or_missing(features, model.request_features, num_requests)
+    return rows if rows.entry.ndim == 3 else rows.apply(lambda part: part[:, None])
 
 
 def _given_or_missing(given: EncodedRows | None, reader: RowFeatureReader | None, num_rows: int) -> EncodedRows:
@@ -269,9 +253,8 @@ def user_feature_vectors(model: RankingModel, users: EncodedRows | None, num_use
     """
     if model.user_encoder is None:
         return None
-    users = _given_or_missing(users, model.user_features, num_users)
-    entry, dense = (torch.from_numpy(_whole_tiles(part)).to(model.device) for part in (users.entry, users.dense))
-    vectors: Tensor = model.user_encoder(entry, dense)
+    rows = _given_or_missing(users, model.user_features, num_users).apply(_whole_tiles)
+    vectors: Tensor = model.user_encoder(rows)
     return vectors[:num_users]
 
 
@@ -325,7 +308,7 @@ def catalog_scores(
         items: [V, M'] from `item_vectors`.
         counters: of the B users as of their requests; None without counters.
     """
-    scores = users @ items.t() / model.config.softmax_temperature
+    scores = users @ items.t() / model.temperature
     if counters is not None:
         user, row = (torch.from_numpy(part).to(scores.device) for part in (counters.codes.owner, counters.codes.key))
         scores[user, row - UNKNOWN_ITEM - 1] = counted_scores(model, users, items, counters).to(scores.dtype)
@@ -353,7 +336,7 @@ def counted_scores(model: RankingModel, users: Tensor, items: Tensor, counters: 
     num_events = torch.from_numpy(counters.num_events).to(items.device).index_select(0, owner)
     # In float64, because in float32 the last bit depends on where the row lies in memory.
     product = vectors.double().mul_(users.double().index_select(0, owner)).sum(-1)
-    score = (product / model.config.softmax_temperature).float()
+    score = (product / model.temperature).float()
     popularity = model.item_popularity.index_select(0, key)
     logit = model.counted.from_counters(codes.unsqueeze(1), score.unsqueeze(1), popularity.unsqueeze(1), num_events)
     return (logit[:, 0] + model.counted.from_user(users).index_select(0, owner))[: len(counters.codes.key)]
@@ -404,8 +387,8 @@ class LogUsers:
         self._rows = RowFeatures({})
         """Of all users, and of an unknown one in the last row."""
         if reader is not None:
-            features = log.user_features
-            known = reader.recoder(features.values)(features.rows, log.num_users).columns
+            rows, values = row_features(log.user_features)
+            known = reader.recoder(values)(rows, log.num_users).columns
             missing = RowFeatures.missing(reader.values, 1).columns
             self._rows = RowFeatures({name: np.concatenate([known[name], missing[name]]) for name in known})
 
@@ -418,15 +401,6 @@ class LogUsers:
         """What the model's encoder reads of users, as in `features`; None for a model that reads none."""
         return None if self._reader is None else self._reader.encode(self._rows.select(users), len(users))
 
-    def encoding(self) -> EncodeRows | None:
-        """What training reads of users and, in a last row, of an unknown user; None for a model that reads none."""
-        if self._reader is None:
-            return None
-        reader = self._reader
-
-        def encode(users: Int) -> tuple[Int, Float32s]:
-            with_unknown = np.append(users, -1)
-            encoded = reader.encode(self._rows.select(with_unknown), len(with_unknown))
-            return encoded.entry, encoded.dense
-
-        return encode
+    def encoded_with_unknown(self, users: Int) -> EncodedRows | None:
+        """`encoded` with a last row for an unknown user, which training reads."""
+        return self.encoded(np.append(users, -1))

@@ -1,6 +1,6 @@
-"""Encoded features of the items that a model ranks: what its `FeatureEncoder` reads.
+"""Features of the items that a model ranks: encoded in a table, and their vectors.
 
-R model rows, E entries of all rows together, F dense inputs.
+R model rows, E entries of all rows together, F dense inputs, M model dim.
 """
 
 from __future__ import annotations
@@ -8,23 +8,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vista.arrays import Float32s, Int, offsets_of
+from vista.arrays import Int, offsets_of
 from vista.config.checks import require
 from vista.config.model_config import NextItemConfig, RankingConfig
 from vista.counters.counters import CounterSpec, ItemKeys
 from vista.errors import ConfigError, shown
-from vista.log.features import CategoryColumn, FeatureColumn, ItemFeatures, NumberColumn, VectorColumn
+from vista.log.features import Column, Columns
 from vista.log.histories import ranges
 from vista.log.vocabulary import Vocabulary
-from vista.model.features import MAX_ABS_SCORE, FeatureSpec, HashedVocabulary, Schema, load_values
+from vista.model.features import FeatureEncoder, FeatureSpec, HashedVocabulary, Schema, load_values
+
+if TYPE_CHECKING:
+    from vista.model.saved_model import SharedTables
 
 FEATURES_FILE = "item_features.safetensors"
 _VALUES_FILE = "item_values_{}"
@@ -56,7 +60,7 @@ class ItemFeatureTable(nn.Module):
         """By name of a category column: the values that the model knows."""
 
     @classmethod
-    def of(cls, features: ItemFeatures, columns: Sequence[FeatureSpec]) -> ItemFeatureTable:
+    def of(cls, features: Columns, columns: Sequence[FeatureSpec]) -> ItemFeatureTable:
         """Encode the features of N items; they have the rows 1 to N.
 
         Args:
@@ -65,21 +69,22 @@ class ItemFeatureTable(nn.Module):
         """
         values: dict[str, Vocabulary] = {}  # in the order of `columns`, by which `load` numbers the files
         owners, entries, weights, first = [], [], [], 0
-        num_items = len(next(iter(features.columns.values())).is_known)
+        num_items = len(next(iter(features.values())).is_known)
         dense = np.zeros((1 + num_items, sum(column.num_dense for column in columns)), np.float32)
         place = 0
         for column in columns:
-            given = features.columns[column.name]
-            if isinstance(given, CategoryColumn):
-                if column.hashed and not isinstance(given.values, HashedVocabulary):
-                    given = given.recoded(HashedVocabulary(column.size))
+            given = features[column.name]
+            if column.hashed and not isinstance(given.values, HashedVocabulary):
+                given = given.recoded(HashedVocabulary(column.size))
+            if given.values is not None:
                 values[column.name] = given.values
             owner, code = value_codes(given, column)
             missing = np.flatnonzero(~given.is_known)
             owners += [owner, missing]
             entries += [first + 1 + code, np.full(len(missing), first)]
             weights += [1 / np.bincount(owner, minlength=num_items)[owner], np.ones(len(missing))]
-            _fill_dense(dense[1:, place : place + column.num_dense], given, column)
+            if column.num_dense:
+                column.fill_dense(dense[1:, place : place + column.num_dense], given.data)
             first, place = first + column.num_rows, place + column.num_dense
         owner = np.concatenate(owners)
         order = np.argsort(owner, kind="stable")
@@ -92,7 +97,7 @@ class ItemFeatureTable(nn.Module):
             values,
         )
 
-    def extended(self, features: ItemFeatures, columns: Sequence[FeatureSpec]) -> ItemFeatureTable:
+    def extended(self, features: Columns, columns: Sequence[FeatureSpec]) -> ItemFeatureTable:
         """This table with the features of n more items in new rows. Values that the model does not know are missing.
 
         Args:
@@ -108,7 +113,7 @@ class ItemFeatureTable(nn.Module):
             self.values,
         )
 
-    def differs(self, rows: Int, features: ItemFeatures, columns: Sequence[FeatureSpec]) -> NDArray[np.bool_]:
+    def differs(self, rows: Int, features: Columns, columns: Sequence[FeatureSpec]) -> NDArray[np.bool_]:
         """Which of n items have other features than this table: bool [n]. Values that it does not know are missing.
 
         Args:
@@ -127,13 +132,9 @@ class ItemFeatureTable(nn.Module):
         same[np.repeat(np.flatnonzero(same), counts[same])[unequal]] = False
         return ~same
 
-    def _encoded(self, features: ItemFeatures, columns: Sequence[FeatureSpec]) -> ItemFeatureTable:
+    def _encoded(self, features: Columns, columns: Sequence[FeatureSpec]) -> ItemFeatureTable:
         """A table of other items, with the values of this one."""
-        known = {
-            name: column.recoded(self.values[name]) if isinstance(column, CategoryColumn) else column
-            for name, column in features.columns.items()
-        }
-        return ItemFeatureTable.of(ItemFeatures(known), columns)
+        return ItemFeatureTable.of(_recoded(features, self.values), columns)
 
     def category_keys(self, columns: Sequence[FeatureSpec], name: str) -> NDArray[np.int32]:
         """int32 [R] the value of each row in a category of which items have at most one: its code plus 1, 0 for none.
@@ -203,24 +204,104 @@ class ItemFeatureTable(nn.Module):
         return [part.cpu().contiguous().numpy().reshape(-1).view(np.uint8).data for part in parts]
 
 
-def value_codes(column: FeatureColumn, spec: FeatureSpec) -> tuple[Int, Int]:
+def value_codes(column: Column, spec: FeatureSpec) -> tuple[Int, Int]:
     """Item and code of each value that has a row of the embedding: int64 [E] each."""
-    if isinstance(column, CategoryColumn):
-        return np.repeat(np.arange(len(column.is_known)), np.diff(column.offsets)), column.codes.astype(np.int64)
-    if isinstance(column, VectorColumn):
+    if column.offsets is not None:
+        return np.repeat(np.arange(len(column.is_known)), np.diff(column.offsets)), column.data.astype(np.int64)
+    if column.kind == "vector":
         return np.empty(0, np.int64), np.empty(0, np.int64)
     owner = np.flatnonzero(column.is_known)
-    return owner, np.searchsorted(np.array(spec.bounds), column.numbers[owner].astype(np.float64), side="left")
+    return owner, spec.entries(column.data[owner]) - 1
 
 
-def _fill_dense(out: Float32s, column: FeatureColumn, spec: FeatureSpec) -> None:
-    """Write the dense inputs of a column into zeros [N, num_dense]."""
-    if isinstance(column, VectorColumn):
-        np.divide(column.vectors, np.float32(spec.scale), out=out)
-        np.nan_to_num(out, copy=False, nan=0.0)
-    elif isinstance(column, NumberColumn):
-        score = (column.numbers.astype(np.float64) - spec.mean) / spec.scale
-        out[:, 0] = np.nan_to_num(score.clip(-MAX_ABS_SCORE, MAX_ABS_SCORE), nan=0.0)
+def _recoded(features: Columns, values: Mapping[str, Vocabulary]) -> dict[str, Column]:
+    """The columns, with the codes of these values of their categories."""
+    return {
+        name: column if column.values is None else column.recoded(values[name]) for name, column in features.items()
+    }
+
+
+ROWS_AT_ONCE = 8192
+
+
+class ItemFeatureEncoder(FeatureEncoder):
+    """Of the items of a model, whose features are encoded once.
+
+    A row of the item table is learned from the item's own events. Features are shared by many items, so an item with
+    few events, or none, still has a vector.
+    """
+
+    def __init__(self, columns: Sequence[FeatureSpec], dim: int) -> None:
+        super().__init__(columns, dim)
+        self.table: ItemFeatureTable | None = None
+        """Encoded features of the columns, set before the first use."""
+        self._missing = [sum(column.num_rows for column in columns[:index]) for index in range(len(columns))]
+        """The row of `values` for items without a value, of each column."""
+        self._of_rows: tuple[object, Tensor] | None = None
+        """What `forward` gives for all rows, and the state of the weights that it was computed from."""
+
+    def set_table(self, table: ItemFeatureTable, num_rows: int) -> None:
+        """Set the encoded features of `num_rows` model rows.
+
+        Raises:
+            RuntimeError: if they are of other columns, or of another number of rows.
+        """
+        if not table.fits(num_rows, len(self.values), 0 if self.dense is None else len(self.dense)):
+            raise RuntimeError("the features of the items do not fit the model")
+        self.table, self._of_rows = table, None
+
+    def rows_with_values(self) -> NDArray[np.bool_]:
+        """bool [R]: model rows with a value in at least one column."""
+        assert self.table is not None
+        is_missing = torch.isin(self.table.entry, torch.tensor(self._missing, device=self.table.entry.device))
+        missing_before = F.pad(is_missing.cumsum(0), (1, 0))[self.table.offsets]
+        known: NDArray[np.bool_] = (missing_before.diff() < len(self._missing)).cpu().numpy()
+        known[0] = False
+        return known
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """[..., M] of model rows int64 [...]; 0 for the unknown item."""
+        if self.training or torch.is_grad_enabled():
+            return self._encode(rows.flatten()).view(*rows.shape, self.values.shape[1])
+        # For inference, all rows are encoded once: requests are fast, and bits do not depend on the other rows.
+        return F.embedding(rows, self._all_rows())
+
+    def share_rows(self, tables: SharedTables) -> None:
+        """Compute what `forward` gives for all rows, and hold it once with the other models that have the same."""
+        rows = self._all_rows()
+        assert self._of_rows is not None
+        if rows.device.type == "cpu":
+            self._of_rows = self._of_rows[0], tables.take_tensors({"": rows}, lambda: {"": rows})[""]
+
+    def _all_rows(self) -> Tensor:
+        """[R, M] of all model rows, of the current weights."""
+        weights = [(p.data_ptr(), p._version) for p in self.parameters()]
+        state = weights, self.values.device, id(self.table)
+        if self._of_rows is None or self._of_rows[0] != state:
+            assert self.table is not None
+            rows = torch.arange(len(self.table.offsets) - 1, device=self.values.device)
+            with torch.inference_mode(False), torch.no_grad():
+                blocks = [self._encode(rows[at : at + ROWS_AT_ONCE]) for at in range(0, len(rows), ROWS_AT_ONCE)]
+                self._of_rows = state, torch.cat(blocks)
+        return self._of_rows[1]
+
+    def _encode(self, rows: Tensor) -> Tensor:
+        """[N, M] of model rows int64 [N]."""
+        table = self.table
+        assert table is not None
+        start = table.offsets[rows]
+        counts = table.offsets[rows + 1] - start
+        bags = F.pad(counts.cumsum(0), (1, 0))
+        index = torch.arange(int(bags[-1]), device=rows.device) + (start - bags[:-1]).repeat_interleave(counts)
+        out = F.embedding_bag(
+            table.entry[index],
+            self.values,
+            bags[:-1],
+            mode="sum",
+            sparse=True,
+            per_sample_weights=table.weight[index].to(self.values.dtype),
+        )
+        return out if self.dense is None else out + table.dense[rows].to(out.dtype) @ self.dense
 
 
 class ItemsByValue:
@@ -403,7 +484,7 @@ def _rows(new: Sequence[int], old: Sequence[int]) -> Int:
 # R model rows, E entries of all rows together.
 
 
-def joined_features(grown: GrownColumns, old: ItemFeatureTable | None, features: ItemFeatures) -> ItemFeatureTable:
+def joined_features(grown: GrownColumns, old: ItemFeatureTable | None, features: Columns) -> ItemFeatureTable:
     """Encoded features of the items of a model that has grown.
 
     Args:
@@ -411,14 +492,10 @@ def joined_features(grown: GrownColumns, old: ItemFeatureTable | None, features:
         old: the earlier table, whose items come first; None if the model had no features.
         features: of all items, from the log. Items that have no value there keep those of `old`.
     """
-    known = {
-        name: column.recoded(grown.values[name]) if isinstance(column, CategoryColumn) else column
-        for name, column in features.columns.items()
-    }
-    fresh = ItemFeatureTable.of(ItemFeatures(known), grown.columns)
+    fresh = ItemFeatureTable.of(_recoded(features, grown.values), grown.columns)
     if old is None:
         return fresh
-    has_value = np.any([column.is_known for column in features.columns.values()], axis=0)
+    has_value = np.any([column.is_known for column in features.values()], axis=0)
     stays = np.zeros(1 + len(has_value), np.bool_)
     num_old = len(old.offsets) - 1
     stays[1:num_old] = ~has_value[: num_old - 1]
@@ -459,25 +536,24 @@ def _owners(table: ItemFeatureTable) -> Int:
 # What a model counts for each user: items, and chosen categories of items.
 
 
-def check_categories(config: RankingConfig, features: ItemFeatures | None, items: Vocabulary, where: str) -> None:
+def check_categories(config: RankingConfig, features: Columns, items: Vocabulary, where: str) -> None:
     """Check that counted categories are categories, of which each item has at most one value.
 
     Args:
-        features: of the items; None if they have none.
+        features: of the items.
         where: the log or the files that the features come from.
 
     Raises:
         ConfigError: naming the category.
     """
-    columns = {} if features is None else features.columns
-    categories = {name: column for name, column in columns.items() if isinstance(column, CategoryColumn)}
+    categories = {name: column.offsets for name, column in features.items() if column.offsets is not None}
     for name in config.counter_categories if isinstance(config, NextItemConfig) else ():
         require(
             name in categories,
             "model.counter_categories",
             f"{name!r} is not a category of the items of {where}; those are: {', '.join(categories) or 'none'}",
         )
-        several = np.flatnonzero(np.diff(categories[name].offsets) > 1)
+        several = np.flatnonzero(np.diff(categories[name]) > 1)
         require(
             len(several) == 0,
             "model.counter_categories",
@@ -509,20 +585,19 @@ def largest_keys(spec: CounterSpec, schema: Schema, num_items: int) -> list[int]
     return [num_items, *(sizes[name] for name in spec.fields[1:])]
 
 
-def category_codes(features: ItemFeatures | None, name: str, key: str) -> Int:
+def category_codes(features: Columns, name: str, key: str) -> Int:
     """Codes int64 [1 + V] of a category of the log's items, from 1; 0 for items without a value.
 
     Raises:
         ConfigError: naming the key of the configuration that names the category.
     """
-    columns = {} if features is None else features.columns
-    column = columns.get(name)
-    if not isinstance(column, CategoryColumn):
-        known = ", ".join(each for each, own in columns.items() if isinstance(own, CategoryColumn))
+    column = features.get(name)
+    if column is None or column.offsets is None:
+        known = ", ".join(each for each, own in features.items() if own.kind == "category")
         raise ConfigError(f"{key}={name}: is not a category of the log's items, which have {known or 'none'}; name one")
     counts = np.diff(column.offsets)
     if counts.max(initial=0) > 1:
         raise ConfigError(f"{key}={name}: some items have several values; name a category with one value per item")
     codes = np.zeros(1 + len(counts), np.int64)
-    codes[1:][counts == 1] = 1 + column.codes
+    codes[1:][counts == 1] = 1 + column.data
     return codes

@@ -11,32 +11,21 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vista.errors import CheckpointError
-from vista.log.vocabulary import Vocabulary
 from vista.model.saved_model import ModelDescription, SharedTables
+
+if TYPE_CHECKING:
+    from vista.model.vista_model import VistaModel
 
 RETRIEVAL_FILE, CANDIDATE_FILE = "item_retrieval_vectors.npy", "item_projections.npy"
 _ROWS_AT_ONCE = 8192
 _ROWS_COMPARED = 64
-
-
-class ItemProjector(Protocol):
-    """What the tables are computed from: a `VistaModel`."""
-
-    @property
-    def items(self) -> Vocabulary: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def project_items(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The rows int64 [N] of both tables, float32; None for a table that the model does not need."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +40,7 @@ class ItemProjections:
     if requests compute them."""
 
     @classmethod
-    def of(cls, model: ItemProjector, *, with_candidate: bool = True) -> ItemProjections:
+    def of(cls, model: VistaModel, *, with_candidate: bool = True) -> ItemProjections:
         """Computed in memory, on the model's device.
 
         Args:
@@ -72,7 +61,7 @@ class ItemProjections:
     def load(
         cls,
         folder: Path,
-        model: ItemProjector,
+        model: VistaModel,
         tables: SharedTables,
         *,
         with_candidate: bool = True,
@@ -103,7 +92,7 @@ class ItemProjections:
         projections._require(model, folder)
         return projections
 
-    def _require(self, model: ItemProjector, folder: Path) -> None:
+    def _require(self, model: VistaModel, folder: Path) -> None:
         """Compare rows from all over the tables with what the weights give."""
         count = len(model.items) + 1
         rows = torch.linspace(0, count - 1, min(count, _ROWS_COMPARED), dtype=torch.float64).long().to(model.device)
@@ -116,7 +105,7 @@ class ItemProjections:
                 )
 
 
-def save_item_projections(model: ItemProjector, folder: Path) -> None:
+def save_item_projections(model: VistaModel, folder: Path) -> None:
     """Write the tables, some rows at a time.
 
     They are not filled through a memory map, because the system ends a process that writes to one on a full disk.
@@ -137,13 +126,13 @@ def save_item_projections(model: ItemProjector, folder: Path) -> None:
                     table.write(part.cpu().contiguous().numpy().astype("<f4", copy=False).data)
 
 
-def _widths(model: ItemProjector) -> list[int | None]:
+def _widths(model: VistaModel) -> list[int | None]:
     """Columns of the two tables; None for a table that the model does not need."""
     no_rows = torch.zeros(0, dtype=torch.int64, device=model.device)
     return [None if part is None else part.shape[1] for part in model.project_items(no_rows)]
 
 
-def _blocks(model: ItemProjector) -> Iterator[tuple[int, tuple[Tensor | None, Tensor | None]]]:
+def _blocks(model: VistaModel) -> Iterator[tuple[int, tuple[Tensor | None, Tensor | None]]]:
     """All rows of both tables, in order, some at a time: (first row, what `project_items` gives)."""
     count = len(model.items) + 1
     for first in range(0, count, _ROWS_AT_ONCE):

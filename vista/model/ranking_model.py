@@ -23,15 +23,15 @@ from vista.counters.counters import CounterSpec, ItemKeys
 from vista.errors import CheckpointError
 from vista.examples.batch import Batch, BatchEvents
 from vista.files import checked_path
-from vista.log.features import ItemFeatures
-from vista.log.histories import ColumnValues, RowFeatures
+from vista.log.features import Columns
+from vista.log.histories import NUM_GAPS, ColumnValues, RowFeatures
 from vista.log.vocabulary import Ids, Vocabulary
-from vista.model.feature_encoder import EventEncoder, FeatureEncoder, RowFeatureEncoder
-from vista.model.features import Recode, RowFeatureReader, Schema
-from vista.model.item_feature_table import ItemFeatureTable, item_keys
+from vista.model.features import EncodedRows, Recode, RowFeatureEncoder, RowFeatureReader, Schema
+from vista.model.item_feature_table import ItemFeatureEncoder, ItemFeatureTable, item_keys
 from vista.model.layers import (
     CountedItemHead,
     EmbeddingFeature,
+    HashedEmbedding,
     PopularityTerm,
     drawn_table,
     gather,
@@ -50,6 +50,90 @@ NEXT_TASK = "next"
 """Name of the retrieval head's scores among those of the labeled tasks."""
 UNKNOWN_ITEM = 0
 """Model row of items that the vocabulary lacks; vocabulary row r is model row r + 1."""
+
+
+class EventEncoder(nn.Module):
+    """Sum of the embeddings of an event's fields. Fields that the log lacks are left out.
+
+    Actions and gaps have tables of their own, or read `shared`, the table [1 + N, M / P] of all features.
+    """
+
+    def __init__(self, config: Stage1Config, shared: nn.Parameter | None = None) -> None:
+        super().__init__()
+
+        def embedding(feature: EmbeddingFeature, num_values: int) -> nn.Embedding | HashedEmbedding:
+            if shared is None:
+                return nn.Embedding(num_values, config.dim)
+            return HashedEmbedding(shared, feature, num_values, config.embedding_hashes, config.embedding_rows)
+
+        num_actions = len(config.actions)
+        self.action = embedding(EmbeddingFeature.action, num_actions) if num_actions > 1 else None
+        self.gap = embedding(EmbeddingFeature.gap, NUM_GAPS) if config.has_gap else None
+        self.rating_range = config.rating_range
+        self.rating = None if config.rating_range is None else nn.Parameter(torch.zeros(config.dim))
+        features = config.event_features
+        self.features = RowFeatureEncoder(features, config.dim) if features else None
+        for table in (self.action, self.gap):
+            if isinstance(table, nn.Embedding):
+                nn.init.normal_(table.weight, std=0.02)
+        if self.rating is not None:
+            nn.init.normal_(self.rating, std=0.02)
+
+    def forward(
+        self,
+        item_vectors: Tensor,
+        action: Tensor,
+        gap: Tensor | None,
+        rating: Tensor | None = None,
+        features: EncodedRows | None = None,
+    ) -> Tensor:
+        """Embed events.
+
+        Args:
+            item_vectors: [..., M] vectors of the events' items.
+            action: int64 [...].
+            gap: int64 [...] buckets of `gap_bucket`; None leaves times out.
+            rating: float32 [...], NaN if an event has none; None leaves ratings out.
+            features: of the events, in all columns or the first ones; None leaves features out.
+
+        Returns:
+            [..., M].
+        """
+        x = item_vectors
+        if self.action is not None:
+            x = x + self.action(action)
+        if self.gap is not None and gap is not None:
+            x = x + self.gap(gap)
+        if self.rating is not None and self.rating_range is not None and rating is not None:
+            low, high = self.rating_range
+            centered = (rating - (low + high) / 2) * (2 / (high - low) if low < high else 0.0)
+            x = x + torch.nan_to_num(centered, nan=0.0).unsqueeze(-1).to(x.dtype) * self.rating
+        if self.features is not None and features is not None:
+            x = x + self.features(features)
+        return x
+
+    @property
+    def hashed(self) -> list[HashedEmbedding]:
+        """The embeddings that read `shared`."""
+        return [table for table in (self.action, self.gap) if isinstance(table, HashedEmbedding)]
+
+    def check_batch(self, features: EncodedRows | None) -> None:
+        """Refuse a batch without the features that the encoder reads, since it would train without them silently.
+
+        Args:
+            features: of the batch's events.
+
+        Raises:
+            ValueError: if they lack features.
+        """
+        if self.features is not None and features is None:
+            raise ValueError(
+                "the batch has no features of events, which the model reads; give BatchSource encode_events"
+            )
+
+    def gap_vectors(self, gap: Tensor | None) -> Tensor | None:
+        """[..., M] embeddings of request gaps int64 [...]; None if the model uses no times."""
+        return None if self.gap is None or gap is None else self.gap(gap)
 
 
 class RankingModel(nn.Module):
@@ -78,6 +162,8 @@ class RankingModel(nn.Module):
         """The model's own item vocabulary."""
         self.num_trained_items = len(items)
         """Items that stage 1 was trained on. Later ones are unknown in histories (`history_rows`)."""
+        self.temperature = config.softmax_temperature
+        """Divides inner products of users and items."""
         self.data = data
         """How the training data were split, which decides what evaluation may use."""
         unified, retrieval = config.embedding_rows > 0, schema.has_retrieval
@@ -88,7 +174,7 @@ class RankingModel(nn.Module):
         """[1 + V, M], one row per item; or [1 + N, M / P], shared by items, actions, and gaps. Row 0 belongs to the
         unknown item. `id_vectors` reads either kind."""
         self.register_buffer("id_mask", torch.ones(1 + len(items)) if unified and schema.item_features else None)
-        self.features = FeatureEncoder(schema.item_features, config.dim) if schema.item_features else None
+        self.features = ItemFeatureEncoder(schema.item_features, config.dim) if schema.item_features else None
         self.encoder = EventEncoder(self.stage1, self.item_table if unified else None)
         columns, of_users = schema.request_features, schema.user_features
         self.request_encoder = RowFeatureEncoder(columns, config.dim) if columns else None
@@ -101,7 +187,7 @@ class RankingModel(nn.Module):
         """Lets next items follow popularity; None without `model.popularity`."""
         counts = config if isinstance(config, NextItemConfig) and retrieval else None
         if counts is not None and counts.popularity:
-            self.popularity = PopularityTerm(config.dim, counts.softmax_temperature)
+            self.popularity = PopularityTerm(config.dim, self.temperature)
         self.item_keys: ItemKeys | None = None
         """What items are counted as; their categories are set with their features. None without counters."""
         self.counted: CountedItemHead | None = None
@@ -148,18 +234,17 @@ class RankingModel(nn.Module):
             vectors = read_together(sharded.read, hashed, self.encoder.hashed)
         return vectors if self.id_mask is None else vectors * self.id_mask[rows].unsqueeze(-1)
 
-    def request_vectors(self, gap: Tensor, entry: Tensor | None, dense: Tensor | None) -> Tensor | None:
+    def request_vectors(self, gap: Tensor | None, rows: EncodedRows | None) -> Tensor | None:
         """[..., M] vectors of requests, which are added to their candidates; None if the model reads nothing of them.
 
         Args:
-            gap: int64 [...] log buckets of the time from the newest event to the request.
-            entry: int64 [..., C], and dense: float32 [..., F], from `RowFeatureReader.encode`; None for a model that
-                reads no features of requests.
+            gap: int64 [...] log buckets of the time from the newest event to the request; None without times.
+            rows: features of the requests [...]; None for a model that reads none.
         """
         vectors = self.encoder.gap_vectors(gap)
         if self.request_encoder is None:
             return vectors
-        features: Tensor = self.request_encoder(entry, dense)
+        features: Tensor = self.request_encoder(rows)
         return features if vectors is None else vectors + features
 
     def catalog_vectors(self) -> Tensor:
@@ -259,7 +344,7 @@ class RankingModel(nn.Module):
         """[NA, M'] user vectors of a batch's anchors, as in `losses`. Only with the retrieval head."""
         raise NotImplementedError
 
-    def read_item_table(self, data: DataConfig, features: ItemFeatures | None) -> None:
+    def read_item_table(self, data: DataConfig, features: Columns) -> None:
         """Read item properties when training starts, from a file or the features of the model's items. Most need none.
 
         Raises:
@@ -331,16 +416,9 @@ class RankingModel(nn.Module):
             return lambda features, num_rows: RowFeatures({})
         return self.event_features.recoder(values)
 
-    def encoded_events(self, features: RowFeatures, num_events: int) -> tuple[Tensor | None, Tensor | None]:
-        """What `encoder` reads of features with the model's codes; None for a model that reads none.
-
-        Returns:
-            (entries int64 [T, C], dense inputs float32 [T, D]).
-        """
-        if self.event_features is None:
-            return None, None
-        encoded = self.event_features.encode(features, num_events)
-        return torch.from_numpy(encoded.entry).to(self.device), torch.from_numpy(encoded.dense).to(self.device)
+    def encoded_events(self, features: RowFeatures, num_events: int) -> EncodedRows | None:
+        """What `encoder` reads of features of T events with the model's codes; None for a model that reads none."""
+        return None if self.event_features is None else self.event_features.encode(features, num_events)
 
     @property
     def counter_spec(self) -> CounterSpec | None:

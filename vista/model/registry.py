@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vista.config.checks import Architecture
-from vista.log.features import ItemFeatures
+from vista.log.features import Columns
 from vista.log.vocabulary import Ids
 from vista.model.baselines.candidate_models import DIN, SIM, TWIN
 from vista.model.baselines.sequence_models import HSTU, FuXiLinear, SASRec
@@ -31,7 +31,7 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Rankin
     return ARCHITECTURES[architecture].from_pretrained(folder, device)
 
 
-def with_items(model: VistaModel, ids: Ids, features: ItemFeatures) -> VistaModel:
+def with_items(model: VistaModel, ids: Ids, features: Columns) -> VistaModel:
     """A model with more items. Its scores of other items and its summarizer stay the same, so stores stay valid.
 
     Args:

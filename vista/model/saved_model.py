@@ -238,10 +238,11 @@ class SharedTables:
 
     Args:
         device: of the model. Only arrays on the CPU are shared, because others are copies that belong to one model.
+            None shares nothing.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._is_shared = device.type == "cpu"
+    def __init__(self, device: torch.device | None) -> None:
+        self._is_shared = device is not None and device.type == "cpu"
         self._own: list[_HeldTable] = []
 
     @property
@@ -312,7 +313,7 @@ _of_models: WeakKeyDictionary[nn.Module, SharedTables] = WeakKeyDictionary()
 
 def tables_of(model: nn.Module) -> SharedTables:
     """The arrays of a model that a scorer has opened; none for any other model."""
-    return _of_models.get(model) or SharedTables(torch.device("cpu"))
+    return _of_models.get(model) or SharedTables(None)
 
 
 def total_bytes(models: Iterable[SharedTables]) -> int:
@@ -341,51 +342,6 @@ ROW_FEATURES = "event_features", "request_features", "user_features"
 """Attributes of a model with readers of features, and fields of its schema with their columns."""
 _SPARE_VALUES = 1 << 22
 """What building a small model may allocate in addition, such as temporary tensors: 16 MiB."""
-
-
-@dataclass(frozen=True, slots=True)
-class SavedParts:
-    """What the files of a model hold besides its description."""
-
-    weights: dict[str, Tensor]
-    """By name, float32, mapped from the file."""
-    items: Vocabulary
-    features: ItemFeatureTable | None
-    readers: dict[str, RowFeatureReader | None]
-    """By the names of ROW_FEATURES."""
-
-    @classmethod
-    def read(cls, folder: Path, saved: ModelDescription, tables: SharedTables | None) -> SavedParts:
-        """Read the files that a description names.
-
-        Args:
-            tables: gets the large ones, and gives those that other models hold; None reads all.
-
-        Raises:
-            CheckpointError: if one is missing or damaged, or a weight is not finite.
-        """
-        try:
-            items_files, features_files = ("items.*",), (FEATURES_FILE, "item_values_*")
-            saved.check_files(folder, WEIGHTS_FILE, *items_files, FEATURES_FILE, "*_values_*")
-            weights = _read_weights(folder / WEIGHTS_FILE, tables)
-            columns = saved.schema.item_features
-            if tables is None:
-                items = Vocabulary.load(folder, "items")
-                features = ItemFeatureTable.load(folder, columns) if columns else None
-            else:
-                items = tables.take_files(saved.files, items_files, lambda: Vocabulary.load(folder, "items"))
-                features = None
-                if columns:
-                    features = tables.take_files(
-                        saved.files, features_files, lambda: ItemFeatureTable.load(folder, columns)
-                    )
-            readers = {
-                name: RowFeatureReader.load(folder, name.removesuffix("_features"), getattr(saved.schema, name))
-                for name in ROW_FEATURES
-            }
-        except (OSError, ValueError, SafetensorError, LogFormatError) as error:
-            raise unreadable_model(folder, error) from error
-        return cls(weights, items, features, readers)
 
 
 def _read_weights(file: Path, tables: SharedTables | None) -> dict[str, Tensor]:
@@ -430,7 +386,8 @@ def opened_model(kind: type[Model], folder: Path, tables: SharedTables | None = 
     """Read a folder of `RankingModel.save_pretrained`.
 
     Args:
-        tables: as of `SavedParts.read`; only for models that do not change.
+        tables: gets the large arrays, and gives those that other models hold; only for a model that does not change.
+            None reads all.
 
     Raises:
         CheckpointError: as `RankingModel.from_pretrained`.
@@ -442,8 +399,23 @@ def opened_model(kind: type[Model], folder: Path, tables: SharedTables | None = 
             f"{kind.architecture.value}; name a model that was trained with "
             f"model.architecture={kind.architecture.value}"
         )
-    parts = SavedParts.read(folder, saved, tables)
-    num_values = sum(weight.numel() for weight in parts.weights.values())
+    columns = saved.schema.item_features
+    try:
+        items_files, features_files = ("items.*",), (FEATURES_FILE, "item_values_*")
+        saved.check_files(folder, WEIGHTS_FILE, *items_files, FEATURES_FILE, "*_values_*")
+        weights = _read_weights(folder / WEIGHTS_FILE, tables)
+        tables = SharedTables(None) if tables is None else tables
+        items = tables.take_files(saved.files, items_files, lambda: Vocabulary.load(folder, "items"))
+        features = None
+        if columns:
+            features = tables.take_files(saved.files, features_files, lambda: ItemFeatureTable.load(folder, columns))
+        readers = {
+            name: RowFeatureReader.load(folder, name.removesuffix("_features"), getattr(saved.schema, name))
+            for name in ROW_FEATURES
+        }
+    except (OSError, ValueError, SafetensorError, LogFormatError) as error:
+        raise unreadable_model(folder, error) from error
+    num_values = sum(weight.numel() for weight in weights.values())
     too_large = CheckpointError(
         f"{folder}/{WEIGHTS_FILE} does not fit its config.json, which asks for far more than its {num_values} "
         "values; export the model again"
@@ -452,13 +424,13 @@ def opened_model(kind: type[Model], folder: Path, tables: SharedTables | None = 
         # The drawn weights are replaced at once, so the caller's random state must not advance.
         limit = AllocationLimit(4 * num_values + _SPARE_VALUES, too_large)
         with torch.random.fork_rng(devices=[]), limit, tables_from_file():
-            model = kind(saved.config, saved.schema, parts.items, saved.data)
-        model.take_weights(parts.weights)
-        model.set_item_features(parts.features)
-        for name, reader in parts.readers.items():
+            model = kind(saved.config, saved.schema, items, saved.data)
+        model.take_weights(weights)
+        model.set_item_features(features)
+        for name, reader in readers.items():
             setattr(model, name, reader)
-        if saved.num_trained_items > len(parts.items):
-            raise RuntimeError(f"it knows {len(parts.items)} items, but was trained on {saved.num_trained_items}")
+        if saved.num_trained_items > len(items):
+            raise RuntimeError(f"it knows {len(items)} items, but was trained on {saved.num_trained_items}")
         model.num_trained_items = saved.num_trained_items
     except RuntimeError as error:
         raise CheckpointError(

@@ -24,11 +24,18 @@ from vista.config.checks import Architecture, Mixing, Precision, planned
 from vista.examples.batch import Batch, BatchEvents
 from vista.log.histories import UNKNOWN_GAP
 from vista.log.vocabulary import Vocabulary
-from vista.model.anchor_losses import anchor_losses
-from vista.model.features import RowFeatureReader, Schema
+from vista.model.features import EncodedRows, RowFeatureReader, Schema
 from vista.model.item_projections import save_item_projections
 from vista.model.layers import CandidateCounters, FeedForward, GatedOutput, frozen, module_list, norm, split_heads
-from vista.model.losses import Losses, LossPart, next_loss, reconstruction_loss, task_parts, weighted_losses
+from vista.model.losses import (
+    Losses,
+    LossPart,
+    anchor_losses,
+    next_loss,
+    reconstruction_loss,
+    task_parts,
+    weighted_losses,
+)
 from vista.model.ranking_model import RankingModel
 from vista.model.saved_model import ModelDescription
 from vista.model.summarizer import Summarizer
@@ -180,9 +187,9 @@ class VistaModel(RankingModel):
     def _contexts(self, batch: Batch, item_vectors: Tensor) -> tuple[Tensor, Tensor, TargetContext]:
         """Event embeddings [T, M], summaries of the cuts, and contexts of the windows."""
         events = batch.events
-        self.encoder.check_batch(events.entry)
+        self.encoder.check_batch(events.features)
         shown = self.shown_vectors(events, item_vectors)
-        encoded = self.encoder(shown, events.action, events.gap, events.rating, events.entry, events.dense)
+        encoded = self.encoder(shown, events.action, events.gap, events.rating, events.features)
         summaries = self.cut_summaries(batch, encoded)
         return encoded, summaries, self.window_context(batch, shown, summaries)
 
@@ -218,8 +225,7 @@ class VistaModel(RankingModel):
         first = valid & ~F.pad(valid[:, :-1], (1, 0))
         if len(events.item):
             gap = torch.where(first, UNKNOWN_GAP, events.gap[index])
-            entry, dense = self._tail_inputs(events, index)
-            tail = self.encoder(shown[index], events.action[index], gap, entry=entry, dense=dense)
+            tail = self.encoder(shown[index], events.action[index], gap, features=self._tail_inputs(events, index))
         else:
             tail = shown.new_zeros(*index.shape, self.config.dim)
         by_cut = self.target_attention.encode_summary(summaries)
@@ -230,16 +236,16 @@ class VistaModel(RankingModel):
         if self.user_encoder is None:
             return context
         assert batch.user_features is not None
-        users = self.user_encoder(batch.user_features.entry, batch.user_features.dense)
+        users = self.user_encoder(batch.user_features)
         return replace(context, user=users.index_select(0, windows.chunk))
 
-    def _tail_inputs(self, events: BatchEvents, index: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Entries int64 [NW, L, C] and dense inputs float32 [NW, L, D] of the features that stage 2 reads."""
+    def _tail_inputs(self, events: BatchEvents, index: Tensor) -> EncodedRows | None:
+        """The features [NW, L] that stage 2 reads of events int64 [NW, L]."""
         columns = self.schema.tail_features
-        if events.entry is None or events.dense is None or not columns:
-            return None, None
-        num_dense = sum(column.num_dense for column in columns)
-        return events.entry[index][..., : len(columns)], events.dense[index][..., :num_dense]
+        if events.features is None or not columns:
+            return None
+        rows, num_dense = events.features.select(index), sum(column.num_dense for column in columns)
+        return EncodedRows(rows.entry[..., : len(columns)], rows.dense[..., :num_dense])
 
     def window_users(self, batch: Batch, context: TargetContext) -> Tensor:
         """User vectors [NW, W, M'] at the positions of the windows, at the times of their labels."""
@@ -261,7 +267,7 @@ class VistaModel(RankingModel):
         """Task logits [NW, I, num_tasks] of the windows' impressions; item_vectors [R, M]."""
         seen = self.config.tail_len - batch.labels.item.shape[1] + 1 + batch.impressions.position
         shown = batch.impressions
-        vectors, requests = item_vectors[shown.item], self.request_vectors(shown.gap, shown.entry, shown.dense)
+        vectors, requests = item_vectors[shown.item], self.request_vectors(shown.gap, shown.features)
         return self.candidate_logits(vectors, requests, seen.clamp(min=0), context, codes=shown.codes)
 
     def _next_loss(self, batch: Batch, item_vectors: Tensor, context: TargetContext) -> LossPart:
@@ -269,7 +275,7 @@ class VistaModel(RankingModel):
         label = batch.labels.item.flatten()
         known = (label >= 0).nonzero().squeeze(-1)
         items = self.retrieval_items(item_vectors, batch.rows)
-        mean = next_loss(batch, items, users.flatten(0, 1)[known], label[known], self.config.softmax_temperature)
+        mean = next_loss(batch, items, users.flatten(0, 1)[known], label[known], self.temperature)
         return LossPart(mean, len(known))
 
     def _reconstruction(self, batch: Batch, item_vectors: Tensor, encoded: Tensor, summaries: Tensor) -> LossPart:
@@ -279,7 +285,7 @@ class VistaModel(RankingModel):
         target = encoded[index]
         # The decoder reconstructs the events themselves, hidden items included, but not their features, which tell how
         # an event came about, such as the device, rather than what the user is interested in.
-        if events.hidden is not None or events.entry is not None:
+        if events.hidden is not None or events.features is not None:
             rating = None if events.rating is None else events.rating[index]
             target = self.encoder(item_vectors[events.item[index]], events.action[index], events.gap[index], rating)
         age = batch.cuts.stop[part.cut] - part.start

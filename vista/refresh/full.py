@@ -244,7 +244,7 @@ def check_log(model: RankingModel, log: EventLog, *, requests: bool = False) -> 
     _check_features(log, "events", model.schema.event_features, _kinds(log.event_features))
     if model.schema.user_features:
         columns = declared_columns(features_of(log.segments, USERS))  # without reading the features of all users
-        of_log = {name: parts[0].column.kind for name, parts in columns.items()}
+        of_log = {name: parts[0].columns[name].kind for name, parts in columns.items()}
         _check_features(log, "users", model.schema.user_features, of_log)
     if requests and any(segment.impressions is not None for segment in log.segments):
         _check_features(log, "impressions", model.schema.request_features, _kinds(log.request_features))

@@ -24,7 +24,7 @@ from vista.config.store_config import INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH, 
 from vista.counters.counters import ItemKeys
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
-from vista.log.features import UserFeatureParts
+from vista.log.features import merged_features, row_features, values_of, verified_columns
 from vista.log.histories import Histories, RowFeatures, token_groups
 from vista.log.segment import features_of
 from vista.log.segment_files import USERS
@@ -420,9 +420,9 @@ def _user_features(model: VistaModel, log: EventLog) -> Callable[[Int], RowFeatu
     reader = model.user_features
     if reader is None:
         return lambda users: RowFeatures({})
-    parts = UserFeatureParts.of(features_of(log.segments, USERS))
-    recode = reader.recoder(parts.values)
-    return lambda users: recode(parts.rows(users), len(users))
+    declared = verified_columns(features_of(log.segments, USERS))
+    recode = reader.recoder(values_of(declared))
+    return lambda users: recode(row_features(merged_features(declared, users))[0], len(users))
 
 
 def changed_positions(old: Histories, new: Histories) -> tuple[Int, Int] | None:

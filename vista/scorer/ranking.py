@@ -29,12 +29,11 @@ from vista.model.vista_model import VistaModel
 from vista.scorer.request import (
     MAX_SCORES,
     Request,
-    Tally,
     ids_of,
     item_rows,
     require_most,
 )
-from vista.scorer.serving_snapshot import ServingSnapshot
+from vista.scorer.serving_snapshot import Call, ServingSnapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +49,14 @@ class ItemFilter:
         """Model rows of the items to leave out for all users, ascending."""
         return np.unique(item_rows(snapshot.model, ids_of(self.exclude, "exclude"), "exclude"))
 
-    def allowed(self, snapshot: ServingSnapshot, on_missing: OnMissing) -> NDArray[np.bool_] | None:
+    def allowed(self, call: Call) -> NDArray[np.bool_] | None:
         """bool [1 + V]: rows of the items that `within` and `where` allow; None if neither is given."""
-        num_rows, mask = len(snapshot.model.items) + 1, None
+        num_rows, mask = len(call.snapshot.model.items) + 1, None
         if self.where is not None:
-            mask = snapshot.items_by_value.mask(self.where, num_rows)
+            mask = call.snapshot.items_by_value.mask(self.where, num_rows)
         if self.within is not None:
             listed = np.zeros(num_rows, np.bool_)
-            listed[_listed_rows(snapshot, self.within, on_missing, "within")] = True
+            listed[call.rows(self.within, "within")] = True
             mask = listed if mask is None else mask & listed
         if mask is not None:
             mask[UNKNOWN_ITEM] = False
@@ -77,29 +76,19 @@ class Ranking:
     """Candidates that the model scored: with `retrieve`, also the user's own items."""
 
 
-def ranked(
-    snapshot: ServingSnapshot,
-    request: Request,
-    task: str,
-    top_k: int,
-    candidates: Any,
-    features: Any,
-    wanted: ItemFilter,
-    on_missing: OnMissing,
-    tally: Tally,
-) -> Ranking:
+def ranked(call: Call, task: str, top_k: int, candidates: Any, features: Any, wanted: ItemFilter) -> Ranking:
     """The best items for the one user of a request; arguments, result and errors are those of `Scorer.rank`."""
     require_top_k(top_k, "top_k")
-    items = snapshot.model.items
+    snapshot, items = call.snapshot, call.snapshot.model.items
     left_out = np.zeros(len(items) + 1, bool)
     left_out[UNKNOWN_ITEM] = True
     num_unknown, rows = 0, None
     if candidates is None:
-        request = request.with_features(snapshot.model, features, None)
+        request = call.asked(features, None)
     else:
-        chosen = _listed_rows(snapshot, candidates, on_missing)
+        chosen = call.rows(candidates)
         num_unknown = int((chosen == UNKNOWN_ITEM).sum())
-        request = request.with_features(snapshot.model, features, len(chosen))
+        request = call.asked(features, len(chosen))
         rows, first = np.unique(chosen, return_index=True)
         if request.features is not None:
             request = replace(request, features=request.features.of_candidates(first))
@@ -108,14 +97,14 @@ def ranked(
         left_out[request.tail.item[request.tail.valid]] = True
     given = None if rows is None else torch.from_numpy(rows)
     scores = snapshot.scores(request, given, [task])[task][0].numpy()
-    if on_missing is OnMissing.nan and request.missing[0]:
+    if call.on_missing is OnMissing.nan and request.missing[0]:
         scores[:] = np.nan
     kept = ~(left_out if rows is None else left_out[rows])
     rows = np.flatnonzero(kept) if rows is None else rows[kept]
     scores = scores[kept]
     ranking = best_items(items, rows, scores, top_k, num_unknown)
     num_scored = len(scores) + num_unknown
-    tally(candidates=num_scored, unknown_candidates=num_unknown, dropped=ranking.num_dropped)
+    call.tally(candidates=num_scored, unknown_candidates=num_unknown, dropped=ranking.num_dropped)
     return ranking
 
 
@@ -148,43 +137,27 @@ def require_top_k(value: Any, name: str) -> None:
         raise ValueError(f"{name}: must be at least 1, got {value}")
 
 
-def _listed_rows(snapshot: ServingSnapshot, given: Any, on_missing: OnMissing, name: str = "candidates") -> Int:
-    """Model rows int64 [C] of candidates, which must be the same for every user."""
-    rows = snapshot.candidates(given, on_missing, name).rows
-    if rows.ndim != 1:
-        raise ValueError(f"{name}: must be of shape [C], got {rows.shape}")
-    return rows
-
-
 def retrieved(
-    snapshot: ServingSnapshot,
-    request: Request,
-    task: str,
-    top_k: int,
-    num_candidates: int,
-    wanted: ItemFilter,
-    features: Any,
-    on_missing: OnMissing,
-    tally: Tally,
+    call: Call, task: str, top_k: int, num_candidates: int, features: Any, wanted: ItemFilter
 ) -> list[Ranking]:
     """The best items for each user of a request: candidates from an index and the user's own items, ranked by stage 2.
 
     Arguments, result and errors are those of `Scorer.retrieve`.
     """
-    index = snapshot.item_index()
+    snapshot, index = call.snapshot, call.snapshot.item_index()
     require_top_k(top_k, "top_k")
     require_top_k(num_candidates, "num_candidates")
     count = max(top_k, num_candidates)
-    require_most(len(request) * count, MAX_SCORES, "num_candidates", "pairs of a user and a candidate")
-    request = request.with_features(snapshot.model, features, None)
-    excluded, allowed = wanted.excluded(snapshot), wanted.allowed(snapshot, on_missing)
+    require_most(len(call.request) * count, MAX_SCORES, "num_candidates", "pairs of a user and a candidate")
+    request = call.asked(features, None)
+    excluded, allowed = wanted.excluded(snapshot), wanted.allowed(call)
     if allowed is None and len(excluded) > count:
         allowed = np.ones(len(snapshot.model.items) + 1, np.bool_)
     if allowed is not None:
         allowed[excluded] = False
         excluded = excluded[:0]
     candidates = _candidates(snapshot, index, request, count, allowed, excluded, exclude_tail=wanted.exclude_tail)
-    if on_missing is OnMissing.nan:  # Their scores would be NaN, so that none could be returned.
+    if call.on_missing is OnMissing.nan:  # Their scores would be NaN, so that none could be returned.
         candidates = [rows[:0] if request.missing[user] else rows for user, rows in enumerate(candidates)]
     rows = np.concatenate([np.zeros(0, np.int64), *candidates])
     offsets = offsets_of(np.array([len(part) for part in candidates], np.int64))
@@ -193,7 +166,7 @@ def retrieved(
         best_items(snapshot.model.items, rows[first:stop], scores[first:stop], top_k)
         for first, stop in pairwise(offsets.tolist())
     ]
-    tally(candidates=len(rows), dropped=sum(ranking.num_dropped for ranking in rankings))
+    call.tally(candidates=len(rows), dropped=sum(ranking.num_dropped for ranking in rankings))
     return rankings
 
 
@@ -232,21 +205,12 @@ def _candidates(
     return candidates
 
 
-def explained(
-    snapshot: ServingSnapshot,
-    request: Request,
-    candidates: Any,
-    features: Any,
-    task: str,
-    on_missing: OnMissing,
-    tally: Tally,
-) -> Explanation:
+def explained(call: Call, task: str, candidates: Any, features: Any) -> Explanation:
     """What `Scorer.explain` returns for the one user of a request; arguments and errors are those of that."""
-    snapshot.require_task(task)
-    rows = _listed_rows(snapshot, candidates, on_missing)
-    asked = request.with_features(snapshot.model, features, len(rows))
-    explanation = Explanation.of(snapshot, asked, torch.from_numpy(rows), task)
-    tally(candidates=len(rows), unknown_candidates=int((rows == UNKNOWN_ITEM).sum()))
+    call.snapshot.require_task(task)
+    rows = call.rows(candidates)
+    explanation = Explanation.of(call.snapshot, call.asked(features, len(rows)), torch.from_numpy(rows), task)
+    call.tally(candidates=len(rows), unknown_candidates=int((rows == UNKNOWN_ITEM).sum()))
     return explanation
 
 
@@ -323,7 +287,7 @@ def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -
     model, counters = snapshot.model, request.counters
     context, seen = _inputs(model, request)
     gap = inference.request_gap(model, request.now, request.tail)
-    items = snapshot.retrieval_vectors()[rows] / model.config.softmax_temperature
+    items = snapshot.retrieval_vectors()[rows] / model.temperature
     user = inference.user_vectors(model, context, gap)
     value: Tensor = items @ user[0]
     of_counters = torch.zeros_like(value)

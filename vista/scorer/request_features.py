@@ -84,7 +84,7 @@ class PairFeatures:
         """The rows of `count` candidates of each user, from candidate `start` on; of candidates that a user does not
         have, any rows."""
         index = self.first[users][:, None] + np.arange(start, start + count)
-        return self.rows.select(np.minimum(index, len(self.rows.entry) - 1).ravel())
+        return self.rows.select(np.minimum(index, len(self.rows) - 1).ravel())
 
     def of_candidates(self, candidates: Int) -> PairFeatures:
         """Those of one user, for some of its candidates, or all of them in another order."""
@@ -101,7 +101,7 @@ def of_users(reader: RowFeatureReader, rows: EncodedRows, given: Mapping[str, An
     Raises:
         TypeError, ValueError: a value, or the shape of the values is wrong.
     """
-    values, num_users = {}, len(rows.entry)
+    values, num_users = {}, len(rows)
     for name, column in given.items():
         shape, flat = _shaped(name, column)
         if shape not in ((), (num_users,)):

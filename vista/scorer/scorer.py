@@ -27,8 +27,8 @@ from vista.log.vocabulary import Ids
 from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.model.vista_model import VistaModel
 from vista.scorer.ranking import Explanation, ItemFilter, Ranking, explained, ranked, retrieved
-from vista.scorer.request import MAX_SCORES, Request, ragged_offsets, require_max_age, require_most, split_ragged
-from vista.scorer.serving_snapshot import CandidateSet, ServingSnapshot
+from vista.scorer.request import MAX_SCORES, ragged_offsets, require_max_age, require_most, split_ragged
+from vista.scorer.serving_snapshot import Call, CandidateSet, ServingSnapshot
 from vista.scorer.serving_source import Follower, ServingSource, repair_after_fork
 from vista.store.manifest import Manifest
 from vista.store.reader import ShardedReader, StoreReader
@@ -291,8 +291,8 @@ class Scorer:
         Raises:
             UnknownUserError, UnknownItemError, StoreError, ValueError, TypeError: as in `predict`.
         """
-        with self._call(users, tail, now) as (snapshot, asked):
-            return self._predict(snapshot, asked, candidates, request, [self.task])[self.task]
+        with self._call(users, tail, now) as call:
+            return _predict(call, candidates, request, [self.task])[self.task]
 
     def predict(
         self,
@@ -329,8 +329,8 @@ class Scorer:
             StoreError: the scorer is closed, or a record is damaged.
             ValueError, TypeError: an argument is invalid or too long; the message names it.
         """
-        with self._call(users, tail, now) as (snapshot, asked):
-            return self._predict(snapshot, asked, candidates, request, snapshot.tasks)
+        with self._call(users, tail, now) as call:
+            return _predict(call, candidates, request, call.snapshot.tasks)
 
     def rank(
         self,
@@ -358,11 +358,8 @@ class Scorer:
         Raises:
             ValueError: `top_k` is below 1. Others as in `predict`.
         """
-        with self._call([user], tail, now) as (snapshot, asked):
-            wanted, task = ItemFilter(exclude, exclude_tail), self.task
-            return ranked(
-                snapshot, asked, task, top_k, candidates, request, wanted, self.on_missing, self._recorder.add
-            )
+        with self._call([user], tail, now) as call:
+            return ranked(call, self.task, top_k, candidates, request, ItemFilter(exclude, exclude_tail))
 
     def retrieve(
         self,
@@ -396,11 +393,9 @@ class Scorer:
             ItemIndexError: the scorer was opened without an index.
             ValueError: the model lacks a category or value of `where`. Others as in `rank`.
         """
-        with self._call(users, tail, now) as (snapshot, asked):
-            wanted, task = ItemFilter(exclude, exclude_tail, within, where), self.task
-            return retrieved(
-                snapshot, asked, task, top_k, num_candidates, wanted, request, self.on_missing, self._recorder.add
-            )
+        with self._call(users, tail, now) as call:
+            wanted = ItemFilter(exclude, exclude_tail, within, where)
+            return retrieved(call, self.task, top_k, num_candidates, request, wanted)
 
     def encode(self, candidates: Any) -> CandidateSet:
         """Look up item ids [C] or [B, C] once, to score them many times.
@@ -419,9 +414,11 @@ class Scorer:
         Raises:
             ValueError: the model was trained without a retrieval head. Others as in `predict`.
         """
-        with self._call(users, tail, now) as (snapshot, request):
-            snapshot.retrieval_vectors()
-            return nan_for(request.missing, snapshot.user_vectors(request).cpu().numpy(), self.on_missing)
+        with self._call(users, tail, now) as call:
+            call.snapshot.retrieval_vectors()
+            return nan_for(
+                call.request.missing, call.snapshot.user_vectors(call.request).cpu().numpy(), call.on_missing
+            )
 
     def item_vectors(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
         """(ids [V], vectors float32 [V, M']) of the vocabulary, for an index by inner product.
@@ -445,10 +442,10 @@ class Scorer:
         Raises:
             ValueError: the model was trained without a retrieval head. Others as in `predict`.
         """
-        with self._call(users, tail, now) as (snapshot, request):
-            rows, scores, offsets = snapshot.counted_items(request)
-            scores = nan_for(np.repeat(request.missing, np.diff(offsets)), scores, self.on_missing)
-            return snapshot.model.items.ids(rows - 1), scores, offsets
+        with self._call(users, tail, now) as call:
+            rows, scores, offsets = call.snapshot.counted_items(call.request)
+            scores = nan_for(np.repeat(call.request.missing, np.diff(offsets)), scores, call.on_missing)
+            return call.snapshot.model.items.ids(rows - 1), scores, offsets
 
     def catalog_scores(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
         """Scores of `next` float32 [B, V] of the whole catalog for each user, in the order of `item_vectors`.
@@ -458,10 +455,11 @@ class Scorer:
         Raises:
             ValueError: the model has no retrieval head, or there are too many scores. Others as in `predict`.
         """
-        with self._call(users, tail, now) as (snapshot, request):
+        with self._call(users, tail, now) as call:
+            snapshot, request = call.snapshot, call.request
             require_most(len(request) * len(snapshot.model.items), MAX_SCORES, "users", "pairs of a user and an item")
-            scores = nan_for(request.missing, snapshot.catalog_scores(request), self.on_missing)
-            self._recorder.add(candidates=scores.size)
+            scores = nan_for(request.missing, snapshot.catalog_scores(request), call.on_missing)
+            call.tally(candidates=scores.size)
             return scores
 
     def explain(
@@ -487,10 +485,8 @@ class Scorer:
         Raises:
             UnknownUserError: with on_missing="raise". Others as in `predict`.
         """
-        with self._call([user], tail, now) as (snapshot, asked):
-            return explained(
-                snapshot, asked, candidates, request, task or self.task, self.on_missing, self._recorder.add
-            )
+        with self._call([user], tail, now) as call:
+            return explained(call, task or self.task, candidates, request)
 
     def _moved(self) -> bool:
         """Move to what is newer, as `reload` does, for one thread at a time."""
@@ -527,41 +523,39 @@ class Scorer:
         self._changing = threading.Lock()
 
     @contextmanager
-    def _call(self, users: Ids, tail: Tail | None, now: Any) -> Iterator[tuple[ServingSnapshot, Request]]:
-        """The snapshot in service and the request that it reads, for one call, which is counted and timed."""
+    def _call(self, users: Ids, tail: Tail | None, now: Any) -> Iterator[Call]:
+        """One call, which is counted and timed."""
         with self._recorder.timed(), self.in_service() as snapshot:
             request = snapshot.read(users, tail, now, self.on_missing, self.max_age_s, self._recorder.add)
             self._latest.source = AnswerSource(request.generation, snapshot.checksum)
-            yield snapshot, request
+            yield Call(snapshot, request, self.on_missing, self._recorder.add)
 
-    def _predict(
-        self, snapshot: ServingSnapshot, request: Request, candidates: Any, features: Any, tasks: list[str]
-    ) -> dict[str, Any]:
-        """Scores of some tasks; arguments, result and errors are those of `predict`."""
-        values, given = split_ragged(candidates)
-        rows, missing = snapshot.candidates(values, self.on_missing).rows, request.missing
-        if given is not None:
-            offsets = ragged_offsets(rows, given, len(request))
-            request = request.with_features(snapshot.model, features, offsets)
-            scores = snapshot.ragged_scores(request, rows, offsets, tasks)
-            missing = np.repeat(missing, np.diff(offsets))
-        else:
-            if rows.ndim == 2 and len(rows) != len(request):
-                raise ValueError(
-                    f"candidates: shape {rows.shape} does not match {len(request)} users; pass [C], or one row per user"
-                )
-            require_most(len(request) * rows.shape[-1], MAX_SCORES, "candidates", "pairs of a user and a candidate")
-            request = request.with_features(snapshot.model, features, rows.shape[-1])
-            scores = snapshot.scores(request, torch.from_numpy(rows), tasks)
-            missing = missing[:, None]
-        unknown = np.broadcast_to(rows == UNKNOWN_ITEM, scores[tasks[0]].shape)
-        if self.on_missing is OnMissing.nan:
-            nobody = torch.from_numpy(missing | unknown)
-            scores = {task: cells.masked_fill(nobody, float("nan")) for task, cells in scores.items()}
-        self._recorder.add(candidates=unknown.size, unknown_candidates=int(unknown.sum()))
-        if isinstance(values, Tensor):
-            return {task: cells.to(values.device) for task, cells in scores.items()}
-        return {task: cells.numpy() for task, cells in scores.items()}
+
+def _predict(call: Call, candidates: Any, features: Any, tasks: list[str]) -> dict[str, Any]:
+    """Scores of some tasks; arguments, result and errors are those of `Scorer.predict`."""
+    values, given = split_ragged(candidates)
+    rows = call.snapshot.candidates(values, call.on_missing).rows
+    num_users, missing = len(call.request), call.request.missing
+    if given is not None:
+        offsets = ragged_offsets(rows, given, num_users)
+        scores = call.snapshot.ragged_scores(call.asked(features, offsets), rows, offsets, tasks)
+        missing = np.repeat(missing, np.diff(offsets))
+    else:
+        if rows.ndim == 2 and len(rows) != num_users:
+            raise ValueError(
+                f"candidates: shape {rows.shape} does not match {num_users} users; pass [C], or one row per user"
+            )
+        require_most(num_users * rows.shape[-1], MAX_SCORES, "candidates", "pairs of a user and a candidate")
+        scores = call.snapshot.scores(call.asked(features, rows.shape[-1]), torch.from_numpy(rows), tasks)
+        missing = missing[:, None]
+    unknown = np.broadcast_to(rows == UNKNOWN_ITEM, scores[tasks[0]].shape)
+    if call.on_missing is OnMissing.nan:
+        nobody = torch.from_numpy(missing | unknown)
+        scores = {task: cells.masked_fill(nobody, float("nan")) for task, cells in scores.items()}
+    call.tally(candidates=unknown.size, unknown_candidates=int(unknown.sum()))
+    if isinstance(values, Tensor):
+        return {task: cells.to(values.device) for task, cells in scores.items()}
+    return {task: cells.numpy() for task, cells in scores.items()}
 
 
 def nan_for(missing: NDArray[np.bool_], values: NDArray[np.float32], on_missing: OnMissing) -> NDArray[np.float32]:

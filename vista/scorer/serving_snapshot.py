@@ -49,7 +49,6 @@ from vista.scorer.request import (
     require_most,
     with_fresh_events,
 )
-from vista.scorer.request_features import PairFeatures
 from vista.store.reader import ShardedReader, StoredBatch, StoreReader
 from vista.store.record import Tail
 
@@ -266,7 +265,7 @@ class ServingSnapshot:
         """Scores of `next` of all items, float32 [B, V]; ValueError without the retrieval head."""
         items = self.retrieval_vectors()[UNKNOWN_ITEM + 1 :].cpu().numpy()
         vectors = self.user_vectors(request)
-        scores: NDArray[np.float32] = (vectors / self.model.config.softmax_temperature).cpu().numpy() @ items.T
+        scores: NDArray[np.float32] = (vectors / self.model.temperature).cpu().numpy() @ items.T
         rows, counted, offsets = self.counted_items(request, vectors)
         scores[np.repeat(np.arange(len(request)), np.diff(offsets)), rows - UNKNOWN_ITEM - 1] = counted
         return scores
@@ -313,15 +312,13 @@ class ServingSnapshot:
         labeled = [task for task in tasks if task != NEXT_TASK]
         for users, part in self._portions(request):
             wanted = np.full(len(part), count) if lengths is None else lengths[users]
-            context, bucket = self.context(part)
             own = rows if rows is None or rows.ndim == 1 else rows[users]
+            context, bucket = self.context(part)
             vectors = None
             if labeled:
-                added, tokens = self._request_projections(part, bucket), None
-                if NEXT_TASK in tasks and wanted[0]:
-                    tokens = inference.request_tokens(self._scoring, context, self._gap(bucket))
-                for cells, logits, of_tokens in self._logits(context, added, part, own, wanted, tokens):
-                    vectors = of_tokens if vectors is None else vectors
+                with_users = NEXT_TASK in tasks and wanted[0] > 0  # then all of them have candidates
+                for cells, logits, of_users in self._logits(part, context, bucket, own, wanted, with_users=with_users):
+                    vectors = of_users if vectors is None else vectors
                     # The last bit of a float32 sigmoid depends on the position in a vector; float64 rounds it away.
                     probability = logits.double().sigmoid().float().cpu()
                     for task in labeled:
@@ -341,10 +338,9 @@ class ServingSnapshot:
         """
         logits = torch.empty(*rows.shape, len(self.model.schema.tasks))
         for users, part in self._portions(request):
-            context, bucket = self.context(part)
-            wanted = np.full(len(part), rows.shape[1])
-            added = self._request_projections(part, bucket)
-            for cells, of_cells, _ in self._logits(context, added, part, rows[users], wanted):
+            for cells, of_cells, _ in self._logits(
+                part, *self.context(part), rows[users], np.full(len(part), rows.shape[1])
+            ):
                 logits[users][cells] = of_cells.cpu()
         return logits
 
@@ -412,52 +408,55 @@ class ServingSnapshot:
             users = slice(first, min(first + step, len(request)))
             yield users, request.select(users)
 
-    @torch.inference_mode()
-    def _request_projections(self, request: Request, bucket: Tensor | None) -> Tensor | None:
-        """[B, 1, 5M] what times and features of requests add to the rows of `ItemProjections.candidate`; None if the
-        model reads neither. Features that differ between candidates are left out (`_queries` adds them).
-
-        Args:
-            bucket: int64 [B, 1] from `context`.
-        """
-        times = None if bucket is None or self._time_projections is None else self._time_projections[bucket]
-        given = request.features
-        if self._of_features is None or (given is not None and given.per_candidate):
-            return times
-        of_features = self._of_features.of(None if given is None else given.of_users(), len(request))[:, None]
-        return of_features if times is None else times + of_features
-
     def _user_vectors(self, context: TargetContext, bucket: Tensor | None) -> Tensor:
-        vectors: Tensor = inference.user_vectors(self._scoring, context, self._gap(bucket), self._biases)
+        vectors: Tensor = inference.user_vectors(
+            self._scoring, context, self.model.encoder.gap_vectors(bucket), self._biases
+        )
         return vectors
-
-    def _gap(self, bucket: Tensor | None) -> Tensor | None:
-        return None if bucket is None else self.model.encoder.gap_vectors(bucket)
 
     @torch.inference_mode()
     def _logits(
         self,
-        context: TargetContext,
-        of_requests: Tensor | None,
         request: Request,
+        context: TargetContext,
+        bucket: Tensor | None,
         rows: Tensor | None,
         lengths: Int,
-        tokens: tuple[Tensor, Tensor] | None = None,
+        *,
+        with_users: bool = False,
     ) -> Iterator[tuple[Cells, Tensor, Tensor | None]]:
         """Ranges of users and columns, and their logits, float32 [users, columns, num_tasks].
 
-        The first range also comes with user vectors [B, M'], if there are tokens.
+        A range passes stage 2 as a matrix of queries. Each is the sum of an item, of what the request adds, and of what
+        the user's counters of the item add: of vectors [M], and of their projections in layer 1 [4M].
 
         Args:
-            of_requests: [B, 1, 5M] from `_request_projections`.
-            tokens: `inference.request_tokens` of the B users, all of whom have candidates. One pass for candidates and
-                tokens takes half as many operators as two.
+            context: of the request, like `bucket` (`context`).
+            rows: as in `scores`, like `lengths`.
+            with_users: with the first range, also give the user vectors [B, M']. All users must have candidates. The
+                users' tokens are queries of that range, which takes half as many operators as a pass of their own.
         """
-        model = self._scoring
+        model, dim = self._scoring, self.model.config.dim
         assert model.task_head is not None
+        of_requests = self._of_requests(request, bucket)
+        tokens = (
+            inference.request_tokens(model, context, self.model.encoder.gap_vectors(bucket)) if with_users else None
+        )
         for users, columns in rectangles(lengths, self._pairs_per_pass):
             some = context.select(users)
-            x, own = self._queries((users, columns), rows, of_requests, request.features, tokens, some)
+            vectors, projections = (
+                part.expand(len(some.tail), -1, -1) for part in self._candidates(rows, users, columns)
+            )
+            count = vectors.shape[1]
+            added = self._of_pairs(request, of_requests, users, columns.start, count)
+            shape = len(some.tail), count + (0 if tokens is None else ROW_TILE)
+            x = torch.empty(*shape, dim, device=model.device)
+            own = torch.empty(*shape, 4 * dim, dtype=some.keys[0].dtype, device=model.device)
+            # Copy, convert, and add in one pass.
+            torch.add(vectors, 0.0 if added is None else added[..., :dim], out=x[:, :count])
+            torch.add(projections, 0.0 if added is None else added[..., dim:], out=own[:, :count])
+            if tokens is not None:
+                x[:, count:], own[:, count:] = tokens
             counted = None
             if request.counters is not None:
                 counted = self._add_counters(x, own, *request.counters.counted_pairs(users, rows, columns))
@@ -466,53 +465,43 @@ class ServingSnapshot:
             if counted is not None:
                 index, of_counters = counted
                 logits.view(-1, logits.shape[-1]).index_add_(0, index, of_counters)
-            vectors = None
+            of_users = None
             if tokens is not None:
-                vectors, tokens = model.retrieval_users(outputs[:, -ROW_TILE:].contiguous())[:, 0], None
-            yield (users, columns), logits[:, : columns.stop - columns.start], vectors
+                of_users, tokens = model.retrieval_users(outputs[:, -ROW_TILE:].contiguous())[:, 0], None
+            yield (users, columns), logits[:, : columns.stop - columns.start], of_users
 
-    def _queries(
-        self,
-        cells: Cells,
-        rows: Tensor | None,
-        of_requests: Tensor | None,
-        features: PairFeatures | None,
-        tokens: tuple[Tensor, Tensor] | None,
-        context: TargetContext,
-    ) -> tuple[Tensor, Tensor]:
-        """What stage 2 reads of the candidates in some cells and, after these, of the users' tokens: vectors float32
-        [users, C' (+ ROW_TILE), M], and their projections in layer 1 [..., 4M].
+    def _of_requests(self, request: Request, bucket: Tensor | None) -> Tensor | None:
+        """[B, 1, 5M] what times and features of requests add to items; None if the model reads neither.
 
-        Args:
-            features: of the requests; those that differ between candidates are not in `of_requests`.
-            context: of the cells' users.
+        Features that differ between candidates are left out (`_of_pairs` adds them).
         """
-        (users, columns), dim = cells, self.model.config.dim
-        vectors, projections = (
-            part.expand(len(context.tail), -1, -1) for part in self._candidates(rows, users, columns)
-        )
-        count = vectors.shape[1]
-        added = None if of_requests is None else of_requests[users]
-        if features is not None and features.per_candidate:
-            assert self._of_features is not None
-            pairs = features.of_pairs(users, columns.start, count)
-            of_pairs = self._of_features.of(pairs, len(pairs.entry)).view(-1, count, 5 * dim)
-            added = of_pairs if added is None else added + of_pairs
-        shape = len(vectors), count + (0 if tokens is None else ROW_TILE)
-        x = torch.empty(*shape, dim, device=self.model.device)
-        own = torch.empty(*shape, 4 * dim, dtype=context.keys[0].dtype, device=self.model.device)
-        # Copy, convert, and add in one pass.
-        torch.add(vectors, 0.0 if added is None else added[..., :dim], out=x[:, :count])
-        torch.add(projections, 0.0 if added is None else added[..., dim:], out=own[:, :count])
-        if tokens is not None:
-            x[:, count:], own[:, count:] = tokens
-        return x, own
+        times = None if bucket is None or self._time_projections is None else self._time_projections[bucket]
+        given = request.features
+        if self._of_features is None or (given is not None and given.per_candidate):
+            return times
+        of_features = self._of_features.of(None if given is None else given.of_users(), len(request))[:, None]
+        return of_features if times is None else times + of_features
+
+    def _of_pairs(
+        self, request: Request, of_requests: Tensor | None, users: slice, start: int, count: int
+    ) -> Tensor | None:
+        """[users, 1 or count, 5M] what requests add to `count` candidates from `start` on; None if nothing."""
+        added, features = None if of_requests is None else of_requests[users], request.features
+        if features is None or not features.per_candidate:
+            return added
+        assert self._of_features is not None
+        pairs = features.of_pairs(users, start, count)
+        of_pairs = self._of_features.of(pairs, len(pairs)).view(-1, count, 5 * self.model.config.dim)
+        return of_pairs if added is None else added + of_pairs
 
     def _add_counters(
         self, x: Tensor, own: Tensor, user: Int, column: Int, codes: NDArray[np.uint8]
     ) -> tuple[Tensor, Tensor] | None:
-        """Add what counters say of n pairs of user and candidate to `_queries`; returns the pairs' rows [n] in these,
-        and what to add to their logits [n, num_tasks]; None without pairs."""
+        """Add what counters say of n pairs of user and candidate to the queries x [users, Q, M] and own [users, Q, 4M].
+
+        Returns:
+            The queries of the pairs int64 [n], and what to add to their logits [n, num_tasks]; None without pairs.
+        """
         if not len(codes):
             return None
         dim, counted = x.shape[-1], self.added_by(codes)
@@ -540,7 +529,7 @@ class ServingSnapshot:
         counted = None
         if counters is not None:
             counted = inference.counted_scores(self.model, vectors, table[UNKNOWN_ITEM + 1 :], counters)
-        vectors = vectors / self.model.config.softmax_temperature
+        vectors = vectors / self.model.temperature
         for users, columns in rectangles(lengths, self._cosines_per_pass):
             items = take(table, rows, users, columns)
             # One product per user, because the bits of a joint product depend on the number of users.
@@ -550,6 +539,31 @@ class ServingSnapshot:
                 user, column, place = map(torch.from_numpy, counters.find(users, rows, columns))
                 scores[user, column] = counted[place]
             yield (users, columns), scores[:, : columns.stop - columns.start]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a scorer."""
+
+    snapshot: ServingSnapshot
+    """What is in service."""
+    request: Request
+    """What it reads."""
+    on_missing: OnMissing
+    """How the scorer treats what is missing."""
+    tally: Tally
+    """The scorer's counters."""
+
+    def rows(self, given: Any, name: str = "candidates") -> Int:
+        """Model rows int64 [C] of candidates, which must be the same for every user."""
+        rows = self.snapshot.candidates(given, self.on_missing, name).rows
+        if rows.ndim != 1:
+            raise ValueError(f"{name}: must be of shape [C], got {rows.shape}")
+        return rows
+
+    def asked(self, features: Any, candidates: int | Int | None) -> Request:
+        """The request with the features that the caller passes (`Request.with_features`)."""
+        return self.request.with_features(self.snapshot.model, features, candidates)
 
 
 class RequestProjections:
@@ -584,9 +598,8 @@ class RequestProjections:
             features = self._model.request_features.missing(count)
         if self._table is None:
             tiles = np.arange(-(-count // ROW_TILE) * ROW_TILE) % max(count, 1)  # repeated rows fill the last one
-            vectors = inference.request_feature_vectors(self._model, features.select(tiles), len(tiles))
-            assert vectors is not None
-            return self._projected(vectors)[:count]
+            assert self._model.request_encoder is not None
+            return self._projected(self._model.request_encoder(features.select(tiles)))[:count]
         row = np.concatenate([features.entry, np.broadcast_to(self._dense_rows, features.dense.shape)], 1)
         weight = np.concatenate([np.ones(features.entry.shape, np.float32), features.dense], 1)
         row_, weight_ = torch.from_numpy(row).to(self._table.device), torch.from_numpy(weight).to(self._table.device)

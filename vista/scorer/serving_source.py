@@ -8,7 +8,7 @@ import threading
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vista.config.checks import IndexKind, Precision
 from vista.device import choose_precision, resolve_device
@@ -29,6 +29,9 @@ from vista.model.vista_model import VistaModel
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.store.reader import ShardedReader, StoreReader, open_store
 from vista.store.record import TailColumn, UserColumn
+
+if TYPE_CHECKING:
+    from vista.scorer.scorer import Scorer
 
 logger = logging.getLogger(__name__)
 WARNED_SHARE = 0.1
@@ -198,12 +201,6 @@ def _repair() -> None:
 os.register_at_fork(after_in_child=_repair)
 
 
-class _Reloadable(Protocol):
-    """What is followed: a `Scorer`."""
-
-    def reload(self) -> bool: ...
-
-
 class Follower:
     """Calls `reload` at regular intervals in a daemon thread, between `start` and `stop`, while the scorer exists.
 
@@ -213,7 +210,7 @@ class Follower:
         scorer: only a weak reference is kept, so that the thread does not keep the scorer alive.
     """
 
-    def __init__(self, scorer: _Reloadable) -> None:
+    def __init__(self, scorer: Scorer) -> None:
         self._scorer = weakref.ref(scorer)
         self._running: tuple[threading.Thread, threading.Event] | None = None
         repair_after_fork(self)
@@ -246,7 +243,7 @@ class Follower:
         self._running = None  # Only the parent has the thread.
 
 
-def _follow(reference: weakref.ref[_Reloadable], stopped: threading.Event, every_s: float) -> None:
+def _follow(reference: weakref.ref[Scorer], stopped: threading.Event, every_s: float) -> None:
     problem = ""
     while not stopped.wait(every_s):
         scorer = reference()

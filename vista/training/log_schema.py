@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,15 +14,22 @@ from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, TrainConfig
 from vista.config.checks import Decay
 from vista.errors import ConfigError, DataError
-from vista.examples.batch import Encoded
-from vista.examples.batch_source import EncodeEvents, EncodeRows, ModelReads, trained_tasks, visible_rows
+from vista.examples.batch_source import ModelReads, trained_tasks, visible_rows
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
-from vista.log.features import CategoryColumn, ItemFeatures
+from vista.log.features import Columns, row_features, selected
 from vista.log.histories import ColumnValues, RowColumn, RowFeatures
 from vista.log.splits import EVENTS_PER_BLOCK, split_until, visible_blocks, visible_counts
 from vista.log.vocabulary import Vocabulary
-from vista.model.features import FeatureSpec, HashedVocabulary, RowFeatureReader, RowReaders, Schema, log_encoder
+from vista.model.features import (
+    EncodedRows,
+    FeatureSpec,
+    HashedVocabulary,
+    RowFeatureReader,
+    RowReaders,
+    Schema,
+    log_encoder,
+)
 from vista.model.inference import LogUsers
 from vista.model.item_feature_table import ItemFeatureTable, check_categories
 from vista.model.layers import EmbeddingFeature, hashed_rows
@@ -110,53 +117,42 @@ def request_reader(log: EventLog, config: TrainConfig, since: int | None) -> Row
 
 def user_reader(log: EventLog, config: TrainConfig) -> RowFeatureReader | None:
     """How a model reads features of users, by those with events that training may see; None if it reads none."""
-    features = log.user_features
-    if not config.model.use_user_features or not features.values:
+    if not config.model.use_user_features or not log.user_features:
         return None
     users = np.flatnonzero(visible_counts(log, split_until(config.data, "train")))
-    return _reader(features.values, config.model.hashed_rows, [features.rows.select(users)], len(users))
+    rows, values = row_features(log.user_features)
+    return _reader(values, config.model.hashed_rows, [rows.select(users)], len(users))
 
 
 def model_reads(model: RankingModel, log: EventLog) -> ModelReads:
     """How batches for a model are made from a log."""
-    events, requests, table = model.event_features, model.request_features, log.impressions
-    encode_events: EncodeEvents | None = None
-    encode_requests: EncodeRows | None = None
-    if events is not None:
-        read_events = log_encoder(events, log.event_features)
-
-        def encode_events(features: RowFeatures, num_events: int) -> Encoded:
-            encoded = read_events(features, num_events)
-            assert encoded is not None
-            return encoded.entry, encoded.dense
-
-    if requests is not None and table is not None:
-        read_requests, missing = log_encoder(requests, log.request_features), requests.missing(1)
-
-        def encode_requests(rows: Int) -> Encoded:
-            asked = read_requests(table.features.select(rows), len(rows))
-            assert asked is not None
-            return np.concatenate([asked.entry, missing.entry]), np.concatenate([asked.dense, missing.dense])
-
     return ModelReads(
         model.rows_of(log.items),
         num_known=model.num_trained_items,
         has_features=model.rows_with_features(),
         keys=model.item_keys,
-        encode_events=encode_events,
-        encode_requests=encode_requests,
-        encode_users=LogUsers(model.user_features, log).encoding(),
+        encode_events=log_encoder(model.event_features, log.event_features),
+        encode_requests=_request_encoder(model.request_features, log),
+        encode_users=LogUsers(model.user_features, log).encoded_with_unknown,
     )
+
+
+def _request_encoder(reader: RowFeatureReader | None, log: EventLog) -> Callable[[Int], EncodedRows | None]:
+    """Gives what a model reads of impressions int64 [N] of a log and, in a last row, of a request without features."""
+    table = log.impressions
+    if reader is None or table is None:
+        return lambda rows: None
+    recode, missing = reader.recoder(log.request_features), reader.missing(1)
+    return lambda rows: reader.encode(recode(table.features.select(rows), len(rows)), len(rows)).joined(missing)
 
 
 def _check_hashed(hashed: Mapping[str, int], log: EventLog) -> None:
     """Refuse hashed features that are not categories of the log's items, events, requests, or users."""
     if not hashed:
         return
-    items = {} if log.item_features is None else log.item_features.columns
-    known = {name for name, column in items.items() if isinstance(column, CategoryColumn)}
-    for columns in (log.event_features, log.request_features, log.user_features.values):
-        known |= {name for name, values in columns.items() if values is not None}
+    of_items, of_users = (row_features(columns)[1] for columns in (log.item_features, log.user_features))
+    tables = (of_items, of_users, log.event_features, log.request_features)
+    known = {name for columns in tables for name, values in columns.items() if values is not None}
     for name in hashed:
         if name not in known:
             raise ConfigError(
@@ -198,14 +194,14 @@ def frequent_items(log: EventLog, data: DataConfig) -> Vocabulary:
     return log.items if kept.all() else Vocabulary.from_ids(log.items.ids(np.flatnonzero(kept)))
 
 
-def features_of(items: Vocabulary, log: EventLog, first: int = 0) -> ItemFeatures | None:
-    """A log's features of a model's items, from the row `first` of their vocabulary on; None if the log has none.
+def features_of(items: Vocabulary, log: EventLog, first: int = 0) -> Columns:
+    """A log's features of a model's items, from the row `first` of their vocabulary on.
 
     Items that the log lacks have none.
     """
-    if log.item_features is None or (items is log.items and not first):
+    if not log.item_features or (items is log.items and not first):
         return log.item_features
-    return log.item_features.select(log.items.rows(items.ids(np.arange(first, len(items)))))
+    return selected(log.item_features, log.items.rows(items.ids(np.arange(first, len(items)))))
 
 
 RESERVED_TASKS = {
@@ -258,13 +254,13 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
             "trained; set optim.next_weight=1"
         )
     ratings = rating_range(log) if log.has_rating else None
-    given = log.item_features if model.use_item_features else None
+    given = log.item_features if model.use_item_features else {}
     hashed = model.hashed_rows
     _check_hashed(hashed, log)
     check_categories(model, given, log.items, str(log.path))
     features = [
         FeatureSpec(name, "category", hashed[name], hashed=True) if name in hashed else FeatureSpec.of(name, column)
-        for name, column in ({} if given is None else given.columns).items()
+        for name, column in given.items()
     ]
     of_events, num_tail_features = event_reader(log, config)
     of_requests, of_users = request_reader(log, config, since), user_reader(log, config)
@@ -285,8 +281,8 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
 
 def encoded_features(log: EventLog, items: Vocabulary, schema: Schema) -> ItemFeatureTable | None:
     """What a model of these items, with this schema, reads of a log's item features; None if it reads none."""
-    given = features_of(items, log) if schema.item_features else None
-    return None if given is None else ItemFeatureTable.of(given, schema.item_features)
+    given = features_of(items, log) if schema.item_features else {}
+    return ItemFeatureTable.of(given, schema.item_features) if given else None
 
 
 def rating_range(log: EventLog, *, events_per_batch: int = EVENTS_PER_BLOCK) -> tuple[float, float] | None:
@@ -389,21 +385,22 @@ def _of_items(model: RankingModel, frequency: Int) -> Iterator[HashCollisions]:
 
 def _of_item_features(model: RankingModel, log: EventLog, frequency: Int) -> Iterator[HashCollisions]:
     hashed = [column for column in model.schema.item_features if column.hashed]
-    if not hashed or log.item_features is None:
+    if not hashed:
         return
     rows = model.rows_of(log.items)
     events = np.where(rows < len(frequency), frequency[np.minimum(rows, len(frequency) - 1)], 0)
     for column in hashed:
-        given = log.item_features.columns.get(column.name)
-        if isinstance(given, CategoryColumn):
+        given = log.item_features.get(column.name)
+        if given is not None and given.values is not None and given.offsets is not None:
             weight = np.repeat(events, np.diff(given.offsets))
-            uses = np.bincount(given.codes, weight, len(given.values)).astype(np.int64)
+            uses = np.bincount(given.data, weight, len(given.values)).astype(np.int64)
             yield _collisions(f"feature {column.name} of items", column, given.values, uses)
 
 
 def _of_rows(model: RankingModel, log: EventLog, config: TrainConfig, since: int | None) -> Iterator[HashCollisions]:
     """Features of events, requests, and users."""
     schema, counts, table = model.schema, visible_counts(log, split_until(config.data, "train")), log.impressions
+    user_rows, user_values = row_features(log.user_features)
 
     def events() -> Iterator[RowFeatures]:
         return (block.features for block in visible_blocks(log, counts, features=True))
@@ -414,12 +411,12 @@ def _of_rows(model: RankingModel, log: EventLog, config: TrainConfig, since: int
         )
 
     def users() -> list[RowFeatures]:
-        return [log.user_features.rows.select(np.flatnonzero(counts))]
+        return [user_rows.select(np.flatnonzero(counts))]
 
     for owners, columns, values, blocks in (
         ("events", schema.event_features, log.event_features, events),
         ("impressions", schema.request_features, log.request_features, requests),
-        ("users", schema.user_features, log.user_features.values, users),
+        ("users", schema.user_features, user_values, users),
     ):
         known = {column.name: values.get(column.name) for column in columns if column.hashed}
         uses = {name: np.zeros(len(own), np.int64) for name, own in known.items() if own is not None}

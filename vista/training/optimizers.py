@@ -15,7 +15,7 @@ from vista.config import OptimConfig
 from vista.config.checks import TableOptimizer
 from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work
 from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
-from vista.model.feature_encoder import FeatureEncoder, RowFeatureEncoder
+from vista.model.features import FeatureEncoder
 from vista.model.layers import CandidateCounters
 from vista.model.losses import Losses, LossPart, loss_names, weighted_losses
 from vista.model.ranking_model import RankingModel
@@ -63,7 +63,7 @@ class Optimizers:
         self._row_scale = 1.0
         names = {id(p): name for name, p in model.named_parameters()}
         tables = [(model.item_table, optim.table_rate)]
-        encoders = [part for part in model.modules() if isinstance(part, FeatureEncoder | RowFeatureEncoder)]
+        encoders = [part for part in model.modules() if isinstance(part, FeatureEncoder)]
         tables += [(encoder.values, 1.0) for encoder in encoders]
         self._tables = [table for table, _ in tables]
         is_table = {id(p) for p in self._tables}

@@ -31,12 +31,11 @@ from vista.examples.batch import Batch
 from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
 from vista.examples.item_statistics import START_RMS, UserFactors, item_factors
 from vista.log.event_log import EventLog
-from vista.log.features import CategoryColumn, ItemFeatures
 from vista.log.histories import ColumnValues
 from vista.log.splits import split_until
-from vista.model.anchor_losses import start_counted
 from vista.model.features import RowFeatureReader, RowReaders, Schema
 from vista.model.item_feature_table import GrownColumns, ItemFeatureTable, joined_features
+from vista.model.losses import start_counted
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.registry import ARCHITECTURES, load_model
 from vista.model.saved_model import CONFIG_FILE
@@ -299,9 +298,8 @@ class WarmStart:
         they do not grow.
         """
         found, base, log = {}, self.base, self._log
-        items = {} if log.item_features is None else log.item_features.columns
         of_log: dict[str, ColumnValues] = {
-            "item_features": {name: own.values for name, own in items.items() if isinstance(own, CategoryColumn)},
+            "item_features": {name: own.values for name, own in log.item_features.items()},
             **{key: reader.values for key, reader in readers.items()},
         }
         of_model: dict[str, ColumnValues] = {
@@ -343,17 +341,11 @@ class WarmStart:
         """
         table, known, columns = self.base.feature_table, len(self.base.items), self.base.schema.item_features
         if grown is not None:
-            return joined_features(grown, table, self._features())
+            return joined_features(grown, table, features_of(self._items, self._log))
         if table is None or len(self._items) == known:
             return table
-        features = self._features(known).columns
-        return table.extended(ItemFeatures({column.name: features[column.name] for column in columns}), columns)
-
-    def _features(self, first: int = 0) -> ItemFeatures:
-        """The log's features of the model's items, from the row `first` of the vocabulary on."""
-        features = features_of(self._items, self._log, first)
-        assert features is not None
-        return features
+        features = features_of(self._items, self._log, known)
+        return table.extended({column.name: features[column.name] for column in columns}, columns)
 
 
 def _reader(grown: GrownColumns | None, known: RowFeatureReader | None) -> RowFeatureReader | None:

@@ -128,7 +128,7 @@ def test_mutations_are_taken_or_refused(tmp_path: Path, name: str) -> None:
         began = time.monotonic()
         try:
             prepare(settings, parser=PARSER)
-            assert items is None or EventLog.open(log).item_features is not None
+            assert items is None or EventLog.open(log).item_features
         except (DataError, ConfigError) as error:
             refused += isinstance(error, DataError)
             assert not log.exists() and "\n" not in str(error)

@@ -23,15 +23,11 @@ from vista.config.checks import OnBadRows
 from vista.errors import DataError, shown
 from vista.installation import require_module
 from vista.log.features import (
-    CategoryColumn,
-    ItemFeatures,
-    NumberColumn,
-    SegmentColumn,
+    Column,
     SegmentFeatures,
     declared_columns,
     feature_line,
-    form_of,
-    merged_column,
+    merged_features,
     rows_with_features,
 )
 from vista.log.histories import ColumnValues, RowColumn, RowFeatures
@@ -101,27 +97,25 @@ def write_features(
     source = parts[0].source
     columns = [(name, *name.split(":", 1)) for name in source.columns if name != owner.name]
     for _, kind, name in columns:
-        if name in earlier and earlier[name][0].column.kind != kind:
-            raise _other_form(source.path, name, kind, earlier[name])
+        if name in earlier and earlier[name][0].columns[name].kind != kind:
+            raise _other_form(source.path, name, kind, earlier[name][0].columns[name])
     places, rows = _places(owner, parts, vocabulary)
     features = FeatureWriter(writer, owner, rows)
     table = _Table(parts, places, len(rows))
     new = NewFeatures(features.columns)
     for column, kind, name in columns:
-        if kind == "category":
-            category, size = table.category(column, name, earlier.get(name, ()), owner.table)
-            features.add(name, category)
-            num_known, is_constant = int(category.is_known.sum()), len(np.unique(category.codes)) < 2
-        elif kind == "number":
-            number, size = table.number(column), 1
-            features.add(name, number)
-            known = number.numbers[number.is_known]
-            num_known, is_constant = len(known), len(known) == 0 or bool(known.min() == known.max())
-        else:
-            vectors = table.vectors(column, name, earlier.get(name, ()), scratch / "vectors", dims.get(name))
+        known = [part.columns[name] for part in earlier.get(name, ())]
+        if kind == "vector":
+            vectors = table.vectors(column, name, known, scratch / "vectors", dims.get(name))
             size = vectors.shape[1]
             features.add_vectors(name, size, _blocks(vectors))
             num_known, is_constant = _spread(vectors)
+        else:
+            made, size = table.number(column) if kind == "number" else table.category(column, name, known, owner.table)
+            features.add(name, made)
+            num_known = int(made.is_known.sum())
+            given = made.data[~np.isnan(made.data)]  # codes are never NaN
+            is_constant = not len(given) or bool(given.min() == given.max())
         new.lines.append(feature_line(name, kind, size, num_known / len(vocabulary), owner.table))
         if is_constant and num_known in (0, len(rows)) and len(rows) > 1:
             what = "the same value" if num_known else "no value"
@@ -179,10 +173,10 @@ def check_one_row_each(ids: pl.DataFrame, parts: Sequence[Part]) -> None:
         )
 
 
-def _other_form(path: str, name: str, form: str, earlier: Sequence[SegmentColumn]) -> DataError:
+def _other_form(path: str, name: str, form: str, in_log: Column) -> DataError:
     return DataError(
-        f"{path}: column {name!r} is a {form}, but in the log it is a {form_of(earlier[0].column)}; give the column "
-        "another name, or prepare the log again"
+        f"{path}: column {name!r} is a {form}, but in the log it is a {in_log.form}; give the column another name, or "
+        "prepare the log again"
     )
 
 
@@ -199,12 +193,11 @@ class _Table:
         rows = pl.concat([part.good().select(ORDER, pl.col(column).alias("value")) for part in self.parts])
         return rows.drop_nulls("value").join(self.places.lazy(), on=ORDER, how="inner").select(_PLACE, "value")
 
-    def category(
-        self, column: str, name: str, earlier: Sequence[SegmentColumn], table: str
-    ) -> tuple[CategoryColumn, int]:
+    def category(self, column: str, name: str, earlier: Sequence[Column], table: str) -> tuple[Column, int]:
         """A column with the values that it adds to those of the log, and the number of all of them.
 
         Args:
+            earlier: what earlier segments have of the column.
             table: items | users, for the error.
         """
         rows = self._rows(column).explode("value").filter(pl.col("value").fill_null("") != "")
@@ -214,7 +207,7 @@ class _Table:
             raise too_many_values(source, table, name, f"about {about:,}")
         entries = rows.unique().collect(engine="streaming")
         texts = entries["value"].unique()
-        known = [part.column.values for part in earlier if isinstance(part.column, CategoryColumn)]
+        known = [part.values for part in earlier if part.values is not None]
         old = Vocabulary.concatenated(known) if known else Vocabulary.empty("str")
         values = old if len(texts) > source.max_values else old.extended(texts.to_list())
         if max(len(texts), len(values)) > source.max_values:
@@ -222,17 +215,17 @@ class _Table:
         codes = pl.DataFrame({"value": texts, "code": values.rows(texts.to_list()).astype(np.int32)})
         entries = entries.join(codes, on="value").select(_PLACE, "code").sort(_PLACE, "code")
         counts = np.bincount(entries[_PLACE].to_numpy(), minlength=self.num_rows)
-        new = CategoryColumn(values.part(len(old)), entries["code"].to_numpy(), offsets_of(counts))
-        return new, len(values)
+        return Column(entries["code"].to_numpy(), values.part(len(old)), offsets_of(counts)), len(values)
 
-    def number(self, column: str) -> NumberColumn:
+    def number(self, column: str) -> tuple[Column, int]:
+        """A column of numbers, whose size is 1."""
         entries = self._rows(column).collect(engine="streaming")
         numbers = np.full(self.num_rows, np.nan, np.float32)
         numbers[entries[_PLACE].to_numpy()] = entries["value"].to_numpy()
-        return NumberColumn(numbers)
+        return Column(numbers), 1
 
     def vectors(
-        self, column: str, name: str, earlier: Sequence[SegmentColumn], file: Path, needed: int | None
+        self, column: str, name: str, earlier: Sequence[Column], file: Path, needed: int | None
     ) -> NDArray[np.float32]:
         """Vectors [F, D], in a temporary file that is mapped into memory; `needed` is D, if that is known."""
         lengths = [
@@ -254,8 +247,8 @@ class _Table:
                     f"{path}: column {name!r} has vectors of {length} numbers, but {first} has {dim}; write vectors of "
                     "one length"
                 )
-        if earlier and form_of(earlier[0].column) != f"vector of {dim} numbers":
-            raise _other_form(first, name, f"vector of {dim} numbers", earlier)
+        if earlier and earlier[0].size != dim:
+            raise _other_form(first, name, f"vector of {dim} numbers", earlier[0])
         step = _rows_of_block(dim)
         with file.open("wb") as handle:  # A full disk is an error here, but would be a signal in a mapped file.
             for start in range(0, self.num_rows, step):
@@ -437,7 +430,7 @@ class _Seen:
         return tasks
 
 
-def read_items(table: ItemTableConfig, kind: str, dims: Mapping[str, int]) -> tuple[Vocabulary, ItemFeatures | None]:
+def read_items(table: ItemTableConfig, kind: str, dims: Mapping[str, int]) -> tuple[Vocabulary, dict[str, Column]]:
     """Read a table of items for a trained model, which has no log.
 
     Args:
@@ -446,7 +439,7 @@ def read_items(table: ItemTableConfig, kind: str, dims: Mapping[str, int]) -> tu
         dims: by name of a column of vectors, their length.
 
     Returns:
-        The ids in sorted order, and the features of these items; None if there are no items.
+        The ids in sorted order, and the features of these items; no columns if there are no items.
 
     Raises:
         ConfigError, DataError: naming file, row, column, and remedy, if the table is invalid.
@@ -461,15 +454,14 @@ def read_items(table: ItemTableConfig, kind: str, dims: Mapping[str, int]) -> tu
         ids = pl.concat([part.good().select("item") for part in parts]).unique().collect()["item"]
         items = Vocabulary.empty(kind).extended(ids.to_numpy() if kind == "int" else ids.to_list())
         if not len(items):
-            return items, None
+            return items, {}
         writer = SegmentWriter(Path(folder))
         written = write_features(ITEMS, parts, items, (), writer, Path(folder), dims=dims)
         # The files stay mapped after the folder is removed.
         files = SegmentFiles(writer.folder, writer.entries)
         features = SegmentFeatures.read(writer.folder, files, ITEMS, written.columns)
         assert features is not None and np.array_equal(features.rows, np.arange(len(items)))
-        columns = declared_columns([features])
-        return items, ItemFeatures({name: merged_column(parts, features.rows) for name, parts in columns.items()})
+        return items, merged_features(declared_columns([features]), features.rows)
 
 
 def with_columns(table: ItemTableConfig, kinds: Mapping[str, str]) -> ItemTableConfig:

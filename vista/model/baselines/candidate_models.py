@@ -21,7 +21,7 @@ from vista.config import DataConfig, OptimConfig
 from vista.config.checks import Architecture
 from vista.config.model_config import DinConfig, RankingConfig, SimConfig, TwinConfig
 from vista.examples.batch import Batch
-from vista.log.features import ItemFeatures
+from vista.log.features import Columns
 from vista.log.histories import NUM_GAPS, Histories
 from vista.log.vocabulary import Vocabulary
 from vista.model.baselines.history_model import HistoryModel, PaddedTile, ShownCandidates, in_place, tiles, time_bucket
@@ -56,8 +56,7 @@ class FoundEvents:
     """bool [N, K]: False where a query found fewer than K events."""
 
 
-# Packed histories. Letters: B histories, T packed events, R rows of an item table, N queries, M model dim, C
-# columns and D dense inputs of features.
+# Packed histories. Letters: B histories, T packed events, R rows of an item table, N queries, M model dim.
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +77,8 @@ class PackedEvents:
     """int64 [T] ms; ages are differences of it."""
     offsets: Tensor
     """int64 [B+1]."""
-    entry: Tensor | None
-    """int64 [T, C] features of the events, as in `BatchEvents`; None for a model that reads none."""
-    dense: Tensor | None
-    """float32 [T, D], like `entry`."""
+    features: EncodedRows | None
+    """Of the events, as in `BatchEvents`; None for a model that reads none."""
 
     def newest_clock(self, queries: EventQueries) -> Tensor:
         """int64 [N]: the clock of the newest event that each query sees; arbitrary if it sees none."""
@@ -143,11 +140,10 @@ class CandidateModel(HistoryModel):
         place = (is_used.cumsum(0) - 1)[picked.index]
         age = time_bucket(events.newest_clock(queries)[:, None] - events.clock[picked.index])
         items, action = events.table[events.item[used]], events.action[used]
-        rating, entry, dense = (
-            None if part is None else part[used] for part in (events.rating, events.entry, events.dense)
-        )
+        rating = None if events.rating is None else events.rating[used]
+        features = None if events.features is None else events.features.select(used)
         # The gap to the event before would depend on where a window begins. Ages depend on the query only.
-        vectors = self.encoder(items, action, None, rating, entry, dense)
+        vectors = self.encoder(items, action, None, rating, features)
         memory = self.memory(items * self.scale, vectors * self.scale, action)
         parts = [queries.vectors.new_empty(0, len(self.schema.tasks))]
         step = max(1, self.found_at_once // max(1, place.shape[1]))
@@ -168,7 +164,7 @@ class CandidateModel(HistoryModel):
         return time if self.encoder.gap is not None else torch.arange(len(time), device=time.device) * 1000
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
-        self.encoder.check_batch(batch.events.entry)
+        self.encoder.check_batch(batch.events.features)
         shown = ShownCandidates.of(batch)
         if len(shown.place) == 0:
             return weighted_losses({}, optim)
@@ -180,10 +176,9 @@ class CandidateModel(HistoryModel):
             rating=batch.events.rating,
             clock=self.clock(batch.events.clock),
             offsets=batch.events.offsets,
-            entry=batch.events.entry,
-            dense=batch.events.dense,
+            features=batch.events.features,
         )
-        vectors, requests = item_vectors[shown.item], self.request_vectors(shown.gap, shown.entry, shown.dense)
+        vectors, requests = item_vectors[shown.item], self.request_vectors(shown.gap, shown.features)
         users = self.vectors_of_users(batch)
         vectors = vectors if users is None else vectors + users[shown.chunk]
         vectors = (vectors if requests is None else vectors + requests) * self.scale
@@ -208,7 +203,6 @@ class CandidateModel(HistoryModel):
     ) -> Tensor:
         histories = newest(histories, self.config.history_limit)
         rows, item = torch.unique(self._tensor(histories.item).long(), return_inverse=True)
-        entry, dense = self.encoded_events(histories.features, histories.num_events)
         events = PackedEvents(
             table=self.item_vectors(rows),
             rows=rows,
@@ -217,8 +211,7 @@ class CandidateModel(HistoryModel):
             rating=None if histories.rating is None else self._tensor(histories.rating),
             clock=self.clock(self._tensor(np.asarray(histories.timestamp))),
             offsets=self._tensor(histories.offsets),
-            entry=entry,
-            dense=dense,
+            features=self.encoded_events(histories.features, histories.num_events),
         )
         vectors, requests = self.item_vectors(candidates), self.vectors_of_requests(histories, now, features)
         user = user_feature_vectors(self, users, histories.num_users)
@@ -422,7 +415,7 @@ class SIM(SearchModel):
         self.key, self.value = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.age_key, self.age_value = age_table(dim), age_table(dim)
 
-    def read_item_table(self, data: DataConfig, features: ItemFeatures | None) -> None:
+    def read_item_table(self, data: DataConfig, features: Columns) -> None:
         if self.category is not None and (name := self.config.search_category) is not None:
             self.category.copy_(torch.from_numpy(category_codes(features, name, "model.search_category")))
 

@@ -18,7 +18,7 @@ from vista.errors import ConfigError
 from vista.examples.batch import Batch
 from vista.log.histories import NUM_GAPS, UNKNOWN_GAP, Histories, gap_bucket
 from vista.model.features import EncodedRows
-from vista.model.inference import request_feature_vectors
+from vista.model.inference import request_rows
 from vista.model.ranking_model import RankingModel
 
 # Padded tiles of packed histories of similar length, which are processed at once.
@@ -125,13 +125,15 @@ class HistoryModel(RankingModel):
 
     def request_gap(self, histories: Histories, now: Int | None) -> Tensor | None:
         """[B, M] embeddings of the time from each history's newest event to the request, as `losses` trains them."""
-        if self.encoder.gap is None:
-            return None
+        return self.encoder.gap_vectors(self._request_bucket(histories, now))
+
+    def _request_bucket(self, histories: Histories, now: Int | None) -> Tensor:
+        """int64 [B]."""
         bucket = np.full(histories.num_users, UNKNOWN_GAP, np.int64)
         if now is not None and histories.num_events:
             last = np.asarray(histories.timestamp)[np.maximum(histories.offsets[1:] - 1, 0)]
             bucket = np.where(histories.lengths > 0, gap_bucket(now - last), UNKNOWN_GAP)
-        return self.encoder.gap_vectors(self._tensor(bucket))
+        return self._tensor(bucket)
 
     def vectors_of_requests(self, histories: Histories, now: Int | None, features: EncodedRows | None) -> Tensor | None:
         """[B, 1, M] or [B, C, M] vectors of requests, which are added to their candidates; None if the model reads
@@ -139,20 +141,15 @@ class HistoryModel(RankingModel):
 
         Arguments are those of `candidate_logits`.
         """
-        gap = self.request_gap(histories, now)
-        gap = None if gap is None else gap[:, None]
-        of_features = request_feature_vectors(self, features, histories.num_users)
-        if of_features is None:
-            return gap
-        of_features = of_features[:, None] if of_features.dim() == 2 else of_features
-        return of_features if gap is None else gap + of_features
+        rows = request_rows(self, features, histories.num_users)
+        return self.request_vectors(self._request_bucket(histories, now)[:, None], rows)
 
     def vectors_of_users(self, batch: Batch) -> Tensor | None:
         """[B, M] features of the users of a batch's chunks, which are added to every token; None without them."""
         if self.user_encoder is None:
             return None
         assert batch.user_features is not None
-        vectors: Tensor = self.user_encoder(batch.user_features.entry, batch.user_features.dense)
+        vectors: Tensor = self.user_encoder(batch.user_features)
         return vectors
 
     def _tensor(self, values: NDArray[np.generic]) -> Tensor:
@@ -167,7 +164,7 @@ def time_bucket(gap_ms: Tensor) -> Tensor:
 
 # The labeled impressions of a batch as one list of candidates.
 #
-# Letters: N candidates, NW windows, I impressions per window, C columns and D dense inputs of features.
+# Letters: N candidates, NW windows, I impressions per window.
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,9 +180,8 @@ class ShownCandidates:
     """Events of the chunk before the request."""
     place: Tensor
     """Flat index into the batch's [NW, I]."""
-    entry: Tensor | None
-    """[N, C] features of the requests, like `dense`, float32 [N, D]; None without them."""
-    dense: Tensor | None
+    features: EncodedRows | None
+    """[N] of the requests; None without them."""
 
     @classmethod
     def of(cls, batch: Batch) -> ShownCandidates:
@@ -194,10 +190,9 @@ class ShownCandidates:
         place = impressions.mask.any(-1).flatten().nonzero().squeeze(-1)
         window = place // max(impressions.item.shape[1], 1)
         chunk, seen = seen_in_chunk(batch, window, impressions.position.flatten()[place])
-        features = (
-            None if part is None else part.flatten(0, 1)[place] for part in (impressions.entry, impressions.dense)
-        )
-        return cls(impressions.item.flatten()[place], impressions.gap.flatten()[place], chunk, seen, place, *features)
+        rows = impressions.features
+        features = None if rows is None else rows.reshape(-1).select(place)
+        return cls(impressions.item.flatten()[place], impressions.gap.flatten()[place], chunk, seen, place, features)
 
 
 def seen_in_chunk(batch: Batch, window: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,6 @@ from vista.config.model_config import NextItemConfig
 from vista.examples.batch import Batch
 from vista.log.histories import NUM_GAPS, Histories, history_gaps
 from vista.log.vocabulary import Vocabulary
-from vista.model.anchor_losses import anchor_losses
 from vista.model.baselines.history_model import (
     HistoryModel,
     PaddedTile,
@@ -37,7 +36,7 @@ from vista.model.baselines.history_model import (
 from vista.model.features import EncodedRows, Schema
 from vista.model.inference import newest, user_feature_vectors
 from vista.model.layers import FEED_FORWARD_RATIO, CandidateCounters, Dropout, module_list, norm, split_heads
-from vista.model.losses import Losses, LossPart, next_loss, task_parts, weighted_losses
+from vista.model.losses import Losses, LossPart, anchor_losses, next_loss, task_parts, weighted_losses
 from vista.model.target_attention import MASKED
 
 
@@ -152,7 +151,7 @@ class SequenceModel(HistoryModel):
         shown = requests = None
         if self.schema.tasks and optim.task_weight > 0:
             batch, shown = _encoded_impressions(batch, self.config.history_limit)
-            requests = self.request_vectors(shown.gap, shown.entry, shown.dense)
+            requests = self.request_vectors(shown.gap, shown.features)
         asked = _AskedAnchors.of(batch)
         users, labels, logits, places, askers = [], [], [], [], []
         for tile in tiles(events.offsets, self.device, self.tile_tokens):
@@ -183,7 +182,7 @@ class SequenceModel(HistoryModel):
         items = self.retrieval_items(item_vectors, batch.rows)
         if users:
             label = torch.cat(labels)
-            mean = next_loss(batch, items, torch.cat(users), label, self.config.softmax_temperature)
+            mean = next_loss(batch, items, torch.cat(users), label, self.temperature)
             parts["next"] = LossPart(mean, len(label))
         if askers:
             parts |= anchor_losses(self, batch, _in_order(askers), items, optim)
@@ -202,9 +201,9 @@ class SequenceModel(HistoryModel):
     def _embedded(self, batch: Batch, item_vectors: Tensor) -> EmbeddedSequences:
         """The events of a batch."""
         events = batch.events
-        self.encoder.check_batch(events.entry)
+        self.encoder.check_batch(events.features)
         shown, user = self.shown_vectors(events, item_vectors), self.vectors_of_users(batch)
-        vectors = self.encoder(shown, events.action, events.gap, events.rating, events.entry, events.dense)
+        vectors = self.encoder(shown, events.action, events.gap, events.rating, events.features)
         return EmbeddedSequences(vectors, events.clock, events.offsets.cpu().numpy(), user)
 
     def _asked_users(
@@ -251,7 +250,7 @@ class SequenceModel(HistoryModel):
         vectors = self.item_vectors(self._tensor(histories.item).long())
         action = self._tensor(histories.action).long()
         features = self.encoded_events(histories.features, histories.num_events)
-        vectors = self.encoder(vectors, action, self._tensor(gap), rating, *features)
+        vectors = self.encoder(vectors, action, self._tensor(gap), rating, features)
         user = user_feature_vectors(self, users, histories.num_users)
         return EmbeddedSequences(vectors, self._tensor(time), histories.offsets, user)
 

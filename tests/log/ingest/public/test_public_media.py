@@ -18,6 +18,7 @@ from vista.config import PrepareConfig, SourceConfig
 from vista.errors import DataError
 from vista.evaluation.cases import impression_cases
 from vista.log.event_log import EventLog
+from vista.log.features import described
 from vista.log.ingest.prepare import prepare
 from vista.log.ingest.sources import detect_kind
 from vista.log.splits import parse_time
@@ -75,7 +76,7 @@ def test_genres_and_ratings_without_them(tmp_path: Path, kind: str) -> None:
     assert events_of(log)[1] == (1, 260, 978300761000, "event")
     assert features_of(log) == {"genres": {1: ["Animation", "Children's"], 260: ["Sci-Fi"]}}
     (folder / MOVIES[kind][0]).unlink()
-    assert load(folder.rename(tmp_path / "alone"), kind).item_features is None
+    assert load(folder.rename(tmp_path / "alone"), kind).item_features == {}
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_the_real_users(tmp_path: Path) -> None:
 @pytest.mark.data
 def test_the_real_genres(tmp_path: Path) -> None:
     features = load_real("ml-latest-small", tmp_path / "log").item_features
-    assert features is not None and features.described() == ["genres: category of 19 values, 100% of items"]
+    assert described(features, "items") == ["genres: category of 19 values, 100% of items"]
 
 
 FLAGS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view")

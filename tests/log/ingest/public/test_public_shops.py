@@ -18,6 +18,7 @@ from tests.log.ingest.set_logs import events_of, load, load_real
 from tests.log.log_oracle import values_of
 from vista.config import ItemTableConfig
 from vista.errors import DataError
+from vista.log.features import described
 from vista.log.ingest.sources import detect_kind
 
 REVIEWS: list[dict[str, Any]] = [
@@ -107,7 +108,7 @@ def test_filtered_reviews_come_before_raw_ones_and_products_may_be_missing(tmp_p
     json_lines(folder / "All_Beauty.jsonl", REVIEWS * 2)
     (folder / "meta_All_Beauty.jsonl").unlink()
     log = load(folder, "amazon-reviews-2023")
-    assert log.num_events == 2 and log.item_features is None
+    assert log.num_events == 2 and log.item_features == {}
 
 
 @pytest.mark.parametrize(
@@ -253,8 +254,7 @@ def test_other_columns_can_be_features_of_events(tmp_path: Path) -> None:
 def test_the_real_complete_journey(tmp_path: Path) -> None:
     log = load_real("complete-journey", tmp_path / "log")
     assert (log.num_users, log.num_items, log.num_events) == (1238, 53_185, 738_201)
-    assert log.item_features is not None
-    assert log.item_features.described()[1] == "brand: category of 2 values, 100% of items"
+    assert described(log.item_features, "items")[1] == "brand: category of 2 values, 100% of items"
     known = {name: len(values) for name, values in user_features_of(log).items()}
     missing = {"home_ownership": 419 - 296, "marital_status": 419 - 338}
     assert known == {name: 419 - missing.get(name, 0) for name in HOUSEHOLDS.columns[1:]}
@@ -360,7 +360,7 @@ def test_the_folder_of_one_domain(tmp_path: Path, domain: str) -> None:
     log = load(write_t_ecd(tmp_path / "small") / domain, "t-ecd")
     values = log.event_features["domain"]
     assert values is not None and values.ids([0]).tolist() == [domain] and len(values) == 1
-    assert (log.item_features is not None) == (domain == "retail")
+    assert bool(log.item_features) == (domain == "retail")
 
 
 def test_times_in_microseconds(tmp_path: Path) -> None:
