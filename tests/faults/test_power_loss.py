@@ -250,18 +250,28 @@ def trace_of(traced: Nursery, world: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def check_operation_images(
-    say: Say, name: str, before: str, folder: str, log: str, begin: int, scratch: str, seed: str, numbers: list[int]
+    say: Say,
+    name: str,
+    before: str,
+    folder: str,
+    log: str,
+    begin: int,
+    completed: bool,
+    scratch: str,
+    seed: str,
+    numbers: list[int],
 ) -> None:
-    """Make and check images of power cuts from call `begin` of the log on, and at its end.
+    """Make and check images of power cuts from call `begin` on, and at the end; says [outcome, text] of each.
 
-    Says [outcome, text] of each.
+    Args:
+        completed: whether the operation completed at the end of the log, so that what it promises must hold there.
     """
     logging.disable(logging.CRITICAL)
     calls, operation = list(preload.read_log(Path(log))), OPERATIONS[name]
     for number in numbers:
         chance = random.Random(f"{seed} {number}")
         cut = chance.choice([len(calls), chance.randint(begin, len(calls)), chance.randint(begin, len(calls))])
-        image, acknowledged = Path(scratch) / f"image-{number}", cut == len(calls)
+        image, acknowledged = Path(scratch) / f"image-{number}", completed and cut == len(calls)
         write_image(image, Path(before), Path(folder), calls, cut, chance)
         if number % 10 == 9:
             image = cut_again(operation, image, chance)
@@ -313,13 +323,15 @@ def check_operation(operation: Operation, folder: Path, acknowledged: bool) -> t
     )
 
 
-def repeat(operation: Operation, folder: Path) -> None:
-    """Run an operation, which may refuse to be repeated."""
+def repeat(operation: Operation, folder: Path) -> bool:
+    """Run an operation, which may refuse to be repeated; returns whether it completed."""
     try:
         operation.run(folder)
+        return True
     except VistaError as error:
         if not operation.repeated or operation.repeated not in str(error):
             raise
+        return False
 
 
 def broken(
@@ -357,7 +369,7 @@ def reopen(operation: Operation, folder: Path) -> None:
 def test_power_loss_of_operations(trial: Trial, traced: Nursery, trace_of: Callable[[str], Trace]) -> None:
     name = trial.promise.kind
     trace = trace_of(name)
-    arguments = name, trace.before, trace.folder, trace.log, 0, trial.folder, trial.promise.name
+    arguments = name, trace.before, trace.folder, trace.log, 0, True, trial.folder, trial.promise.name
     judge(trial, traced, check_operation_images, *arguments)
 
 
@@ -371,11 +383,11 @@ def run_killed(say: Say, folder: str, name: str, log: str, kinds: int, number: i
     run_traced(say, folder, name, log)
 
 
-def repeat_traced(say: Say, folder: str, name: str, log: str) -> None:
-    """Repeat an operation and log its calls."""
+def repeat_traced(say: Say, folder: str, name: str, log: str) -> bool:
+    """Repeat an operation and log its calls; returns whether it completed, instead of a refusal to be repeated."""
     logging.disable(logging.CRITICAL)
     preload.watch(folder, log)
-    repeat(OPERATIONS[name], Path(folder))
+    return repeat(OPERATIONS[name], Path(folder))
 
 
 @promise(
@@ -403,8 +415,8 @@ def test_power_loss_after_a_kill(trial: Trial, traced: Nursery, trace_of: Callab
     killed = traced.start(run_killed, folder, name, log, kinds, number).end()
     assert killed.exit_code in (0, -signal.SIGKILL), killed.raised
     begin = len(list(preload.read_log(log)))
-    traced.call(repeat_traced, folder, name, log)
-    arguments = name, trace.before, folder, log, begin, trial.folder, trial.promise.name
+    completed = traced.call(repeat_traced, folder, name, log)
+    arguments = name, trace.before, folder, log, begin, completed, trial.folder, trial.promise.name
     judge(trial, traced, check_operation_images, *arguments)
 
 
