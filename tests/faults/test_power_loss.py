@@ -309,13 +309,15 @@ def check_operation(operation: Operation, folder: Path, acknowledged: bool) -> t
     )
 
 
-def repeat(operation: Operation, folder: Path) -> None:
-    """Run an operation, which may refuse to be repeated."""
+def repeat(operation: Operation, folder: Path) -> bool:
+    """Run an operation, which may refuse to be repeated; returns whether it completed."""
     try:
         operation.run(folder)
+        return True
     except VistaError as error:
         if not operation.repeated or operation.repeated not in str(error):
             raise
+        return False
 
 
 def broken(
