@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
 import shutil
@@ -101,10 +102,14 @@ def public_set(name: str) -> Format:
         (folder / name).mkdir()
         SAMPLES[name](folder / name)
 
+    @cache
+    def settings() -> PrepareConfig:
+        words = [f"set={name}", "events.paths=[replaced]"]
+        return compose_config(PrepareConfig, [*words, "filter.min_item_events=1", "filter.min_user_events=1"])
+
     def read(folder: Path, world: Path) -> str:
-        words = [f"set={name}", f"events.paths=['{folder / name}']", f"out='{made(folder)}'"]
-        settings = compose_config(PrepareConfig, [*words, "filter.min_item_events=1", "filter.min_user_events=1"])
-        prepare(settings, parser=operations.parser())
+        events = dataclasses.replace(settings().events, paths=[str(folder / name)])
+        prepare(dataclasses.replace(settings(), events=events, out=str(made(folder))), parser=operations.parser())
         return contents(EventLog.open(folder / "made"))
 
     return Format((f"{name}/**/*",), read, make, checked=False)
