@@ -80,10 +80,7 @@ def make_application(
         hosts: names that clients may send in the header Host; None accepts all.
     """
     app = fastapi.FastAPI(title="vista", version=__version__, description=DESCRIPTION)
-    if tokens:
-        app.add_middleware(TokenCheck, tokens=tokens, on_refused=metrics.refused)
-    if hosts is not None:
-        app.add_middleware(HostCheck, hosts=hosts, on_refused=metrics.refused)
+    app.add_middleware(AccessCheck, tokens=tokens, hosts=hosts, on_refused=metrics.refused)
     stores = [str(store_address(one.store)) for one in models.configs.values()]
     batches = {name: ScoreBatches() for name in models.configs}
     bodies = BodyReader(config.max_body_bytes)
@@ -390,31 +387,41 @@ def readiness(models: ServedModels) -> dict[str, Any]:
     }
 
 
-class TokenCheck:
-    """Refuses requests without a token.
+class AccessCheck:
+    """Refuses requests without a token; for a service that needs none, those that name another host (`names_host`).
 
     Args:
         app: gets the other requests.
-        tokens: one of them must be sent.
+        tokens: one of them must be sent; empty if none is needed.
+        hosts: names that are accepted; None accepts all.
         on_refused: called with the status of each refusal.
     """
 
-    def __init__(self, app: Application, tokens: Sequence[bytes], on_refused: Callable[[int], None]) -> None:
-        self._app = app
-        self._tokens = tokens
-        self._on_refused = on_refused
+    def __init__(
+        self, app: Application, tokens: Sequence[bytes], hosts: Sequence[str] | None, on_refused: Callable[[int], None]
+    ) -> None:
+        self._app, self._tokens, self._hosts, self._on_refused = app, tokens, hosts, on_refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it with 401."""
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            given = _values(scope, b"authorization")
+        """Pass a request on, or answer it with 401 or 421."""
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        if refusal is not None:
+            self._on_refused(refusal.status_code)
+        await (refusal or self._app)(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> fastapi.Response | None:
+        headers: list[tuple[bytes, bytes]] = scope["headers"]
+        if self._tokens and scope["path"] not in OPEN_PATHS:
+            given = [value for name, value in headers if name == b"authorization"]
             if len(given) != 1 or not is_authorized(given[0], self._tokens):
-                self._on_refused(NO_TOKEN.status)
                 refusal = NO_TOKEN.as_response()
                 refusal.headers["WWW-Authenticate"] = "Bearer"
-                await refusal(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+                return refusal
+        hosts = self._hosts
+        if hosts is not None and not all(names_host(value, hosts) for name, value in headers if name == b"host"):
+            text = f"without a token, the service only answers requests to {', '.join(hosts)}; set token_file"
+            return ErrorAnswer(421, "WrongHostError", text).as_response()
+        return None
 
 
 def is_authorized(header: bytes, tokens: Sequence[bytes]) -> bool:
@@ -424,39 +431,10 @@ def is_authorized(header: bytes, tokens: Sequence[bytes]) -> bool:
     return any(same) and scheme.lower() == b"bearer"
 
 
-class HostCheck:
-    """Refuses requests that name another host (`names_host`), for a service without a token.
-
-    Args:
-        app: gets the other requests.
-        hosts: names that are accepted.
-        on_refused: called with the status of each refusal.
-    """
-
-    def __init__(self, app: Application, hosts: Sequence[str], on_refused: Callable[[int], None]) -> None:
-        self._app = app
-        self._hosts = hosts
-        self._on_refused = on_refused
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it with 421."""
-        if scope["type"] == "http" and not all(names_host(value, self._hosts) for value in _values(scope, b"host")):
-            text = f"without a token, the service only answers requests to {', '.join(self._hosts)}; set token_file"
-            refusal = ErrorAnswer(421, "WrongHostError", text)
-            self._on_refused(refusal.status)
-            await refusal.as_response()(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-
 def accepted_hosts(host: str) -> list[str]:
     """Names of this machine that clients may send, if the service listens on `host`."""
     own = f"[{host}]" if ":" in host else host.lower()
     return list(dict.fromkeys([*LOCAL_HOSTS, own]))
-
-
-def _values(scope: Scope, header: bytes) -> list[bytes]:
-    return [value for name, value in scope["headers"] if name == header]
 
 
 # What the OpenAPI page says about the bodies of requests. A test sends every example.
