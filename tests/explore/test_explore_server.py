@@ -113,11 +113,11 @@ def refuses_other_hosts_and_origins(page: Running) -> None:
     address = urlsplit(page.url)
     port, token = address.port, address.query.partition("=")[2]
     host, cookie = f"127.0.0.1:{port}", f"vista_explore_{port}={token}"
-    upgrade = "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"
-    upgrade += ("Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",)
+    upgrade = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13")
+    key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
 
     def first_line(target: str, host: str, origin: str | None, cookie: str, more: tuple[str, ...] = ()) -> str:
-        lines = [f"GET {target} HTTP/1.1", f"Host: {host}", f"Cookie: {cookie}", *more]
+        lines = [f"GET {target} HTTP/1.1", f"Host: {host}", f"Cookie: {cookie}", key, *more]
         lines += [] if origin is None else [f"Origin: {origin}"]
         with socket.create_connection(("127.0.0.1", port), START_S) as connection:
             connection.sendall("\r\n".join([*lines, "", ""]).encode())

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import fastapi
 import msgspec
@@ -234,7 +234,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         if self.pipeline:
             self._waiting_bytes += len(data)
-            if sum(one._waiting_bytes for one in self.connections) > MAX_WAITING_BYTES:
+            if sum(one._waiting_bytes for one in cast(set[BoundedHttpProtocol], self.connections)) > MAX_WAITING_BYTES:
                 self._on_refused_request(429)
                 self.transport.abort()
                 return

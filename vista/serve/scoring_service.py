@@ -73,51 +73,33 @@ class TailEvent(msgspec.Struct, forbid_unknown_fields=True):
     """Features of the event by name."""
 
 
-class ScoreBody(msgspec.Struct, forbid_unknown_fields=True):
-    """Users, and the candidates to score for them."""
+class BodyOfUsers(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The fields of all bodies for several users."""
 
     users: list[Id]
     """B ids as in the log."""
-    candidates: list[Id | list[Id]] | bytes
-    """Item ids: one list for all users, or one list per user. In MessagePack also the bytes of int64 ids in
-    little-endian order, for all users."""
     tail: list[list[TailEvent]] | None = None
     """Per user, the events since the refresh."""
     now: int | list[int] | None = None
     """Time of the request in ms, one or one per user; by default the server's clock."""
     request: Values = msgspec.field(default_factory=dict)
-    """Features of the request by name: one value, one per user, or one list per user with one value per candidate."""
+    """Features of the request by name: one value, one per user, or, with candidates, one list per user with one value
+    per candidate."""
     model: str | None = None
     """Name of the model, if the service has several; by default, the model that the split assigns."""
 
 
-class RankBody(msgspec.Struct, forbid_unknown_fields=True):
-    """A user, for whom the best items are wanted."""
+class ScoreBody(BodyOfUsers, kw_only=True):
+    """Users, and the candidates to score for them."""
 
-    user: Id
-    top_k: int = 10
-    """Most items to return."""
-    candidates: list[Id] | bytes | None = None
-    """Item ids, or null for the whole catalog. In MessagePack also the bytes of int64 ids in little-endian order."""
-    exclude: list[Id] = msgspec.field(default_factory=list)
-    """Item ids to leave out."""
-    exclude_tail: bool = False
-    """Leave out the items of the user's newest events."""
-    tail: list[TailEvent] | None = None
-    """The user's events since the refresh."""
-    now: int | None = None
-    """Time of the request in ms; by default the server's clock."""
-    request: Values = msgspec.field(default_factory=dict)
-    """Features of the request by name: one value, or one list with one value per candidate."""
-    model: str | None = None
-    """Name of the model, if the service has several; by default, the model that the split assigns."""
+    candidates: list[Id | list[Id]] | bytes
+    """Item ids: one list for all users, or one list per user. In MessagePack also the bytes of int64 ids in
+    little-endian order, for all users."""
 
 
-class RetrieveBody(msgspec.Struct, forbid_unknown_fields=True):
+class RetrieveBody(BodyOfUsers, kw_only=True):
     """Users for whom to retrieve the best items of a large catalog."""
 
-    users: list[Id]
-    """B ids as in the log."""
     top_k: int = 10
     """Maximum number of items to return per user."""
     num_candidates: int = 500
@@ -131,23 +113,12 @@ class RetrieveBody(msgspec.Struct, forbid_unknown_fields=True):
     """Item ids to leave out."""
     exclude_tail: bool = False
     """Leave out the items of the users' newest events."""
-    tail: list[list[TailEvent]] | None = None
-    """Per user, the events since the refresh."""
-    now: int | list[int] | None = None
-    """Time of the request in ms, one or one per user; by default the server's clock."""
-    request: Values = msgspec.field(default_factory=dict)
-    """Features of the request by name: one value, or one per user."""
-    model: str | None = None
-    """Name of the model, if the service has several; by default, the model that the split assigns."""
 
 
-class ExplainBody(msgspec.Struct, forbid_unknown_fields=True):
-    """A user, and the candidates whose scores are to be explained."""
+class BodyOfOne(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The fields of all bodies for one user."""
 
     user: Id
-    candidates: list[Id]
-    task: str | None = None
-    """By default the task of score and rank."""
     tail: list[TailEvent] | None = None
     """The user's events since the refresh."""
     now: int | None = None
@@ -156,6 +127,27 @@ class ExplainBody(msgspec.Struct, forbid_unknown_fields=True):
     """Features of the request by name: one value, or one list with one value per candidate."""
     model: str | None = None
     """Name of the model, if the service has several; by default, the model that the split assigns."""
+
+
+class RankBody(BodyOfOne, kw_only=True):
+    """A user, for whom the best items are wanted."""
+
+    top_k: int = 10
+    """Most items to return."""
+    candidates: list[Id] | bytes | None = None
+    """Item ids, or null for the whole catalog. In MessagePack also the bytes of int64 ids in little-endian order."""
+    exclude: list[Id] = msgspec.field(default_factory=list)
+    """Item ids to leave out."""
+    exclude_tail: bool = False
+    """Leave out the items of the user's newest events."""
+
+
+class ExplainBody(BodyOfOne, kw_only=True):
+    """A user, and the candidates whose scores are to be explained."""
+
+    candidates: list[Id]
+    task: str | None = None
+    """By default the task of score and rank."""
 
 
 class Addressee(msgspec.Struct):
@@ -480,7 +472,7 @@ class ScoringService:
         assert source is not None
         return self._named({"generation": source.generation, "model_checksum": source.model_checksum, **held})
 
-    def _arguments(self, asked: ScoreBody | RetrieveBody) -> dict[str, Any]:
+    def _arguments(self, asked: BodyOfUsers) -> dict[str, Any]:
         """The other arguments of a call."""
         if asked.tail is not None:
             _require_one_per_user(len(asked.tail), asked, "tail")
@@ -490,12 +482,11 @@ class ScoringService:
             "request": asked.request or None,
         }
 
-    def _of_one(self, asked: RankBody | ExplainBody) -> dict[str, Any]:
+    def _of_one(self, asked: BodyOfOne) -> dict[str, Any]:
         """The other arguments of a call for one user."""
         features = {name: [value] if isinstance(value, list) else value for name, value in asked.request.items()}
-        tail = None if asked.tail is None else [asked.tail]
         return {
-            "tail": tail_of(tail, self.scorer.model),
+            "tail": tail_of(None if asked.tail is None else [asked.tail], self.scorer.model),
             "now": server_time() if asked.now is None else asked.now,
             "request": features or None,
         }
@@ -519,7 +510,7 @@ def server_time() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _require_one_per_user(num_lists: int, asked: ScoreBody | RetrieveBody, name: str) -> None:
+def _require_one_per_user(num_lists: int, asked: BodyOfUsers, name: str) -> None:
     if num_lists != len(asked.users):
         raise ValueError(f"{name}: has {num_lists} lists, but there are {len(asked.users)} users; send one per user")
 
@@ -648,7 +639,7 @@ def _together(bodies: list[ScoreBody], media_types: list[str], service: ScoringS
         tails += body.tail if body.tail is not None else [[]] * count
         now = body.now if body.now is not None else clock
         times += now if isinstance(now, list) else [now] * count
-    merged = ScoreBody(users, [], tails if any(tails) else None, times)
+    merged = ScoreBody(users=users, candidates=[], tail=tails if any(tails) else None, now=times)
     ids = [item for some in values for item in (some if isinstance(some, list) else some.tolist())]
     scores = service.scores(merged, (ids, offsets_of(np.concatenate(lengths))))
     bounds = np.cumsum([own.sum() for own in lengths])[:-1]
