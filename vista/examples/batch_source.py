@@ -239,7 +239,7 @@ class BatchSource:
         timeline = self._log.gather_ranges(user, start - lead, stop + trail)
         events = timeline.select(np.zeros_like(lead), stop - start + lead)
         time = np.asarray(events.timestamp)
-        has_gaps = self._log.has_time and model.use_time
+        has_gaps = self._log.has_time and model.reads("times")
         asked = None
         if anchors is not None:
             asked = ChunkTimeline(reads.item_rows[timeline.item], np.asarray(timeline.timestamp), timeline.offsets)

@@ -339,7 +339,7 @@ class VisibleImpressions:
         mask = np.asarray(table.mask)[visible.row][:, columns].astype(np.bool_)
         kept = visible.select(np.flatnonzero(mask.any(1)))
         time = np.asarray(table.timestamp)[kept.row]
-        use_time = log.has_time and config.model.use_time
+        use_time = log.has_time and config.model.reads("times")
         gap = np.where(kept.position > 0, gap_bucket(time - kept.before), 0) if use_time else kept.position * 0
         return cls(
             kept.user,

@@ -86,7 +86,7 @@ def event_reader(log: EventLog, config: TrainConfig) -> tuple[RowFeatureReader |
         ConfigError: if `model.tail_features` names a column that the model does not read.
     """
     model = config.model
-    values = log.event_features if model.use_event_features else {}
+    values = log.event_features if model.reads("event_features") else {}
     asked = model.tail_features if isinstance(model, ModelConfig) else None
     in_tail = [*values] if asked is None else asked
     for name in in_tail:
@@ -169,7 +169,12 @@ def request_reader(log: EventLog, config: TrainConfig, since: int | None) -> Row
         since: leave out the impressions before this time (ms).
     """
     table, values = log.impressions, log.request_features
-    if table is None or not values or not config.model.use_request_features or not trained_tasks(log, config.optim):
+    if (
+        table is None
+        or not values
+        or not config.model.reads("request_features")
+        or not trained_tasks(log, config.optim)
+    ):
         return None
     counts = visible_counts(log, split_until(config.data, "train"))
     rows = visible_rows(log, table, counts, config.data, since).row
@@ -314,7 +319,7 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
             "trained; set optim.next_weight=1"
         )
     ratings = rating_range(log) if log.has_rating else None
-    given = log.item_features if model.use_item_features else None
+    given = log.item_features if model.reads("item_features") else None
     hashed = model.hashed_rows
     check_hashed_features(hashed, log)
     check_categories(model, given, log.items, str(log.path))
@@ -350,7 +355,7 @@ def user_reader(log: EventLog, config: TrainConfig) -> RowFeatureReader | None:
 
     It knows the values, and the distribution of numbers, of the users with events that training may see.
     """
-    if not config.model.use_user_features or not log.user_features.values:
+    if not config.model.reads("user_features") or not log.user_features.values:
         return None
     users = np.flatnonzero(visible_counts(log, split_until(config.data, "train")))
     features, seen = (
