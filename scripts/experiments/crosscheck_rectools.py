@@ -184,7 +184,7 @@ def our_config(options: argparse.Namespace, log: EventLog, seed: int, run_dir: P
             history_limit=LENGTH,
             dropout=options.dropout,
             temperature=TEMPERATURE,
-            use_time=options.times,
+            ignore=[] if options.times else ["times"],
             item_start=ItemStart.random,
         ),
         data=DataConfig(

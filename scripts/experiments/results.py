@@ -241,13 +241,13 @@ def _without_removed(flat: Mapping[str, Any]) -> dict[str, Any]:
 
     Lines of baselines recorded settings that only other architectures read.
     """
+    constants = REMOVED | {"model.normalization": NORMALIZATIONS.get(flat.get("model.mixing", ""))}
     kind = Architecture(flat.get("model.architecture", "vista"))
     readers = {key: readers_of(key.removeprefix("model.")) for key in flat if key.startswith("model.")}
     flat = {key: value for key, value in flat.items() if kind in (readers.get(key) or CONFIGS)}
     if flat.get("model.search") == "hard":
         flat |= {"model.search_category": flat.pop("data.category_column")}
         flat = {key: value for key, value in flat.items() if key not in ("model.search", "data.item_categories")}
-    constants = REMOVED | {"model.normalization": NORMALIZATIONS.get(flat.get("model.mixing", ""))}
     constants |= {f"base.{key}": value for key, value in constants.items()}
     return {key: value for key, value in flat.items() if key not in constants or value != constants[key]}
 

@@ -40,12 +40,7 @@ _GRIDS: dict[str, dict[str, Sequence[Any]]] = {
 }
 """Values that `Tuned` chooses from."""
 _FITTED = (*_GRIDS, "pooled factors", "counter trees", "new-item trees")
-OF_FEATURES = ("use_item_features",)
-"""Keys of ModelConfig for features of items; lines of rows that do not read them do not record these keys."""
-OF_ROW_FEATURES = (
-    *("use_event_features", "tail_features", "use_request_features", "use_user_features"),
-    "hashed_features",
-)
+OF_ROW_FEATURES = ("tail_features", "hashed_features")
 """Keys of ModelConfig for features of events, requests, and users, which no table's rows read, and for hashed ones."""
 UNTRAINED_SEED = 0
 PLANNED = {
@@ -155,7 +150,8 @@ def train_config(table: Table, row: TableRow) -> TrainConfig:
     """The training configuration of a row."""
     words = [f"experiment={table.experiment}"] if table.experiment else []
     words += SETS[table.data].words if table.simulation is None else ()
-    words += ["model.use_item_features=false", "model.use_user_features=false"]
+    ignored = {*_composed(*words).model.ignore, "item_features", "user_features"}
+    words.append(f"model.ignore=[{','.join(sorted(ignored))}]")
     words += () if table.windows or table.curve else NO_RETURNS
     return deepcopy(_composed(*words, *table.words, *row.words))
 
@@ -212,12 +208,14 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
         target = Target.window if table.windows else Target.next
         settings = baseline_settings(row.untrained, asked_horizons(EvaluateConfig(target=target)))
         return recorded | ({"baseline": settings} if settings else {})
-    unread = {*OF_ROW_FEATURES, *(() if config.model.use_item_features else OF_FEATURES)}
+    unread = {*OF_ROW_FEATURES, "ignore"}
     if config.model.counters is False:
         unread.add("counted_dropout")
     if not values["model"].get("counter_categories"):
         unread.add("counter_categories")  # lines from before the key existed have none either
     model = {key: value for key, value in values["model"].items() if key not in unread}
+    model |= {"use_time": config.model.reads("times")}  # as lines from before the key `ignore` have it
+    model |= {"use_item_features": True} if config.model.reads("item_features") else {}
     recorded |= {"model": model, "optim": values["optim"]}
     if row.texts:
         recorded["texts"] = row.texts

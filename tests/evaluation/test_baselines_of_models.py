@@ -131,7 +131,7 @@ def test_hard_search_keeps_its_categories(served_tasks: Served, tmp_path: Path) 
     prepare(PrepareConfig(out=str(path), append=True, items=table))
     log = EventLog.open(path)
     config = baseline_config(log, tmp_path, "sim", data=replace(served_tasks.config.data, path=str(path)))
-    config.model = replace(config.model, search_category="kind", use_item_features=False)
+    config.model = replace(config.model, search_category="kind", ignore=["item_features"])
     model = train_model(config, log)
     again = load_model(tmp_path / "sim" / "best")
     for each in (model, again):

@@ -442,7 +442,7 @@ def test_features_follow_the_configuration(world: World) -> None:
         known = event < len(world.time)
         np.testing.assert_array_equal(batch.events.clock.numpy()[known], world.time[event[known]])
         assert batch.events.rating is None
-    for batch in whole_pass(source(world, model={"use_time": False})):
+    for batch in whole_pass(source(world, model={"ignore": ["times"]})):
         assert not batch.events.gap.any() and not batch.labels.gap.any() and not batch.impressions.gap.any()
     by_position = {"decay": Decay.position, "decay_horizons": [1.0, 2.0]}
     for batch in whole_pass(source(world, model=by_position)):

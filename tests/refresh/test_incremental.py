@@ -38,7 +38,7 @@ COUNTERS = {"counters": True, "counter_keys": 6, "counter_days": [2.0, 30.0], "c
 CATEGORIES = COUNTERS | {"counter_categories": ["genre"]}
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "no reach": {"conv_width": 1, "use_time": False},
+    "no reach": {"conv_width": 1, "ignore": ["times"]},
     "a history limit": {"history_limit": 6},
     "no summary": {"num_seeds": 0},
     "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},
@@ -423,7 +423,7 @@ def test_without_counters_nothing_is_counted(tmp_path, grow):
 def test_a_log_without_times_is_refused_or_counted_by_events(tmp_path, grow):
     frame = {name: values for name, values in grow.events({1: 20}).items() if name in ("user", "item")}
     log = EventLog.from_frame(frame, tmp_path / "log", columns=SourceColumns(timestamp=None))
-    model = grow.model(use_time=False, **COUNTERS)
+    model = grow.model(ignore=["times"], **COUNTERS)
     model.schema.actions[:] = log.actions
     with pytest.raises(ConfigError, match="has no times, which this model reads"):
         refresh(model, log, tmp_path / "store")

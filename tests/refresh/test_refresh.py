@@ -227,12 +227,12 @@ def test_a_log_that_the_model_would_misread_is_refused(event_log, order_log, tmp
         refresh(new_model(event_log), plain, tmp_path / "store")
     timeless = {name: small_frame()[name] for name in ("user", "item", "action")}
     log = EventLog.from_frame(timeless, tmp_path / "timeless", columns=SourceColumns(timestamp=None, action="action"))
-    decaying = new_model(event_log, use_time=False, decay=Decay.time, decay_horizons=[1.0, 0.0])
+    decaying = new_model(event_log, ignore=["times"], decay=Decay.time, decay_horizons=[1.0, 0.0])
     for model in (new_model(event_log), decaying):
         with pytest.raises(ConfigError, match="has no times, which this model reads"):
             refresh(model, log, tmp_path / "store")
     assert not (tmp_path / "store").exists()
-    refresh(new_model(event_log, use_time=False), log, tmp_path / "store")
+    refresh(new_model(event_log, ignore=["times"]), log, tmp_path / "store")
     with pytest.raises(ConfigError, match="has no times; use leave-last-out"):
         refresh(new_model(order_log), order_log, tmp_path / "store", until="2020-01-01")
 

@@ -384,7 +384,7 @@ def test_added_items_have_the_counters_of_their_category(trained: Path, brand_lo
     [
         ({"counter_categories": ["item"]}, "must be distinct names of features other than 'item', got"),
         ({"counter_categories": ["a", "a"]}, "must be distinct names of features"),
-        ({"counter_categories": ["a"], "use_item_features": False}, "needs model.use_item_features=true"),
+        ({"counter_categories": ["a"], "ignore": ["item_features"]}, "needs item_features, which model.ignoree"),
         ({"counter_categories": ["a"], "counters": None}, "needs model.counters=true, got .* and counters=None"),
         ({"counter_categories": ["a"], "counters": False}, "needs model.counters=true"),
     ],

@@ -169,7 +169,7 @@ def test_every_model_learns_every_part(log: EventLog, tmp_path: Path, architectu
 def test_features_that_decide_labels_predict_them(log: EventLog, tmp_path: Path) -> None:
     """Regions of users decide clicks, and devices of requests likes."""
     for use in (True, False):
-        changes = {PARTS[name].setting: use for name in ("users", "impressions")}
+        changes = {"model__ignore": [] if use else [PARTS[name].schema for name in ("users", "impressions")]}
         config = feature_config(log, tmp_path / str(use), optim__epochs=4, **changes)
         model = train(config, log)
         measured = Validation(log, model.rows_of(log.items), config)(model)
@@ -182,7 +182,7 @@ def test_features_that_decide_labels_predict_them(log: EventLog, tmp_path: Path)
 @pytest.mark.parametrize("names", [[*PARTS], *(pytest.param([name], marks=pytest.mark.nightly) for name in PARTS)])
 def test_without_features_nothing_changes(log: EventLog, tmp_path: Path, names: list[str]) -> None:
     lacking = log_of(frames(), tmp_path / "log", without=names)
-    off = train(feature_config(log, tmp_path / "off", **{PARTS[name].setting: False for name in names}), log)
+    off = train(feature_config(log, tmp_path / "off", model__ignore=[PARTS[name].schema for name in names]), log)
     plain = train(feature_config(lacking, tmp_path / "plain"), lacking)
     assert all(PARTS[name].encoder(off) is None and not getattr(off.schema, PARTS[name].schema) for name in names)
     for (key, one), other in zip(off.state_dict().items(), plain.state_dict().values(), strict=True):
@@ -295,7 +295,7 @@ def test_columns_of_tails_that_cannot_be_read_are_refused(log: EventLog, tmp_pat
     for changes, message in (
         ({"tail_features": ["plan"]}, r"model.tail_features: 'plan' is not a feature .* has: surface, dwell"),
         (
-            {"tail_features": ["dwell"], "use_event_features": False},
+            {"tail_features": ["dwell"], "ignore": ["event_features"]},
             r"model.tail_features: 'dwell' is not a feature of events that the model reads",
         ),
     ):
@@ -483,7 +483,7 @@ def test_a_warm_start_matches_values_by_name(
 def base(log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, VistaModel, Path]:
     """A model whose stage 2 reads one column of events, and none of requests; and a store of its early summaries."""
     folder = tmp_path_factory.mktemp("base")
-    changes = {"model__tail_features": ["surface"], "model__use_request_features": False}
+    changes = {"model__tail_features": ["surface"], "model__ignore": ["request_features"]}
     config = feature_config(log, folder / "run", **changes)
     model = train(config, log)
     refresh(model, log, folder / "store", until=MIDDLE)
@@ -494,7 +494,7 @@ def downstream_config(base: tuple[TrainConfig, VistaModel, Path], run_dir: Path,
     config, _, store = base
     return replace(
         config,
-        model=replace(config.model, **{"tail_features": None, "use_request_features": True, **model}),
+        model=replace(config.model, **{"tail_features": None, "ignore": [], **model}),
         optim=replace(config.optim, reconstruction_weight=0.0),
         base=str(Path(config.run_dir) / "best"),
         store=str(store),
@@ -508,7 +508,7 @@ def test_downstream_models_keep_the_features_of_their_base(
 ) -> None:
     """Only features of requests are their own. One store serves both."""
     _, kept, store = base
-    config = downstream_config(base, tmp_path / "run", use_user_features=use_user_features)
+    config = downstream_config(base, tmp_path / "run", ignore=[] if use_user_features else ["user_features"])
     if not use_user_features:  # and with items that were added to the base
         kept = with_items(kept, [10**6, 10**6 + 1], selected(log.item_features, np.array([3, 5])))
         kept.save_pretrained(tmp_path / "base")

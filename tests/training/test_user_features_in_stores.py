@@ -45,7 +45,7 @@ def best(log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained model that reads features of users and items only."""
     folder = tmp_path_factory.mktemp("run")
     sizes = {"model__dim": 32, "model__num_seeds": 16, "model__tail_len": 16}  # whose products do not depend on others
-    unread = {"model__use_event_features": False, "model__use_request_features": False}
+    unread = {"model__ignore": ["event_features", "request_features"]}
     train(feature_config(log, folder, optim__epochs=4, **unread, **sizes), log)
     return folder / "best"
 

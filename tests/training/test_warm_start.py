@@ -157,7 +157,7 @@ def test_baselines_start_warm_too(
 
 def test_factors_of_new_items_fit_the_trained_vectors(grown_log: EventLog, tmp_path: Path) -> None:
     """If the trained vectors are factors, rotated and scaled, the new ones are rotated and scaled alike."""
-    made = Trainer(small_config(grown_log, tmp_path, model__use_item_features=False), grown_log)
+    made = Trainer(small_config(grown_log, tmp_path, model__ignore=["item_features"]), grown_log)
     counts = made.source.counts
     rows, vectors = item_factors(grown_log, made.model.rows_of(grown_log.items), counts, 16, seed=1)
     turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0))).Q
@@ -273,7 +273,7 @@ def test_a_second_start_continues_new_items(earlier: Run, later: Run, grown_log:
     [
         ({"model__dim": 8}, r"these differ: model\.dim \(16 -> 8\); set model\.dim=16"),
         ({"model__num_seeds": 2, "model__tail_len": 5}, r"model\.tail_len \(6 -> 5\), model\.num_seeds \(3 -> 2\)"),
-        ({"model__use_item_features": False}, r"set model\.use_item_features=true"),
+        ({"model__ignore": ["item_features"]}, r"set model\.ignore=\[\]"),
     ],
 )
 def test_another_shape(

@@ -123,10 +123,8 @@ class Part:
 
     columns: tuple[tuple[str, str], ...]
     """Names and kinds, in the order of the schema."""
-    setting: str
-    """The key that leaves it out."""
     schema: str
-    """The field of the schema."""
+    """The field of the schema, and what `model.ignore` calls it."""
     encoder: Callable[[RankingModel], Any]
 
     @property
@@ -137,25 +135,21 @@ class Part:
 PARTS = {
     "items": Part(
         (("brand", "category"), ("tags", "category"), ("price", "number"), ("text", "vector")),
-        "model__use_item_features",
         "item_features",
         lambda model: model.features,
     ),
     "events": Part(
         (("surface", "category"), ("dwell", "number")),
-        "model__use_event_features",
         "event_features",
         lambda model: model.encoder.features,
     ),
     "impressions": Part(
         (("device", "category"), ("hour", "number")),
-        "model__use_request_features",
         "request_features",
         lambda model: model.request_encoder,
     ),
     "users": Part(
         (("region", "category"), ("age", "number")),
-        "model__use_user_features",
         "user_features",
         lambda model: model.user_encoder,
     ),

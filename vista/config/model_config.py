@@ -39,6 +39,8 @@ MIN_COUNTER_DAYS = 1 / 24
 MAX_COUNTER_EVENTS = 1_000_000
 EMBEDDING_HASHES = 2
 """Hash functions per value of a table that features share (`embedding_rows`)."""
+IGNORABLE = ("times", "item_features", "event_features", "request_features", "user_features")
+"""Parts of a log that a model can leave out."""
 TEMPERATURES = 0.05, 0.3
 """Temperatures without and with counters."""
 
@@ -63,17 +65,11 @@ class RankingConfig:
     """Number of newest events that stage 2 reads in addition to the summary."""
     dropout: float = 0.2
     """Share of activations, in [0, 1), that are dropped in training."""
-    use_time: bool = True
-    """Add the gap to the previous event, in logarithmic buckets, to the event embedding, if the log has times."""
-    use_item_features: bool = True
-    """Add the features of items to their vectors, if the log has any."""
-    use_event_features: bool = True
-    """Add the features of events to the event embedding, if the log has any."""
-    use_request_features: bool = True
-    """Let labeled tasks read the features of requests, if the log's impressions have any."""
-    use_user_features: bool = True
-    """Let candidates and user vectors read the features of users, if the log has any. Summaries do not depend on
-    them."""
+    ignore: list[str] = field(default_factory=list)
+    """What of the log the model leaves out, of times, item_features, event_features, request_features, and
+    user_features. Otherwise, event embeddings have the gap to the previous event in logarithmic buckets and the
+    features of events, item vectors have those of items, labeled tasks read those of requests, and candidates and user
+    vectors those of users, which summaries do not depend on."""
     hashed_features: list[str] = field(default_factory=list)
     """Categories whose values share a fixed number of rows by hashing, each written as name:rows, such as [url:10000].
     Values that did not occur in training then have a row too. In other categories, each value has its own row."""
@@ -103,6 +99,8 @@ class RankingConfig:
         require_counts(self, "model.", ("tail_len",), most=4096)
         require_counts(self, "model.", ("history_limit", "embedding_rows"), least=0, most=2**31 - 1)
         require_share(self, "model.", ("dropout",), below_one=True)
+        known = f"must name each of {', '.join(IGNORABLE)} at most once, got {shown(self.ignore)}"
+        require({*self.ignore} <= {*IGNORABLE} and len({*self.ignore}) == len(self.ignore), "model.ignore", known)
         require(
             self.history_limit > 0 or not self.needs_limit,
             "model.history_limit",
@@ -120,6 +118,10 @@ class RankingConfig:
                 "factors need one row per item; set model.item_start=random, or model.embedding_rows=0",
             )
         self._check_hashed_features()
+
+    def reads(self, part: str) -> bool:
+        """Whether it reads a part of IGNORABLE, if the log has it."""
+        return part not in self.ignore
 
     # Answers for code that takes any architecture; those that have the setting override it.
 
@@ -273,7 +275,7 @@ class NextItemConfig(AttentionConfig):
     def _check_counted_categories(self) -> None:
         names, key = self.counter_categories, "model.counter_categories"
         require(self.counters is True, key, f"needs model.counters=true, got {names} and counters={self.counters}")
-        require(self.use_item_features, key, f"needs model.use_item_features=true, got {names}")
+        require(self.reads("item_features"), key, f"needs item_features, which model.ignore leaves out; got {names}")
         is_valid = len({*names}) == len(names) and ITEM not in names
         require(is_valid, key, f"must be distinct names of features other than {ITEM!r}, got {names}")
 

@@ -141,7 +141,7 @@ class VisibleImpressions:
         mask = np.asarray(table.mask)[visible.row][:, columns].astype(np.bool_)
         kept = visible.select(np.flatnonzero(mask.any(1)))
         time = np.asarray(table.timestamp)[kept.row]
-        use_time = log.has_time and config.model.use_time
+        use_time = log.has_time and config.model.reads("times")
         shown = ChunkImpressions(
             chunk=kept.user,
             position=kept.position,
@@ -382,7 +382,7 @@ class BatchSource:
         timeline = self._log.gather_ranges(user, start - lead, stop + trail)
         events = timeline.select(np.zeros_like(lead), stop - start + lead)
         item, time = reads.item_rows[timeline.item], np.asarray(events.timestamp)
-        has_gaps = self._log.has_time and model.use_time
+        has_gaps = self._log.has_time and model.reads("times")
         chunks = Chunks(
             user=user,
             item=reads.item_rows[events.item],

@@ -87,7 +87,7 @@ class AnchorPlan:
             horizon_events=config.data.horizon_events,
             horizon_days=config.data.horizon_days,
             by_time=by_time,
-            use_time=has_time and config.model.use_time,
+            use_time=has_time and config.model.reads("times"),
             # With any other split, evaluation asks without a time, and only requests in production have one.
             timeless_share=0.1 if by_time else 0.5,
             keeps_other_windows=config.next_weight > 0 and not at_anchors,

@@ -91,7 +91,7 @@ class Stage1Config:
         """
         counters = CounterSpec.of(config, has_time=schema.has_time) if isinstance(config, NextItemConfig) else None
         if not isinstance(config, ModelConfig):
-            kept = {name: getattr(config, name) for name in ("dim", "history_limit", "embedding_rows", "use_time")}
+            kept = {name: getattr(config, name) for name in ("dim", "history_limit", "embedding_rows", "ignore")}
             config = ModelConfig(num_heads=1, num_seeds=0, **kept)
         return cls(
             dim=config.dim,
@@ -108,7 +108,7 @@ class Stage1Config:
             mean_token=bool(config.mean_token),
             summary_lag=config.summary_lag,
             num_state_rows=config.num_state_rows,
-            has_gap=config.use_time and schema.has_time,
+            has_gap=config.reads("times") and schema.has_time,
             actions=tuple(schema.actions),
             rating_range=schema.rating_range,
             item_features=tuple(schema.item_features),

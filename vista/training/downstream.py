@@ -37,7 +37,7 @@ COUNTER_KEYS = ("counters", "counter_keys", "counter_categories", "counter_days"
 KEYS_OF_STAGE_1 = {
     "summary_lag": ("tail_in_summary", "tail_len"),
     "num_state_rows": ("target_attention",),
-    "has_gap": ("use_time",),
+    "has_gap": ("ignore",),
     "counters": COUNTER_KEYS,
 }
 """Fields of Stage1Config -> the fields of ModelConfig that set them, where these have other names."""
@@ -126,7 +126,7 @@ class Downstream:
             tasks=schema.tasks,
             has_retrieval=schema.has_retrieval,
             request_features=schema.request_features,
-            user_features=self._base.schema.user_features if self.config.model.use_user_features else [],
+            user_features=self._base.schema.user_features if self.config.model.reads("user_features") else [],
         )
         assert isinstance(self.config.model, ModelConfig)  # TrainConfig has checked
         model = VistaModel(self.config.model, kept, self._base.items, self.config.data)

@@ -84,7 +84,7 @@ def event_reader(log: EventLog, config: TrainConfig) -> tuple[RowFeatureReader |
         ConfigError: if `model.tail_features` names a column that the model does not read.
     """
     model = config.model
-    values = log.event_features if model.use_event_features else {}
+    values = log.event_features if model.reads("event_features") else {}
     asked = model.tail_features if isinstance(model, ModelConfig) else None
     in_tail = [*values] if asked is None else asked
     for name in in_tail:
@@ -108,7 +108,12 @@ def request_reader(log: EventLog, config: TrainConfig, since: int | None) -> Row
         since: leave out the impressions before this time (ms).
     """
     table, values = log.impressions, log.request_features
-    if table is None or not values or not config.model.use_request_features or not trained_tasks(log, config.optim):
+    if (
+        table is None
+        or not values
+        or not config.model.reads("request_features")
+        or not trained_tasks(log, config.optim)
+    ):
         return None
     counts = visible_counts(log, split_until(config.data, "train"))
     rows = visible_rows(log, table, counts, config.data, since).row
@@ -117,7 +122,7 @@ def request_reader(log: EventLog, config: TrainConfig, since: int | None) -> Row
 
 def user_reader(log: EventLog, config: TrainConfig) -> RowFeatureReader | None:
     """How a model reads features of users, by those with events that training may see; None if it reads none."""
-    if not config.model.use_user_features or not log.user_features:
+    if not config.model.reads("user_features") or not log.user_features:
         return None
     users = np.flatnonzero(visible_counts(log, split_until(config.data, "train")))
     rows, values = row_features(log.user_features)
@@ -254,7 +259,7 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
             "trained; set optim.next_weight=1"
         )
     ratings = rating_range(log) if log.has_rating else None
-    given = log.item_features if model.use_item_features else {}
+    given = log.item_features if model.reads("item_features") else {}
     hashed = model.hashed_rows
     _check_hashed(hashed, log)
     check_categories(model, given, log.items, str(log.path))

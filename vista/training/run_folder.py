@@ -399,7 +399,7 @@ def _limits(model: RankingModel, log: EventLog) -> Iterable[str]:
         "Items that the model does not know get a neutral score. `items.ids.npy` lists those that it knows; "
         f"in histories, it knows the first {model.num_trained_items:,}."
     )
-    if model.schema.has_time and model.config.use_time:
+    if model.schema.has_time and model.config.reads("times"):
         yield "The model reads times. Pass the time of the request (`now`)."
     if features := model.schema.request_features:
         yield f"Labeled tasks read features of requests: {_code(one.name for one in features)}. Pass them (`request`)."

@@ -19,7 +19,7 @@ def _movielens(data: str, minutes: float, more: dict[str, TableRow]) -> Table:
 
 
 def _timeless(minutes: float) -> dict[str, TableRow]:
-    without = "model.use_time=false"
+    without = "model.ignore=[times,item_features,user_features]"
     return {
         "no-times": TableRow(minutes, (without,)),
         "sasrec-no-times": TableRow(0.7 * minutes, ("model=sasrec", without)),

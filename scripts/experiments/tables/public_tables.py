@@ -8,7 +8,7 @@ from __future__ import annotations
 from scripts.experiments.tables.table import Table, TableRow
 from vista.config.train_config import MAX_HORIZON_EVENTS
 
-FEATURES = ("model.use_item_features=true",)
+FEATURES = ("model.ignore=[user_features]",)
 LAST_DAY = {"horizon_events": [MAX_HORIZON_EVENTS], "min_seen": 1, "min_after": 1, "top_k": [10, 50, 100]}
 """All events of the test, of every user who also has an event before it."""
 
@@ -39,7 +39,7 @@ def _longctr(data: str) -> Table:
     limits = {f"din, {limit} events": ("model=din", f"model.history_limit={limit}") for limit in (50, 1000)}
     searches = {f"{name}, 1000 events": (f"model={name}", "model.history_limit=1000") for name in ("sim", "twin")}
     rows = {name: TableRow(60, words) for name, words in {"vista": (), **limits, **searches}.items()}
-    return Table("", data, rows, FEATURES)
+    return Table("", data, rows, ("model.ignore=[times,user_features]",))
 
 
 TABLES = {

@@ -22,7 +22,7 @@ MANY_COUNTERS = (
     *(*COUNTERS, "model.counter_keys=1024", "model.counter_events=[250,1000,2500]"),
     "optim.next_weight=0",
 )
-TOPICS = ("model.use_item_features=true",)
+TOPICS = ("model.ignore=[user_features]",)
 COUNTED_TOPICS = ("model.counter_categories=[topic]", "model.counter_events=[32,250,1000,2500]")
 DECAYS = ("model.decay=position", "model.decay_horizons=[32,200,1000,0]")
 """Three of four heads weigh recent events more, because tastes change."""
@@ -165,9 +165,9 @@ def _features() -> dict[str, TableRow]:
         "twin": (8, ("model=twin",)),
     }
     return {
-        name + suffix: TableRow(4.5, (*words, f"optim.epochs={passes}", f"model.use_item_features={on}"))
+        name + suffix: TableRow(4.5, (*words, f"optim.epochs={passes}", *reads))
         for name, (passes, words) in models.items()
-        for suffix, on in (("", "false"), (", topics", "true"))
+        for suffix, reads in (("", ()), (", topics", TOPICS))
     }
 
 

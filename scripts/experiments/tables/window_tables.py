@@ -64,9 +64,9 @@ VARIED = {
 }
 """Each row changes one setting of vista."""
 CATEGORIES = {
-    "vista, counters, features": ("model.use_item_features=true",),
+    "vista, counters, features": ("model.ignore=[user_features]",),
     "vista, counters, counted categories": (
-        "model.use_item_features=true",
+        "model.ignore=[user_features]",
         "model.counter_categories=[product_category,product_type]",
     ),
 }
@@ -156,7 +156,7 @@ def _cold() -> Table:
     """Items that appear in the last fifth of the time, ranked by their features: among themselves, and among others."""
     split = ("data.validation_from=2017-09-15", "data.test_from=2017-10-20")
     counted = {name: TableRow(0.5, untrained=name) for name in COLD_BASELINES}
-    features = ("model.use_item_features=true",)
+    features = ("model.ignore=[user_features]",)
     with_texts = {f"vista, text {texts}": TableRow(14, features, texts=texts) for texts in ("vectors", "codes")}
     rows = {"vista": TableRow(12, features), "vista, ids alone": TableRow(12), **with_texts, **counted}
     pairs = [("vista", name) for name in rows if name != "vista" and name not in with_texts]
