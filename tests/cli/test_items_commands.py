@@ -24,7 +24,6 @@ from vista.cli.main import main
 from vista.config import ItemsAddConfig, ItemsEmbedConfig, ItemsTokenizeConfig, ItemTableConfig
 from vista.errors import CheckpointError, ConfigError, DataError, MissingDependencyError
 from vista.log.event_log import EventLog
-from vista.log.ingest import feature_sources
 from vista.model.codebooks import Codebooks
 from vista.model.item_projections import ItemProjections
 from vista.model.saved_model import SharedTables
@@ -255,7 +254,7 @@ def test_codes_never_lie_beside_codebooks_of_others(tmp_path: Path, monkeypatch:
         raise OSError("the disk is full")
 
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match="the disk is full"):
-        patch.setattr(feature_sources, "sync", fail)
+        patch.setattr("vista.log.ingest.feature_sources.replaced_file", fail)
         tokenize(tmp_path, codes=4)
     assert [file.read_bytes() for file in files] == before
     with monkeypatch.context() as patch, pytest.raises(ConfigError, match=r"codebooks.* cannot be written"):

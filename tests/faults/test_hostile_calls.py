@@ -44,7 +44,8 @@ NOT_CALLED = {
         *("Histories.slice", "Histories.select_users", "Histories.select", "Histories.at"),
         *("Column.recoded", "Column.select"),
         *("Tail.concatenated", "Tail.select", "Tail.of_user"),
-        *("StoredBatch.expired", "StoredBatch.spread", "StoredBatch.without"),
+        *("StoredBatch.expired", "StoredBatch.take", "StoredBatch.without"),
+        *("StoredBatch.concatenated", "StoredBatch.spread"),
     ),
     "takes what only vista itself makes": (
         *("RefreshOptions.require_only", "Explanation.of"),

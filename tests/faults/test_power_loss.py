@@ -357,3 +357,45 @@ def test_power_loss_of_operations(trial: Trial, traced: Nursery, trace_of: Calla
     name = trial.promise.kind
     trace = trace_of(name)
     judge(trial, traced, check_operation_images, name, trace.before, trace.folder, trace.log, trial.folder)
+
+
+EXCHANGE_IMAGES = 10
+
+
+def check_images_after_exchange(
+    say: Say, name: str, before: str, folder: str, log: str, scratch: str, numbers: list[int]
+) -> None:
+    """As `check_operation_images`, after a kill right after two folders exchanged their names.
+
+    The numbers 0 … EXCHANGE_IMAGES - 1 cover the calls of the repeated command evenly.
+    """
+    logging.disable(logging.CRITICAL)
+    calls, operation = list(preload.read_log(Path(log))), OPERATIONS[name]
+    killed = 1 + next(place for place, call in enumerate(calls) if call.name == "x")
+    for number in numbers:
+        disk, image = Disk(Path(folder), Path(before)), Path(scratch, f"image-{number}").resolve()
+        disk.take(calls[:killed])
+        disk.write_current(image)
+        disk.move(image)
+        again = repeat_traced(operation, image)
+        shutil.rmtree(image)
+        cut = number % EXCHANGE_IMAGES * (len(again) + 1) // EXCHANGE_IMAGES
+        cut_power(disk, again, cut, image, random.Random(f"{name} {number}"))
+        outcome, text = check_operation(operation, image, acknowledged=False)
+        say([outcome, f"cut at call {cut} of {len(again)} of the repetition, {image}: {text}"[:MAX_TEXT]])
+        if outcome == "held":
+            shutil.rmtree(image)
+
+
+@promise(
+    "Operations survive a power cut",
+    fault="power cut while {kind} is repeated after a kill that left an exchange of names not durable",
+    full=2 * EXCHANGE_IMAGES,
+    each=EXCHANGE_IMAGES,
+    kinds=["an addition of items"],
+    smoke=True,
+)
+def test_power_loss_after_an_exchange(trial: Trial, traced: Nursery, trace_of: Callable[[str], Trace]) -> None:
+    name = trial.promise.kind
+    trace = trace_of(name)
+    judge(trial, traced, check_images_after_exchange, name, trace.before, trace.folder, trace.log, trial.folder)

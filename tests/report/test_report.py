@@ -224,9 +224,8 @@ def test_a_log_without_times(order_log: EventLog, tmp_path: Path) -> None:
 
 def test_a_model_that_reads_raw_histories(impression_log: EventLog, served_tasks: Served, tmp_path: Path) -> None:
     data = served_tasks.config.data
-    config = small_config(impression_log, tmp_path / "din", model__architecture=Architecture.din, model__num_seeds=0)
+    config = small_config(impression_log, tmp_path / "din", model__architecture=Architecture.din)
     config.model.history_limit, config.data, config.optim.next_weight = 20, data, 0.0
-    config.model.counters = config.model.popularity = None
     train_model(config, impression_log)
     page = write_report(ReportConfig(run=str(tmp_path / "din"), num_threads=1)).path.read_text()
     assert "latency, because the model reads raw histories" in page and "AUC of click: din reaches" in page
@@ -298,8 +297,8 @@ def test_metrics_that_cannot_be_read(served: Served, tmp_path: Path, content: st
     page = write_report(
         ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1)
     ).path.read_text()
-    half = "half written (metrics.jsonl ", ", and how many epochs are done is unknown. All figures"
-    assert all((text in page) == (content != "{") for text in half), "a cut-off line leaves a finished run finished"
+    assert re.search(r"half written \((line 1 of )?metrics\.jsonl ", page)
+    assert ", and how many epochs are done is unknown. All figures" in page
     assert "epochs are done." not in page
     assert re.search(rf"training curves, because {problem}", page), page
 

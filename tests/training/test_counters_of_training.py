@@ -56,11 +56,12 @@ def counting_config(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig
         "model__counters": True,
         "model__counter_keys": 5,
         "model__popularity": True,
-        "model__num_seeds": 0,
         "optim__window_weight": 1.0,
         "data__horizon_events": 5,
         "data__exclude_seen": False,
     }
+    if changes.get("model__architecture", Architecture.vista) is Architecture.vista:
+        options["model__num_seeds"] = 0
     return small_config(log, run_dir, **{**options, **changes})
 
 
@@ -384,7 +385,7 @@ def test_added_items_have_the_counters_of_their_category(trained: Path, brand_lo
     [
         ({"counter_categories": ["item"]}, "must be distinct names of features other than 'item', got"),
         ({"counter_categories": ["a", "a"]}, "must be distinct names of features"),
-        ({"counter_categories": ["a"], "ignore": ["item_features"]}, "needs item_features, which model.ignoree"),
+        ({"counter_categories": ["a"], "ignore": ["item_features"]}, "needs item_features, which model.ignore"),
         ({"counter_categories": ["a"], "counters": None}, "needs model.counters=true, got .* and counters=None"),
         ({"counter_categories": ["a"], "counters": False}, "needs model.counters=true"),
     ],

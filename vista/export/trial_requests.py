@@ -181,7 +181,7 @@ def write_trial_store(model: VistaModel, path: Path, seed: int = 0) -> None:
     )
     manifest = new_manifest(
         model,
-        codec=Codec.float32,
+        codec=Codec.float32.value,
         state=StateDtype.none,
         until=None,
         applied_segment=0,

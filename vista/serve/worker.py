@@ -59,7 +59,8 @@ def run_worker(
     Raises:
         VistaError: a model, its store, or a token cannot be used.
     """
-    faulthandler.enable()  # else a process that reads a mapped file which was truncated ends without a message
+    # Else a process that reads a mapped file which was truncated ends without a message. 2 is the standard error.
+    faulthandler.enable(2)
     tokens, metrics = read_tokens(config.token_file), ServiceMetrics()
     with (
         cpu_settings(config.num_threads),

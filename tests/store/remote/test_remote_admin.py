@@ -421,7 +421,7 @@ def secured(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 def test_no_command_shows_or_writes_a_password(
     served: Served, secured: tuple[str, Path], monkeypatch, capfd, tmp_path, name: str
 ) -> None:
-    """With the right server, one that does not answer, a word that is no URL, and a missing quote."""
+    """With the right server, one that does not answer, a word that is not a URL, and a missing quote."""
     url, _ = secured
     monkeypatch.chdir(tmp_path)
     given = {

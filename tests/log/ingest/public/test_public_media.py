@@ -365,7 +365,7 @@ def test_parts_are_those_of_the_files_and_show_the_items_that_come_before(tmp_pa
         found = zip(users, items, cases.seen.tolist(), cases.label[:, 0].tolist(), strict=True)
         assert list(found) == LONGCTR_PARTS[part]
     shown = load(folder / "user_info.parquet", "longctr").impressions
-    assert shown is not None and shown.num_impressions == 9  # those beside a file of sequences
+    assert shown is not None and shown.num_impressions == 9  # those next to a file of sequences
 
 
 def test_impressions_in_a_file_of_another_name(tmp_path: Path) -> None:
