@@ -77,6 +77,7 @@ def pytest_collection_finish() -> None:
 
 
 DAY = 86_400_000
+MAIN_MODULE = sys.modules["__main__"]
 START = 1_600_000_000_000
 """Time of the first event of the small logs, ms."""
 LENGTHS = [12, 1, 25, 2, 40, 3, 9, 7, 30, 18, 4, 22, 5, 16, 11, 28]
@@ -110,10 +111,12 @@ def one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def same_settings(one_thread: None) -> None:
+def same_settings(one_thread: None) -> Iterator[None]:
     """Begin each test with one thread and with denormal numbers, both of which an earlier test may have changed."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(False)
+    yield
+    sys.modules["__main__"] = MAIN_MODULE  # Streamlit puts pages there, and new processes would run them.
 
 
 @pytest.fixture

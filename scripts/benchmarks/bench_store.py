@@ -352,10 +352,6 @@ def _leave_the_page_cache(file: Path) -> None:
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _file_bytes(folder: Path) -> int:
-    return (folder / "data.mdb").stat().st_size
-
-
 def bench_incremental(recorder: BenchmarkRecorder, folder: Path) -> None:
     """Incremental refreshes: few users with histories of several lengths, many users, and users without new events."""
     if recorder.quick:

@@ -180,30 +180,6 @@ def decoded(body: bytes, kind: type[Body], media_type: str) -> Body:
     return held
 
 
-def _has_few_values(body: bytes, media_type: str) -> bool:
-    """Whether a body has at most MAX_VALUES values, without building them; commas in texts of JSON count too."""
-    if media_type != MSGPACK:
-        return sum(map(body.count, (b"[", b"{", b",", b":"))) <= MAX_VALUES
-    place, end = 0, len(body)
-    for _ in range(MAX_VALUES):
-        if place >= end:
-            return True
-        first = body[place]
-        if width := _WIDTHS[first]:
-            place += int.from_bytes(body[place + 1 : place + 1 + width], "big")
-        place += _SIZES[first]
-    return place >= end
-
-
-_SIZES = [1] * 0xA0 + [*range(1, 33)] + [1, 1, 1, 1, 2, 3, 5, 3, 4, 6, 5, 9, 2, 3, 5, 9, 2, 3, 5, 9, 3, 4, 6, 10, 18]
-_SIZES += [2, 3, 5, 3, 5, 3, 5] + [1] * 32
-"""By the first byte of a value in MessagePack: its bytes, without elements and without bytes of a variable length."""
-_WIDTHS = [0] * 256
-"""The same: bytes of the number of these bytes, in big-endian order."""
-for _first, _width in zip((0xC4, 0xC5, 0xC6, 0xC7, 0xC8, 0xC9, 0xD9, 0xDA, 0xDB), (1, 2, 4) * 3, strict=True):
-    _WIDTHS[_first] = _width
-
-
 def item_ids(given: Sequence[Id] | bytes, name: str) -> Any:
     """Ids [C] as a scorer takes them.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -406,13 +407,14 @@ COMMANDS_WITH_STORES = [
 
 @pytest.fixture(scope="module")
 def secured(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """The URL of a store, with a password that the server requires, and a folder without other files."""
+    """The URL of a store, with a password that the server requires, and a log that commands may change."""
     folder = tmp_path_factory.mktemp("secured")
+    shutil.copytree(served.log.path, folder / "log")
     server = ValkeyServer(folder / "server", "--requirepass", SECRET)
     url = server.url(user=f"default:{SECRET}@")
     try:
         assert main(["store", "copy", f"store={served.store}", f"to={url}"]) == 0
-        yield url, folder
+        yield url, folder / "log"
     finally:
         server.kill()
 
@@ -422,15 +424,15 @@ def test_no_command_shows_or_writes_a_password(
     served: Served, secured: tuple[str, Path], monkeypatch, capfd, tmp_path, name: str
 ) -> None:
     """With the right server, one that does not answer, a word that is not a URL, and a missing quote."""
-    url, _ = secured
+    url, log = secured
     monkeypatch.chdir(tmp_path)
     given = {
-        "model": served.model_dir, "data": served.log.path, "run": served.config.run_dir, "users": "[101]",
+        "model": served.model_dir, "data": log, "run": served.config.run_dir, "users": "[101]",
         "user": 101, "to": tmp_path / "copy", "out": tmp_path / "out", "file": tmp_path / "none", "num_threads": 1,
         "device": "cpu", "once": "true", "folder": tmp_path / "none", "run_dir": tmp_path / "run",
     }  # fmt: skip
-    if name in ("train", "watch"):
-        given |= {"data": None, "model": None} if name == "train" else {}
+    if name == "train":
+        given |= {"data": None, "model": None}
     if name == "store rollback":
         given["to"] = 1
     keys = {field.name for field in fields(COMMANDS[name].schema)}
