@@ -58,8 +58,8 @@ from vista.config import (
     SourceConfig,
     TrainConfig,
 )
-from vista.config.checks import Architecture, ItemStart, Precision, to_dict
-from vista.config.model_config import CONFIGS
+from vista.config.checks import ItemStart, Precision, to_dict
+from vista.config.model_config import HstuConfig, SasrecConfig
 from vista.config.train_config import without_places
 from vista.device import cpu_settings
 from vista.errors import DataError, VistaError
@@ -177,7 +177,7 @@ def our_config(options: argparse.Namespace, log: EventLog, seed: int, run_dir: P
     """The shared recipe: softmax over the whole catalog, and export of the last pass."""
     trained = int(visible_counts(log, "leave-last-two-out").sum())
     return TrainConfig(
-        model=CONFIGS[Architecture(options.model.lower())](
+        model={"SASRec": SasrecConfig, "HSTU": HstuConfig}[options.model](
             dim=DIM,
             num_heads=HEADS,
             num_layers=LAYERS,
