@@ -59,7 +59,7 @@ $(MLFLOW_VENV)/.installed:
 	$(MLFLOW_VENV)/bin/python -m pip install $(PIP_OPTIONS) --quiet 'mlflow>=3.1'
 	@touch $@
 
-test-nightly: setup $(MLFLOW_VENV)/.installed ## run the tests that take long and have a shorter form in `make test`, and all short forms of tests/faults
+test-nightly: setup $(MLFLOW_VENV)/.installed ## run the tests that take long and have a shorter form in `make test`, and the other short forms of tests/faults
 	MLFLOW_PROGRAM="$(CURDIR)/$(MLFLOW_VENV)/bin/mlflow" $(ON_CPU) $(WORKERS) -m "nightly and not (gpu or aot or faults or research or docs or recipes or browser or torchrec)" $(PYTEST_ARGS)
 
 nightly: setup ## run every group of tests (hours on two cores), and write docs/results/nightly.md

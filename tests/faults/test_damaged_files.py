@@ -257,7 +257,7 @@ def read_damaged(say: Say, name: str, whole: str, world: str, scratch: str, numb
 @promise(
     "Damaged files are refused or read right",
     fault="changed bytes in {kind}",
-    full=250,
+    full=300,
     each=MUTATIONS,
     kinds=FORMATS,
     smoke=["models", "event logs", "CURRENT, LAST and tombstones"],

@@ -184,3 +184,9 @@ def test_calls_that_cannot_be_logged_end_the_process(tmp_path: Path, traced: Nur
     folder = tmp_path.resolve() / "disk"
     folder.mkdir()
     assert traced.start(unlogged, folder, tmp_path / "log", how).end().exit_code == -signal.SIGABRT
+
+
+def test_the_planned_repetitions_reach_the_bars() -> None:
+    promises = table.import_promises()
+    for begins, least in table.BARS.values():
+        assert sum(promise.full for promise in promises if promise.fault.startswith(begins)) >= least, begins

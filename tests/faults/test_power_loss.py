@@ -188,7 +188,7 @@ def test_power_loss(trial: Trial, traced: Nursery) -> None:
 
 
 OPERATION_IMAGES = 2
-FULL = 120
+FULL = 150
 """Images per operation in the full form. The longest one makes 73 calls."""
 NOT_PROMISED = ("train.log", "metrics.jsonl", "refresh.jsonl", "writer.lock")
 """Files whose contents may be lost: progress, and the name of the process that holds a lock. Removed folders may stay

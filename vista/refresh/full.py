@@ -54,6 +54,10 @@ if TYPE_CHECKING:
     from vista.refresh.ray_engine import RayEngine
 
 logger = logging.getLogger(__name__)
+MAX_FAILED_SHARE, MAX_FAILED_USERS = 0.01, 10
+"""A run stops if more users fail than both limits allow, or if all of them fail."""
+NAMED_FAILURES = 20
+"""A report names at most this many failed users."""
 
 Tables = tuple[CounterTable, ...]
 """One table of exact counters per field; empty for a model without counters."""
@@ -386,12 +390,6 @@ def last_times(histories: Histories) -> Int:
     times = np.asarray(histories.timestamp)[np.maximum(histories.offsets[1:] - 1, 0)]
     return np.where(histories.lengths > 0, times, NO_TIMESTAMP)
 
-
-logger = logging.getLogger(__name__)
-MAX_FAILED_SHARE, MAX_FAILED_USERS = 0.01, 10
-"""A run stops if more users fail than both limits allow, or if all of them fail."""
-NAMED_FAILURES = 20
-"""A report names at most this many failed users."""
 
 EncodeBatches = Callable[[Iterable[slice], StoreWriter, StageClock], Generator[UserRecords, None, None]]
 """Encodes slices of the run's users, in their order."""

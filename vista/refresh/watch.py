@@ -178,6 +178,9 @@ class Watch:
                     path, f"is waiting for {marker.name}; create it when the file is complete, or set settle_s"
                 )
             return None
+        except OSError as error:  # such as a name that is too long with the suffix
+            self._warn_once(path, f"cannot have a marker ({error.strerror}); rename the file, or set settle_s")
+            return None
         if marked_ns < version.mtime_ns:
             self._warn_once(path, f"is newer than {marker.name}; `touch` the marker when the file is complete again")
             return None

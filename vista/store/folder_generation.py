@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import lmdb
-import lmdb.verify
 import numpy as np
 from numpy.typing import NDArray
 

@@ -263,13 +263,20 @@ class _BoundedSocket:
         self._socket.sendall(data)
         self._deadline = time.monotonic() + self._timeout_s
 
-    def recv(self, size: int) -> bytes:
+    def recv(self, size: int, *flags: int) -> bytes:
+        self._limit_wait()
+        return self._socket.recv(size, *flags)
+
+    def recv_into(self, buffer: Any, *sizes: int) -> int:
+        self._limit_wait()
+        return self._socket.recv_into(buffer, *sizes)
+
+    def _limit_wait(self) -> None:
         if self._socket.gettimeout() != 0:  # otherwise the client only asks whether bytes are waiting
             left_s = self._deadline - time.monotonic()
             if left_s <= 0:
                 raise TimeoutError
             self._socket.settimeout(left_s)
-        return self._socket.recv(size)
 
 
 class _CommandPacker:

@@ -100,7 +100,8 @@ class ServerGeneration:
                 self._cache.forget(self._version, batch)
                 parts += self._parts(self._get_from_server(batch), batch, first)
         is_complete = sum(len(rows) for rows, _ in parts) == len(keys)
-        if not is_complete and time.monotonic() - self._server.checked_at > RECHECKED_S:
+        is_checked = time.monotonic() - self._server.checked_at <= RECHECKED_S and not self._server.evicts_expiring
+        if not is_complete and not is_checked:
             self._require_no_eviction()
         return parts
 
@@ -411,9 +412,11 @@ class ServerWriter:
         if not keys:
             return []
         replies = self._server.pipeline([self._header(key) for key in keys])
-        if b"" in replies:  # without a record, or with an empty one
-            stored = self._server.pipeline([("EXISTS", self.names.record(key)) for key in keys])
-            replies = [reply if exists else None for reply, exists in zip(replies, stored, strict=True)]
+        empty = [row for row, reply in enumerate(replies) if not reply]  # without a record, or with an empty one
+        if empty:
+            stored = self._server.pipeline([("EXISTS", self.names.record(keys[row])) for row in empty])
+            for row, exists in zip(empty, stored, strict=True):
+                replies[row] = replies[row] if exists else None
         return replies
 
     def key_batches(self) -> Iterator[list[bytes]]:

@@ -305,6 +305,19 @@ def test_a_server_that_begins_to_evict_records(start_server, build):
         assert store.get_many([2, 99]).found.tolist() == [True, False]
 
 
+def test_a_server_that_begins_to_evict_records_that_expire(start_server, build):
+    server = start_server()
+    url = server.url(options="?ttl_days=1")
+    build.write_store(url)
+    with StoreReader.open(url) as store:
+        server.command("CONFIG", "SET", "maxmemory-policy", "volatile-lru", "maxmemory", "100mb")
+        server.command("DEL", b"{mine}:gen-1:" + user_keys([1])[0])
+        time.sleep(server_generation.RECHECKED_S)
+        for _ in range(3):  # also right after a check
+            with pytest.raises(StoreError, match=r"evicts records .*volatile-.*set maxmemory-policy to noeviction"):
+                store.get_many([1, 2])
+
+
 def test_a_server_that_is_emptied(start_server, build):
     """As by a restart without its data: requests may succeed again later, so a service answers 503, not 500."""
     server = start_server()
