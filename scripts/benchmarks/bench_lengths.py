@@ -27,7 +27,7 @@ from scripts.experiments.table_run import train_config
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.simulation_tables import LENGTHS, length_case
 from scripts.experiments.tables.table import Table
-from vista.config import PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
+from vista.config import ItemTableConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
 from vista.device import keep_freed_memory, set_threads
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
@@ -36,7 +36,7 @@ from vista.model.ranking_model import RankingModel
 from vista.model.registry import ARCHITECTURES
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.simulation.simulate import simulate
+from vista.simulation.simulate import ITEMS_FILE, simulate
 from vista.training.log_schema import schema_of
 
 NUM_USERS = 24
@@ -50,7 +50,8 @@ def bench_length(recorder: BenchmarkRecorder, table: Table, length: int, folder:
     source, num_users = folder / "source", 6 if recorder.quick else NUM_USERS
     simulate(SimulateConfig(out=str(source), num_users=num_users, events_per_user=length, impressions_per_user=20))
     events = SourceConfig(kind="simulated", paths=[str(source)])
-    prepare(PrepareConfig(out=str(folder / "log"), events=events))
+    topics = ItemTableConfig(paths=[str(source / ITEMS_FILE)], categories=["topic"])
+    prepare(PrepareConfig(out=str(folder / "log"), events=events, items=topics))
     log = EventLog.open(folder / "log")
     items = np.random.default_rng(0).integers(0, log.num_items, NUM_CANDIDATES)
     with ExitStack() as opened:
@@ -58,7 +59,7 @@ def bench_length(recorder: BenchmarkRecorder, table: Table, length: int, folder:
         for name, row in table.rows.items():
             if name in SAME_COST:
                 continue
-            model = untrained_model(train_config(table, row), log, source)
+            model = untrained_model(train_config(table, row), log)
             contestants[name] = request(model, log, items, folder / name, opened)
         for call in contestants.values():
             assert np.isfinite(np.asarray(call())).all()
@@ -67,8 +68,8 @@ def bench_length(recorder: BenchmarkRecorder, table: Table, length: int, folder:
         recorder.add_time(length_case(length, name), each, "ms", baseline=timing[OURS])
 
 
-def untrained_model(config: TrainConfig, log: EventLog, source: Path) -> RankingModel:
-    """A row's model for this log with random weights, in eval mode; `source` is the simulation's folder."""
+def untrained_model(config: TrainConfig, log: EventLog) -> RankingModel:
+    """A row's model for this log with random weights, in eval mode."""
     torch.manual_seed(1)
     made = ARCHITECTURES[config.model.architecture](config.model, schema_of(log, config), log.items, config.data)
     made.read_item_table(config.data, log.item_features)

@@ -6,7 +6,7 @@
 A point of `lengths` is a model: milliseconds of a request with 500 candidates (bench_lengths.jsonl, all models in one
 process), and the mean AUC of clicks over seeds in the table of that length. The dotted line is the oracle, the true
 click probability. A line of `minutes` is one run with the default settings and ten minutes: NDCG@10 of next items on
-validation after each epoch. RecTools' lines are those of `scripts.experiments.minutes_rectools`.
+validation after each epoch. RecTools' lines are those of `scripts.experiments.minutes_rectools` at commit `722927ee`.
 """
 
 from __future__ import annotations

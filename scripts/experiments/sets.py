@@ -75,7 +75,7 @@ def set_folder(name: str, given: Path | None = None) -> Path:
     if folder is None or not folder.exists():
         raise ConfigError(
             f"--data: {'missing' if folder is None else f'{folder} does not exist'}; give the folder of {name}, or set "
-            "VISTA_DATA_DIR to the folder of all data sets (the README says where to get them)"
+            "VISTA_DATA_DIR to the folder of all data sets (docs/guides/public-data-sets.md says where to get them)"
         )
     return folder
 
@@ -111,7 +111,7 @@ def prepare_with_texts(name: str, folder: Path, out: Path, texts: str) -> None:
 
     Raises:
         ConfigError, DataError: if a file is missing or has other columns.
-        MissingDependencyError: if the extra `text` or `tokens` is not installed.
+        MissingDependencyError: if the extra `text` or `faiss` is not installed.
     """
     partial, item = out.with_name(f"{out.name}.partial"), SETS[name].item
     for leftover in (partial, source_folder(partial)):

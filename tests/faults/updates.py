@@ -95,7 +95,7 @@ def update(say: Say, store: str, turn: int) -> None:
         for users in batches():
             keys = user_keys(list(users))
             done = (writer.applied_segments(keys) >= turn).tolist()
-            writer.remove([key for key, user in zip(keys, users, strict=True) if role(user, turn) == REMOVED])
+            writer.writer.remove([key for key, user in zip(keys, users, strict=True) if role(user, turn) == REMOVED])
             put = [user for user, own in zip(users, done, strict=True) if role(user, turn) == PUT and not own]
             if put:
                 writer.put_batch(user_keys(put), records(put, writer.spec, turn), states(put, writer.state_spec, turn))

@@ -281,7 +281,7 @@ def start_refresh(folder: Path, store: Path, temporary: Path) -> subprocess.Pope
     words = [f"data={folder / 'log'}", f"model={folder / 'model'}", f"store={store}", "users_per_batch=1"]
     words += ["tokens_per_batch=64", "device=cpu", "num_threads=1", "ray.num_actors=1"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "vista.cli.main", "refresh", *words],
+        [sys.executable, "-m", "vista.cli.main", "refresh", "--quiet", *words],
         env={**os.environ, "TMPDIR": str(temporary)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -289,6 +289,7 @@ def test_a_server_that_does_not_answer_stops_the_run_before_training(
         taken.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"
         if kind == "wandb":
+            monkeypatch.delenv("WANDB_MODE")
             monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
             monkeypatch.setattr("vista.runs.tracking.START_TIMEOUT_S", 1)
         config = small_config(event_log, dashboard_folder / "run")

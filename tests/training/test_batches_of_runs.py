@@ -104,7 +104,8 @@ def test_parts_have_the_losses_and_gradients_of_the_whole_batch(
     log: EventLog, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SearchModel, "top_k", 4)
-    assert_parts_equal_the_whole(Trainer(feature_config(log, tmp_path / "run", **EXACT, **MODELS[name]), log))
+    settings = {key: value for key, value in EXACT.items() if name not in ("din", "sim") or "counted" not in key}
+    assert_parts_equal_the_whole(Trainer(feature_config(log, tmp_path / "run", **settings, **MODELS[name]), log))
 
 
 def test_parts_of_a_batch_with_stored_summaries(served_tasks: Served, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def check_max_values(value: int, key: str) -> None:
 
 MAX_YAML_VALUES, MAX_LEVELS = 10_000, 50
 """Of a document, with every alias replaced by what it stands for."""
-_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+")
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?")
 MAX_BASE_60 = 100
 """Characters of an integer in base 60, such as 1:30. PyYAML takes time that grows with the square of its length."""
 

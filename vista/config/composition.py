@@ -385,16 +385,22 @@ def _choose_model(
     Keys of an experiment that another architecture would read are left out of `composed`.
 
     Raises:
-        ConfigError: one of the user's `values` is for another architecture.
+        ConfigError: one of the user's `values` is for another architecture, or the command is only for vista.
     """
     chosen = Architecture.__members__.get(architecture, Architecture.vista)  # other text is refused where it is set
+    schema = keys.sections["model"].schema
+    if schema is not RankingConfig and chosen is not Architecture.vista:
+        raise ConfigError(
+            f"model.architecture: only vista stores summaries, got {chosen.value}; others read the raw history in each "
+            "request"
+        )
     others = {key.name for key in keys.keys.values() if key.readers and chosen not in key.readers}
     for key in others & values.keys():
         names = "|".join(each.value for each in keys.keys[key].readers)
         raise ConfigError(f"{key}: is only for model={names}, got model={chosen.value}; leave it out")
     for key in others:
         composed.pop(key.removeprefix("model."), None)
-    if keys.sections["model"].schema is RankingConfig:
+    if schema is RankingConfig:
         OmegaConf.update(config, "model", OmegaConf.structured(CONFIGS[chosen]), merge=False)
 
 
@@ -514,7 +520,7 @@ def _words_of_file(path: str | Path | None) -> list[tuple[str, Any, Any]]:
         written = yaml.load(text, _Written)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}; check the path") from error
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(f"--config {path}: invalid YAML: {_cause(error)}; `--cfg` prints a valid file") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path}: holds a list or text; write keys and values, as `--cfg` prints them")

@@ -84,8 +84,8 @@ class TimeUnit(Checked):
 
     __slots__ = ()
     time_unit: str | None = None
-    """Unit of numeric times (s, ms, us, or ns), or iso for ISO 8601 text. null for Parquet columns of dates and times,
-    and for numbers of events, which start at 0, in a log without times."""
+    """Unit of numeric times (s, ms, us, or ns), or iso for ISO 8601 text. null for Parquet columns of dates and
+    times."""
 
 
 @dataclass(kw_only=True)

@@ -101,6 +101,7 @@ class RankingConfig:
         require_share(self, "model.", ("dropout",), below_one=True)
         known = f"must name each of {', '.join(IGNORABLE)} at most once, got {shown(self.ignore)}"
         require({*self.ignore} <= {*IGNORABLE} and len({*self.ignore}) == len(self.ignore), "model.ignore", known)
+        self.ignore = [part for part in IGNORABLE if part in self.ignore]  # a set, which runs and models compare
         require(
             self.history_limit > 0 or not self.needs_limit,
             "model.history_limit",

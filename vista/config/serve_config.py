@@ -191,7 +191,7 @@ def _content(path: str) -> Any:
         return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))  # refuses a key that occurs twice
     except OSError as error:
         raise ConfigError(f"models={path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(f"{path}: invalid YAML: {' '.join(str(error).split())}") from error
 
 

@@ -418,7 +418,10 @@ class RankingModel(nn.Module):
 
     def encoded_events(self, features: RowFeatures, num_events: int) -> EncodedRows | None:
         """What `encoder` reads of features of T events with the model's codes; None for a model that reads none."""
-        return None if self.event_features is None else self.event_features.encode(features, num_events)
+        if self.event_features is None:
+            return None
+        encoded = self.event_features.encode(features, num_events)
+        return encoded.apply(lambda part: torch.from_numpy(part).to(self.device))
 
     @property
     def counter_spec(self) -> CounterSpec | None:

@@ -100,7 +100,7 @@ def read_settings(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         check_size(content)
         settings = yaml.safe_load(content)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         problems.append(f"config.yaml cannot be read ({' '.join(str(error).split())})")
         return {}
     return flattened(settings) if isinstance(settings, dict) else {}

@@ -204,6 +204,7 @@ class RunRecord(MetricsWriter):
             self._save()
         except ConfigError as failure:
             if error is None:
+                self._tracked.close(None)
                 raise
             logger.warning("%s", failure)  # what ended the run matters more
         files = None
