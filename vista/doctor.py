@@ -84,7 +84,7 @@ class Diagnosis:
 
 
 def diagnose(config: DoctorConfig) -> Diagnosis:
-    """Run all checks. The error of a check that fails follows what it had found before, so the others still run."""
+    """Run all checks. If one fails, its error is added to what it had found, and the others still run."""
     sections = []
     for title, check in CHECKS.items():
         found: list[Finding] = []

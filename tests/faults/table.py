@@ -32,8 +32,8 @@ HEAD = """# Promises under faults
 
 Made by `make test-faults`. Faults come from outside of vista: signals, a small file system, a preloaded library that
 writes down system calls or makes one fail, changed bytes in files, hostile arguments. A repetition passes only if what
-was acknowledged is read byte for byte, and everything else is a miss or a typed error. Repetitions cover the points
-where a fault can strike, such as the system calls of an operation, instead of repeating one of them.
+was acknowledged is read back byte for byte, and everything else is a miss or a typed error. Each repetition
+strikes at another point, such as another system call of the operation.
 
 """
 
@@ -119,7 +119,7 @@ def origins(rows: Sequence[dict[str, Any]]) -> str:
     """A line per commit, formats, and machine with the promises that were tested there."""
     found = Counter(
         f"commit {row['commit']}; formats: {', '.join(f'{name} {number}' for name, number in row['formats'].items())}"
-        f"{' (older ones)' if is_old(row) else ''}; {describe_hardware(row['hardware'])}"
+        f"{' (older than the current formats)' if is_old(row) else ''}; {describe_hardware(row['hardware'])}"
         for row in rows
         if "commit" in row
     )

@@ -409,7 +409,7 @@ class Server:
         self.connection.check()
         if not self.connection.command("EXISTS", self.names.current):
             raise StoreUnavailableError(
-                f"{self.address}: the server has lost the store that was open, such as by a restart without its data; "
+                f"{self.address}: the server has lost the store that was open, and may have restarted without its data; "
                 "restore the data, or run a full refresh"
             )
         return self._complete(self.current())
