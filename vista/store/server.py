@@ -409,8 +409,8 @@ class Server:
         self.connection.check()
         if not self.connection.command("EXISTS", self.names.current):
             raise StoreUnavailableError(
-                f"{self.address}: the server has lost the store that was open, and may have restarted without its data; "
-                "restore the data, or run a full refresh"
+                f"{self.address}: the server has lost the store that was open, and may have restarted without its "
+                "data; restore the data, or run a full refresh"
             )
         return self._complete(self.current())
 

@@ -113,8 +113,7 @@ def open_sources(config: SourceConfig, table: str, parser: SourceParser) -> list
             raise ConfigError("impressions.timestamp: impressions need times; name the column of times")
     if config.kind == "table" and config.timestamp is None and config.time_unit is not None:
         raise ConfigError(
-            f"{table}.time_unit: no column of times is set; set {table}.timestamp=..., or leave "
-            f"{table}.time_unit out"
+            f"{table}.time_unit: no column of times is set; set {table}.timestamp=..., or leave {table}.time_unit out"
         )
     if config.probabilities and len(config.probabilities) != len(config.labels):
         raise ConfigError(f"{table}.probabilities: name one column per label, or none")
