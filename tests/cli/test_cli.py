@@ -244,6 +244,8 @@ def test_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("train run_dir=a(b", ["cannot read 'run_dir=a(b'", "run_dir='a(b'"]),
         ("train model.dim", ["cannot read 'model.dim'", "write it as key=value"]),
         ("train model.dim=32,64", ["cannot read 'model.dim=32,64'", "only vista sweep takes several values"]),
+        ("refresh store='redis://u:hun ter2@h/mine", ["cannot read 'store=…'", "store='URL'"]),
+        ("refresh store='redis://u:hun@h/a',b ter2", ["cannot read 'store=…'", "store='URL'"]),
         ("train ~model.dim", ["cannot read '~model.dim'", "cannot be deleted"]),
         ("train run_dir=${nothing}", ["run_dir: ", "'nothing' not found"]),
         ("train --model.dim=3", ["--model.dim=3", "written without dashes: model.dim=3"]),
@@ -259,6 +261,7 @@ def test_one_line_names_the_key_and_the_remedy(capsys: pytest.CaptureFixture[str
     printed = refusal(capsys, *([command, word] if word else [command]))
     for part in parts:
         assert part in printed
+    assert "hun" not in printed and "ter2" not in printed
 
 
 def test_a_value_with_special_characters_in_quotes() -> None:

@@ -35,6 +35,7 @@ from vista.config.checks import (
     TablePrecision,
     from_dict,
     to_dict,
+    without_password,
 )
 from vista.config.composition import ConfigKeys, compose_config, to_yaml, value_text
 from vista.config.model_config import CONFIGS, model_config_of
@@ -262,10 +263,38 @@ def test_fuxi_linear_splits_each_head_in_two() -> None:
         ("redis:/me:hunter2/@@host/mine", "redis:/me@host/mine"),  # Not a valid URL, but --cfg prints it.
         ("redis://host:6379/mine", "redis://host:6379/mine"),
         ("stores/mine:1@2", "stores/mine:1@2"),
+        ("REDIS://u:hunter2@h/mine", "REDIS://u@h/mine"),
+        ("redis://u: hunter2 @x@h/mine", "redis://u@h/mine"),
+        ("postgresql://me:hun/ter2@h/db", "postgresql://me@h/db"),
+        ("postgresql://me:hun@ter2@h/db", "postgresql://me@h/db"),
+        ("postgresql://h/db?user=me&password=hunter2", "postgresql://h/db?user=me&password="),
+        ("https://h/db?Password=hunter2&user=me#a", "https://h/db?Password=&user=me#a"),
+        ("https://host:8080/a@b", "https://host:8080/a@b"),
+        ("https://me:hunter2@host:8080/a@b", "https://me@host:8080/a@b"),
     ],
 )
 def test_yaml_holds_no_passwords(store: str, written: str) -> None:
     assert yaml.safe_load(to_yaml(ScoreConfig(store=store)))["store"] == written
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("cannot read 'store=REDIS://u:hunter2@h/x': why", "cannot read 'store=REDIS://u@h/x': why"),
+        ("--store=redis://u:hun ter2@h/x is unknown", "--store=redis://u@h/x is unknown"),
+        ("of redis://a:hunter2@h, https://b:hun/ter2@h/x", "of redis://a@h, https://b@h/x"),
+        ("redis://host:6379/mine: write to me@here", "redis://host:6379/mine: write to me@here"),
+        ("https://host: 404 for me@here", "https://host: 404 for me@here"),
+    ],
+)
+def test_messages_hold_no_passwords(text: str, shown: str) -> None:
+    assert without_password(text) == shown
+
+
+@pytest.mark.parametrize("unit", ["a.", "redis:/", "a:/a:1/", "a:/:@", "a:///:1@/", "redis://u:1/@ ", "&pwd", "@", "/"])
+def test_passwords_are_left_out_in_linear_time(unit: str) -> None:
+    for begin in ("", "redis://u:"):
+        without_password(begin + unit * (1_000_000 // len(unit)) + "@")
 
 
 @pytest.mark.parametrize("architecture", Architecture)

@@ -36,6 +36,7 @@ from vista.serve.scoring_service import (
     JSON,
     MAX_BYTES,
     MAX_REQUESTS,
+    MAX_VALUES,
     MSGPACK,
     Entry,
     ScoreBatches,
@@ -283,9 +284,9 @@ class BusyService:
         await asyncio.to_thread(self._begun.wait)
         return task
 
-    async def scores(self, model: str) -> Any:
-        """Scores of USERS from a model."""
-        body = json.dumps({"users": USERS, "candidates": ITEMS, "now": NOW, "model": model}).encode()
+    async def scores(self, model: str, *, spaces: int = 0) -> Any:
+        """Scores of USERS from a model; so many spaces are added to the body."""
+        body = json.dumps({"users": USERS, "candidates": ITEMS, "now": NOW, "model": model}).encode() + b" " * spaces
         sent: list[dict[str, Any]] = []
         received = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -338,6 +339,22 @@ def ran(scenario: Callable[[], Awaitable[Any]]) -> Any:
         return await asyncio.wait_for(scenario(), TIMEOUT_S)
 
     return asyncio.run(limited())
+
+
+def test_large_bodies_do_not_hold_up_the_event_loop(
+    opened_models: tuple[BusyService, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their values are counted in other threads, also to find the model that they name."""
+    service, _ = opened_models
+    threads = set[int]()
+
+    def has_few_values(*_: Any, **__: Any) -> bool:
+        threads.add(threading.get_ident())
+        return True
+
+    monkeypatch.setattr("vista.serve.scoring_service.has_few_values", has_few_values)
+    ran(lambda: service.scores("a", spaces=MAX_VALUES))
+    assert threads and threading.get_ident() not in threads
 
 
 def test_a_model_that_is_closed_while_a_request_waits(

@@ -116,6 +116,7 @@ def test_answers_say_what_they_were_computed_from(service: RunningService, serve
         packed = service.send(f"/v1/{path}", msgspec.msgpack.encode(asked), headers=MSGPACK)[2]
         for answer in (service.fetch(f"/v1/{path}", asked)[1], msgspec.msgpack.decode(packed)):
             assert {name: answer[name] for name in source} == source, path
+            assert {"413", "421", "431"} <= page[f"/v1/{path}"]["post"]["responses"].keys()
             content = page[f"/v1/{path}"]["post"]["responses"]["200"]["content"]
             assert list(answer) == list(content["application/json"]["example"]), path
     model = service.fetch("/v1/model")[1]

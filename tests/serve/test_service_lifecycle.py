@@ -393,7 +393,7 @@ def test_a_mapped_file_that_is_overwritten_in_place(folders: tuple[Path, Path]) 
                 return service.fetch("/v1/score", asked)[1]
 
         file.write_bytes(b"")
-        until(lambda: answer() is None and "was overwritten in place; copy into another folder" in service.log)
+        until(lambda: answer() is None and "was overwritten in place (copy into another folder" in service.log)
         file.write_bytes(content)
         until(lambda: answer() == expected)
         assert "Fatal Python error: Bus error" in service.log

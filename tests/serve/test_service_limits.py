@@ -569,11 +569,30 @@ def test_a_client_that_leaves_its_requests(patient: BoundedServer, caplog: pytes
     assert patient.application.num_calls == 1 and not caplog.records
 
 
-def test_too_many_headers(patient: BoundedServer) -> None:
+@pytest.mark.parametrize("num_answered", [0, 1])
+def test_too_many_headers(patient: BoundedServer, num_answered: int) -> None:
     with patient.connect() as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\n\r\n" * num_answered)
+        assert _num_answers(connection, num_answered) == num_answered
         connection.sendall(b"GET / HTTP/1.1\r\n" + b"a:\r\n" * 129 + b"\r\n")
         assert all_of(connection).startswith(b"HTTP/1.1 431")
-    assert patient.refused == [431] and not patient.application.num_calls
+    assert patient.refused == [431] and patient.application.num_calls == num_answered
+
+
+@pytest.mark.parametrize("num_waiting", [0, 1])
+@pytest.mark.parametrize(
+    ("sent", "status"), [(b"GET / HTTP/1.1\r\n" + b"a:\r\n" * 130, 431), (b"\x16\x03\x01\r\n\r\n", 400)]
+)
+def test_no_refusal_overtakes_an_answer(patient: BoundedServer, num_waiting: int, sent: bytes, status: int) -> None:
+    """The client would take it for the answer to the request that is still computed."""
+    with patient.connect() as connection:
+        connection.sendall(b"GET /slow HTTP/1.1\r\n\r\n")
+        until(lambda: patient.application.num_calls == 1)
+        connection.sendall(b"GET / HTTP/1.1\r\n\r\n" * num_waiting + sent)
+        answer = all_of(connection)
+    patient.application.free.set()
+    assert not answer
+    assert patient.refused == [status]
 
 
 @pytest.mark.parametrize("head", [b"GET /v1/model", b"POST /v1/score"])

@@ -199,6 +199,20 @@ def test_the_configuration_has_no_password(event_log: EventLog, tmp_path: Path) 
     assert "secret" not in to_yaml(config) and "postgresql://me@host/runs" in to_yaml(config)
 
 
+def test_the_reason_of_a_failure_has_no_password(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_: Any) -> None:
+        raise ConnectionError("http://me:secret@host/runs does not answer")
+
+    monkeypatch.setattr(Trainer, "_step", step)
+    config = small_config(event_log, tmp_path)
+    with pytest.raises(ConnectionError):
+        train_model(config, event_log)
+    facts = json.loads((Path(config.run_dir) / "run.json").read_text())
+    assert facts["reason"] == "ConnectionError: http://me@host/runs does not answer"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.nightly
 def test_a_resumed_run_is_the_same_run(
@@ -244,7 +258,7 @@ def test_a_tracker_that_fails_midway_gets_the_rest_when_the_command_is_rerun(
 
     def fail(self: Any, step: int, values: Any) -> None:
         if step > 6:
-            raise ConnectionError("the network is down")
+            raise ConnectionError("the network is down: API request to http://me:hunter2@host/api failed")
         log(self, step, values)
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
@@ -254,7 +268,7 @@ def test_a_tracker_that_fails_midway_gets_the_rest_when_the_command_is_rerun(
         ):
             train_model(config, event_log, metrics_every=2)
     warnings = [record.message for record in caplog.records if "the network is down" in record.message]
-    assert len(warnings) == 1 and "training continues" in warnings[0]
+    assert len(warnings) == 1 and "training continues" in warnings[0] and "http://me@host/api" in warnings[0]
     assert (dashboard_folder / "run" / "best" / "model.safetensors").exists()
     assert json.loads((dashboard_folder / "run" / "run.json").read_text())["state"] == "finished"
     train_model(config, event_log, metrics_every=2)

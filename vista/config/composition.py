@@ -432,38 +432,42 @@ def _cause(error: BaseException) -> str:
 
 def _parse(word: str) -> tuple[str, Any, str]:
     """A `key=value` word -> (key, value, the value as written)."""
+    key, _, text = word.partition("=")
+    if ":/" in word and "@" in word:  # It may hold a password, and quotes and spaces at any place.
+        given, quoted = f"{key}=…" if "=" in word and ":/" not in key else "…", "URL"
+    else:
+        given, quoted = word, text
     if len(word) > MAX_WORD:
         raise ConfigError(
-            f"cannot read {shown(word)}: has {len(word)} characters, but at most {MAX_WORD} are read; "
+            f"cannot read {shown(given)}: has {len(word)} characters, but at most {MAX_WORD} are read; "
             "put it in a --config file"
         )
     if word.startswith("~"):
-        raise ConfigError(f"cannot read '{word}': keys cannot be deleted; set the key to null instead")
+        raise ConfigError(f"cannot read '{given}': keys cannot be deleted; set the key to null instead")
     if word.count(",") > MAX_COMMAS or _levels(word) > MAX_LEVELS:
         raise ConfigError(
-            f"cannot read {shown(word)}: more than {MAX_COMMAS} values or {MAX_LEVELS} levels; put them in a "
+            f"cannot read {shown(given)}: more than {MAX_COMMAS} values or {MAX_LEVELS} levels; put them in a "
             "--config file"
         )
     if "=" not in word:
-        raise ConfigError(f"cannot read '{word}': write it as key=value")
+        raise ConfigError(f"cannot read '{given}': write it as key=value")
     if (url := _URL.fullmatch(word)) is not None:
         return url[1], url[2], url[2]
     try:
         override = OverridesParser.create().parse_override(word)
     except (HydraException, ValueError, RecursionError) as error:  # ValueError: an integer of thousands of digits
-        key, _, text = word.partition("=")
+        reason = _first_line(error) if given == word else "the URL is not quoted correctly"
         raise ConfigError(
-            f"cannot read '{word}': {_first_line(error)}; quote values with special characters: \"{key}='{text}'\""
+            f"cannot read '{given}': {reason}; quote values with special characters: \"{key}='{quoted}'\""
         ) from error
     if override.package is not None:
-        raise ConfigError(f"cannot read '{word}': groups cannot be moved; write it without @")
+        raise ConfigError(f"cannot read '{given}': groups cannot be moved; write it without @")
     if override.is_sweep_override():
-        key, _, text = word.partition("=")
         raise ConfigError(
-            f"cannot read '{word}': only vista sweep takes several values; write a list as "
-            f"{override.key_or_group}=[a,b], and quote text with commas: \"{key}='{text}'\""
+            f"cannot read '{given}': only vista sweep takes several values; write a list as "
+            f"{override.key_or_group}=[a,b], and quote text with commas: \"{key}='{quoted}'\""
         )
-    return override.key_or_group, override.value(), word.partition("=")[2]
+    return override.key_or_group, override.value(), text
 
 
 def swept_key(word: str) -> SweptKey | None:

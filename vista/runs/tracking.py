@@ -489,8 +489,8 @@ class TrackedRun:
 
 
 def _line(error: BaseException) -> str:
-    """An error as part of a line."""
-    words = " ".join(str(error).split())
+    """An error as part of a line. Trackers repeat the URL of their server."""
+    words = without_password(" ".join(str(error).split()))
     return f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__
 
 

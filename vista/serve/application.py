@@ -28,6 +28,7 @@ from vista.model.saved_model import CONFIG_FILE
 from vista.serve.http_protocol import ErrorAnswer, answer_of
 from vista.serve.scoring_service import (
     JSON,
+    MAX_VALUES,
     MSGPACK,
     Addressee,
     Answer,
@@ -139,7 +140,10 @@ def make_application(
                 queue.require_room()
                 async with bodies.body(request, deadline) as body:
                     media_type = _media_type(request)
-                    model = choose(body, media_type)
+                    if len(body) <= MAX_VALUES:
+                        model = choose(body, media_type)
+                    else:  # Counting its values can take long.
+                        model = await asyncio.to_thread(choose, body, media_type)
                     held = await compute(model, body, media_type, deadline)
                 num_candidates = held.num_candidates
                 response = fastapi.Response(held.body, media_type=held.media_type)
@@ -459,9 +463,11 @@ STATUSES = {
     "401": "The token is missing or wrong.",
     "404": "A user or item is unknown, and the service runs with `on_missing=raise`; or the `model` does not exist.",
     "408": "The body did not arrive in time.",
-    "413": "The body is too large, or has too many users or candidates.",
+    "413": "The body is too large, or has too many values, users, or candidates.",
+    "421": "The service needs no token, and the request names another host.",
     "422": "A field is missing, unknown, or has a wrong type or value.",
     "429": "Too many requests are waiting. Try again after `Retry-After` seconds.",
+    "431": "The headers are too long or too many.",
     "503": "The server of the store does not answer, or the model is not open yet. Try again after `Retry-After` s.",
     "504": "There was no result within the deadline.",
 }

@@ -17,6 +17,7 @@ import msgspec
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from vista.config.checks import without_password
 from vista.errors import (
     BodyTooLargeError,
     DeadlineError,
@@ -96,7 +97,7 @@ def answer_of(error: Exception, stores: Iterable[str]) -> ErrorAnswer:
         case UserKeyError():
             return ErrorAnswer(422, name, message)
         case StoreUnavailableError():
-            logger.error("%s: %s", name, message)
+            logger.error("%s: %s", name, without_password(message))
             return ErrorAnswer(503, name, "the store does not answer; send the request again later", retry_after_s=1)
         case ValueError() | TypeError() if not isinstance(error, VistaError) and _OF_ARGUMENT.match(message):
             return ErrorAnswer(422, name, message)
@@ -262,8 +263,8 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._in_head:
             super().on_header(name, value)
             if len(self.headers) > MAX_HEADERS:
-                self._is_full, self._in_head = True, False
                 self._refuse_long_head()
+                self._is_full, self._in_head = True, False
 
     def on_headers_complete(self) -> None:
         """A head ends."""
@@ -328,7 +329,12 @@ class BoundedHttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, answer: ErrorAnswer) -> None:
         self._on_refused_request(answer.status)
-        self._close_with(answer)
+        cycle = self.cycle
+        is_running = cycle is not None and not cycle.response_complete
+        if self.pipeline or (is_running and (cycle.response_started or not cycle.more_body)):
+            self.transport.abort()  # The client would take this for the answer to the earlier request.
+        else:
+            self._close_with(answer)
 
     def _close_with(self, answer: ErrorAnswer) -> None:
         body = answer.as_json()

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from vista.config import ServeConfig
+from vista.config.checks import without_password
 from vista.config.serve_config import ModelsFile
 from vista.errors import CheckpointError, ConfigError, VistaError, WorkerDiedError
 from vista.machine import bound_socket, is_loopback
@@ -143,7 +144,8 @@ class WorkerPool:
         )
         if dead.process.exitcode == -signal.SIGBUS:
             logger.error(
-                "a mapped file of a model or an index was overwritten in place; copy into another folder, and rename it"
+                "probably a mapped file of a model, an index, or a store was overwritten in place (copy into another "
+                "folder, and rename it), or a disk is full"
             )
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
@@ -178,7 +180,7 @@ def _work(
         with bound_socket(host, port, shared=True) as listening:
             run_worker(config, file, listening, lambda: started.send_bytes(b"listening"), others_serve=others_serve)
     except VistaError as error:
-        logger.error("error: %s", " ".join(str(error).split()))
+        logger.error("error: %s", without_password(" ".join(str(error).split())))
         sys.exit(1)
 
 

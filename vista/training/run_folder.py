@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from vista.config import ModelConfig, TrainConfig
-from vista.config.checks import Architecture, InitFreeze, Split
+from vista.config.checks import Architecture, InitFreeze, Split, without_password
 from vista.config.composition import flat_settings
 from vista.errors import ConfigError
 from vista.files import recover_folder, remove_leftovers, replace_text, writable_folder
@@ -198,7 +198,7 @@ class RunRecord(MetricsWriter):
         if self._facts["began"] is None:
             return  # another rank, or an error before the run
         state = "finished" if kind is None else "stopped" if kind is KeyboardInterrupt else "failed"
-        reason = None if error is None or state == "stopped" else f"{type(error).__name__}: {error}"
+        reason = None if error is None or state == "stopped" else without_password(f"{type(error).__name__}: {error}")
         self._facts |= {"state": state, "reason": reason, "ended": _now()}
         try:
             self._save()
