@@ -73,7 +73,7 @@ def test_the_table_tells_what_is_missing_or_old(tmp_path: Path) -> None:
     assert len(found) == 3 + len(table.BARS) and "power-loss images: 0 of at least 5,000, 0 broken" in found
     page = table.markdown(rows)
     assert f"- 1 of 3 promises: commit {rows[1]['commit']}; formats: log {formats()['log']}, record" in page
-    assert "log 1, record" in page and "(older ones)" in page and "| text | 12 | 1 |" in page
+    assert "log 1, record" in page and "(older than the current formats)" in page and "| text | 12 | 1 |" in page
     assert "| text | fault | 6 | held | even 6 |" in page and "| text | fault | 0 of 6 | not run |  |" in page
 
 

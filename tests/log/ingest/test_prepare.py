@@ -449,7 +449,7 @@ def test_impressions_need_labels_and_times(tmp_path: Path, change: dict, message
 
 
 def test_a_unit_needs_a_column_of_times(tmp_path: Path) -> None:
-    message = r"events\.time_unit: is the unit of no column; name the column with events\.timestamp=\.\.\., or leave"
+    message = r"events\.time_unit: no column of times is set; set events\.timestamp=\.\.\., or leave"
     with pytest.raises(ConfigError, match=message):
         run(tmp_path / "log", [write_csv(tmp_path / "a.csv", [(1, 10, 1)])], timestamp=None)
 
