@@ -38,7 +38,7 @@ from vista.cli import item_commands
 from vista.config import EvaluateConfig, SimulateConfig, TrainConfig
 from vista.config.checks import Codec, Target
 from vista.config.composition import compose_config
-from vista.errors import ConfigError
+from vista.errors import DataError
 from vista.evaluation.baseline_evaluation import trained_baselines
 from vista.evaluation.cases import WindowCases
 from vista.evaluation.counting_baselines import counting_baselines
@@ -71,7 +71,7 @@ def test_baskets_keep_their_order_and_products_their_categories(tmp_path: Path) 
     types, categories = (category_codes(log.item_features, f"product_{name}", "") for name in ("type", "category"))
     ten, forty, unknown = 1 + log.items.rows([10, 40, 99])
     assert types[ten] and not types[forty] and categories[ten] != categories[forty] and not categories[unknown]
-    with pytest.raises(ConfigError, match=r"products\.parquet: cannot be read"):
+    with pytest.raises(DataError, match="has the files of none of"):
         prepare_set("complete-journey", tmp_path, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
