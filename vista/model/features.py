@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -296,6 +296,13 @@ class EncodedRows:
         return EncodedRows(np.concatenate([self.entry, other.entry]), np.concatenate([self.dense, other.dense]))
 
 
+def require_known(names: Iterable[str], known: Collection[str], where: str = "") -> None:
+    """Raise a ValueError, which begins with `where`, for the first feature that a model does not read."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{where}{shown(name)} is not one of this model's features, {list(known)}")
+
+
 class RowFeatureReader:
     """The columns that a model reads, and the values that it knows.
 
@@ -365,9 +372,7 @@ class RowFeatureReader:
         Raises:
             ValueError: if a column is unknown, has another length, or holds something other than its kind of values.
         """
-        unknown = [name for name in given if name not in self.values]
-        if unknown:
-            raise ValueError(f"{shown(unknown[0])} is not one of this model's features, {list(self.values)}")
+        require_known(given, self.values)
         out: dict[str, RowColumn] = {}
         for name, known in self.values.items():
             if name not in given:

@@ -15,7 +15,7 @@ from torch import Tensor
 from vista.arrays import Int, offsets_of
 from vista.errors import shown
 from vista.log.histories import RowFeatures
-from vista.model.features import EncodedRows, RowFeatureReader
+from vista.model.features import EncodedRows, RowFeatureReader, require_known
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +50,7 @@ class PairFeatures:
             if given:
                 raise ValueError("request: this model reads no features of requests; leave the argument out")
             return None
-        for name in given or {}:  # before a value is repeated per user
-            if name not in reader.values:
-                raise ValueError(f"request: {shown(name)} is not one of this model's features, {list(reader.values)}")
+        require_known(given or (), reader.values, "request: ")  # before a value is repeated per user
         of_users: dict[str, Sequence[Any]] = {}
         of_pairs: dict[str, Sequence[Any]] = {}
         for name, values in (given or {}).items():

@@ -29,11 +29,11 @@ from vista.errors import (
     StoreUnavailableError,
     UnknownUserError,
     VistaError,
-    shown,
 )
 from vista.installation import __version__
 from vista.log.histories import NO_TIMESTAMP, RowFeatures
 from vista.log.vocabulary import ids_of_words
+from vista.model.features import require_known
 from vista.model.item_index import MANIFEST_FILE
 from vista.model.saved_model import CONFIG_FILE
 from vista.model.vista_model import VistaModel
@@ -223,9 +223,7 @@ def tail_of(given: Sequence[Sequence[TailEvent]] | None, model: VistaModel) -> T
     events = [event for own in given for event in own]
     names = dict.fromkeys(name for event in events for name in event.features)
     known = {} if model.event_features is None else model.event_features.values
-    for name in names:  # before there is a column for each
-        if name not in known:
-            raise ValueError(f"tail.features: {shown(name)} is not one of this model's features, {list(known)}")
+    require_known(names, known, "tail.features: ")  # before there is a column for each
     if len(names) * len(events) > MAX_VALUES:
         raise BodyTooLargeError(
             f"tail: {len(events):,} events with {len(names)} features are more than {MAX_VALUES:,} values; send "
