@@ -72,7 +72,7 @@ def untrained_model(config: TrainConfig, log: EventLog) -> RankingModel:
     """A row's model for this log with random weights, in eval mode."""
     torch.manual_seed(1)
     made = ARCHITECTURES[config.model.architecture](config.model, schema_of(log, config), log.items, config.data)
-    made.read_item_table(config.data, log.item_features)
+    made.read_item_table(log.item_features)
     return made.eval()
 
 

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import NEXT_ONLY
-from vista.config import DataConfig
 from vista.errors import ConfigError
 from vista.log.features import Column
 from vista.log.histories import Histories, gap_bucket
@@ -294,7 +293,7 @@ def test_hard_search_reads_a_category_of_the_log(make: SimpleNamespace) -> None:
     tags = Column(np.tile(np.int32([0, 2]), count), topic.values, 2 * np.arange(count + 1))
     price = Column(np.ones(count, np.float32))
     features = {"topic": topic, "tags": tags, "price": price}
-    model.read_item_table(DataConfig(), features)
+    model.read_item_table(features)
     assert model.category.tolist() == [0, 0, *(1 + codes)]
     for name, given, message in (
         (
@@ -307,4 +306,4 @@ def test_hard_search_reads_a_category_of_the_log(make: SimpleNamespace) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             model.config.search_category = name
-            model.read_item_table(DataConfig(), given)
+            model.read_item_table(given)

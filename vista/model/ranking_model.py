@@ -344,11 +344,11 @@ class RankingModel(nn.Module):
         """[NA, M'] user vectors of a batch's anchors, as in `losses`. Only with the retrieval head."""
         raise NotImplementedError
 
-    def read_item_table(self, data: DataConfig, features: Columns) -> None:
-        """Read item properties when training starts, from a file or the features of the model's items. Most need none.
+    def read_item_table(self, features: Columns) -> None:
+        """Read item properties from the features of the model's items when training starts. Most models need none.
 
         Raises:
-            ConfigError, DataError: if the column or the file that `data` names lacks them.
+            ConfigError: the features lack them.
         """
 
     def description(self) -> ModelDescription:

@@ -524,7 +524,7 @@ def start_model(
     """
     model.set_item_frequency(source.frequency)
     if config.base is None:  # a base contains what is read here
-        model.read_item_table(config.data, features_of(model.items, log))
+        model.read_item_table(features_of(model.items, log))
         if frozen is not None:
             frozen.start()
         elif config.model.item_start is not ItemStart.random:

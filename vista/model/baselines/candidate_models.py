@@ -415,7 +415,7 @@ class SIM(SearchModel):
         self.key, self.value = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.age_key, self.age_value = age_table(dim), age_table(dim)
 
-    def read_item_table(self, data: DataConfig, features: Columns) -> None:
+    def read_item_table(self, features: Columns) -> None:
         if self.category is not None and (name := self.config.search_category) is not None:
             self.category.copy_(torch.from_numpy(category_codes(features, name, "model.search_category")))
 
