@@ -105,6 +105,13 @@ def cut_power(disk: Disk, calls: list[Call], cut: int, image: Path, chance: rand
     disk.write_image(image, chance)
 
 
+def kill(disk: Disk, calls: list[Call], cut: int, image: Path) -> None:
+    """Leave in `image` what kill -9 before a call leaves; the disk continues there, with what is not durable yet."""
+    disk.take(calls[:cut])
+    disk.write_current(image)
+    disk.move(image)
+
+
 def check_image(say: Say, store: Path, runs: list[dict[str, Any]], place: int, least: int) -> str:
     """Check what a power cut left while run `place` had acknowledged `least` users and all earlier runs were published.
 
@@ -187,7 +194,7 @@ def test_power_loss(trial: Trial, traced: Nursery) -> None:
     run_and_check(trial, traced, traced_writer, check_images, [run.words for run in runs_of(trial.number)])
 
 
-OPERATION_IMAGES = 2
+OPERATION_IMAGES, EXCHANGE_IMAGES = 2, 10
 FULL = 150
 """Images per operation in the full form. The longest one makes 73 calls."""
 NOT_PROMISED = ("train.log", "metrics.jsonl", "refresh.jsonl", "writer.lock")
@@ -254,10 +261,8 @@ def check_operation_images(
         chance = random.Random(f"{name} {number}")
         cut, last = (len(calls) - turn * (len(calls) + 1) // (FULL // 2) for turn in (number // 2, number // 2 - 1))
         disk, image = Disk(Path(folder), Path(before)), Path(scratch, f"image-{number}").resolve()
-        if number % 2 and not (cut == last and number % 4 == 3):  # kill -9
-            disk.take(calls[:cut])
-            disk.write_current(image)
-            disk.move(image)
+        if number % 2 and not (cut == last and number % 4 == 3):
+            kill(disk, calls, cut, image)
         else:
             cut_power(disk, calls, cut, image, chance)
             disk = Disk(image, image)
@@ -266,10 +271,15 @@ def check_operation_images(
             shutil.rmtree(image)
             image = image.with_name(f"{image.name}-again")
             cut_power(disk, again, chance.randrange(len(again) + 1), image, chance)
-        outcome, text = check_operation(operation, image, acknowledged=cut == len(calls))
-        say([outcome, f"cut at call {cut} of {len(calls)}, {image}: {text}"[:MAX_TEXT]])
-        if outcome == "held":
-            shutil.rmtree(image)
+        say_outcome(say, operation, image, f"call {cut} of {len(calls)}", acknowledged=cut == len(calls))
+
+
+def say_outcome(say: Say, operation: Operation, image: Path, cut: str, *, acknowledged: bool) -> None:
+    """Check the image of a power cut, say [outcome, text], and remove the image unless it is broken."""
+    outcome, text = check_operation(operation, image, acknowledged)
+    say([outcome, f"cut at {cut}, {image}: {text}"[:MAX_TEXT]])
+    if outcome == "held":
+        shutil.rmtree(image)
 
 
 def repeat_traced(operation: Operation, image: Path) -> list[Call]:
@@ -359,9 +369,6 @@ def test_power_loss_of_operations(trial: Trial, traced: Nursery, trace_of: Calla
     judge(trial, traced, check_operation_images, name, trace.before, trace.folder, trace.log, trial.folder)
 
 
-EXCHANGE_IMAGES = 10
-
-
 def check_images_after_exchange(
     say: Say, name: str, before: str, folder: str, log: str, scratch: str, numbers: list[int]
 ) -> None:
@@ -374,17 +381,12 @@ def check_images_after_exchange(
     killed = 1 + next(place for place, call in enumerate(calls) if call.name == "x")
     for number in numbers:
         disk, image = Disk(Path(folder), Path(before)), Path(scratch, f"image-{number}").resolve()
-        disk.take(calls[:killed])
-        disk.write_current(image)
-        disk.move(image)
+        kill(disk, calls, killed, image)
         again = repeat_traced(operation, image)
         shutil.rmtree(image)
         cut = number % EXCHANGE_IMAGES * (len(again) + 1) // EXCHANGE_IMAGES
         cut_power(disk, again, cut, image, random.Random(f"{name} {number}"))
-        outcome, text = check_operation(operation, image, acknowledged=False)
-        say([outcome, f"cut at call {cut} of {len(again)} of the repetition, {image}: {text}"[:MAX_TEXT]])
-        if outcome == "held":
-            shutil.rmtree(image)
+        say_outcome(say, operation, image, f"call {cut} of {len(again)} of the repetition", acknowledged=False)
 
 
 @promise(
