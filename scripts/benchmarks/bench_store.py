@@ -65,6 +65,7 @@ from vista.store import (
     user_keys,
 )
 from vista.store.folder_files import MAP_SIZE_BYTES
+from vista.store.folder_generation import Batch
 from vista.store.layout import environment_path, read_current, state_path
 from vista.store.state_record import StateArrays, StateSpec, decode_states, encode_states
 
@@ -75,8 +76,6 @@ STATE_SHAPE = (2, 4, 16)
 RECORDS_PER_WRITE = 512
 """Users per durable transaction: the default of a refresh."""
 RECORDS_PER_READ = 256
-Batch = tuple[list[bytes], list[bytes]]
-"""Keys and values."""
 WARMUP = 2
 NUM_NEW = 50
 """New events per user."""

@@ -17,7 +17,7 @@ from vista.errors import LogFormatError, UnknownUserError
 from vista.installation import install_command
 from vista.log import histories
 from vista.log.event_log import EventLog
-from vista.log.histories import Columns, Histories, PackedTable, RowFeatures, take
+from vista.log.histories import Histories, PackedTable, RowArrays, RowFeatures, take
 
 
 def random_frame(seed: int, num_events: int, num_users: int = 20) -> pl.DataFrame:
@@ -240,7 +240,7 @@ def test_short_ranges_of_segments_in_order_read_no_more(tmp_path: Path, monkeypa
     log = EventLog.from_frame(second, tmp_path / "log", time_unit="s", append=True)
     taken: list[int] = []
 
-    def counted(table: PackedTable, starts: Int, counts: Int) -> tuple[Columns, RowFeatures]:
+    def counted(table: PackedTable, starts: Int, counts: Int) -> tuple[RowArrays, RowFeatures]:
         taken.append(int(counts.sum()))
         return take(table, starts, counts)
 

@@ -17,7 +17,7 @@ RowColumn: TypeAlias = NDArray[np.int32] | Float32s
 """[N]: int32 codes of a category, -1 where it is missing; or float32 numbers, NaN where they are missing."""
 BYTES_WHILE_COPIED = 12
 """Memory of one value while rows are merged, sorted, and written: up to three copies of 4 bytes."""
-Columns: TypeAlias = dict[str, NDArray[Any]]
+RowArrays: TypeAlias = dict[str, NDArray[Any]]
 """By name: arrays with an entry per row."""
 ColumnValues: TypeAlias = Mapping[str, Vocabulary | None]
 """By name of a column: the distinct values of a category, as text, whose rows are the codes; None for a number."""
@@ -271,7 +271,7 @@ def token_groups(lengths: Int, budget: int) -> Iterator[builtins.slice]:
         begin, before = stop, int(ends[stop - 1])
 
 
-def take(table: PackedTable, starts: Int, counts: Int) -> tuple[Columns, RowFeatures]:
+def take(table: PackedTable, starts: Int, counts: Int) -> tuple[RowArrays, RowFeatures]:
     """Rows starts[b] .. starts[b] + counts[b] - 1 of a table, end to end: views if consecutive, else copies."""
     filled = np.flatnonzero(counts)
     starts, counts = starts[filled], counts[filled]
@@ -285,7 +285,7 @@ def take(table: PackedTable, starts: Int, counts: Int) -> tuple[Columns, RowFeat
     return {name: column[index] for name, column in table.columns.items()}, table.features_at(index)
 
 
-def take_range(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -> tuple[Columns, RowFeatures, Int]:
+def take_range(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) -> tuple[RowArrays, RowFeatures, Int]:
     """Rows [low[b], high[b]) of the users `rows` [B] in several tables, by time; equal times in the order of tables.
 
     They are views if one table has them all and the users are consecutive. If a user's tables follow one another in
@@ -317,7 +317,7 @@ def take_range(tables: Sequence[PackedTable], rows: Int, low: Int, high: Int) ->
     for number in used:
         places.append(ranges(next_free, counts[number]))
         next_free += counts[number]
-    columns: Columns = {}
+    columns: RowArrays = {}
     features = tables[0].features_at(slice(0, 0)).empty(int(read[-1]))
     for name, like in names.items():
         fill = np.nan if like.dtype.kind == "f" else 0

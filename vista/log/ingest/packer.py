@@ -22,7 +22,7 @@ from vista.arrays import Int
 from vista.config import EventFilterConfig
 from vista.errors import ConfigError, DataError, shown
 from vista.installation import require_module
-from vista.log.histories import token_groups
+from vista.log.histories import RowArrays, token_groups
 from vista.log.ingest.rows import ORDER, PROBLEM, Part
 from vista.log.ingest.sources import Source
 from vista.log.segment_files import EVENT_COLUMNS, IMPRESSION_COLUMNS
@@ -68,7 +68,6 @@ NO_ACTION = "event"
 MAX_ACTIONS = 256
 
 
-Columns: TypeAlias = Mapping[str, NDArray[Any]]
 ColumnTypes: TypeAlias = Mapping[str, tuple[DTypeLike, tuple[int, ...]]]
 """By name of a column: dtype, and shape of one row, as TableWriter takes them."""
 
@@ -100,7 +99,7 @@ def time_range(parts: Sequence[Part]) -> tuple[int | None, int | None]:
 
 def event_columns(
     source: Source, actions: Sequence[str], next_ordinals: Callable[[], Int]
-) -> tuple[ColumnTypes, Callable[[pl.DataFrame], Columns]]:
+) -> tuple[ColumnTypes, Callable[[pl.DataFrame], RowArrays]]:
     """The columns of the events, and the function that makes them from a sorted block of rows.
 
     Args:
@@ -113,7 +112,7 @@ def event_columns(
     names = [name for name in EVENT_COLUMNS if name != "rating" or "rating" in source.columns]
     code = {name: number for number, name in enumerate(actions)}
 
-    def of_block(block: pl.DataFrame) -> Columns:
+    def of_block(block: pl.DataFrame) -> RowArrays:
         out: dict[str, NDArray[Any]] = {"item": block[ITEM_ROW].to_numpy()}
         out |= {name: block[name].to_numpy() for name in ("timestamp", "rating") if name in block.columns}
         if "action" in block.columns:
@@ -136,12 +135,12 @@ def _ordinals(user_rows: Int, following: Int) -> Int:
     return np.arange(len(user_rows)) - np.repeat(starts - held, np.diff(starts, append=len(user_rows)))
 
 
-def impression_columns(source: Source, tasks: Sequence[str]) -> tuple[ColumnTypes, Callable[[pl.DataFrame], Columns]]:
+def impression_columns(source: Source, tasks: Sequence[str]) -> tuple[ColumnTypes, Callable[[pl.DataFrame], RowArrays]]:
     """As `event_columns` for impressions. An unknown label is 0 with mask 0; an unknown probability is NaN."""
     has_probability = any(name.startswith("probability:") for name in source.columns)
     names = [name for name in IMPRESSION_COLUMNS if name != "probability" or has_probability]
 
-    def of_block(block: pl.DataFrame) -> Columns:
+    def of_block(block: pl.DataFrame) -> RowArrays:
         labels = [block[f"label:{task}"] for task in tasks]
         out = {
             "item": block[ITEM_ROW].to_numpy(),
