@@ -25,14 +25,7 @@ LAYERS = (
     ("vista.device", "vista.ranks", "vista.runs"),
     ("vista.config", "vista.logistic_regression"),
     ("vista.arrays",),
-    (
-        "vista.files",
-        "vista.files",
-        "vista.installation",
-        "vista.machine",
-        "vista.progress_bar",
-        "vista.text_table",
-    ),
+    ("vista.files", "vista.installation", "vista.machine", "vista.progress_bar", "vista.text_table"),
     ("vista.errors", "vista_kernels"),
 )
 """A module imports from its own package and from the layers below it. `vista` only lists the public names."""
@@ -174,7 +167,7 @@ def test_modules_can_be_read_at_once() -> None:
     assert not long, "\n".join(long)
 
 
-MOST = {"vista": (187, 60_516), "tests": (216, 59_577)}
+MOST = {"vista": (187, 60_515), "tests": (216, 59_571)}
 """Files and lines of each folder. They only go down: whoever removes some lowers the numbers in the same commit."""
 
 

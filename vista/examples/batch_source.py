@@ -296,9 +296,8 @@ class BatchSource:
         largest = int(reads.item_rows.max(initial=0))
         self._num_known = largest if reads.num_known is None else min(reads.num_known, largest)
         self._hides_items = self._num_known < largest
-        self._history_rows = reads.item_rows
-        if self._hides_items:
-            self._history_rows = np.where(reads.item_rows > self._num_known, 0, reads.item_rows)
+        rows = reads.item_rows
+        self._history_rows = np.where(rows > self._num_known, 0, rows) if self._hides_items else rows
         """int64 [log.num_items], the model row of each of the log's items as histories and counters show it."""
 
         self._plan = CutPlan.of(config, has_time=log.has_time)

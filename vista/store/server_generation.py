@@ -99,10 +99,10 @@ class ServerGeneration:
                     raise
                 self._cache.forget(self._version, batch)
                 parts += self._parts(self._get_from_server(batch), batch, first)
-        is_complete = sum(len(rows) for rows, _ in parts) == len(keys)
-        is_checked = time.monotonic() - self._server.checked_at <= RECHECKED_S and not self._server.evicts_expiring
-        if not is_complete and not is_checked:
-            self._require_no_eviction()
+        if sum(len(rows) for rows, _ in parts) < len(keys):
+            is_due = time.monotonic() - self._server.checked_at > RECHECKED_S
+            if is_due or self._server.evicts_expiring:
+                self._require_no_eviction()
         return parts
 
     def value(self, key: bytes) -> bytes | None:
