@@ -24,7 +24,7 @@ from vista.log.deletions import erase_users, forget_events
 from vista.log.event_log import EventLog
 from vista.log.ingest.source_parser import SourceParser
 from vista.model.vista_model import VistaModel
-from vista.refresh import RefreshOptions, refresh, refresh_incremental
+from vista.refresh import RefreshOptions, merge, refresh, refresh_incremental
 from vista.store import StoreReader, user_keys
 from vista.store.admin import compact_store, copy_generation, roll_back, verify_store
 from vista.store.folder_files import Tombstones
@@ -134,6 +134,16 @@ def erasure(count: int) -> Operation:
 
 def holds_copy(folder: Path) -> None:
     assert served_users(folder / "served" / "copy") == list(USERS)
+
+
+def merge_store(folder: Path) -> None:
+    merge(model_of(folder), [(folder / "store", log_of(folder))], folder / "merged")
+
+
+def holds_merged(folder: Path) -> None:
+    """All users, and that those who were erased from the part stay erased."""
+    assert served_users(folder / "merged") == list(USERS)
+    assert all(Tombstones(folder / "merged").erased(user_keys(ERASED_BEFORE)))
 
 
 def export(folder: Path) -> None:
@@ -380,6 +390,7 @@ OPERATIONS: dict[str, Operation] = {
     "a copy": Operation(
         lambda folder: copy_generation(folder / "store", folder / "served" / "copy"), holds_copy, store="served/copy"
     ),
+    "a merge": Operation(merge_store, holds_merged, before=erase_before, store="merged"),
     "an export": Operation(export, holds_export),
     "an import": Operation(
         lambda folder: import_to(folder, "imported/store"),

@@ -189,6 +189,7 @@ OF_COMMAND = {
     "store erase": "store=store data=log users=[101]",
     "store get": "store=store model=model user=100",
     "store copy": "store=store to=copy",
+    "store merge": "parts=[store] data=[log] model=model store=merged",
     "store export": "store=store out=exported.parquet",
     "store import": "file=given.parquet store=imported",
 }

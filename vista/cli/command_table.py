@@ -121,6 +121,7 @@ COMMANDS: dict[str, Command] = {
             "vista refresh data=data/mine model=runs/mine/best store=stores/mine incremental=true",
             "vista refresh data=data/ml-1m model=runs/ml-1m/best store=stores/ml-1m until=leave-last-out",
             "vista refresh store=stores/exact codec=float32",
+            "vista refresh data=data/mine model=runs/mine/best store=stores/sharded shard=0/4",
             "vista refresh data=data/mine model=runs/mine/best store=stores/mine ray.num_actors=8",
         ),
         resumes=True,
@@ -362,6 +363,16 @@ COMMANDS: dict[str, Command] = {
         (
             "vista store copy store=stores/mine to=/srv/stores/mine",
             "vista store copy store=stores/mine to=/srv/stores/mine publish=false",
+        ),
+        resumes=True,
+    ),
+    "store merge": Command(
+        config.StoreMergeConfig,
+        _handler("store_commands", "run_store_merge"),
+        "Combine stores of one model, from the logs of several machines or from shards, into one store.",
+        (
+            "vista store merge parts=[stores/a,stores/b] data=[data/a,data/b] model=runs/mine/best store=stores/all",
+            "vista store merge parts=[stores/sharded] data=[data/mine] model=runs/mine/best store=stores/mine",
         ),
         resumes=True,
     ),

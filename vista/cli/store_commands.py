@@ -24,6 +24,7 @@ from vista.config import (
     StoreExportConfig,
     StoreGetConfig,
     StoreImportConfig,
+    StoreMergeConfig,
     StoreRollbackConfig,
     StoreStatsConfig,
     StoreVerifyConfig,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from vista.log.deletions import DeletionReport
     from vista.log.ingest.prepare import PrepareReport
     from vista.log.inspection import LogStats, LogVerification
+    from vista.refresh import RefreshReport
     from vista.simulation.simulate import SimulationReport
     from vista.store.admin import PublishReport
     from vista.store.backend import Generation
@@ -142,6 +144,35 @@ def run_store_copy(config: StoreCopyConfig) -> str:
 
     unpublished = copy(publish=False) if sharded or not config.publish else ""
     return copy(publish=True) if config.publish else unpublished
+
+
+def run_store_merge(config: StoreMergeConfig) -> RefreshReport:
+    """`vista store merge`; errors as of `merge`.
+
+    Raises:
+        ConfigError: no part is named, or the number of logs is neither 1 nor that of the parts.
+    """
+    from vista.device import announce, cpu_settings, keep_freed_memory, resolve_device
+    from vista.log.event_log import EventLog
+    from vista.model.vista_model import VistaModel
+    from vista.refresh import RefreshOptions, merge
+    from vista.store.record_encoding import read_key
+
+    if not config.parts:
+        raise ConfigError("parts: name the stores to merge, such as parts=[stores/a,stores/b]")
+    if len(config.data) not in (1, len(config.parts)):
+        raise ConfigError(
+            f"data: names {len(config.data)} logs for {len(config.parts)} parts; name one log, or one per part"
+        )
+    keep_freed_memory()
+    with cpu_settings(config.num_threads):
+        device = resolve_device(config.device)
+        announce(device)
+        model, key = VistaModel.from_pretrained(config.model, device), read_key(config.authentication_key_file)
+        logs = [EventLog.open(path) for path in config.data]
+        parts = list(zip(config.parts, logs * (len(config.parts) if len(logs) == 1 else 1), strict=True))
+        options = RefreshOptions(verify_log=config.verify_log, shared_with_group=config.shared_with_group)
+        return merge(model, parts, config.store, options=options, key=key)
 
 
 def run_store_erase(config: StoreEraseConfig) -> str:

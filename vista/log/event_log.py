@@ -292,6 +292,13 @@ class EventLog:
             digest.update(f"{offset.cluster} {partition.topic} {partition.number} {offset.next}\n".encode())
         return digest.hexdigest()
 
+    def event_sources(self, upto: int) -> list[str]:
+        """SHA-256 of each source of events in the segments numbered up to `upto`, oldest first; not of empty ones."""
+        sources = [
+            source for segment in self.segments if segment.last <= upto for source in segment.manifest["sources"]
+        ]
+        return [source["sha256"] for source in sources if source["table"] == EVENTS.table and source["rows"]]
+
     def changed_users(self, after: int) -> Int:
         """Users with new events, features, or deletions in segments numbered above `after` (0: in any segment).
 

@@ -4,7 +4,7 @@
     refresh_incremental  users with new events, in the published generation: their states receive the new events
     forget               delete events from a log and subtract their terms from their users' states
     erase                remove users from a store for good
-    merge                combine stores of the same users over disjoint events, made on several machines
+    merge                combine stores of different events or users, made on several machines
 
 Data flow: EventLog -> rows of the model -> states [L, H, D, D] -> summaries [K, d] -> records -> one durable
 transaction per batch.

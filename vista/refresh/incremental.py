@@ -9,8 +9,9 @@ updated are recomputed from the log.
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,9 @@ def refresh_incremental(
     The result equals that of a full refresh, within float32 rounding where states are float32. Users without changes
     keep the bytes of their records. Call it again to resume an interrupted run: states and records say what they cover.
 
+    A store that was merged from several logs resumes from one log, whose first segments were made from the sources of
+    events of these logs, in the order in which the stores were merged.
+
     Args:
         model: the one whose full refresh made the store; it is left in eval mode.
         log: the same log, with new segments.
@@ -95,7 +99,7 @@ def refresh_incremental(
             shard is named; or `options` holds what only a full refresh sets.
         LogFormatError: a file of the log with new events, ids or deletions is damaged.
         StoreError: nothing is published there; the store is of another summarizer, holds other features of users, or
-            covers a longer log; or it cannot be written.
+            covers a longer log, or others; or it cannot be written.
     """
     options = options or RefreshOptions()
     options.require_only(INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH)
@@ -106,20 +110,19 @@ def refresh_incremental(
     with StoreUpdate.open(
         target, summarizer_id=model.summarizer_id(), applied_segment=log.last_segment, created_at=now, key=key
     ) as update:
-        check_updatable(update.manifest, target)
+        covered = check_updatable(update.manifest, log, target)
         if list(update.manifest.user_layout()) != user_columns(model):
             raise StoreError(
                 f"{target}: its records do not hold the features of users that the model reads, or hold others; run a "
                 "full refresh with this model"
             )
-        _check_same_log(update.manifest, log, target)
         if options.verify_log:
-            log.verify(newer_than=update.manifest.applied_segment)
+            log.verify(newer_than=covered)
         update.begin(log.sources_digest(log.last_segment))
-        users, num_removed = _changed_users(update, log, shard)
+        users, num_removed = _changed_users(update, log, covered, shard)
         run = RefreshProgress(target, "incremental", len(users), 0)
         run.counts["removed"] += num_removed
-        refresher = BatchRefresher(model, log, update, options.tokens_per_batch, run)
+        refresher = BatchRefresher(model, log, update, covered, options.tokens_per_batch, run)
         for begin in range(0, len(users), options.users_per_batch):
             refresher.refresh(users[begin : begin + options.users_per_batch])
         with run.stage("publish"):
@@ -127,15 +130,17 @@ def refresh_incremental(
         return run.report(update.manifest.generation)
 
 
-def check_updatable(manifest: Manifest, store: Path | StoreUrl) -> None:
-    """Raise ConfigError for a store that covers only a part of its log, because it was refreshed with `until`."""
+def check_updatable(manifest: Manifest, log: EventLog, store: Path | StoreUrl) -> int:
+    """The newest segment of a log that all records of a store cover.
+
+    Raises:
+        ConfigError: the store covers only a part of its log, because it was refreshed with `until`.
+        StoreError: it covers another log, or a longer one.
+    """
     if manifest.until not in (None, "all"):
         raise ConfigError(
             f"{store}: was refreshed with until={manifest.until} and cannot be updated; run a full refresh instead"
         )
-
-
-def _check_same_log(manifest: Manifest, log: EventLog, store: Path | StoreUrl) -> None:
     for segment, digest in (
         (manifest.applied_segment, manifest.log_digest),
         (manifest.going_to, manifest.going_to_digest),  # of a run that was interrupted
@@ -150,11 +155,29 @@ def _check_same_log(manifest: Manifest, log: EventLog, store: Path | StoreUrl) -
                 f"{store}: covers segment {segment}, but that segment of {log.path} was made from other sources; "
                 "restore the log, or run a full refresh"
             )
+    if manifest.applied_segment != OF_SEVERAL_LOGS:
+        return manifest.applied_segment
+    for segment in (one.last for one in log.segments):
+        if digest_of_events(log.event_sources(segment)) == manifest.log_digest:
+            return segment
+    raise StoreError(
+        f"{store}: was merged from several logs, and no segment of {log.path} ends where theirs do; prepare one log "
+        "from the sources of their events, in the order in which the stores were merged, or run a full refresh"
+    )
 
 
-def _changed_users(update: StoreUpdate, log: EventLog, shard: Shard | None) -> tuple[Int, int]:
+OF_SEVERAL_LOGS = 0
+"""The `applied_segment` of a store that was merged from several logs; `log_digest` is their `digest_of_events`."""
+
+
+def digest_of_events(sources: Sequence[str]) -> str:
+    """SHA-256 over the sources of a log's events, or of several logs one after the other (`EventLog.event_sources`)."""
+    return hashlib.sha256("\n".join(sources).encode()).hexdigest()
+
+
+def _changed_users(update: StoreUpdate, log: EventLog, covered: int, shard: Shard | None) -> tuple[Int, int]:
     """Rows of the users to refresh, and how many users were removed because the log no longer has their ids."""
-    changed = log.changed_users(update.manifest.applied_segment)
+    changed = log.changed_users(covered)
     has_id = log.users.has_ids(changed)  # A compaction blanks the ids of erased users.
     num_removed = 0 if has_id.all() else _remove_unknown_users(update, log)
     changed = changed[has_id]
@@ -189,12 +212,13 @@ def forget(
     Raises:
         DataError: an event is not in the log; nothing is deleted.
         ConfigError: the store is sharded, or was refreshed with `until`; nothing is deleted.
-        StoreError: the deletion is in the log, and the next incremental refresh applies it.
+        StoreError: nothing is deleted if the store covers another log. Otherwise, the deletion is in the log, and the
+            next incremental refresh applies it.
     """
     from vista.log.deletions import forget_events  # needs Polars, which refreshes do not
 
     root, _ = shard_to_write(store, None)
-    check_updatable(published_manifest(root), root)  # refused before the log is written
+    check_updatable(published_manifest(root), EventLog.open(log.path), root)  # refused before the log is written
     forget_events(log.path, events)
     return refresh_incremental(model, EventLog.open(log.path), store, key=key)
 
@@ -207,9 +231,17 @@ class BatchRefresher:
     """Takes one batch of users at a time from the log into the store."""
 
     def __init__(
-        self, model: VistaModel, log: EventLog, update: StoreUpdate, tokens_per_batch: int, run: RefreshProgress
+        self,
+        model: VistaModel,
+        log: EventLog,
+        update: StoreUpdate,
+        covered: int,
+        tokens_per_batch: int,
+        run: RefreshProgress,
     ) -> None:
         self._log, self._update, self._run = log, update, run
+        self._covered = covered
+        """Newest segment of the log that all records covered before the run."""
         self._tokens_per_batch = tokens_per_batch
         self._encoder = BatchEncoder.of(model, log, Precision.float32, tokens_per_batch, _user_features(model, log))
         self._model, self._items = self._encoder.model, self._encoder.items
@@ -285,7 +317,7 @@ class BatchRefresher:
         """Up-to-date states of all users, in parts; those of the users at `rows` were stored, and are `states`."""
         stored = users[rows]
         # The state of a user without changes names an older segment, but covers all that the generation covers.
-        covered = np.maximum(states.applied_segment, self._update.manifest.applied_segment)
+        covered = np.maximum(states.applied_segment, self._covered)
         masks = self._masks(stored, covered, states.num_events)
         self._run.counts["appended"] += int((masks["reread"] | masks["append"]).sum())
         if masks["reread"].any():

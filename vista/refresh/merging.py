@@ -1,10 +1,10 @@
-"""Merge: combine stores of the same users over disjoint events, made by one model on several machines, into one."""
+"""Merge: combine stores into one, which one model has made on several machines from different events or users."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,14 +38,14 @@ from vista.refresh.full import (
     user_summaries,
     write_generation,
 )
+from vista.refresh.incremental import OF_SEVERAL_LOGS, digest_of_events
+from vista.store.backend import open_backend
+from vista.store.folder_files import Tombstones, erasure_lock
 from vista.store.keys import user_keys
-from vista.store.layout import check_place
+from vista.store.layout import check_place, complete_shards, store_path
 from vista.store.reader import StoreReader
 from vista.store.state_record import UserSummaries
 from vista.store.writer import StoreWriter
-
-MERGED = "merged"
-"""`until` of a merged store: it covers several logs, so no incremental refresh can update it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,45 +62,58 @@ class _UserState:
 
 @dataclass(frozen=True, slots=True)
 class _MergeSource:
-    """A store to merge, and the log that it was refreshed from."""
+    """A log, and the stores that were refreshed from it: one, or several of different users, such as all shards."""
 
-    store: StoreReader
     log: EventLog
     items: LogItems
     features: LogUsers
+    stores: list[StoreReader]
 
-    def check(self) -> None:
-        """Raise StoreError unless the states cover the whole log."""
-        manifest, last = self.store.manifest, self.log.last_segment
+    def check(self, store: StoreReader) -> None:
+        """Raise StoreError unless the states of a store cover the whole log."""
+        manifest, last = store.manifest, self.log.last_segment
         if manifest.state_spec() is None:
-            raise StoreError(f"{self.store.path}: has no states to merge; refresh it with state=float32")
+            raise StoreError(f"{store.path}: has no states to merge; refresh it with state=float32")
         if (manifest.applied_segment, manifest.log_digest) != (last, self.log.sources_digest(last)):
             raise StoreError(
-                f"{self.store.path}: covers segment {manifest.applied_segment}, but {self.log.path} ends at segment "
+                f"{store.path}: covers segment {manifest.applied_segment}, but {self.log.path} ends at segment "
                 f"{last}, or is another log; refresh that store first"
             )
 
-    def read(self, model: VistaModel, users: Sequence[Any]) -> dict[Any, _UserState]:
-        """States of those users who have a record in this store."""
-        states = self.store.states(users)
-        assert states is not None  # by `check`
-        rows, arrays = states
-        with_state = set(rows.tolist())
-        without = [user for row, user in enumerate(users) if row not in with_state]
-        for user, has_record in zip(without, self.store.get_many(without).found.tolist(), strict=True):
-            if has_record:  # An incremental refresh could not store the user's summary.
-                raise StoreError(f"{self.store.path}: has no state of user {user!r}; refresh that store in full")
-        read = {}
-        for place, row in enumerate(rows.tolist()):
-            user, state = users[row], arrays[place : place + 1]
-            history, digest = self.log[user], state.history_digest[0]
-            if self.items.digests(history)[0] != digest:  # refreshed in place since it was opened
-                raise StoreError(
-                    f"{self.store.path}: the state of user {user!r} does not cover the events in {self.log.path}; "
-                    "refresh that store first, and do not refresh it during the merge"
+    def users(self) -> list[Any]:
+        """Ids of all users with events in the log."""
+        ids: list[Any] = self.log.users.ids(np.flatnonzero(self.log.lengths)).tolist()
+        return ids
+
+    def read(self, model: VistaModel, users: Sequence[Any]) -> dict[Any, _UserState | None]:
+        """States of those users who have events in the log; None if none of its stores has the state."""
+        kind = str if self.log.users.kind == "str" else int
+        own = [user for user in users if isinstance(user, kind)]
+        rows = {user: row for user, row in zip(own, self.log.users.rows(own).tolist(), strict=True) if row >= 0}
+        read: dict[Any, _UserState | None] = {user: None for user, row in rows.items() if self.log.lengths[row]}
+        store_of_user: dict[Any, StoreReader] = {}
+        for store in self.stores:
+            found = store.states(users)
+            assert found is not None  # by `check`
+            for place, position in enumerate(found[0].tolist()):
+                user, state = users[position], found[1][place : place + 1]
+                other = store_of_user.setdefault(user, store)
+                if other is not store:
+                    raise StoreError(
+                        f"user {user!r} is in both {other.path} and {store.path}, which were refreshed from the same "
+                        "log, so events would count twice; leave one of the two stores out"
+                    )
+                if user not in read or self.items.digests(self.log[user])[0] != state.history_digest[0]:
+                    raise StoreError(  # because it was refreshed in place since it was opened
+                        f"{store.path}: the state of user {user!r} does not cover the events in {self.log.path}; "
+                        "refresh that store first, and do not refresh it during the merge"
+                    )
+                read[user] = _UserState(
+                    from_arrays(state, model.device),
+                    self.items.model_rows(self.log[user]),
+                    state.history_digest[0],
+                    self.features.features(np.array([rows[user]])),
                 )
-            features = self.features.features(self.log.users.rows([user]))
-            read[user] = _UserState(from_arrays(state, model.device), self.items.model_rows(history), digest, features)
         return read
 
 
@@ -113,47 +126,59 @@ def merge(
     key: bytes | None = None,
     created_at: int | None = None,
 ) -> RefreshReport:
-    """Combine the states of several stores into summaries of the whole histories, as a new generation of `store`.
+    """Combine the states of several stores into one store, as a new generation of `store`.
 
-    States are added. Only the terms of events at the seams between the parts are recomputed, from the logs. An
-    interrupted merge resumes like a full refresh.
+    The states of a user who is in several of them are added. Only the terms of events at the seams between the parts
+    are recomputed, from the logs. An interrupted merge resumes like a full refresh.
+
+    If all parts were refreshed from one log, such as the shards of a store, incremental refreshes from that log
+    continue the result. Otherwise, see `refresh_incremental`.
 
     Args:
         model: the one whose full or incremental refreshes made the parts.
-        parts: (store, its log); a user's events in different logs are disjoint.
+        parts: (store, its log). Different logs hold different events, and stores of one log different users. The
+            folder above the shards of a store stands for all of them.
         store: folder of the merged store; it must not be one of the parts.
         options: users_per_batch, verify_log, and shared_with_group; the parts decide the others.
         key: 32 bytes, if the parts' records are authenticated; the merged ones then are too.
         created_at: start of the run in ms, which records state; by default now.
 
+    Returns:
+        The report. Users with events in a log but without a state in its stores, as those whose summary could not be
+        stored, are among its failures, and have no record.
+
     Raises:
-        ConfigError: the model has no states, decays by position or cannot read a log; `store` is sharded; or `options`
-            holds what the parts decide.
+        ConfigError: there are no parts; the model has no states, decays by position or cannot read a log; `store` is
+            sharded; or `options` holds what the parts decide.
         LogFormatError: a file of a log is damaged.
-        StoreError: a part is of another summarizer, keeps no states or does not cover its whole log.
+        StoreError: a part is not published, lacks a shard, is of another summarizer, keeps no states, or does not cover
+            its whole log; two logs hold the same source; or two stores of one log hold the same user.
+        RecordError: too many users have no state, because a part is missing.
     """
     options = options or RefreshOptions()
     options.require_only(
         ("users_per_batch", "verify_log", "shared_with_group"),
         "is taken from the stores that are merged; leave it out",
     )
+    if not parts:
+        raise ConfigError("parts: name the stores to merge, at least one")
     if model.summarizer is None or not has_states(model):
         raise ConfigError("model: has no states to merge; train one with separable mixing and without a history limit")
     check_place(store)
     model.eval()
     with ExitStack() as stack:
-        sources = [_open_source(stack, model, path, log, options.verify_log, key) for path, log in parts]
-        ids: set[Any] = set().union(*(source.store.keys() for source in sources))
-        users = sorted(ids, key=lambda user: user_keys([user]))
-        first = sources[0].store.manifest
+        sources = _open_sources(stack, model, parts, options.verify_log, key)
+        users = sorted(set().union(*(source.users() for source in sources)), key=lambda user: user_keys([user]))
+        first, log = sources[0].stores[0].manifest, sources[0].log
+        events = [source for part in sources for source in part.log.event_sources(part.log.last_segment)]
         manifest = new_manifest(
             model,
             StateDtype(first.state_dtype),
             created_at,
             codec=first.codec,
-            until=MERGED,
-            applied_segment=0,
-            log_digest="",
+            until=first.until,
+            applied_segment=log.last_segment if len(sources) == 1 else OF_SEVERAL_LOGS,
+            log_digest=log.sources_digest(log.last_segment) if len(sources) == 1 else digest_of_events(events),
             total_users=len(users),
             run_digest=_run_digest(sources),
         )
@@ -161,21 +186,43 @@ def merge(
         return write_generation(Path(store), manifest, "merge", encode_batches, options=options, key=key)
 
 
-def _open_source(
-    stack: ExitStack, model: VistaModel, path: str | Path, log: EventLog, verify_log: bool, key: bytes | None
-) -> _MergeSource:
-    check_log(model, log)
-    if verify_log:
-        log.verify()
-    store = stack.enter_context(StoreReader.open(path, summarizer_id=model.summarizer_id(), key=key))
-    source = _MergeSource(store, log, LogItems.of(model, log), LogUsers(model.user_features, log))
-    source.check()
-    return source
+def _open_sources(
+    stack: ExitStack,
+    model: VistaModel,
+    parts: Sequence[tuple[str | Path, EventLog]],
+    verify_log: bool,
+    key: bytes | None,
+) -> list[_MergeSource]:
+    """The stores by log, in the order of the parts."""
+    by_log: dict[tuple[int, str], _MergeSource] = {}
+    log_of_source: dict[str, EventLog] = {}
+    for path, log in parts:
+        identity = log.last_segment, log.sources_digest(log.last_segment)
+        if identity not in by_log:
+            check_log(model, log)
+            if verify_log:
+                log.verify()
+            for digest in log.event_sources(log.last_segment):
+                other = log_of_source.setdefault(digest, log)
+                if other is not log:
+                    raise StoreError(
+                        f"{other.path} and {log.path} both hold the source of events with SHA-256 {digest}, so events "
+                        "would count twice; merge stores of logs with different sources"
+                    )
+            by_log[identity] = _MergeSource(log, LogItems.of(model, log), LogUsers(model.user_features, log), [])
+        source = by_log[identity]
+        roots: list[str | Path] = [shard.path(path) for shard in complete_shards(path)]
+        for root in roots or [path]:
+            opened = StoreReader.open(root, summarizer_id=model.summarizer_id(), key=key)
+            source.stores.append(stack.enter_context(opened))
+            source.check(opened)
+    return list(by_log.values())
 
 
 def _run_digest(sources: Sequence[_MergeSource]) -> str:
     """Digest of the records that are merged; a cursor is valid only for a run with the same digest."""
-    return hashlib.sha256("".join(source.store.manifest.records_digest for source in sources).encode()).hexdigest()
+    stores = (store for source in sources for store in source.stores)
+    return hashlib.sha256("".join(store.manifest.records_digest for store in stores).encode()).hexdigest()
 
 
 def _encode_batches(
@@ -187,20 +234,55 @@ def _encode_batches(
     clock: StageClock,
 ) -> Generator[UserRecords, None, None]:
     """The records of slices of the users."""
+    root = store_path(writer.path)
+    tombstones = Tombstones(root)
+    _carry_erasures(sources, root)
     for batch in batches:
         users = all_users[batch]
         with clock.stage("summarize"):
             read = [source.read(model, users) for source in sources]
-            merged = [_merge_user(model, read, user) for user in users]
+            is_erased = tombstones.erased(user_keys(users))
+            remaining = [user for user, gone in zip(users, is_erased, strict=True) if not gone]
+            failures = _without_state(sources, read, remaining)
+            remaining = [user for user in remaining if user not in failures]
+            merged = [_merge_user(model, read, user) for user in remaining]
         with clock.stage("encode"):
-            encoded = encode_users(_summarize(model, user_keys(users), merged), writer.spec, writer.state_spec)
+            encoded = UserRecords(failures={str(user): reason for user, reason in failures.items()})
+            if merged:
+                summaries = _summarize(model, user_keys(remaining), merged, writer.manifest.applied_segment)
+                encoded.extend(encode_users(summaries, writer.spec, writer.state_spec))
         yield encoded
+    _carry_erasures(sources, root)  # of users who were erased from a part meanwhile
 
 
-def _merge_user(model: VistaModel, parts: Sequence[dict[Any, _UserState]], user: Any) -> _UserState:
-    held = [part[user] for part in parts if user in part]
-    if not held:
-        raise StoreError(f"user {user!r} was erased from all parts during the merge; run the merge again")
+def _carry_erasures(sources: Sequence[_MergeSource], root: Path) -> None:
+    """Let users who were erased from a part count as erased from the merged store, so that no refresh adds them."""
+    for store in (store for source in sources for store in source.stores):
+        with closing(open_backend(store.path)) as part:
+            digests = part.erased_users.digests()
+        if len(digests):
+            with erasure_lock(root):
+                Tombstones(root).add_digests(digests)
+
+
+def _without_state(
+    sources: Sequence[_MergeSource], read: Sequence[dict[Any, _UserState | None]], users: Sequence[Any]
+) -> dict[Any, str]:
+    """Which of the users cannot be merged, with the reason."""
+    failures = {}
+    for source, states in zip(sources, read, strict=True):
+        paths = ", ".join(str(store.path) for store in source.stores)
+        for user in users:
+            if user in states and states[user] is None:
+                failures[user] = (
+                    f"it has events in {source.log.path}, but no state in {paths}; add the stores of that log that are "
+                    "missing, or refresh them in full"
+                )
+    return failures
+
+
+def _merge_user(model: VistaModel, parts: Sequence[dict[Any, _UserState | None]], user: Any) -> _UserState:
+    held = [found for part in parts if (found := part.get(user)) is not None]
     if len(held) == 1:
         return held[0]
     state, history = merge_histories(model, [one.state for one in held], [one.history for one in held])
@@ -218,7 +300,9 @@ def _newest_features(logs: Sequence[RowFeatures]) -> RowFeatures:
     return RowFeatures(newest)
 
 
-def _summarize(model: VistaModel, keys: list[bytes], users: Sequence[_UserState]) -> UserSummaries:
+def _summarize(
+    model: VistaModel, keys: list[bytes], users: Sequence[_UserState], applied_segment: int
+) -> UserSummaries:
     names = ("z", "n", "removed", "clock", "num_events")
     tables = count_histories(model.item_keys, concatenated([user.history for user in users]))
     state = SummaryState(*(torch.cat([getattr(user.state, name) for user in users]) for name in names))
@@ -231,6 +315,6 @@ def _summarize(model: VistaModel, keys: list[bytes], users: Sequence[_UserState]
         newest,
         np.array([user.history.num_events for user in users], np.int64),
         read_summaries(model, state),
-        to_arrays(state, 0, digest, tables),
+        to_arrays(state, applied_segment, digest, tables),
         {name: np.concatenate([user.features.columns[name] for user in users]) for name in names_of_features},
     )

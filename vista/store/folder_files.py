@@ -406,7 +406,7 @@ _HEAD = struct.Struct("<4sHHQ")  # magic, version, 0, count
 _MAGIC = b"VTMB"
 _DIGEST_BYTES = 16
 _CHECKSUM_BYTES = 8
-_DIGEST = np.dtype(f"S{_DIGEST_BYTES}")
+DIGEST = np.dtype(f"S{_DIGEST_BYTES}")
 
 
 class Tombstones:
@@ -417,7 +417,7 @@ class Tombstones:
 
     def __init__(self, root: Path) -> None:
         self._path = root / TOMBSTONES
-        self._known: NDArray[Any] = np.empty(0, _DIGEST)
+        self._known: NDArray[Any] = np.empty(0, DIGEST)
         """Digests, ascending and distinct."""
         self._version: tuple[int, int, int] | None = None
         """Inode, size and modification time of the file that was read."""
@@ -430,14 +430,23 @@ class Tombstones:
         erased: list[bool] = self._holds(digests_of(keys)).tolist()
         return erased
 
+    def digests(self) -> NDArray[Any]:
+        """Digests of all erased users, ascending (`digests_of`)."""
+        self._reread()
+        return self._known
+
     def add(self, keys: Sequence[bytes]) -> None:
+        """As `add_digests`, for users with these keys."""
+        self.add_digests(digests_of(keys))
+
+    def add_digests(self, digests: NDArray[Any]) -> None:
         """Record erasures durably; only under `erasure_lock`.
 
         Raises:
             StoreWriteError: the disk failed, or does not hold what was written.
         """
         self._reread()
-        asked = np.unique(digests_of(keys))
+        asked = np.unique(digests)
         new = asked[~self._holds(asked)]
         content = packed(np.insert(self._known, np.searchsorted(self._known, new), new))
         if len(content) > MAX_BYTES:
@@ -487,7 +496,7 @@ class Tombstones:
                 return
             data = read_limited(self._path, MAX_BYTES, follow=False)
         except FileNotFoundError:
-            self._known, self._version = np.empty(0, _DIGEST), None
+            self._known, self._version = np.empty(0, DIGEST), None
             return
         except OSError as error:
             raise StoreWriteError(f"{self._path}: {error.strerror}; check the disk and permissions") from error
@@ -502,7 +511,7 @@ class Tombstones:
 
 def digests_of(keys: Sequence[bytes]) -> NDArray[Any]:
     """BLAKE2b-128 of each key, 16 bytes, [N]."""
-    return np.array([hashlib.blake2b(key, digest_size=_DIGEST_BYTES).digest() for key in keys], _DIGEST)
+    return np.array([hashlib.blake2b(key, digest_size=_DIGEST_BYTES).digest() for key in keys], DIGEST)
 
 
 def packed(digests: NDArray[Any]) -> bytes:
@@ -525,7 +534,7 @@ def unpacked(data: bytes) -> NDArray[Any]:
         raise ValueError(f"it holds {len(data)} bytes, which does not match its count of {count} users")
     if xxhash.xxh3_64_intdigest(content).to_bytes(_CHECKSUM_BYTES, "little") != checksum:
         raise ValueError("its checksum does not match")
-    digests = np.frombuffer(content, _DIGEST, offset=_HEAD.size)
+    digests = np.frombuffer(content, DIGEST, offset=_HEAD.size)
     if not (digests[:-1] < digests[1:]).all():
         raise ValueError("its digests are not in ascending order")
     return digests

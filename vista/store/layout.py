@@ -592,6 +592,19 @@ def shards_in(store: str | Path | StoreUrl) -> list[Shard]:
     return shards
 
 
+def complete_shards(store: str | Path | StoreUrl) -> list[Shard]:
+    """As `shards_in`, for a reader of all users.
+
+    Raises:
+        StoreError: a shard is missing, or there are shards of different counts.
+    """
+    shards = shards_in(store)
+    count = shards[0].count if shards else 0
+    if missing := sorted(set(range(count)) - {shard.index for shard in shards}):
+        raise StoreError(f"{store}: shards {missing} of {count} are missing; refresh them with shard=i/{count}")
+    return shards
+
+
 def _shards_at(root: Path) -> list[Shard]:
     shards = [shard for entry in root.iterdir() if (shard := Shard.named(entry.name)) is not None and entry.is_dir()]
     return sorted(shards, key=lambda shard: shard.index)

@@ -31,7 +31,7 @@ from vista.log.histories import NO_TIMESTAMP, ranges
 from vista.store.backend import open_backend
 from vista.store.folder_generation import exclusive
 from vista.store.keys import INT_PREFIX, STR_PREFIX, common_kind, user_id, user_keys
-from vista.store.layout import StoreUrl, shards_in, shards_of, store_address, stores_in
+from vista.store.layout import StoreUrl, complete_shards, shards_in, shards_of, store_address, stores_in
 from vista.store.manifest import Manifest
 from vista.store.record import (
     RawRecords,
@@ -528,13 +528,9 @@ class ShardedReader:
 
     def __init__(self, path: Path, **wanted: Any) -> None:
         self.path = path
-        shards = shards_in(path)
+        shards = complete_shards(path)
         if not shards:
             raise StoreError(f"{path} holds no shards; check the path")
-        count = shards[0].count
-        missing = sorted(set(range(count)) - {shard.index for shard in shards})
-        if missing:
-            raise StoreError(f"{path}: shards {missing} of {count} are missing; refresh them with shard=i/{count}")
         self._readers: list[StoreReader] = []
         try:
             for shard in shards:

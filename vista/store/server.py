@@ -6,8 +6,11 @@ import dataclasses
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from vista.errors import (
     ConfigError,
@@ -20,7 +23,7 @@ from vista.errors import (
     shown,
 )
 from vista.files import checked_path
-from vista.store.folder_files import digests_of
+from vista.store.folder_files import DIGEST, digests_of
 from vista.store.folder_generation import Batch
 from vista.store.keys import CURSOR_KEY
 from vista.store.layout import DAY_MS, Permissions, StoreUrl, parse_pointer
@@ -563,6 +566,10 @@ class ServerTombstones:
         if not keys:
             return []
         return [bool(reply) for reply in self._server.command("SMISMEMBER", self.name, *digests_of(keys).tolist())]
+
+    def digests(self) -> NDArray[Any]:
+        """Digests of all erased users, ascending (`digests_of`)."""
+        return np.array(sorted(self._server.command("SMEMBERS", self.name)), DIGEST)
 
     def add(self, keys: Sequence[bytes]) -> None:
         """Record erasures."""

@@ -31,7 +31,7 @@ from vista.log.deletions import forget_events
 from vista.log.event_log import EventLog
 from vista.log.splits import parse_until
 from vista.model.vista_model import VistaModel
-from vista.refresh import refresh, refresh_incremental
+from vista.refresh import merge, refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store import StoreReader, server_connection
 from vista.store.admin import copy_generation, verify_store
@@ -177,6 +177,19 @@ def all_values(store: str | Path) -> Iterator[dict[bytes, bytes]]:
     with managed.open(managed.current(), None) as held:
         for batches in (held.batches(), held.state_batches()):
             yield dict(pair for batch in batches for pair in zip(*batch, strict=True))
+
+
+def test_parts_on_a_server_are_merged_into_a_folder(server, tmp_path):
+    """Without the users who were erased from them, who stay erased."""
+    model, log = growing.model(), growing.append(tmp_path / "log", growing.events(dict.fromkeys(range(300), 2)))
+    refresh(model, log, server.url(), options=RefreshOptions(codec=Codec.float32, state=StateDtype.float32))
+    growing.full(model, log, tmp_path / "full")
+    gone = list(range(0, 300, 2))
+    for store in (server.url(), tmp_path / "full"):
+        assert erase(store, [*gone, 900]) == len(gone)
+    merge(model, [(server.url(), log)], tmp_path / "merged")
+    growing.assert_same(tmp_path / "merged", tmp_path / "full", 2e-5)
+    assert all(open_backend(tmp_path / "merged").erased_users.erased(user_keys([*gone, 900])))
 
 
 def test_states_that_cannot_be_kept_are_refused(served, server, tmp_path):
