@@ -1,6 +1,10 @@
-"""Typed errors. Each message says what is wrong, where, and what to do about it."""
+"""Typed errors. Each message says what is wrong, where, and what to do about it, and holds no password; nor do logs."""
 
 from __future__ import annotations
+
+import logging
+import re
+from typing import Any
 
 MAX_MESSAGE = 4_000
 """Longest message of an error, in characters: a value of a million characters in it must not fill a log."""
@@ -18,17 +22,87 @@ def shown(value: object, limit: int = 80) -> str:
     return shortened(repr(value), limit)
 
 
+_STORE = re.compile(r"(rediss?:/+[^/:]*):(?!\S*:\s).*(?=@)", re.IGNORECASE | re.DOTALL)
+"""In a text that is the URL of a store, and not an error that begins with one: what comes before the password, and the
+password, which may have spaces."""
+_USER = re.compile(r"(?<=[a-z0-9]):/+[^/:@\[\s]*:(?!\s)", re.IGNORECASE)
+"""In a URL, what comes between the scheme and a password or a port."""
+_PORT = re.compile(r"[0-9]{1,5}(?![^\s/?#:,;.)\]'\"])")
+_END = re.compile(r"\s|\Z")
+_END_OF_HOST = re.compile(r"[/?#\s]|\Z")
+_QUERIED = re.compile(r"([?&][a-z_]{0,20}(?:password|passwd|pwd)=)[^&#\s]*", re.IGNORECASE)
+
+
+def without_password(text: str) -> str:
+    """A URL, or a text that holds some, without the passwords in them: for all that is shown, logged, or written.
+
+    Passwords may have characters that a URL must encode, such as a slash or a space. If in doubt, too much is left out.
+    The time is linear in the length, also for hostile texts.
+    """
+    text = match[1] + text[match.end() :] if (match := _STORE.match(text)) is not None else text
+    parts, kept, at, end = [], 0, -1, -1
+    user = _USER.search(text)
+    while user is not None:
+        begin = user.end()
+        at = at if at >= begin else text.find("@", begin)
+        if at < 0:
+            break
+        end = end if end >= begin else next(_END.finditer(text, begin)).start()
+        is_store = text[max(0, user.start() - 6) : user.start()].lower().endswith(("redis", "rediss"))
+        past = begin
+        if is_store and at < end:
+            past = text.rfind("@", begin, end)
+        elif at < (end_of_host := next(_END_OF_HOST.finditer(text, begin)).start()):
+            past = text.rfind("@", begin, end_of_host)
+        elif _PORT.match(text, begin) is None:
+            past = text.rfind("@", at, next(_END.finditer(text, at)).start())
+        if past > begin:
+            parts.append(text[kept : begin - 1])
+            kept = past
+        user = _USER.search(text, max(begin - 1, kept))
+    return _QUERIED.sub(r"\1", "".join(parts) + text[kept:])
+
+
+class LogFormatter(logging.Formatter):
+    """Lines of a log, and tracebacks, without the passwords of URLs in them: for every log that vista writes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as text."""
+        return _lines_without_password(super().format(record))
+
+    def formatException(self, ei: Any) -> str:
+        """A traceback as text.
+
+        Args:
+            ei: as of `sys.exc_info`.
+        """
+        return _lines_without_password(super().formatException(ei))
+
+
+def _lines_without_password(text: str) -> str:
+    # One by one: an @ in a line of code is not the end of a password in another line.
+    return "\n".join(map(without_password, text.split("\n")))
+
+
+def log_to_stderr(level: int) -> None:
+    """Write the messages of this process to stderr, from a level on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter("%(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
 class VistaError(Exception):
     """Base of all errors that vista raises on purpose.
 
-    The command line prints one as a single line. Its text has at most about `MAX_MESSAGE` characters.
+    The command line prints one as a single line. Its text has at most about `MAX_MESSAGE` characters, and no passwords
+    of URLs.
 
     Remedy: read the message. It says what is wrong, where, and what to do. Catch this class to handle all of
     vista's own errors.
     """
 
     def __str__(self) -> str:
-        return shortened(Exception.__str__(self), MAX_MESSAGE)
+        return shortened(without_password(Exception.__str__(self)), MAX_MESSAGE)
 
 
 class ConfigError(VistaError, ValueError):

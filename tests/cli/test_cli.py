@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import run_python
 from vista import config
 from vista.cli.command_table import COMMANDS
 from vista.cli.main import main
@@ -459,3 +461,59 @@ def test_config_files_of_all_kinds(tmp_path: Path) -> None:
     file.write_text("store=s")
     with pytest.raises(ConfigError, match="key"):
         compose_config(config.StoreGetConfig, config_file=file)
+
+
+IN_A_COMMAND = """
+    from vista.cli import command_table
+    object.__setattr__(command_table.COMMANDS["plan"], "run", lambda _: fail())
+    main(["plan"])
+"""
+IN_THE_PAGE = """
+    from vista.explore import explore_server, page_body
+
+    def draw(config):
+        try:
+            fail()
+        except ValueError:
+            page_body.logger.exception("the tab of %s could not be drawn", URL)
+
+    explore_server.run_page = draw
+    main(["explore"])
+"""
+IN_THE_SERVICE = """
+    from vista.config import ServeConfig
+    from vista.serve import worker, worker_pool
+    from vista.serve.http_protocol import answer_of
+
+    def run_worker(*arguments, **options):
+        try:
+            fail()
+        except ValueError as error:
+            assert "hunter2" not in answer_of(error, ()).message
+        raise StoreError(f"{URL} cannot be read")
+
+    worker_pool._stop_with_parent = lambda: None
+    worker.run_worker = run_worker
+    worker_pool._work(ServeConfig(), None, "127.0.0.1", 0, None, False)
+"""
+
+
+@pytest.mark.parametrize("process", [IN_A_COMMAND, IN_THE_PAGE, IN_THE_SERVICE])
+def test_tracebacks_hold_no_passwords(process: str) -> None:
+    """Neither their errors, such as those of other packages, nor the lines of the log around them."""
+    common = """
+    from vista.cli.main import main
+    from vista.errors import StoreError
+
+    URL = "redis://me:hunter2@host/mine"
+
+    def fail():
+        try:
+            raise OSError(f"no answer from {URL}")
+        except OSError as error:
+            raise ValueError(f"{URL} does not answer, write to you@there") from error
+    """
+    done = run_python(textwrap.dedent(common) + textwrap.dedent(process))
+    assert "OSError: no answer from redis://me@host/mine" in done.stderr, done.stderr
+    assert "ValueError: redis://me@host/mine does not answer" in done.stderr
+    assert "Traceback" in done.stderr and "in fail" in done.stderr and "hunter2" not in done.stderr

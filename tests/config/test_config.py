@@ -35,12 +35,11 @@ from vista.config.checks import (
     TablePrecision,
     from_dict,
     to_dict,
-    without_password,
 )
 from vista.config.composition import ConfigKeys, compose_config, to_yaml, value_text
 from vista.config.model_config import CONFIGS, model_config_of
 from vista.counters.counters import CounterSpec
-from vista.errors import ConfigError
+from vista.errors import ConfigError, VistaError, without_password
 
 
 def test_words_are_choices() -> None:
@@ -289,6 +288,7 @@ def test_yaml_holds_no_passwords(store: str, written: str) -> None:
 )
 def test_messages_hold_no_passwords(text: str, shown: str) -> None:
     assert without_password(text) == shown
+    assert str(VistaError(text)) == shown
 
 
 @pytest.mark.parametrize("unit", ["a.", "redis:/", "a:/a:1/", "a:/:@", "a:///:1@/", "redis://u:1/@ ", "&pwd", "@", "/"])

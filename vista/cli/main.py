@@ -13,11 +13,11 @@ import os
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from types import TracebackType
 from typing import Any, NoReturn
 
 from vista.cli.command_table import COMMANDS
-from vista.config.checks import without_password
-from vista.errors import ConfigError, VistaError, shortened
+from vista.errors import ConfigError, LogFormatter, VistaError, log_to_stderr, shortened, without_password
 from vista.installation import __version__, install_command
 
 CORE_MODULES = ("hydra", "lmdb", "numpy", "omegaconf", "packaging", "safetensors", "torch", "tqdm", "xxhash", "yaml")
@@ -63,7 +63,7 @@ def _run_command(name: str, words: Sequence[str]) -> None:
         print(to_yaml(settings), end="")
         return
     # Of a torchrun job, only the first process reports.
-    logging.basicConfig(level=logging.ERROR if _rank() else logging.INFO, format="%(message)s")
+    log_to_stderr(logging.ERROR if _rank() else logging.INFO)
     with progress_shown(not _rank() and not arguments.quiet):
         report = command.run(settings)
     if report is not None and not _rank():
@@ -114,8 +114,12 @@ def _dispatch(words: Sequence[str]) -> int:
 def _fail(message: str, code: int) -> int:
     rank = _rank()
     name = "" if rank is None else f"rank {rank}: "
-    print(name + without_password(" ".join(line.strip() for line in message.splitlines())), file=sys.stderr)
+    print(name + " ".join(line.strip() for line in message.splitlines()), file=sys.stderr)
     return code
+
+
+def _show_unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(LogFormatter().formatException((kind, error, trace)), file=sys.stderr)
 
 
 def _rank() -> int | None:
@@ -130,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: words after `vista`; None uses those of the process.
     """
+    sys.excepthook = _show_unexpected
     words = sys.argv[1:] if argv is None else list(argv)
     try:
         code = _dispatch(words)
@@ -153,7 +158,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # such as a name that is too long for the file system
         if error.filename is None:
             raise
-        return _fail(f"error: {shortened(str(error.filename), 200)}: {error.strerror}; check the path and the disk", 1)
+        name = shortened(without_password(str(error.filename)), 200)
+        return _fail(f"error: {name}: {error.strerror}; check the path and the disk", 1)
 
 
 if __name__ == "__main__":

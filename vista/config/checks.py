@@ -512,47 +512,6 @@ class RunOrder(Enum):
     """The smallest model first."""
 
 
-_STORE = re.compile(r"(rediss?:/+[^/:]*):(?!\S*:\s).*(?=@)", re.IGNORECASE | re.DOTALL)
-"""In a text that is the URL of a store, and not an error that begins with one: what comes before the password, and the
-password, which may have spaces."""
-_USER = re.compile(r"(?<=[a-z0-9]):/+[^/:@\[\s]*:(?!\s)", re.IGNORECASE)
-"""In a URL, what comes between the scheme and a password or a port."""
-_PORT = re.compile(r"[0-9]{1,5}(?![^\s/?#:,;.)\]'\"])")
-_END = re.compile(r"\s|\Z")
-_END_OF_HOST = re.compile(r"[/?#\s]|\Z")
-_QUERIED = re.compile(r"([?&][a-z_]{0,20}(?:password|passwd|pwd)=)[^&#\s]*", re.IGNORECASE)
-
-
-def without_password(text: str) -> str:
-    """A URL, or a text that holds some, without the passwords in them: for all that is shown, logged, or written.
-
-    Passwords may have characters that a URL must encode, such as a slash or a space. If in doubt, too much is left out.
-    The time is linear in the length, also for hostile texts.
-    """
-    text = match[1] + text[match.end() :] if (match := _STORE.match(text)) is not None else text
-    parts, kept, at, end = [], 0, -1, -1
-    user = _USER.search(text)
-    while user is not None:
-        begin = user.end()
-        at = at if at >= begin else text.find("@", begin)
-        if at < 0:
-            break
-        end = end if end >= begin else next(_END.finditer(text, begin)).start()
-        is_store = text[max(0, user.start() - 6) : user.start()].lower().endswith(("redis", "rediss"))
-        past = begin
-        if is_store and at < end:
-            past = text.rfind("@", begin, end)
-        elif at < (end_of_host := next(_END_OF_HOST.finditer(text, begin)).start()):
-            past = text.rfind("@", begin, end_of_host)
-        elif _PORT.match(text, begin) is None:
-            past = text.rfind("@", at, next(_END.finditer(text, at)).start())
-        if past > begin:
-            parts.append(text[kept : begin - 1])
-            kept = past
-        user = _USER.search(text, max(begin - 1, kept))
-    return _QUERIED.sub(r"\1", "".join(parts) + text[kept:])
-
-
 # Keys that several commands share. The classes have no slots, so that one with slots can inherit from several of them.
 # The order of the bases is from the last keys of the command to the first.
 

@@ -34,10 +34,10 @@ from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vista.config.checks import MAX_LEVELS, Architecture, check_size, to_dict, without_none, without_password
+from vista.config.checks import MAX_LEVELS, Architecture, check_size, to_dict, without_none
 from vista.config.model_config import CONFIGS, RankingConfig, readers_of
 from vista.config.train_config import TrainConfig
-from vista.errors import ConfigError, shown
+from vista.errors import ConfigError, shown, without_password
 from vista.files import read_limited
 from vista.installation import install_command
 

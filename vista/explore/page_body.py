@@ -9,8 +9,7 @@ import numpy as np
 import streamlit as st
 
 from vista.config import ExploreConfig
-from vista.config.checks import without_password
-from vista.errors import VistaError
+from vista.errors import VistaError, without_password
 from vista.explore.page_cache import SCORERS, user_search, workspace_of
 from vista.explore.tabs import (
     show_comparison,

@@ -11,9 +11,8 @@ import pandas as pd
 import streamlit as st
 
 from vista.config import ExploreConfig
-from vista.config.checks import without_password
 from vista.config.composition import value_text
-from vista.errors import DataError, VistaError
+from vista.errors import DataError, VistaError, without_password
 from vista.evaluation.recall import bands
 from vista.explore.charts import (
     benefit_chart,

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config import ExploreConfig
-from vista.config.checks import Precision, without_password
-from vista.errors import ConfigError, VistaError
+from vista.config.checks import Precision
+from vista.errors import ConfigError, VistaError, without_password
 from vista.log.event_log import EventLog
 from vista.log.features import Column
 from vista.log.segment import find_segments

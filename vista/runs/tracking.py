@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from vista.config.checks import TrackerKind, without_password
+from vista.config.checks import TrackerKind
 from vista.config.train_config import TrackingConfig
-from vista.errors import ConfigError, MissingDependencyError, TrackingError
+from vista.errors import ConfigError, MissingDependencyError, TrackingError, without_password
 from vista.files import NUMBER, check_fields, either, one_of, open_file, read_limited, replace_text, text, whole
 from vista.installation import require_module
 
@@ -462,16 +462,19 @@ class TrackedRun:
         return f"the tracker lacks the metrics after step {max(self._state['step'], self._state['validation'])}"
 
     @property
+    def _server(self) -> str | None:
+        return None if self._tracking.server is None else without_password(self._tracking.server)
+
+    @property
     def _name(self) -> str:
-        server = self._tracking.server
-        return self._tracking.kind.value + (f" ({without_password(server)})" if server is not None else "")
+        return self._tracking.kind.value + (f" ({self._server})" if self._server is not None else "")
 
     def _read_state(self) -> dict[str, Any]:
         """The content of tracking.json, or that of a new run if there is none, or another tracker has the run."""
-        path, server = self._run_dir / STATE_FILE, self._tracking.server
+        path = self._run_dir / STATE_FILE
         place = {
             "tracker": self._tracking.kind.value,
-            "server": None if server is None else without_password(server),
+            "server": self._server,
             "project": self._tracking.project,
         }
         try:

@@ -17,7 +17,6 @@ import msgspec
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from vista.config.checks import without_password
 from vista.errors import (
     BodyTooLargeError,
     DeadlineError,
@@ -97,7 +96,7 @@ def answer_of(error: Exception, stores: Iterable[str]) -> ErrorAnswer:
         case UserKeyError():
             return ErrorAnswer(422, name, message)
         case StoreUnavailableError():
-            logger.error("%s: %s", name, without_password(message))
+            logger.error("%s: %s", name, message)
             return ErrorAnswer(503, name, "the store does not answer; send the request again later", retry_after_s=1)
         case ValueError() | TypeError() if not isinstance(error, VistaError) and _OF_ARGUMENT.match(message):
             return ErrorAnswer(422, name, message)

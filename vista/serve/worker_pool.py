@@ -17,9 +17,8 @@ from pathlib import Path
 from types import FrameType
 
 from vista.config import ServeConfig
-from vista.config.checks import without_password
 from vista.config.serve_config import ModelsFile
-from vista.errors import CheckpointError, ConfigError, VistaError, WorkerDiedError
+from vista.errors import CheckpointError, ConfigError, VistaError, WorkerDiedError, log_to_stderr
 from vista.machine import bound_socket, is_loopback
 from vista.serve.shared import FOLDER_VARIABLE, read_tokens, shared_numbers
 
@@ -172,7 +171,7 @@ def _work(
 ) -> None:
     """The main function of a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent then sends SIGTERM.
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_stderr(logging.INFO)
     threading.Thread(target=_stop_with_parent, name="vista-parent", daemon=True).start()
     from vista.serve.worker import run_worker
 
@@ -180,7 +179,7 @@ def _work(
         with bound_socket(host, port, shared=True) as listening:
             run_worker(config, file, listening, lambda: started.send_bytes(b"listening"), others_serve=others_serve)
     except VistaError as error:
-        logger.error("error: %s", without_password(" ".join(str(error).split())))
+        logger.error("error: %s", " ".join(str(error).split()))
         sys.exit(1)
 
 

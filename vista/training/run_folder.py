@@ -18,9 +18,9 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from vista.config import ModelConfig, TrainConfig
-from vista.config.checks import Architecture, InitFreeze, Split, without_password
+from vista.config.checks import Architecture, InitFreeze, Split
 from vista.config.composition import flat_settings
-from vista.errors import ConfigError
+from vista.errors import ConfigError, LogFormatter, without_password
 from vista.files import recover_folder, remove_leftovers, replace_text, writable_folder
 from vista.installation import __version__, source_commit
 from vista.log.event_log import EventLog
@@ -63,7 +63,7 @@ def log_file(path: Path) -> Iterator[None]:
             f"run_dir={path.parent}: another process is training here; wait for it, or choose another run_dir"
         )
     handler = logging.StreamHandler(file)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("vista")
     level = root.level
     root.addHandler(handler)
