@@ -266,6 +266,18 @@ def locked_log(path: Path) -> Iterator[None]:
         yield
 
 
+def sync_name(target: Path) -> None:
+    """Sync the name of a log that exists: a writer that was killed may have renamed it without this.
+
+    Raises:
+        LogWriteError: the folder that holds it cannot be synced.
+    """
+    try:
+        sync(target.parent)
+    except OSError as error:
+        raise LogWriteError(f"{target}: its name cannot be synced ({error}); check the disk and permissions") from error
+
+
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the `with` block ends, or is removed if the block fails.

@@ -31,7 +31,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from vista.errors import StoreBusyError, StoreError, StoreLockedError, StoreWriteError
-from vista.files import open_file, read_limited, remove_leftovers, replace_file
+from vista.files import open_file, read_limited, remove_leftovers, replace_file, sync
 from vista.store.layout import (
     ERASURE_LOCK,
     PRIVATE,
@@ -361,6 +361,7 @@ def lock_store(root: Path, permissions: Permissions | None = None) -> WriterLock
     except OSError as error:
         raise cannot_write(root, error) from error
     try:
+        sync(root)  # A writer that was killed may have replaced CURRENT without this.
         if permissions is not None:
             set_store_permissions(root, permissions)
     except OSError as error:

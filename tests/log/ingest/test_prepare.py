@@ -193,11 +193,13 @@ def test_a_source_counts_once(tmp_path: Path) -> None:
     assert fingerprint(tmp_path / "log") == before
 
 
-def test_out_must_be_new_or_a_log(tmp_path: Path) -> None:
-    file = write_csv(tmp_path / "a.csv", [(1, 1, 1)])
+def test_out_must_be_new_or_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, synced = write_csv(tmp_path / "a.csv", [(1, 1, 1)]), list[Path]()
     run(tmp_path / "log", [file])
+    monkeypatch.setattr("vista.log.segment_writer.sync", synced.append)
     with pytest.raises(DataError, match=r"log: already exists; add these sources to it with append=true"):
         run(tmp_path / "log", [write_csv(tmp_path / "b.csv", [(1, 1, 2)])])
+    assert synced == [tmp_path]  # A run that was killed may have renamed the log without a sync.
     with pytest.raises(DataError, match="no such log; leave append out"):
         run(tmp_path / "absent", [file], append=True)
     (tmp_path / "empty").mkdir()

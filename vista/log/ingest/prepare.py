@@ -73,7 +73,14 @@ from vista.log.segment_files import (
     offset_entries,
     stream_offsets,
 )
-from vista.log.segment_writer import SegmentWriter, TableWriter, locked_log, staged_folder, write_without_events
+from vista.log.segment_writer import (
+    SegmentWriter,
+    TableWriter,
+    locked_log,
+    staged_folder,
+    sync_name,
+    write_without_events,
+)
 from vista.log.vocabulary import Vocabulary
 from vista.progress_bar import progress_bar, ticking
 
@@ -274,11 +281,12 @@ class _Ingest:
     """Oldest and newest time of the events; (None, None) in a log without times."""
 
     def __post_init__(self) -> None:
-        """Refuse to append to nothing, and to overwrite anything."""
+        """Refuse to append to nothing, and to overwrite anything; what exists already is then durable."""
         target = self.target
         if self.append and not target.exists():
             raise DataError(f"{target}: no such log; leave append out to make one")
         if not self.append and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+            sync_name(target)
             raise DataError(
                 f"{target}: already exists; add these sources to it with append=true, choose another folder, or remove "
                 "this one first"
