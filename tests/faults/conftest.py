@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tests.conftest import small_frame
 from tests.faults.nursery import Nursery
 from tests.faults.operations import COLUMNS, save_model
 from tests.faults.preload import compiled
+from tests.store.remote.valkey_server import ValkeyServer
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
@@ -44,6 +46,17 @@ def traced(library: str, nursery: Nursery) -> Nursery:
     if not library:
         pytest.skip("no C compiler (cc): system calls cannot be intercepted")
     return nursery
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[ValkeyServer]:
+    """A server that appends to its log at once, so that a kill loses nothing. Tests empty it first."""
+    require_linux()
+    pytest.importorskip("redis", reason="the extra `redis` is not installed")
+    with tempfile.TemporaryDirectory(prefix="valkey-") as folder:
+        started = ValkeyServer(Path(folder), "--appendonly", "yes", "--appendfsync", "always")
+        yield started
+        started.kill()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -21,10 +21,12 @@ from tests.faults import preload
 from tests.faults.harness import LOSES_NOTHING, Trial, compare_events, promise
 from tests.faults.nursery import Nursery, Say, tell_around
 from tests.faults.operations import COLUMNS, save_model
-from tests.refresh.mock_kafka import MockKafka
+from tests.faults.test_killed_servers import STORE, CountedRequests, release_lock, restore
+from tests.refresh.kafka_clusters import MockKafka
+from tests.store.remote.valkey_server import ValkeyServer
 from vista.cli.serving_commands import run_watch
 from vista.config import SourceConfig, WatchConfig
-from vista.config.checks import Codec, OnBadRows
+from vista.config.checks import Codec, OnBadRows, StateDtype
 from vista.config.log_config import StreamConfig
 from vista.log.event_log import EventLog
 from vista.log.segment_files import DEAD_LETTERS_FILE
@@ -32,13 +34,16 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
 from vista.store import StoreReader
 from vista.store.folder_generation import SharedEnvironment
+from vista.store.server_generation import ServerWriter
+
+FLOAT32 = RefreshOptions(codec=Codec.float32, state=StateDtype.float32)
 
 
 def first_generation(folder: Path, *, counters: bool) -> VistaModel:
     """Make log/, model/, and store/; returns the model."""
     log = EventLog.from_frame(small_frame(), folder / "log", **COLUMNS)
     model = save_model(log, folder / "model", counters=counters)
-    refresh(model, log, folder / "store", options=RefreshOptions(codec=Codec.float32), created_at=1)
+    refresh(model, log, folder / "store", options=FLOAT32, created_at=1)
     return model
 
 
@@ -53,7 +58,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
         later = {name: values[own] for name, values in frame.items()}
         later["timestamp"] = later["timestamp"] + turn * 40 * DAY + 7
         log = EventLog.from_frame(later, folder / "log", append=True, **COLUMNS)
-    refresh(model, log, folder / "whole", options=RefreshOptions(codec=Codec.float32), created_at=1)
+    refresh(model, log, folder / "whole", options=FLOAT32, created_at=1)
     return folder
 
 
@@ -137,20 +142,21 @@ def before_messages(traced: Nursery, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def watch(say: Say, folder: str, source: str, kill: tuple[str, int, int] = ("", 0, 0)) -> None:
+def watch(say: Say, folder: str, source: str, store: str, kill: tuple[str, int, int] = ("", 0, 0)) -> None:
     """Read and apply all messages of the topic; says each step.
 
     Args:
         kill: a step, its turn, and the number of the system call that changes the folder after this turn, at which this
             process is killed; 0 kills it in the step. Steps are "read", "appended", "begin", and "done": a batch is
-            read, its segment is published, and a transaction of the store begins and ends.
+            read, its segment is published, and a transaction of the store begins and ends. If the store is on a server,
+            the latter are a batch of records, and what is counted after all steps but "read" are requests.
     """
-    report_steps(say, folder, *kill)
+    report_steps(say, folder, "://" in store, *kill)
     run_watch(
         WatchConfig(
             data=f"{folder}/log",
             model=f"{folder}/model",
-            store=f"{folder}/store",
+            store=store,
             source=source,
             stream=StreamConfig(max_messages=6),
             events=SourceConfig(timestamp="timestamp", time_unit="ms", action="action", rating="rating"),
@@ -162,7 +168,7 @@ def watch(say: Say, folder: str, source: str, kill: tuple[str, int, int] = ("", 
     )
 
 
-def report_steps(say: Say, folder: str, at_step: str, turn: int, at_call: int) -> None:
+def report_steps(say: Say, folder: str, on_server: bool, at_step: str, turn: int, at_call: int) -> None:
     """Have the steps of a watch say when they happen, and be killed as `watch` describes."""
     from vista.log.ingest.kafka_reader import KafkaReader
 
@@ -175,14 +181,20 @@ def report_steps(say: Say, folder: str, at_step: str, turn: int, at_call: int) -
         if step == at_step and turn == 0:
             if at_call == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            preload.die_at(at_call)
+            if on_server and step != "read":
+                CountedRequests(at_call, share=0.5)
+            else:
+                preload.die_at(at_call)
 
     tell_around(KafkaReader, "read", tell, after="read")
     tell_around(KafkaReader, "commit", tell, "appended")
-    tell_around(SharedEnvironment, "write", tell, "begin", "done")
+    if on_server:
+        tell_around(ServerWriter, "put", tell, "begin", "done")
+    else:
+        tell_around(SharedEnvironment, "write", tell, "begin", "done")
 
 
-def held(folder: Path) -> tuple[Counter[tuple[int, int, int]], list[tuple[int, int]]]:
+def held(folder: Path, store: str) -> tuple[Counter[tuple[int, int, int]], list[tuple[int, int]]]:
     """(events of the log, as user, item, and time; dead letters, as partition and offset), after a comparison of the
     store with a full refresh."""
     log = EventLog.open(folder / "log")
@@ -192,8 +204,8 @@ def held(folder: Path) -> tuple[Counter[tuple[int, int, int]], list[tuple[int, i
     files = sorted((folder / "log").glob(f"*/{DEAD_LETTERS_FILE}"))
     letters = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     model = VistaModel.from_pretrained(folder / "model")
-    refresh(model, log, folder / "whole", options=RefreshOptions(codec=Codec.float32), created_at=1)
-    assert equal_stores(print, str(folder / "store"), str(folder / "whole")) == log.last_segment
+    refresh(model, log, folder / "whole", options=FLOAT32, created_at=1)
+    assert equal_stores(print, store, str(folder / "whole")) == log.last_segment
     return events, [(letter["partition"], letter["offset"]) for letter in letters]
 
 
@@ -206,8 +218,34 @@ def held(folder: Path) -> tuple[Counter[tuple[int, int, int]], list[tuple[int, i
 )
 def test_killed_stream(trial: Trial, traced: Nursery, kafka: MockKafka, before_messages: Path) -> None:
     folder = trial.folder.resolve() / "watched"
-    topic = f"events-{trial.promise.full}-{trial.number}-{time.monotonic_ns()}"
     shutil.copytree(before_messages, folder)
+    watch_with_kills(trial, traced, kafka, folder, str(folder / "store"), lambda: None)
+
+
+@promise(
+    LOSES_NOTHING,
+    fault="beyond one machine, kill -9 of `watch source=kafka://` into a Valkey server, by step and request; "
+    "messages arrive in between",
+    full=18,
+    each=STREAM_KILLS,
+    shares={"while a segment is written": 0.1, "while the store is updated": 0.1},
+)
+def test_killed_stream_into_server(
+    trial: Trial, traced: Nursery, kafka: MockKafka, before_messages: Path, valkey: ValkeyServer
+) -> None:
+    folder = trial.folder.resolve() / "watched"
+    shutil.copytree(before_messages, folder, ignore=shutil.ignore_patterns("store"))
+    restore(valkey, {})
+    model, log = VistaModel.from_pretrained(folder / "model"), EventLog.open(folder / "log")
+    refresh(model, log, valkey.url(STORE), options=FLOAT32, created_at=1)
+    watch_with_kills(trial, traced, kafka, folder, valkey.url(STORE), lambda: release_lock(valkey))
+
+
+def watch_with_kills(
+    trial: Trial, nursery: Nursery, kafka: MockKafka, folder: Path, store: str, after_kill: Callable[[], None]
+) -> None:
+    """Send messages and kill the watch that reads them, and then let it read to the end."""
+    topic = f"events-{trial.promise.name}-{trial.number}-{time.monotonic_ns()}"
     source = kafka.create(topic, PARTITIONS)
     sent = Counter(zip(*(small_frame()[name].tolist() for name in ("user", "item", "timestamp")), strict=True))
     places: list[tuple[int, int]] = []
@@ -230,10 +268,11 @@ def test_killed_stream(trial: Trial, traced: Nursery, kafka: MockKafka, before_m
     while num_kills < STREAM_KILLS:
         send(trial.random.randrange(4, 14))
         step, turn = trial.random.choice(["read", "appended", "begin", "done"]), trial.random.randrange(1, 3)
-        child = traced.start(watch, folder, source, [step, turn, trial.random.choice([0, *range(1, 25)])]).end()
+        child = nursery.start(watch, folder, source, store, [step, turn, trial.random.choice([0, *range(1, 25)])]).end()
         assert child.exit_code in (0, -9), child.raised
         if child.exit_code:
             num_kills += 1
+            after_kill()
             trial.count(
                 {
                     "read": "while a segment is written",
@@ -242,7 +281,7 @@ def test_killed_stream(trial: Trial, traced: Nursery, kafka: MockKafka, before_m
                     "done": "after an update of the store",
                 }[child.messages[-1]]
             )
-    traced.call(watch, folder, source)
-    events, letters = held(folder)
+    nursery.call(watch, folder, source, store)
+    events, letters = held(folder, store)
     compare_events(trial, events, sent)
     compare_events(trial, Counter(letters), Counter(places))

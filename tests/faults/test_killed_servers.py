@@ -6,9 +6,7 @@ import os
 import shutil
 import signal
 import socket
-import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ import numpy as np
 import pytest
 
 from tests.faults import preload
-from tests.faults.conftest import require_linux
 from tests.faults.harness import LOSES_NOTHING, LOST, Trial, compare, promise
 from tests.faults.nursery import Child, Nursery, Say
 from tests.faults.oracle import Contents, folder_contents
@@ -52,17 +49,6 @@ class Growth:
     requests: dict[str, int]
     dump: dict[bytes, bytes]
     """The server after the first refresh, for `restore`."""
-
-
-@pytest.fixture(scope="module")
-def valkey() -> Iterator[ValkeyServer]:
-    """A server that appends to its log at once, so that a kill loses nothing. Tests empty it first."""
-    require_linux()
-    pytest.importorskip("redis", reason="the extra `redis` is not installed")
-    with tempfile.TemporaryDirectory(prefix="valkey-") as folder:
-        started = ValkeyServer(Path(folder), "--appendonly", "yes", "--appendfsync", "always")
-        yield started
-        started.kill()
 
 
 @pytest.fixture(scope="module")

@@ -23,14 +23,12 @@ NUM_ITEMS = 50
 HEADS = 2
 
 
+@pytest.mark.rectools
 @pytest.mark.parametrize("name", ["SASRec", "HSTU"])
 @torch.inference_mode()
-def test_states_are_those_of_rectools(name: str, tmp_path: Path) -> None:
-    environment = os.environ.get("VISTA_RECTOOLS_VENV")
-    if not environment:
-        pytest.skip("VISTA_RECTOOLS_VENV names no virtual environment with RecTools")
+def test_states_are_those_of_rectools(rectools: Path, name: str, tmp_path: Path) -> None:
     script = Path(__file__).with_name("rectools_states.py")
-    command = [Path(environment, "bin", "python").absolute(), script, name, tmp_path / "states.npz"]
+    command = [rectools / "bin" / "python", script, name, tmp_path / "states.npz"]
     settings = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(command, env=settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ import torch
 
 from tests.counters.counter_histories import category
 from tests.faults.nursery import Nursery
-from tests.refresh.mock_kafka import MockKafka
+from tests.refresh.kafka_clusters import Kafka, MockKafka, Tansu
 from tests.refresh.streams import TOPIC, watch_of
 from vista.config import DataConfig, ModelConfig, SourceColumns, WatchConfig
 from vista.config.checks import Codec
@@ -178,16 +178,16 @@ def nursery() -> Iterator[Nursery]:
         yield started
 
 
-@pytest.fixture
-def kafka() -> Iterator[MockKafka]:
-    """A Kafka cluster."""
+@pytest.fixture(params=[MockKafka, pytest.param(Tansu, marks=pytest.mark.nightly)])
+def kafka(request: pytest.FixtureRequest) -> Iterator[Kafka]:
+    """Each Kafka cluster in turn."""
     if find_spec("confluent_kafka") is None and not os.environ.get("CI"):
         pytest.skip("the extra `kafka` is not installed")
-    with MockKafka() as started:
+    with request.param() as started:
         yield started
 
 
 @pytest.fixture
-def streamed(tmp_path: Path, grow: SimpleNamespace, kafka: MockKafka) -> WatchConfig:
+def streamed(tmp_path: Path, grow: SimpleNamespace, kafka: Kafka) -> WatchConfig:
     """A watch of a topic with two partitions, with features of events."""
     return watch_of(tmp_path, kafka.create(TOPIC), grow)

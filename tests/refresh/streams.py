@@ -1,4 +1,4 @@
-"""A watch of a topic of the mock cluster, and what its log and store must hold."""
+"""A watch of a topic, and what its log and store must hold."""
 
 from __future__ import annotations
 

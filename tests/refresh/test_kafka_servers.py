@@ -16,12 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.refresh.streams import TOPIC, look
+from tests.refresh.kafka_clusters import MockKafka
+from tests.refresh.streams import TOPIC
 from vista.cli.serving_commands import run_watch
 from vista.config.log_config import StreamConfig
 from vista.errors import ConfigError, StreamError, StreamOffsetError
 from vista.refresh.watch import Watch
 
+pytestmark = pytest.mark.parametrize("kafka", [MockKafka], indirect=True)  # whose address these tests replace
 _API_VERSIONS, _HANDSHAKE, _AUTHENTICATE = 18, 17, 36
 _SUPPORTED = ((0, 0, 7), (1, 0, 11), (3, 0, 8), (_HANDSHAKE, 1, 1), (_API_VERSIONS, 0, 0), (_AUTHENTICATE, 0, 0))
 """(key, least version, newest version) of each request."""
@@ -142,12 +144,6 @@ def test_tls(tmp_path, streamed, case, reason):
         with pytest.raises(StreamError, match=reason) as failure:
             run_watch(streamed)
     assert PASSWORD not in str(failure.value)
-
-
-def test_a_topic_that_does_not_exist(kafka, streamed):
-    streamed.source = f"kafka://{kafka.servers}/nowhere"
-    with pytest.raises(StreamError, match="topic nowhere: Broker: Unknown topic or partition; create the topic"):
-        look(streamed)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import re
 from functools import partial
 from pathlib import Path
@@ -348,13 +347,12 @@ def test_training_is_compared_with_the_baseline(tmp_path: Path) -> None:
     assert "--max-batches 0" in calls[-1]
 
 
-def test_training_against_the_real_baseline(tmp_path: Path) -> None:
-    environment = os.environ.get("VISTA_RECTOOLS_VENV")
-    if not environment:
-        pytest.skip("VISTA_RECTOOLS_VENV names no virtual environment with RecTools")
+@pytest.mark.rectools
+@pytest.mark.timeout(900)
+def test_training_against_the_real_baseline(rectools: Path, tmp_path: Path) -> None:
     data = write_histories(tmp_path / "events.npz", [40] * 150)
     out = tmp_path / "out.jsonl"
-    done = run_benchmark("training", out, "--data", str(data), "--rectools-venv", environment)
+    done = run_benchmark("training", out, "--data", str(data), "--rectools-venv", str(rectools))
     assert done.returncode == 0, done.stderr
     assert [row["baseline"] > 0 for row in read_cases(out)] == [True, True]
 

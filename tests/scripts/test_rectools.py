@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -90,22 +89,14 @@ def test_ranks_in_lists_are_ranks_of_scores() -> None:
     assert (expected < 12).any() and (expected[:5] == 12).any()
 
 
-@pytest.fixture
-def environment() -> Path:
-    """RecTools' virtual environment; the test is skipped without it."""
-    folder = os.environ.get("VISTA_RECTOOLS_VENV")
-    if not folder:
-        pytest.skip("VISTA_RECTOOLS_VENV names no virtual environment with RecTools")
-    return Path(folder)
-
-
+@pytest.mark.rectools
 @pytest.mark.parametrize(("model", "times"), [("SASRec", False), ("HSTU", False), ("HSTU", True)])
-def test_lists_of_the_real_baseline(environment: Path, tmp_path: Path, model: str, times: bool) -> None:
+def test_lists_of_the_real_baseline(rectools: Path, tmp_path: Path, model: str, times: bool) -> None:
     log = make_log(tmp_path / "log", times=times)
     cases = crosscheck.write_split(log, tmp_path / "baseline.npz", times=times)
     words = words_of({"model": model, "session_max_len": 20, "n_factors": 16, "recommend": tmp_path / "lists.npz"})
     words += ["--relative-time"] if times else ["--mask-padding"]
-    report = call_rectools(environment / "bin" / "python", tmp_path / "baseline.npz", [*words, "--top-k", "40"])
+    report = call_rectools(rectools / "bin" / "python", tmp_path / "baseline.npz", [*words, "--top-k", "40"])
     with np.load(tmp_path / "lists.npz", allow_pickle=False) as arrays:
         for part, each in cases.items():
             lists, ranks = arrays[part], crosscheck.label_ranks(arrays[part], each.item)
@@ -117,11 +108,12 @@ def test_lists_of_the_real_baseline(environment: Path, tmp_path: Path, model: st
             assert report["metrics"][part]["hr@10"] == pytest.approx((ranks < 10).mean())
 
 
+@pytest.mark.rectools
 def test_the_whole_cross_check(
-    environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rectools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = ratings_folder(tmp_path / "ml-1m")
-    words = ["HSTU", "--data", str(data), "--seeds", "1", "2", "--epochs", "1", "--rectools-venv", str(environment)]
+    words = ["HSTU", "--data", str(data), "--seeds", "1", "2", "--epochs", "1", "--rectools-venv", str(rectools)]
     words += ["--results", str(tmp_path / "results"), "--times"]
     assert crosscheck.main(words) == 1
     assert "repeat an item of their user" in capsys.readouterr().err
@@ -138,5 +130,5 @@ def test_the_whole_cross_check(
     assert lines[1]["command"].startswith(
         "python -m scripts.experiments.crosscheck_rectools HSTU --data ml-1m --seeds 1 --times"
     )
-    assert str(tmp_path) not in str(lines) and str(environment) not in str(lines)
+    assert str(tmp_path) not in str(lines) and str(rectools) not in str(lines)
     assert "| hstu, times, RecTools | 2 |" in (tmp_path / "results" / "crosscheck-ml-1m.md").read_text()

@@ -25,6 +25,7 @@ from vista_kernels.triton_backend.tile_access import (
     load_state,
     load_tokens,
     operand,
+    product,
     segment_range,
     store_state,
     store_tokens,
@@ -81,10 +82,10 @@ def accumulate_fwd_kernel(
                 b_w = tl.load(w_ptr + first * stride_wt + i * stride_wt, mask=m_t, other=0.0).to(tl.float32)
                 b_n += b_w
                 b_phi, factor = operand(activate(b_k.to(tl.float32), ACTIVATION) * b_w[:, None], DTYPE)
-                b_z += tl.dot(tl.trans(b_phi), b_v, input_precision=PRECISION) * factor
+                b_z += product(tl.trans(b_phi), b_v, PRECISION) * factor
             else:
                 b_phi = activated(b_k, ACTIVATION, DTYPE)
-                b_z = tl.dot(tl.trans(b_phi), b_v, b_z, input_precision=PRECISION)
+                b_z = product(tl.trans(b_phi), b_v, PRECISION, b_z)
         total = tl.sum(b_n, 0) if HAS_WEIGHT else (end - begin).to(tl.float32)
         if slot >= 0:
             row = slot * num_heads + h
@@ -154,8 +155,8 @@ def accumulate_bwd_kernel(
                     b_state = load_state(state_ptr, c, e, D, E, BLOCK_D, BLOCK_E, E, 1)
                     b_dz, factor = operand(b_state, DTYPE)
                 b_k = load_tokens(k_ptr + first * stride_kt, i, m_t, c, stride_kt, stride_kd, D, BLOCK_D)
-                b_dv += tl.dot(activated(b_k, ACTIVATION, DTYPE), b_dz, input_precision=PRECISION) * factor
-                b_dk = tl.dot(b_v, tl.trans(b_dz), input_precision=PRECISION) * (b_w[:, None] * factor)
+                b_dv += product(activated(b_k, ACTIVATION, DTYPE), b_dz, PRECISION) * factor
+                b_dk = product(b_v, tl.trans(b_dz), PRECISION) * (b_w[:, None] * factor)
                 b_dk *= activation_gradient(b_k.to(tl.float32), ACTIVATION)
                 store_tokens(grad_k_ptr + (first * num_heads + h) * D, b_dk, i, m_t, c, num_heads * D, D, BLOCK_D)
             b_dv *= b_w[:, None]
@@ -166,7 +167,7 @@ def accumulate(tokens: StateTokens, z: Tensor, n: Tensor, *, fresh: bool = True,
     """Add sum_s w_s phi(k_s) v_s^T of each segment to z and sum_s w_s to n, in place; `fresh` takes z as zero."""
     k, v, segments, weight, activation = tokens
     device = accelerator.accelerator_of(k)
-    blocks.check_tokens(device, k=k, v=v)
+    blocks.check_tokens(k=k, v=v)
     num_heads, width, value_width = z.shape[1:]
     work = plan_work(segments, num_heads=num_heads, num_processors=device.num_processors, sizes=sizes)
     chosen = blocks.choose("accumulate_fwd", device, k.dtype, width, value_width, work.mean_length)
@@ -213,7 +214,7 @@ def accumulate_backward(
     """Write dk = phi'(k) * w v dZ^T and dv = w phi(k) dZ of the segments' tokens."""
     k, v, segments, weight, activation = tokens
     device = accelerator.accelerator_of(k)
-    blocks.check_tokens(device, k=k, v=v)
+    blocks.check_tokens(k=k, v=v)
     num_heads, width, value_width = grad_z.shape[1:]
     work = plan_work(segments, num_heads=num_heads, num_processors=device.num_processors, sizes=sizes)
     chosen = blocks.choose("accumulate_bwd", device, k.dtype, value_width, width, work.mean_length)

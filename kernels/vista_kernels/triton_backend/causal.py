@@ -40,6 +40,7 @@ from vista_kernels.triton_backend.tile_access import (
     load_state,
     load_tokens,
     operand,
+    product,
     row_operand,
     segment_range,
     store_state,
@@ -51,12 +52,12 @@ from vista_kernels.triton_backend.work_plan import NO_LIMIT, WorkPlan, plan_work
 @triton.jit
 def read_block(b_a, b_b, b_c, b_state, i, DTYPE: tl.constexpr, PRECISION: tl.constexpr, FROM_BACK: tl.constexpr):
     """Return tril(A B^T) C + A S [BLOCK_T, BLOCK_C] of a block of tokens; triu if FROM_BACK."""
-    b_s = tl.dot(b_a, tl.trans(b_b), input_precision=PRECISION)
+    b_s = product(b_a, tl.trans(b_b), PRECISION)
     is_seen = i[:, None] <= i[None, :] if FROM_BACK else i[:, None] >= i[None, :]
     b_s, row_factor = row_operand(tl.where(is_seen, b_s, 0.0), DTYPE)
-    b_y = tl.dot(b_s, b_c, input_precision=PRECISION) * row_factor
+    b_y = product(b_s, b_c, PRECISION) * row_factor
     b_s, factor = operand(b_state, DTYPE)
-    return b_y + tl.dot(b_a, b_s, input_precision=PRECISION) * factor
+    return b_y + product(b_a, b_s, PRECISION) * factor
 
 
 @triton.jit
@@ -132,7 +133,7 @@ def causal_kernel(
                 b_x = load_tokens(x_ptr + first * stride_xt, i, m_t, c, stride_xt, stride_xc, C, BLOCK_C)
                 b_y *= activation_gradient(b_x.to(tl.float32), ACTIVATION_X)
             store_tokens(out_ptr + (first * num_heads + h) * C, b_y, i, m_t, c, num_heads * C, C, BLOCK_C)
-            b_state = tl.dot(tl.trans(b_b), b_c, b_state, input_precision=PRECISION)
+            b_state = product(tl.trans(b_b), b_c, PRECISION, b_state)
         if STORE_CARRY:
             if slot < 0:
                 store_state(carry, b_state, a, c, A, C, BLOCK_A, BLOCK_C, STRIDE_SA, STRIDE_SC)
@@ -141,7 +142,7 @@ def causal_kernel(
 def causal_attention(tokens: CausalTokens, carry: Tensor, out: Tensor, *, sizes: ItemSizes = ITEM_SIZES) -> None:
     """Write o_t = phi(q_t) Z_t, and turn carry [B, H, D, E] from the state before a sequence into that after it."""
     q, k, v, offsets, activation = tokens
-    blocks.check_tokens(accelerator.accelerator_of(q), q=q, k=k, v=v)
+    blocks.check_tokens(q=q, k=k, v=v)
     work = _plan(q, offsets, sizes)
     entering = _enter_chunks(work, k, v, carry, activation, descending=False, sizes=sizes)
     active = (activation, activation, "identity", "identity")
@@ -162,7 +163,7 @@ def causal_attention_backward(
 ) -> None:
     """Write dq, dk and dv, and turn grad_carry from the gradient of the last states into that of the first."""
     q, k, v, offsets, activation = tokens
-    blocks.check_tokens(accelerator.accelerator_of(q), q=q, k=k, v=v, grad_out=grad_out)
+    blocks.check_tokens(q=q, k=k, v=v, grad_out=grad_out)
     work = _plan(q, offsets, sizes)
     on_device = blocks.to_device(work.arrays, q.device)
     carry = None if initial_z is None else initial_z.clone(memory_format=torch.contiguous_format)

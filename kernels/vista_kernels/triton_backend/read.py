@@ -25,6 +25,8 @@ from vista_kernels.triton_backend.tile_access import (
     load_state,
     load_tokens,
     operand,
+    product,
+    rounded,
     segment_range,
     store_state,
     store_tokens,
@@ -88,7 +90,7 @@ def read_fwd_kernel(
         for first in range(begin, end, BLOCK_T):
             m_t = i < tl.minimum(end - first, BLOCK_T).to(tl.int32)
             b_q = load_tokens(q_ptr + first * stride_qt, i, m_t, d, stride_qt, stride_qd, D, BLOCK_D)
-            b_out = tl.dot(activated(b_q, ACTIVATION, DTYPE), b_a, input_precision=PRECISION) * factor
+            b_out = product(activated(b_q, ACTIVATION, DTYPE), b_a, PRECISION) * factor
             store_tokens(out_ptr + (first * num_heads + h) * E, b_out, i, m_t, e, num_heads * E, E, BLOCK_E)
 
 
@@ -137,9 +139,9 @@ def read_bwd_kernel(
             m_t = i < tl.minimum(end - first, BLOCK_T).to(tl.int32)
             b_do = load_tokens(grad_out_ptr + first * stride_ot, i, m_t, e, stride_ot, stride_oe, E, BLOCK_E)
             b_q = load_tokens(q_ptr + first * stride_qt, i, m_t, d, stride_qt, stride_qd, D, BLOCK_D).to(tl.float32)
-            b_phi = activate(b_q, ACTIVATION).to(DTYPE)
-            b_da = tl.dot(tl.trans(b_phi), b_do, b_da, input_precision=PRECISION)
-            b_dq = tl.dot(b_do, tl.trans(b_a), input_precision=PRECISION) * activation_gradient(b_q, ACTIVATION)
+            b_phi = rounded(activate(b_q, ACTIVATION), DTYPE)
+            b_da = product(tl.trans(b_phi), b_do, PRECISION, b_da)
+            b_dq = product(b_do, tl.trans(b_a), PRECISION) * activation_gradient(b_q, ACTIVATION)
             store_tokens(grad_q_ptr + (first * num_heads + h) * D, b_dq * factor, i, m_t, d, num_heads * D, D, BLOCK_D)
         if slot >= 0:
             store_state(part_ptr + (slot * num_heads + h) * (D * E), b_da, d, e, D, E, BLOCK_D, BLOCK_E, E, 1)
@@ -155,7 +157,7 @@ def read(queries: StateQueries, out: Tensor, *, sizes: ItemSizes = ITEM_SIZES) -
     """Write o = phi1(q) phi2(z * c) of the segments' queries."""
     q, z, n, segments, settings = queries
     device = accelerator.accelerator_of(q)
-    blocks.check_tokens(device, q=q, out=out)
+    blocks.check_tokens(q=q, out=out)
     num_heads, width, value_width = z.shape[1:]
     work = plan_work(segments, num_heads=num_heads, num_processors=device.num_processors, sizes=sizes)
     chosen = blocks.choose("read_fwd", device, q.dtype, width, value_width, work.mean_length)
@@ -196,7 +198,7 @@ def read_backward(
     """Write dq, and dz = phi2'(z * c) * c * sum phi1(q)^T dO."""
     q, z, n, segments, settings = queries
     device = accelerator.accelerator_of(q)
-    blocks.check_tokens(device, q=q, grad_out=grad_out)
+    blocks.check_tokens(q=q, grad_out=grad_out)
     num_heads, width, value_width = z.shape[1:]
     work = plan_work(segments, num_heads=num_heads, num_processors=device.num_processors, sizes=sizes)
     chosen = blocks.choose("read_bwd", device, q.dtype, value_width, width, work.mean_length)

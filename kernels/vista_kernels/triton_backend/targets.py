@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vista_kernels.qla_tokens import QlaTokens
 from vista_kernels.segments import IntArray
-from vista_kernels.triton_backend import accelerator, blocks
+from vista_kernels.triton_backend import blocks
 from vista_kernels.triton_backend.tile_access import activate, activation_gradient, load_tokens, store_tokens
 
 BLOCK_T = 16
@@ -130,7 +130,7 @@ def _launch(
 ) -> None:
     """Launch a kernel, which takes inputs of any strides and contiguous outputs."""
     q, k, v = tokens[:3]
-    blocks.check_tokens(accelerator.accelerator_of(q), q=q, k=k, v=v)
+    blocks.check_tokens(q=q, k=k, v=v)
     num_heads, width, value_width = q.shape[1], q.shape[2], v.shape[2]
     (rows_on_device,) = blocks.to_device([rows], q.device)
     blocks.launch(

@@ -11,6 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vista_kernels.triton_backend import accelerator
+
+INTERPRETED = tl.constexpr(accelerator.INTERPRETED)
+"""In Triton's interpreter, products of bfloat16 tiles are products of their bits, and casts to bfloat16 truncate."""
+
 
 @triton.jit
 def load_item(items_ptr, num_heads, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
@@ -51,7 +56,7 @@ def store_tokens(ptr, tile, i, m_t, c, stride_t, WIDTH: tl.constexpr, BLOCK_C: t
     m = m_t[:, None]
     if WIDTH % BLOCK_C != 0:
         m = m & (c < WIDTH)[None, :]
-    tl.store(ptr + i[:, None] * stride_t + c[None, :], tile.to(ptr.dtype.element_ty), mask=m)
+    tl.store(ptr + i[:, None] * stride_t + c[None, :], rounded(tile, ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -112,7 +117,7 @@ def activated(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
     if ACTIVATION == "identity":
         return x
     else:
-        return activate(x.to(tl.float32), ACTIVATION).to(DTYPE)
+        return rounded(activate(x.to(tl.float32), ACTIVATION), DTYPE)
 
 
 @triton.jit
@@ -136,6 +141,23 @@ def power_of_two_below(x):
 
 
 @triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """Round a float32 tile to the nearest numbers of a dtype."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def product(a, b, PRECISION: tl.constexpr, total=None):
+    """Return the product of two tiles of one dtype, summed in float32, plus a total."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
 def operand(x, DTYPE: tl.constexpr):
     """Round a float32 tile to the dtype in which it is multiplied; return it and the factor to multiply the product by.
 
@@ -146,7 +168,7 @@ def operand(x, DTYPE: tl.constexpr):
         factor = power_of_two_below(tl.max(tl.max(tl.abs(x), 1), 0)) * 0.0078125
         return (x * (1 / factor)).to(DTYPE), factor
     else:
-        return x.to(DTYPE), 1.0
+        return rounded(x, DTYPE), 1.0
 
 
 @triton.jit
@@ -156,4 +178,4 @@ def row_operand(x, DTYPE: tl.constexpr):
         factor = power_of_two_below(tl.max(tl.abs(x), 1, keep_dims=True)) * 0.0078125
         return (x * (1 / factor)).to(DTYPE), factor
     else:
-        return x.to(DTYPE), 1.0
+        return rounded(x, DTYPE), 1.0

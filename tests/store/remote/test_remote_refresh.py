@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from tests.refresh import conftest as growing
-from tests.refresh.mock_kafka import MockKafka
+from tests.refresh.kafka_clusters import MockKafka
 from tests.refresh.streams import TOPIC, watch_of
 from vista.cli import main as cli
 from vista.cli.serving_commands import run_watch
