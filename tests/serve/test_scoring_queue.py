@@ -254,6 +254,33 @@ def test_the_queue_refuses_and_forgets() -> None:
     assert not ran and queue.depth == 0
 
 
+def test_an_error_after_the_deadline_keeps_no_body(service: ScoringService) -> None:
+    """Its traceback has frames that refer to the request, whose result it is: a cycle, until it is cleared."""
+    queue, batches, begun, free = ScoringQueue(1, 1), ScoreBatches(), threading.Event(), threading.Event()
+
+    def answer(entry: Entry) -> Any:
+        begun.set()
+        assert free.wait(60)
+        return batches.answer(entry, service)
+
+    async def use() -> weakref.ref[Any]:
+        (entry,) = entered(batches, {"users": [103], "candidates": [0], "request": {"device": "phone"}})
+        late = asyncio.create_task(queue.run(partial(answer, entry), 0.5))
+        await asyncio.wait([late])
+        assert begun.is_set() and isinstance(late.exception(), DeadlineError)
+        return weakref.ref(entry.result)
+
+    gc.collect()
+    gc.disable()
+    try:
+        kept = asyncio.run(use())
+        free.set()
+        queue.close()
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
 TIMEOUT_S = 60
 
 

@@ -293,9 +293,12 @@ class ScoringQueue:
         """Wait for running calls, and end the threads."""
         self._pool.shutdown()
 
-    def _finished(self, _: Future[Any]) -> None:
+    def _finished(self, future: Future[Any]) -> None:
         with self._lock:
             self._depth -= 1
+        # If nobody waits for the error, cycles through its frames would keep the body and its values for a long time.
+        if not future.cancelled() and (error := future.exception()) is not None:
+            traceback.clear_frames(error.__traceback__)
 
 
 class BodyReader:
