@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from concurrent.futures import CancelledError
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -23,11 +25,13 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.conftest import ITEMS, USERS, Served, run_python, small_config
+from tests.forked_child import in_child
 from tests.serve.conftest import NOW, TOLERANCE, save_other_stage_2
 from tests.serve.running_service import environment
 from vista.config import ServeConfig
 from vista.errors import DeadlineError, OverloadedError, StoreError, UnknownUserError
 from vista.log.event_log import EventLog
+from vista.machine import private_bytes
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.serve import application, served_models, worker
@@ -532,6 +536,29 @@ print(metrics.page().decode())
 
 
 @pytest.mark.nightly
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library has another allocator")
+@pytest.mark.parametrize("depth", [0, 1])
+def test_memory_of_large_requests_is_returned(monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
+    """While no request is computed; by default, glibc keeps what is below a block that is still in use."""
+    monkeypatch.setattr(worker, "UNUSED_S", 0.01)
+
+    def kept_bytes() -> int:
+        async def use() -> int:
+            start = private_bytes()
+            task = asyncio.create_task(worker._return_memory(SimpleNamespace(depth=depth)))  # type: ignore[arg-type]
+            await asyncio.sleep(0)
+            bodies = [bytes(100_000) for _ in range(1000)]  # not so large that each is a mapping of its own
+            del bodies[:-1]
+            await asyncio.sleep(1)
+            task.cancel()
+            return private_bytes() - start
+
+        return asyncio.run(use())
+
+    kept = in_child(kept_bytes)
+    assert (kept < 2 * worker.MAX_UNUSED_BYTES) == (depth == 0), kept
+
+
 def test_files_without_content_are_left_out(tmp_path: Path) -> None:
     """As of workers that have just started, or that were killed then."""
     pages = []
