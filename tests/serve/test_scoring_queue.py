@@ -375,17 +375,23 @@ def ran(scenario: Callable[[], Awaitable[Any]]) -> Any:
 def test_large_bodies_do_not_hold_up_the_event_loop(
     opened_models: tuple[BusyService, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their values are counted in other threads, also to find the model that they name."""
+    """Their values are counted once, in another thread; also the model that they name is found there."""
     service, _ = opened_models
-    threads = set[int]()
+    threads, parsers = list[int](), list[int]()
+    parse = application.parsed
 
     def has_few_values(*_: Any, **__: Any) -> bool:
-        threads.add(threading.get_ident())
+        threads.append(threading.get_ident())
         return True
 
+    def parsed(*arguments: Any) -> Any:
+        parsers.append(threading.get_ident())
+        return parse(*arguments)
+
     monkeypatch.setattr("vista.serve.scoring_service.has_few_values", has_few_values)
+    monkeypatch.setattr(application, "parsed", parsed)
     ran(lambda: service.scores("a", spaces=MAX_VALUES))
-    assert threads and threading.get_ident() not in threads
+    assert len(threads) == len(parsers) == 1 and threading.get_ident() not in threads + parsers
 
 
 def test_a_model_that_is_closed_while_a_request_waits(
