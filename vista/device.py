@@ -84,6 +84,14 @@ def reuse_freed_memory() -> None:
     torch.empty(LARGEST_ADAPTED_BYTES, dtype=torch.uint8)
 
 
+def return_freed_memory() -> None:
+    """Return the freed memory that glibc keeps to the system; later tensors pay page faults once. Without glibc this
+    does nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 @contextmanager
 def cpu_settings(num_threads: int) -> Iterator[None]:
     """Apply `set_threads` to a block, and restore the settings afterwards, since the process belongs to the caller."""

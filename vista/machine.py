@@ -37,6 +37,13 @@ def free_bytes() -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
+def private_bytes() -> int:
+    """Resident memory of this process, without mapped files; 0 if the system does not say."""
+    path = Path("/proc/self/status")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
+
+
 def cpu_quota(root: Path = _ROOT, own: Path = _OWN) -> float | None:
     """Cores' worth of time that this process's control group may use (Linux); None without a limit."""
     quotas = []

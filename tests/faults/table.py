@@ -26,6 +26,7 @@ BARS = {
     "power-loss images": (("power cut",), 5_000),
     "damaged files": (("changed bytes in", "a flipped bit in"), 10_000),
     "kills of streams, servers, and their clients": (("beyond one machine, kill -9",), 75),
+    "fuzzed requests": (("fuzzed requests",), 100_000),
 }
 """Kind of fault -> how `Promise.fault` begins, and how many repetitions these promises must have together."""
 HEAD = """# Promises under faults

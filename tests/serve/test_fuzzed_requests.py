@@ -36,10 +36,9 @@ STATUSES = (200, 400, 404, 413, 422)
 LENIENT = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-@pytest.fixture(scope="module")
-def detailed_words(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
-    """The command line of `detailed`."""
-    folder = tmp_path_factory.mktemp("detailed")
+def save_detailed(folder: Path) -> tuple[str, ...]:
+    """The command line of a service with a token, an index, ids that are texts, and features of items, events,
+    requests, and users, which are saved in a folder."""
     rng, count = np.random.default_rng(0), 600
     events = {
         "user": rng.choice(NAMES, count),
@@ -87,8 +86,14 @@ def detailed_words(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
+def detailed_words(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The command line of `detailed`."""
+    return save_detailed(tmp_path_factory.mktemp("detailed"))
+
+
+@pytest.fixture(scope="module")
 def detailed(detailed_words: tuple[str, ...]) -> Iterator[RunningService]:
-    """A service with a token, an index, ids that are texts, and features of items, events, requests, and users."""
+    """The service of `save_detailed`."""
     with running(*detailed_words) as opened:
         features = opened.fetch("/v1/model", headers=AUTHORIZED)[1]
         assert features["request_features"] == ["device", "price"] and features["event_features"] == [
@@ -253,7 +258,7 @@ def test_bodies(
     cut: int | None,
 ) -> None:
     name, body = asked
-    sent = encoded(_of_one_model(body), packed=packed)[:cut]
+    sent = encoded(of_one_model(body), packed=packed)[:cut]
     kind = {"Content-Type": "application/msgpack"} if packed else {}
     asked_of = refusing if refuses else detailed
     status, _, answer = asked_of.send(f"/v1/{name}", sent, headers={**AUTHORIZED, **kind})
@@ -271,7 +276,7 @@ def test_bodies_with_integer_ids(
 ) -> None:
     """Texts where the log has integers, for a model without features of requests, or two of them."""
     name, body = asked
-    body = _with_integers(body if several else _of_one_model(body))
+    body = _with_integers(body if several else of_one_model(body))
     kind = {"Content-Type": "application/msgpack"} if packed else {}
     asked_of = variants if several else service
     status, _, answer = asked_of.send(f"/v1/{name}", encoded(body, packed=packed), headers=kind)
@@ -279,7 +284,7 @@ def test_bodies_with_integer_ids(
     require_error(status, answer)
 
 
-def _of_one_model(body: Any) -> Any:
+def of_one_model(body: Any) -> Any:
     """The body without the name of one of several models; odd values stay."""
     if isinstance(body, dict) and body.get("model") in ("a", "b"):
         return {field: value for field, value in body.items() if field != "model"}
@@ -333,6 +338,8 @@ def test_deep_and_long_values(detailed: RunningService, name: str, packed: bool)
 
 BODY_BYTES = 4 << 20
 """`max_body_bytes` of the services."""
+MAX_PEAK_BYTES = 4 * BODY_BYTES + 100e6
+"""That a service may take in addition while it answers a request."""
 
 
 def filled(name: str, place: str, element: Any, *, packed: bool) -> bytes:
@@ -368,24 +375,25 @@ def filled(name: str, place: str, element: Any, *, packed: bool) -> bytes:
 EVENT = {"item": SKUS[0], "time": NOW, "action": "view"}
 
 
+LARGE = [
+    ("score", "tail", lambda number: {**EVENT, "features": {f"name {number}": 1}}),
+    ("score", "tail", {**EVENT, "features": {"surface": "app", "dwell": 1.5}}),
+    ("score", "tail", []),
+    ("score", "candidates", ["a"]),
+    ("predict", "users", "a"),
+    ("predict", "request", lambda number: (f"name {number}", 1)),
+    ("rank", "tail", lambda number: {"item": 0, "time": 0, "features": {f"{number}": None}}),
+    ("rank", "exclude", lambda number: f"{number}"),
+    ("retrieve", "within", lambda number: f"sku-{number}"),
+    ("retrieve", "where", lambda number: (f"name {number}", [])),
+    ("explain", "request.price", []),
+    ("explain", "candidates", "a"),
+]
+"""Arguments of `filled`."""
+
+
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(
-    ("name", "place", "element"),
-    [
-        ("score", "tail", lambda number: {**EVENT, "features": {f"name {number}": 1}}),
-        ("score", "tail", {**EVENT, "features": {"surface": "app", "dwell": 1.5}}),
-        ("score", "tail", []),
-        ("score", "candidates", ["a"]),
-        ("predict", "users", "a"),
-        ("predict", "request", lambda number: (f"name {number}", 1)),
-        ("rank", "tail", lambda number: {"item": 0, "time": 0, "features": {f"{number}": None}}),
-        ("rank", "exclude", lambda number: f"{number}"),
-        ("retrieve", "within", lambda number: f"sku-{number}"),
-        ("retrieve", "where", lambda number: (f"name {number}", [])),
-        ("explain", "request.price", []),
-        ("explain", "candidates", "a"),
-    ],
-)
+@pytest.mark.parametrize(("name", "place", "element"), LARGE)
 def test_memory_of_large_bodies(
     detailed: RunningService, name: str, place: str, element: Any, packed: bool, detailed_bytes: int
 ) -> None:
@@ -396,7 +404,7 @@ def test_memory_of_large_bodies(
     status, _, answer = detailed.send(f"/v1/{name}", body, headers={**AUTHORIZED, **kind})
     assert status in STATUSES, (status, answer)
     require_error(status, answer)
-    assert peak_bytes(detailed) < detailed_bytes + 4 * BODY_BYTES + 100e6
+    assert peak_bytes(detailed) < detailed_bytes + MAX_PEAK_BYTES
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import platform
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from concurrent.futures import CancelledError
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -23,11 +25,13 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.conftest import ITEMS, USERS, Served, run_python, small_config
+from tests.forked_child import in_child
 from tests.serve.conftest import NOW, TOLERANCE, save_other_stage_2
 from tests.serve.running_service import environment
 from vista.config import ServeConfig
 from vista.errors import DeadlineError, OverloadedError, StoreError, UnknownUserError
 from vista.log.event_log import EventLog
+from vista.machine import private_bytes
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.serve import application, served_models, worker
@@ -254,6 +258,33 @@ def test_the_queue_refuses_and_forgets() -> None:
     assert not ran and queue.depth == 0
 
 
+def test_an_error_after_the_deadline_keeps_no_body(service: ScoringService) -> None:
+    """Its traceback has frames that refer to the request, whose result it is: a cycle, until it is cleared."""
+    queue, batches, begun, free = ScoringQueue(1, 1), ScoreBatches(), threading.Event(), threading.Event()
+
+    def answer(entry: Entry) -> Any:
+        begun.set()
+        assert free.wait(60)
+        return batches.answer(entry, service)
+
+    async def use() -> weakref.ref[Any]:
+        (entry,) = entered(batches, {"users": [103], "candidates": [0], "request": {"device": "phone"}})
+        late = asyncio.create_task(queue.run(partial(answer, entry), 0.5))
+        await asyncio.wait([late])
+        assert begun.is_set() and isinstance(late.exception(), DeadlineError)
+        return weakref.ref(entry.result)
+
+    gc.collect()
+    gc.disable()
+    try:
+        kept = asyncio.run(use())
+        free.set()
+        queue.close()
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
 TIMEOUT_S = 60
 
 
@@ -344,17 +375,23 @@ def ran(scenario: Callable[[], Awaitable[Any]]) -> Any:
 def test_large_bodies_do_not_hold_up_the_event_loop(
     opened_models: tuple[BusyService, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their values are counted in other threads, also to find the model that they name."""
+    """Their values are counted once, in another thread; also the model that they name is found there."""
     service, _ = opened_models
-    threads = set[int]()
+    threads, parsers = list[int](), list[int]()
+    parse = application.parsed
 
     def has_few_values(*_: Any, **__: Any) -> bool:
-        threads.add(threading.get_ident())
+        threads.append(threading.get_ident())
         return True
 
+    def parsed(*arguments: Any) -> Any:
+        parsers.append(threading.get_ident())
+        return parse(*arguments)
+
     monkeypatch.setattr("vista.serve.scoring_service.has_few_values", has_few_values)
+    monkeypatch.setattr(application, "parsed", parsed)
     ran(lambda: service.scores("a", spaces=MAX_VALUES))
-    assert threads and threading.get_ident() not in threads
+    assert len(threads) == len(parsers) == 1 and threading.get_ident() not in threads + parsers
 
 
 def test_a_model_that_is_closed_while_a_request_waits(
@@ -505,6 +542,29 @@ print(metrics.page().decode())
 
 
 @pytest.mark.nightly
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library has another allocator")
+@pytest.mark.parametrize("depth", [0, 1])
+def test_memory_of_large_requests_is_returned(monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
+    """While no request is computed; by default, glibc keeps what is below a block that is still in use."""
+    monkeypatch.setattr(worker, "UNUSED_S", 0.01)
+
+    def kept_bytes() -> int:
+        async def use() -> int:
+            start = private_bytes()
+            task = asyncio.create_task(worker._return_memory(SimpleNamespace(depth=depth)))  # type: ignore[arg-type]
+            await asyncio.sleep(0)
+            bodies = [bytes(100_000) for _ in range(1000)]  # not so large that each is a mapping of its own
+            del bodies[:-1]
+            await asyncio.sleep(1)
+            task.cancel()
+            return private_bytes() - start
+
+        return asyncio.run(use())
+
+    kept = in_child(kept_bytes)
+    assert (kept < 2 * worker.MAX_UNUSED_BYTES) == (depth == 0), kept
+
+
 def test_files_without_content_are_left_out(tmp_path: Path) -> None:
     """As of workers that have just started, or that were killed then."""
     pages = []

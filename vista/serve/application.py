@@ -33,12 +33,14 @@ from vista.serve.scoring_service import (
     Addressee,
     Answer,
     ExplainBody,
+    Id,
     RankBody,
     RetrieveBody,
     ScoreBatches,
     ScoreBody,
     ScoringService,
     decoded,
+    parsed,
 )
 from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
@@ -126,8 +128,13 @@ def make_application(
         """The model that answers a body."""
         if not models.are_several and b"model" not in body:
             return models.first
-        asked = decoded(body, Addressee, media_type)
-        return models.chosen(asked.model, asked.users if asked.user is None else [asked.user])
+        asked = parsed(body, Addressee, media_type)
+        if asked.user is not None or asked.model is not None or models.split is None or not bytes(asked.users):
+            return models.chosen(asked.model, [] if asked.user is None else [asked.user])
+        try:
+            return models.chosen(None, decoded(bytes(asked.users), list[Id], media_type))
+        except msgspec.ValidationError:
+            return models.first  # which refuses the body, and names the field
 
     def endpoint(name: str, compute: Computation, choose: Callable[[bytes, str], str] = named) -> Endpoint:
         """The endpoint of a computation; `choose` gives the model for a body and its media type."""
@@ -142,7 +149,7 @@ def make_application(
                     media_type = _media_type(request)
                     if len(body) <= MAX_VALUES:
                         model = choose(body, media_type)
-                    else:  # Counting its values can take long.
+                    else:  # Parsing it can take long.
                         model = await asyncio.to_thread(choose, body, media_type)
                     held = await compute(model, body, media_type, deadline)
                 num_candidates = held.num_candidates
@@ -293,9 +300,12 @@ class ScoringQueue:
         """Wait for running calls, and end the threads."""
         self._pool.shutdown()
 
-    def _finished(self, _: Future[Any]) -> None:
+    def _finished(self, future: Future[Any]) -> None:
         with self._lock:
             self._depth -= 1
+        # If nobody waits for the error, cycles through its frames would keep the body and its values for a long time.
+        if not future.cancelled() and (error := future.exception()) is not None:
+            traceback.clear_frames(error.__traceback__)
 
 
 class BodyReader:

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 JSON, MSGPACK = "application/json", "application/msgpack"
 Id = int | str
-Body = TypeVar("Body", bound="msgspec.Struct")
+Body = TypeVar("Body")
 MAX_EXPLAINED = 100
 """Most candidates of an explanation, which takes several times as long as their scores."""
 OF_REQUESTS = (ValueError, TypeError, OverflowError, VistaError)
@@ -154,7 +154,8 @@ class Addressee(msgspec.Struct):
     """The fields of any body that determine which model answers."""
 
     user: Id | None = None
-    users: list[Id] = msgspec.field(default_factory=list)
+    users: msgspec.Raw = msgspec.Raw()
+    """Not decoded, because a body can hold millions."""
     model: str | None = None
 
 
@@ -168,6 +169,11 @@ def decoded(body: bytes, kind: type[Body], media_type: str) -> Body:
     """
     if len(body) > MAX_VALUES and not has_few_values(body, MAX_VALUES, packed=media_type == MSGPACK):
         raise BodyTooLargeError(f"the body has more than {MAX_VALUES:,} values; send several requests")
+    return parsed(body, kind, media_type)
+
+
+def parsed(body: bytes, kind: type[Body], media_type: str) -> Body:
+    """The same for a type whose size is limited, for example because it has no lists; errors as of `decoded`."""
     try:
         if media_type == MSGPACK:
             return msgspec.msgpack.decode(body, type=kind)

@@ -17,8 +17,8 @@ import uvicorn
 
 from vista.config import ServeConfig
 from vista.config.serve_config import ModelsFile
-from vista.device import cpu_settings
-from vista.machine import is_loopback
+from vista.device import cpu_settings, return_freed_memory
+from vista.machine import is_loopback, private_bytes
 from vista.serve.application import ScoringQueue, accepted_hosts, make_application
 from vista.serve.http_protocol import HEAD_S, BoundedHttpProtocol
 from vista.serve.served_models import ServedModels
@@ -29,6 +29,11 @@ logger = logging.getLogger(__name__)
 
 UPDATE_S = 1.0
 """Seconds between two updates of the metrics that several workers share."""
+
+UNUSED_S = 10.0
+"""Seconds between two looks at the memory that this process keeps after large requests."""
+MAX_UNUSED_BYTES = 16 << 20
+"""Memory that it may keep; more is returned to the system."""
 
 KEEP_ALIVE_S = 75
 """An idle connection is closed after this time: later than load balancers do (60 s or less), so that they do not send a
@@ -104,6 +109,7 @@ def run_worker(
         async def serve() -> None:
             tasks = [
                 asyncio.create_task(_update(models, queue, openings)),
+                asyncio.create_task(_return_memory(queue, openings)),
                 asyncio.create_task(_open_waiting(models, config.reload_s)),
             ]
             await server.serve(sockets=[listening])
@@ -142,3 +148,16 @@ async def _update(models: ServedModels, *queues: ScoringQueue) -> None:
                 last = text
                 logger.exception("the metrics could not be updated; this is tried again every %g s", UPDATE_S)
         await asyncio.sleep(UPDATE_S)
+
+
+async def _return_memory(*queues: ScoringQueue) -> None:
+    """Return the memory that large requests have left, while no request waits or is computed.
+
+    Requests reuse what earlier ones have freed, so there are seconds between two returns, and a minimum to return.
+    """
+    least = private_bytes()
+    while True:
+        await asyncio.sleep(UNUSED_S)
+        if private_bytes() > least + MAX_UNUSED_BYTES and not any(queue.depth for queue in queues):
+            return_freed_memory()
+            least = private_bytes()

@@ -1,0 +1,184 @@
+"""The service answers whatever clients send, in bounded memory, which it returns afterwards."""
+
+from __future__ import annotations
+
+import random
+import re
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from tests.faults.conftest import require_linux
+from tests.faults.harness import Trial, promise
+from tests.serve.running_service import RunningService, peak_bytes, resident_bytes, running, until
+from tests.serve.test_fuzzed_requests import (
+    AUTHORIZED,
+    KNOWN,
+    LARGE,
+    NAMES,
+    SKUS,
+    bodies,
+    encoded,
+    filled,
+    of_one_model,
+    save_detailed,
+)
+
+EACH = 1000
+NUM_DRAWN = 50
+"""Bodies that hypothesis draws per EACH requests; the others are mutations, which take no time."""
+NUM_LARGE = 3
+"""Bodies of the largest size per EACH requests."""
+SHARE_PIPELINED = 0.03
+"""Share of connections with more than one request."""
+MOST_KEPT = 1.3
+"""Memory of the service afterwards, as a share of that at its start."""
+PATHS = (
+    *(b"/v1/users/u1", b"/v1/users/%ff", b"/v1/users/" + b"9" * 999, b"/v1/model", b"/v1/model?model=a", b"/v1/none"),
+    *(b"/metrics", b"/docs", b"/openapi.json", b"/readyz", b"http://localhost/healthz"),
+)
+TOKENS = (
+    *(b"null", b"[]", b"{}", b'""', b"-0", b"1e999", b"9" * 40, b'{"a":' * 50),
+    *(b"\xff", b"\0", b"\r\n", b"\x91" * 50, b"\xdf\xff\xff\xff\xff"),
+)
+"""What mutations insert."""
+
+
+class Fuzzed:
+    """A service, its memory when it had answered one request of each kind, and a client that sends anything."""
+
+    def __init__(self, service: RunningService) -> None:
+        self.service = service
+        good = {"users": NAMES[:2], "user": NAMES[0], "candidates": SKUS}
+        for name, (needed, _) in KNOWN.items():
+            assert service.fetch(f"/v1/{name}", {key: good[key] for key in needed}, headers=AUTHORIZED)[0] == 200
+        self.start_bytes = resident_bytes(service)
+
+    def statuses(self, sent: bytes) -> list[int]:
+        """Those of the answers to what is sent on a connection, whose other half is closed then."""
+        held = []
+        with self.service.connect() as connection, suppress(ConnectionError):
+            connection.sendall(sent)
+            connection.shutdown(socket.SHUT_WR)
+            while part := connection.recv(1 << 20):
+                held.append(part)
+        found, rest = list[int](), b"".join(held)
+        while rest:
+            head, _, rest = rest.partition(b"\r\n\r\n")
+            length = re.search(rb"(?i)content-length: *(\d+)", head)
+            assert length is not None, head
+            found.append(int(head[9:12]))
+            rest = rest[int(length[1]) :]
+        return found
+
+    def leave(self, sent: bytes) -> None:
+        """Send and reset the connection, without reading."""
+        with self.service.connect() as connection, suppress(ConnectionError):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.sendall(sent)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzed]:
+    """A service that starts as a user's does."""
+    require_linux()
+    with running(*save_detailed(tmp_path_factory.mktemp("fuzzed")), fresh=True) as service:
+        yield Fuzzed(service)
+
+
+def post(name: str, body: bytes, *, packed: bool) -> bytes:
+    """A request."""
+    kind = "msgpack" if packed else "json"
+    head = f"POST /v1/{name} HTTP/1.1\r\nHost: localhost\r\nAuthorization: {AUTHORIZED['Authorization']}\r\n"
+    return f"{head}Content-Type: application/{kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def drawn(number: int) -> list[tuple[str, bytes, bool]]:
+    """Endpoints, bodies, and whether they are MessagePack; those of a number are always the same."""
+    found = []
+
+    def draw(asked: tuple[str, object], packed: bool) -> None:
+        found.append((asked[0], encoded(of_one_model(asked[1]), packed=packed), packed))
+
+    every = given(st.sampled_from(sorted(KNOWN)).flatmap(bodies), st.booleans())(draw)
+    limits = settings(max_examples=NUM_DRAWN, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    seed(number)(limits(every))()
+    return found
+
+
+@cache
+def large(number: int, packed: bool) -> bytes:
+    """A body of the largest size."""
+    return filled(*LARGE[number], packed=packed)
+
+
+def mutated(sent: bytes, rng: random.Random) -> bytes:
+    """The bytes after one to three changes."""
+    for _ in range(rng.randint(1, 3)):
+        place = rng.randrange(len(sent) + 1)
+        stop = min(len(sent), place + rng.choice((0, 1, 1, 4, 30)))
+        put = rng.choice((b"", rng.randbytes(1), rng.choice(TOKENS), sent[place:stop] * 2))
+        sent = sent[:place] + put + sent[stop:]
+    return sent
+
+
+def request(asked: tuple[str, bytes, bool], rng: random.Random, *, is_last: bool) -> bytes:
+    """A request as drawn, with a changed body, for a page, or, if no request follows it, changed anywhere."""
+    name, body, packed = asked
+    dice = rng.randrange(20)
+    if dice < 14:
+        return post(name, mutated(body, rng), packed=packed)
+    sent = post(name, body, packed=packed)
+    if dice == 14:
+        head = sent.partition(b"\r\n")[2].partition(b"Content-Type")[0]
+        sent = b"GET %s HTTP/1.1\r\n%s\r\n" % (rng.choice(PATHS), head)
+    return mutated(sent, rng) if is_last and dice < 17 else sent
+
+
+def connections(rng: random.Random, asked: list[tuple[str, bytes, bool]]) -> Iterator[tuple[bytes, int]]:
+    """What is sent on each connection, and how many requests that is, EACH in all."""
+    left = EACH
+    for _ in range(NUM_LARGE):
+        number, packed, times = rng.randrange(len(LARGE)), rng.random() < 0.5, rng.choice((1, 1, 5))
+        body = large(number, packed)
+        yield post(LARGE[number][0], rng.choice((body, mutated(body, rng))), packed=packed) * times, times
+        left -= times
+    while left:
+        times = min(left, rng.choice((5, 17, 40)) if rng.random() < SHARE_PIPELINED else 1)
+        yield b"".join(request(rng.choice(asked), rng, is_last=k == times - 1) for k in range(times)), times
+        left -= times
+
+
+@promise(
+    "Resources are bounded",
+    fault="fuzzed requests to the service, also pipelined, abandoned, and of 4 MB",
+    full=100 * EACH,
+    each=EACH,
+    smoke=True,
+)
+def test_fuzzed_requests(trial: Trial, fuzzed: Fuzzed) -> None:
+    service, most_sent = fuzzed.service, 0
+    resident_bytes(service)
+    for sent, times in connections(trial.random, drawn(trial.number)):
+        most_sent = max(most_sent, len(sent))
+        if times > 1 and trial.random.random() < 0.3:
+            fuzzed.leave(sent)
+            trial.count("left before the answers", times)
+            continue
+        statuses = fuzzed.statuses(sent)
+        assert all(status < 500 for status in statuses), (statuses, sent[:1000])
+        for status in statuses:
+            trial.count(f"status {status}")
+    above = peak_bytes(service) - fuzzed.start_bytes
+    assert above < 4 * most_sent + 100e6, above
+    until(lambda: resident_bytes(service) < MOST_KEPT * fuzzed.start_bytes)
+    kept = resident_bytes(service) / fuzzed.start_bytes
+    trial.count(f"peak at most {20 * int(above / 20e6 + 1)} MB above the start")
+    trial.count(f"afterwards at most {0.05 * int(20 * kept + 1):.2f} of the start")
+    assert "Traceback" not in service.log
