@@ -368,22 +368,29 @@ def filled(name: str, place: str, element: Any, *, packed: bool) -> bytes:
 EVENT = {"item": SKUS[0], "time": NOW, "action": "view"}
 
 
-@pytest.mark.parametrize("packed", [False, True])
+LARGE = [
+    ("score", "tail", lambda number: {**EVENT, "features": {f"name {number}": 1}}),
+    ("score", "tail", {**EVENT, "features": {"surface": "app", "dwell": 1.5}}),
+    ("score", "tail", []),
+    ("score", "candidates", ["a"]),
+    ("predict", "users", "a"),
+    ("predict", "request", lambda number: (f"name {number}", 1)),
+    ("rank", "tail", lambda number: {"item": 0, "time": 0, "features": {f"{number}": None}}),
+    ("rank", "exclude", lambda number: f"{number}"),
+    ("retrieve", "within", lambda number: f"sku-{number}"),
+    ("retrieve", "where", lambda number: (f"name {number}", [])),
+    ("explain", "request.price", []),
+    ("explain", "candidates", "a"),
+]
+"""Endpoints, places of a body, and what fills them."""
+
+
 @pytest.mark.parametrize(
-    ("name", "place", "element"),
+    ("packed", "name", "place", "element"),
     [
-        ("score", "tail", lambda number: {**EVENT, "features": {f"name {number}": 1}}),
-        ("score", "tail", {**EVENT, "features": {"surface": "app", "dwell": 1.5}}),
-        ("score", "tail", []),
-        ("score", "candidates", ["a"]),
-        ("predict", "users", "a"),
-        ("predict", "request", lambda number: (f"name {number}", 1)),
-        ("rank", "tail", lambda number: {"item": 0, "time": 0, "features": {f"{number}": None}}),
-        ("rank", "exclude", lambda number: f"{number}"),
-        ("retrieve", "within", lambda number: f"sku-{number}"),
-        ("retrieve", "where", lambda number: (f"name {number}", [])),
-        ("explain", "request.price", []),
-        ("explain", "candidates", "a"),
+        pytest.param(packed, *case, marks=pytest.mark.nightly if packed and number % 3 else ())
+        for packed in (False, True)
+        for number, case in enumerate(LARGE)
     ],
 )
 def test_memory_of_large_bodies(
