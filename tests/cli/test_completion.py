@@ -19,15 +19,11 @@ from vista.config.composition import ConfigKeys, groups_of
 
 STEPS = [
     ("vista tr\t", "vista train "),
-    ("\x15vista log st\t", "vista log stats "),
     ("\x15vista train model.mixi\t", "vista train model.mixing="),
     ("sep\t", "separable "),
-    ("\x15vista train model=fuxi\t", "vista train model=fuxi_linear "),
-    ("\x15vista train data.path=so\t", "vista train data.path=source/"),
     ("\x15vista prepare 'events.paths=[so\t", "'events.paths=[source/"),
     ("c\t", "config.yaml"),
     ("\x15vista train --config source/c\t", "vista train --config source/config.yaml"),
-    ("\x15vista completion z\t", "vista completion zsh "),
 ]
 """What is typed (control-U clears the line), and what the line then shows. zsh needs quotes around [."""
 
@@ -118,21 +114,36 @@ def completed(shell: str, path: Path, line: str) -> list[str]:
 @pytest.mark.parametrize("shell", ["bash", "fish"], indirect=True)
 def test_words_of_a_line(shell: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = script(shell, folder, capsys)
-    first = {name.partition(" ")[0] for name in COMMANDS}
-    assert {*completed(shell, path, "vista ")} >= first
-    assert {*completed(shell, path, "vista store ")} >= {"copy", "erase", "stats"}
-    for name in ("train", "prepare", "store erase"):
-        names = [*ConfigKeys.of(COMMANDS[name].schema).keys, *groups_of(name)]
-        assert {*completed(shell, path, f"vista {name} ")} >= {f"{key}=" for key in names}
+    assert {*completed(shell, path, "vista ")} >= {name.partition(" ")[0] for name in COMMANDS}
     mixing = completed(shell, path, "vista train run_dir=x model.mixing=")
     assert [word.rpartition("=")[2] for word in mixing] == ["bidirectional", "separable"]
-    split = completed(shell, path, "vista train data.split=l")
-    assert [word.rpartition("=")[2] for word in split] == ["leave-last-out"]
-    assert [word.rpartition("=")[2] for word in completed(shell, path, "vista refresh incremental=f")] == ["false"]
-    assert completed(shell, path, "vista nothing known") == []
-    assert completed(shell, path, "vista train seed=") == []
     files = completed(shell, path, "vista prepare events.paths=[a,source/")
     assert [word.rpartition("=")[2] for word in files] == ["[a,source/config.yaml"]
+
+
+def offered(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:
+    """The words that the shells are given after `words`, of which the last may be empty."""
+    capsys.readouterr()
+    assert main(["completion", "--words", *words]) == 0
+    return [line.partition("\t")[0] for line in capsys.readouterr().out.splitlines() if line]
+
+
+def test_words_that_shells_are_given(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {*offered(capsys, "store", "")} >= {"copy ", "erase ", "stats "}
+    for name in ("train", "prepare", "store erase"):
+        names = [*ConfigKeys.of(COMMANDS[name].schema).keys, *groups_of(name)]
+        assert {*offered(capsys, *name.split(), "")} >= {f"{key}=" for key in names}
+    for words, expected in (
+        (["train", "data.split=l"], ["data.split=leave-last-out "]),
+        (["train", "model=fuxi"], ["model=fuxi_linear "]),
+        (["train", "data.path=so"], ["data.path=source/"]),
+        (["refresh", "incremental=f"], ["incremental=false "]),
+        (["completion", "z"], ["zsh "]),
+        (["log", "st"], ["stats "]),
+        (["nothing", "known", ""], []),
+        (["train", "seed="], []),
+    ):
+        assert offered(capsys, *words) == expected
 
 
 def test_words_come_with_summaries_and_without_torch(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

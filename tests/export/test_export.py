@@ -248,15 +248,23 @@ print("ok")
 pytestmark = pytest.mark.timeout(900)  # an export takes ten seconds of one idle core, in a fixture
 
 
+@pytest.fixture(
+    scope="module", params=[False, pytest.param(True, marks=pytest.mark.nightly)], ids=["plain", "counters"]
+)
+def counters(request: pytest.FixtureRequest) -> bool:
+    """Whether the exported model reads counters, which doubles the time of the export."""
+    return bool(request.param)
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(counters: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("export")
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> VistaModel:
-    """With everything that a model can read, saved as `model`, with a store of its summaries as `store`."""
-    made = drawn_model(kind=TargetAttentionKind.softmax, num_layers=1)
+def model(counters: bool, folder: Path) -> VistaModel:
+    """With everything else that a model can read, saved as `model`, with a store of its summaries as `store`."""
+    made = drawn_model(kind=TargetAttentionKind.softmax, num_layers=1, counters=counters)
     made.save_pretrained(folder / "model")
     write_trial_store(made, folder / "store", seed=1)
     return made

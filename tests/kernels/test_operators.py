@@ -177,9 +177,9 @@ def _is_leaf(arg: object, operator: Operator, inputs: Inputs) -> bool:
     return isinstance(arg, Tensor) and any(arg.shape == x.shape and torch.equal(arg, x) for x in leaves)
 
 
+@each_backend({"ragged": RAGGED}, {"long": [5, 53, 0]})
 @pytest.mark.usefixtures("small_windows")
-def test_batch_equals_segments_alone(operator: Operator) -> None:
-    lengths = RAGGED if operator.backend == "torch" else [5, 53, 0]
+def test_batch_equals_segments_alone(operator: Operator, lengths: list[int]) -> None:
     inputs = operator.make(lengths, operator.widest)
     outputs = operator.fast(inputs)
     tolerance = 1e-10 if operator.widest == torch.float64 else 1e-4

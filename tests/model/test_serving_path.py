@@ -76,6 +76,21 @@ SHAPES = {
     },
     "no phi, bidirectional": {"activation": Activation.identity, "mixing": Mixing.bidirectional, "num_layers": 3},
 }
+COMBINED = (
+    "tail not in the summary, bidirectional",
+    "request features, no times",
+    "another phi",
+    "three layers",
+    "interests, quasi-linear",
+    "softmax, no summary",
+    "event features, none in the tail",
+    "user features, bidirectional",
+    "user features, no summary",
+    "user features, quasi-linear",
+    "no phi, bidirectional",
+)
+"""Shapes whose parts other shapes have, one by one; `make nightly` has them."""
+ALL_SHAPES = [pytest.param(name, marks=pytest.mark.nightly if name in COMBINED else ()) for name in SHAPES]
 SOME_SHAPES = [
     "separable",
     "bidirectional",
@@ -144,7 +159,7 @@ def served_context(
     return inference.request_context(model, summary, tail, users=own), tail
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
 def test_training_at_a_position_is_serving_after_its_events(make: SimpleNamespace, shape: str) -> None:
     """Every next item, impression, and anchor of a batch, each compared with a request of its own."""
     model = make.model(seed=3, **SHAPES[shape])
@@ -192,7 +207,7 @@ def test_training_at_a_position_is_serving_after_its_events(make: SimpleNamespac
     assert len(asked) == 1 + 3 * 3
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", ALL_SHAPES)
 def test_a_batch_equals_users_one_at_a_time(make: SimpleNamespace, shape: str) -> None:
     model = make.model(seed=4, **SHAPES[shape])
     packed = make.histories(LENGTHS, 6)

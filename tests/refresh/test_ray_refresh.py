@@ -37,20 +37,26 @@ from vista.errors import (
 from vista.log.event_log import EventLog
 from vista.refresh import RefreshOptions, refresh
 from vista.refresh.full import BatchEncoder, StageClock
-from vista.refresh.ray_engine import ActorJob, ActorResult, RefreshActor, log_digest
 from vista.store import StoreReader
 from vista.store.folder_generation import SharedEnvironment
 from vista.store.layout import environment_path, state_path
 from vista.store.record import RecordSpec
 
-ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
-ray_engine = import_module("vista.refresh.ray_engine")
-RayEngine = ray_engine.RayEngine
+ray: Any = None
+ray_engine: Any = None
 NOW = 1_800_000_000_000
 KEY = bytes(range(32))
 NUM_USERS = 150
 OPTIONS = RefreshOptions(codec=Codec.int8, users_per_batch=5, tokens_per_batch=64)
 """Twelve batches of the sixty users."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Import Ray, which takes a second, only in the process that runs these tests."""
+    global ray, ray_engine
+    ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    ray_engine = import_module("vista.refresh.ray_engine")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +112,7 @@ def contents(store: Path) -> dict[str, dict[bytes, bytes]]:
 
 
 def engine(made: SimpleNamespace, **config: Any) -> ray_engine.RayEngine:
-    return RayEngine(made.folder / "model", RayConfig(**{"num_actors": 2, **config}))
+    return ray_engine.RayEngine(made.folder / "model", RayConfig(**{"num_actors": 2, **config}))
 
 
 class SleepingActor:
@@ -123,7 +129,7 @@ class Kills:
         self.number, self.numbers, self.killed, self.get = 0, numbers, 0, ray_engine._get
         monkeypatch.setattr(ray_engine, "_get", self)
 
-    def __call__(self, task: Any, log: EventLog) -> ActorResult:
+    def __call__(self, task: Any, log: EventLog) -> ray_engine.ActorResult:
         result = self.get(task, log)
         self.number += 1
         if self.number in self.numbers:
@@ -195,7 +201,7 @@ def test_a_cluster_that_is_gone_does_not_hide_the_error(running_ray, made, tmp_p
 
     monkeypatch.setattr(ray, "kill", kill_and_fail)
     with pytest.raises(CheckpointError, match="nowhere"):
-        one = RayEngine(tmp_path / "nowhere", RayConfig(num_actors=1))
+        one = ray_engine.RayEngine(tmp_path / "nowhere", RayConfig(num_actors=1))
         refresh(made.model, made.log, tmp_path / "store", options=OPTIONS, engine=one)
     assert "an actor could not be ended (System error: the head is gone)" in caplog.text
 
@@ -203,7 +209,7 @@ def test_a_cluster_that_is_gone_does_not_hide_the_error(running_ray, made, tmp_p
 @pytest.mark.nightly
 def test_an_error_of_an_actor_keeps_type_and_message(running_ray, made, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
-        one = RayEngine(tmp_path / "nowhere", RayConfig(num_actors=1))
+        one = ray_engine.RayEngine(tmp_path / "nowhere", RayConfig(num_actors=1))
         refresh(made.model, made.log, tmp_path / "store", options=OPTIONS, engine=one)
 
 
@@ -217,13 +223,13 @@ def test_an_error_of_an_actor_keeps_type_and_message(running_ray, made, tmp_path
     ],
 )
 def test_an_actor_refuses_another_log_or_model(made, change, error, message):
-    job = ActorJob(
+    job = ray_engine.ActorJob(
         model=str(made.folder / "model"),
         device="cpu",
         num_threads=1,
         log=str(made.folder / "log"),
         last_segment=2,
-        log_digest=log_digest(made.log),
+        log_digest=ray_engine.log_digest(made.log),
         precision=Precision.float32,
         tokens_per_batch=64,
         spec=RecordSpec(made.model.summarizer_id(), 1, 3, 16, Codec.int8),
@@ -232,7 +238,7 @@ def test_an_actor_refuses_another_log_or_model(made, change, error, message):
     users, counts = np.arange(2), np.array([1, 1])
     # An actor changes the settings of its process, which is this one here.
     with cpu_settings(1), pytest.raises(error, match=message):
-        result = RefreshActor(replace(job, **change)).encode(users, counts).records
+        result = ray_engine.RefreshActor(replace(job, **change)).encode(users, counts).records
         assert isinstance(result, VistaError)
         raise result
 
@@ -349,9 +355,9 @@ def test_a_lost_node_loses_nothing(cluster, tmp_path, grow, monkeypatch, caplog)
 
     get, number = ray_engine._get, 0
 
-    def get_and_lose_node(task: Any, log: EventLog) -> ActorResult:
+    def get_and_lose_node(task: Any, log: EventLog) -> ray_engine.ActorResult:
         nonlocal number
-        result: ActorResult = get(task, log)
+        result: ray_engine.ActorResult = get(task, log)
         number += 1
         if number == 2:
             (lost,) = cluster.worker_nodes

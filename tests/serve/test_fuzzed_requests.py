@@ -392,8 +392,14 @@ LARGE = [
 """Arguments of `filled`."""
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(("name", "place", "element"), LARGE)
+@pytest.mark.parametrize(
+    ("packed", "name", "place", "element"),
+    [
+        pytest.param(packed, *case, marks=pytest.mark.nightly if packed and number % 3 else ())
+        for packed in (False, True)
+        for number, case in enumerate(LARGE)
+    ],
+)
 def test_memory_of_large_bodies(
     detailed: RunningService, name: str, place: str, element: Any, packed: bool, detailed_bytes: int
 ) -> None:

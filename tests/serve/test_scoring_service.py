@@ -487,17 +487,28 @@ def test_scores_name_the_generation_that_they_read(
         assert scorer.manifest.generation == 2
 
 
-@pytest.mark.parametrize("endpoint", ["score", "predict", "rank", "retrieve", "explain", "several scores"])
-def test_actions_of_a_tail_are_those_of_the_model_that_answers(
-    served: Served, folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str
-) -> None:
-    """Although another model, which orders its actions differently, goes into service after the body was read."""
-    model, store = folders
+@pytest.fixture(scope="module")
+def other_order(tmp_path_factory: pytest.TempPathFactory) -> tuple[EventLog, VistaModel]:
+    """The events of `event_log` with its actions in another order, and a model of them."""
+    folder = tmp_path_factory.mktemp("other-order")
     frame, columns = small_frame(), SourceColumns(action="action", rating="rating")
     is_like = frame["action"] == "like"
-    EventLog.from_frame(_rows(frame, is_like), tmp_path / "log", time_unit="ms", columns=columns)
-    log = EventLog.from_frame(_rows(frame, ~is_like), tmp_path / "log", time_unit="ms", columns=columns, append=True)
-    other = train(small_config(log, tmp_path / "run", optim__epochs=1), log)
+    EventLog.from_frame(_rows(frame, is_like), folder / "log", time_unit="ms", columns=columns)
+    log = EventLog.from_frame(_rows(frame, ~is_like), folder / "log", time_unit="ms", columns=columns, append=True)
+    return log, train(small_config(log, folder / "run", optim__epochs=1), log)
+
+
+@pytest.mark.parametrize("endpoint", ["score", "predict", "rank", "retrieve", "explain", "several scores"])
+def test_actions_of_a_tail_are_those_of_the_model_that_answers(
+    served: Served,
+    folders: tuple[Path, Path],
+    other_order: tuple[EventLog, VistaModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    endpoint: str,
+) -> None:
+    """Although another model, which orders its actions differently, goes into service after the body was read."""
+    (model, store), (log, other) = folders, other_order
     assert served.model.schema.actions == ["click", "like"] and other.schema.actions == ["like", "click"]
     event, index = {"item": 10, "time": NOW - 1000, "action": "like"}, str(tmp_path / "index")
     run_index(IndexConfig(model=str(model), out=index))

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # The first optimizer of a process imports it, which takes a second.
 
 from vista.cli.main import main
 from vista.config import TrainConfig

@@ -173,7 +173,7 @@ def test_factors_of_new_items_fit_the_trained_vectors(grown_log: EventLog, tmp_p
     assert torch.equal(made.model.item_table[torch.from_numpy(others)], before[torch.from_numpy(others)])
 
 
-@pytest.mark.parametrize("freeze", list(InitFreeze))
+@pytest.mark.parametrize("freeze", [InitFreeze.summarizer, pytest.param(InitFreeze.none, marks=pytest.mark.nightly)])
 def test_a_run_resumes_bit_identically(grown_log: EventLog, earlier: Run, tmp_path: Path, freeze: InitFreeze) -> None:
     changes = {
         "init_freeze": freeze,
