@@ -270,6 +270,8 @@ def test_a_merge_refuses_what_would_count_twice_or_be_missing(tmp_path, grow):
         merge(model, [(shards, log)], merged)
     with pytest.raises(StoreError, match="was written by summarizer"):
         merge(grow.model(seed=1), [(tmp_path / "whole", log)], merged)
+    with pytest.raises(ConfigError, match="whole: is one of the parts, which it would replace"):
+        merge(model, [(tmp_path / "whole", log)], tmp_path / "other" / ".." / "whole")
     with pytest.raises(ConfigError, match="parts: name the stores to merge"):
         merge(model, [], merged)
     assert not (merged / "CURRENT").exists()

@@ -148,8 +148,8 @@ def merge(
         stored, are among its failures, and have no record.
 
     Raises:
-        ConfigError: there are no parts; the model has no states, decays by position or cannot read a log; `store` is
-            sharded; or `options` holds what the parts decide.
+        ConfigError: there are no parts, or `store` is one of them or sharded; the model has no states, cannot read a
+            log, or decays by position although a user is in several parts; or `options` holds what the parts decide.
         LogFormatError: a file of a log is damaged.
         StoreError: a part is not published, lacks a shard, is of another summarizer, keeps no states, or does not cover
             its whole log; two logs hold the same source; or two stores of one log hold the same user.
@@ -168,6 +168,9 @@ def merge(
     model.eval()
     with ExitStack() as stack:
         sources = _open_sources(stack, model, parts, options.verify_log, key)
+        target = store_path(store).resolve()
+        if any(isinstance(part.path, Path) and part.path.resolve() == target for one in sources for part in one.stores):
+            raise ConfigError(f"store={store}: is one of the parts, which it would replace; name another folder")
         users = sorted(set().union(*(source.users() for source in sources)), key=lambda user: user_keys([user]))
         first, log = sources[0].stores[0].manifest, sources[0].log
         events = [source for part in sources for source in part.log.event_sources(part.log.last_segment)]
