@@ -93,7 +93,7 @@ def run_worker(
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                log_level="warning",
+                log_level="error",  # A warning per request that is not HTTP would let clients fill the disk.
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
