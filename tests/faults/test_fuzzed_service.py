@@ -62,7 +62,7 @@ class Fuzzed:
 
     def statuses(self, sent: bytes) -> list[int]:
         """Those of the answers to what is sent on a connection, whose other half is closed then."""
-        held = []
+        held = list[bytes]()
         with self.service.connect() as connection, suppress(ConnectionError):
             connection.sendall(sent)
             connection.shutdown(socket.SHUT_WR)
@@ -101,7 +101,7 @@ def post(name: str, body: bytes, *, packed: bool) -> bytes:
 
 def drawn(number: int) -> list[tuple[str, bytes, bool]]:
     """Endpoints, bodies, and whether they are MessagePack; those of a number are always the same."""
-    found = []
+    found = list[tuple[str, bytes, bool]]()
 
     def draw(asked: tuple[str, object], packed: bool) -> None:
         found.append((asked[0], encoded(of_one_model(asked[1]), packed=packed), packed))

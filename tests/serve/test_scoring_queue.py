@@ -46,6 +46,7 @@ from vista.serve.scoring_service import (
     ScoreBatches,
     ScoringService,
     TailEvent,
+    parsed,
     tail_of,
 )
 from vista.serve.served_models import ServedModels
@@ -378,18 +379,17 @@ def test_large_bodies_do_not_hold_up_the_event_loop(
     """Their values are counted once, in another thread; also the model that they name is found there."""
     service, _ = opened_models
     threads, parsers = list[int](), list[int]()
-    parse = application.parsed
 
     def has_few_values(*_: Any, **__: Any) -> bool:
         threads.append(threading.get_ident())
         return True
 
-    def parsed(*arguments: Any) -> Any:
+    def noted(*arguments: Any) -> Any:
         parsers.append(threading.get_ident())
-        return parse(*arguments)
+        return parsed(*arguments)
 
     monkeypatch.setattr("vista.serve.scoring_service.has_few_values", has_few_values)
-    monkeypatch.setattr(application, "parsed", parsed)
+    monkeypatch.setattr(application, "parsed", noted)
     ran(lambda: service.scores("a", spaces=MAX_VALUES))
     assert len(threads) == len(parsers) == 1 and threading.get_ident() not in threads + parsers
 
