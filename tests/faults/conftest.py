@@ -1,10 +1,9 @@
-"""A nursery per session, and a small world."""
+"""A nursery whose children can be traced, and a small world."""
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import pytest
 from tests.conftest import small_frame
 from tests.faults.nursery import Nursery
 from tests.faults.operations import COLUMNS, save_model
-from tests.faults.preload import compiled
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
@@ -25,23 +23,9 @@ def require_linux() -> None:
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The library of `preload`, for LD_PRELOAD; empty without a C compiler."""
-    require_linux()
-    return str(compiled(tmp_path_factory.mktemp("preload"))) if shutil.which("cc") else ""
-
-
-@pytest.fixture(scope="session")
-def nursery(library: str) -> Iterator[Nursery]:
-    """A nursery."""
-    with Nursery(**{"LD_PRELOAD": library} if library else {}) as started:
-        yield started
-
-
-@pytest.fixture(scope="session")
-def traced(library: str, nursery: Nursery) -> Nursery:
+def traced(nursery: Nursery) -> Nursery:
     """A nursery whose children can record their system calls, or get errors or SIGKILL from them (`preload`)."""
-    if not library:
+    if shutil.which("cc") is None:
         pytest.skip("no C compiler (cc): system calls cannot be intercepted")
     return nursery
 
