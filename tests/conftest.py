@@ -36,6 +36,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import vista
+from tests.faults.nursery import Nursery, shared_nursery
 from vista.config import (
     DataConfig,
     ModelConfig,
@@ -125,6 +126,14 @@ def same_settings(one_thread: None) -> Iterator[None]:
     torch.set_flush_denormal(False)
     yield
     sys.modules["__main__"] = MAIN_MODULE  # Streamlit puts pages there, and new processes would run them.
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Nursery:
+    """Forks processes that have imported vista, for tests that kill or interrupt them."""
+    if sys.platform != "linux":
+        pytest.skip("processes that end with the tests require Linux")
+    return shared_nursery()
 
 
 @pytest.fixture

@@ -85,8 +85,8 @@ def reuse_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Return the freed memory that glibc keeps to the system; later tensors pay page faults once. Without glibc this
-    does nothing."""
+    """Have glibc give freed memory back to the system. Later tensors pay page faults once. Without glibc this does
+    nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))

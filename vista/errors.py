@@ -1,4 +1,4 @@
-"""Typed errors. Each message says what is wrong, where, and what to do about it, and holds no password; nor do logs."""
+"""Typed errors. Each message says what is wrong, where, and how to fix it. Messages and logs contain no passwords."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def shown(value: object, limit: int = 80) -> str:
 
 
 _STORE = re.compile(r"(rediss?:/+[^/:]*):(?!\S*:\s).*(?=@)", re.IGNORECASE | re.DOTALL)
-"""In a text that is the URL of a store, and not an error that begins with one: what comes before the password, and the
-password, which may have spaces."""
+"""Matches the start of a text that is a store URL (not an error that begins with one), up to the end of the password,
+which may contain spaces. Group 1 is the part before the password."""
 _USER = re.compile(r"(?<=[a-z0-9]):/+[^/:@\[\s]*:(?!\s)", re.IGNORECASE)
 """In a URL, what comes between the scheme and a password or a port."""
 _PORT = re.compile(r"[0-9]{1,5}(?![^\s/?#:,;.)\]'\"])")
@@ -34,10 +34,10 @@ _QUERIED = re.compile(r"([?&][a-z_]{0,20}(?:password|passwd|pwd)=)[^&#\s]*", re.
 
 
 def without_password(text: str) -> str:
-    """A URL, or a text that holds some, without the passwords in them: for all that is shown, logged, or written.
+    """Remove the passwords from a URL, or from the URLs in a text, before it is shown, logged, or written.
 
-    Passwords may have characters that a URL must encode, such as a slash or a space. If in doubt, too much is left out.
-    The time is linear in the length, also for hostile texts.
+    Passwords may contain characters that a URL must encode, such as a slash or a space. When in doubt, this removes too
+    much. It runs in linear time, even on hostile input.
     """
     text = match[1] + text[match.end() :] if (match := _STORE.match(text)) is not None else text
     parts, kept, at, end = [], 0, -1, -1
@@ -64,7 +64,7 @@ def without_password(text: str) -> str:
 
 
 class LogFormatter(logging.Formatter):
-    """Lines of a log, and tracebacks, without the passwords of URLs in them: for every log that vista writes."""
+    """Removes URL passwords from log lines and tracebacks. Every log that vista writes uses it."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as text."""

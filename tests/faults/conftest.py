@@ -1,4 +1,4 @@
-"""A nursery per session, and a small world."""
+"""A nursery whose children can be traced, and a small world."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 from tests.conftest import small_frame
 from tests.faults.nursery import Nursery
 from tests.faults.operations import COLUMNS, save_model
-from tests.faults.preload import compiled
 from tests.store.remote.valkey_server import ValkeyServer
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
@@ -27,23 +26,9 @@ def require_linux() -> None:
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The library of `preload`, for LD_PRELOAD; empty without a C compiler."""
-    require_linux()
-    return str(compiled(tmp_path_factory.mktemp("preload"))) if shutil.which("cc") else ""
-
-
-@pytest.fixture(scope="session")
-def nursery(library: str) -> Iterator[Nursery]:
-    """A nursery."""
-    with Nursery(**{"LD_PRELOAD": library} if library else {}) as started:
-        yield started
-
-
-@pytest.fixture(scope="session")
-def traced(library: str, nursery: Nursery) -> Nursery:
+def traced(nursery: Nursery) -> Nursery:
     """A nursery whose children can record their system calls, or get errors or SIGKILL from them (`preload`)."""
-    if not library:
+    if shutil.which("cc") is None:
         pytest.skip("no C compiler (cc): system calls cannot be intercepted")
     return nursery
 

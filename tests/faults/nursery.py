@@ -8,23 +8,28 @@ and it ends with the tests.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import importlib
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import vista
+from tests.faults.preload import compiled
 
 Say = Callable[[Any], None]
 TIMEOUT_S = 240.0
@@ -165,6 +170,22 @@ class Nursery:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@cache
+def shared_nursery() -> Nursery:
+    """The nursery of all tests in this process, which ends with it: its imports take seconds.
+
+    If there is a C compiler, it has the library of `preload`.
+    """
+    environment = {}
+    if shutil.which("cc") is not None:
+        folder = Path(tempfile.mkdtemp(prefix="preload-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        environment["LD_PRELOAD"] = str(compiled(folder))
+    started = Nursery(**environment)
+    atexit.register(started.close)
+    return started
 
 
 def die_with_parent() -> None:

@@ -61,7 +61,7 @@ class Fuzzed:
         self.start_bytes = resident_bytes(service)
 
     def statuses(self, sent: bytes) -> list[int]:
-        """Those of the answers to what is sent on a connection, whose other half is closed then."""
+        """Send bytes on one connection, close its sending half, and return the statuses of all answers."""
         held = list[bytes]()
         with self.service.connect() as connection, suppress(ConnectionError):
             connection.sendall(sent)
@@ -129,7 +129,7 @@ def mutated(sent: bytes, rng: random.Random) -> bytes:
 
 
 def request(asked: tuple[str, bytes, bool], rng: random.Random, *, is_last: bool) -> bytes:
-    """A request as drawn, with a changed body, for a page, or, if no request follows it, changed anywhere."""
+    """A drawn request: unchanged, with a mutated body, replaced by a GET, or, if it is the last, mutated anywhere."""
     name, body, packed = asked
     dice = rng.randrange(20)
     if dice < 14:
@@ -142,7 +142,7 @@ def request(asked: tuple[str, bytes, bool], rng: random.Random, *, is_last: bool
 
 
 def connections(rng: random.Random, asked: list[tuple[str, bytes, bool]]) -> Iterator[tuple[bytes, int]]:
-    """What is sent on each connection, and how many requests that is, EACH in all."""
+    """(bytes to send, number of requests) per connection; EACH requests in total."""
     left = EACH
     for _ in range(NUM_LARGE):
         number, packed, times = rng.randrange(len(LARGE)), rng.random() < 0.5, rng.choice((1, 1, 5))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import random
 import signal
@@ -17,64 +16,9 @@ import pytest
 
 from tests.faults import preload, table
 from tests.faults.disk_images import Disk
-from tests.faults.harness import Promise, Trial, formats, missed_shares, read_record, run_all
 from tests.faults.nursery import Nursery, Say
 from tests.faults.preload import Call
 from tests.faults.test_power_loss import check_images, runs_of, traced_writer
-
-PROMISE = Promise("text", "fault", full=6, test="file::test_name[full]", shares={"even": 0.5})
-
-
-def test_an_interrupted_suite_runs_what_is_left(tmp_path: Path) -> None:
-    ran: list[int] = []
-
-    def interrupted(trial: Trial) -> None:
-        ran.append(trial.number)
-        if ran == [0, 1, 2, 3]:
-            raise KeyboardInterrupt
-        trial.count("odd" if trial.number % 2 else "even")
-
-    places = tmp_path / "notes", tmp_path / "scratch"
-    with pytest.raises(KeyboardInterrupt):
-        run_all(PROMISE, interrupted, *places)
-    with (tmp_path / "notes").open("a") as file:
-        file.write('\n{"trial": 3, "seco')  # Truncated by a kill.
-    for _ in range(2):
-        run_all(PROMISE, interrupted, *places)
-    record = read_record(tmp_path / "notes")
-    assert ran == [0, 1, 2, 3, 3, 4, 5] and record is not None and record.counts == {"even": 3, "odd": 3}
-    record.rows[0]["counts"]["odd"] = 6
-    assert missed_shares(PROMISE, record) == "even: 25% instead of 50%"
-
-
-def test_a_failed_call_stays_noted_and_another_commits_do_not_count(tmp_path: Path) -> None:
-    def fails_once(trial: Trial) -> None:
-        trial.count("even")
-        assert trial.number != 1, "broken"
-
-    notes = tmp_path / "notes"
-    for _ in range(2):
-        with pytest.raises(AssertionError, match=r"1 of 6 calls failed: \{1: .AssertionError: broken"):
-            run_all(PROMISE, fails_once, notes, tmp_path / "scratch")
-    header, *rows = notes.read_text().splitlines()
-    assert len(rows) == 6
-    notes.write_text("\n".join([json.dumps({**json.loads(header), "commit": "another"}), *rows]))
-    run_all(PROMISE, lambda trial: trial.count("even"), notes, tmp_path / "scratch")
-
-
-def test_the_table_tells_what_is_missing_or_old(tmp_path: Path) -> None:
-    rows = [table.row_of(PROMISE, tmp_path)]
-    assert rows[0]["outcome"] == "not run"
-    run_all(PROMISE, lambda trial: trial.count("even"), tmp_path / "name-full.jsonl", tmp_path / "scratch")
-    rows.append(table.row_of(PROMISE, tmp_path))
-    rows.append(rows[1] | {"formats": formats() | {"log": 1}, "failures": ["why"], "outcome": "FAILED: why"})
-    found = table.problems(rows)
-    assert found[:3] == ["text, fault: not run", "text, fault: FAILED: why", "text, fault: older formats"]
-    assert len(found) == 3 + len(table.BARS) and "power-loss images: 0 of at least 5,000, 0 broken" in found
-    page = table.markdown(rows)
-    assert f"- 1 of 3 promises: commit {rows[1]['commit']}; formats: log {formats()['log']}, record" in page
-    assert "log 1, record" in page and "(older than the current formats)" in page and "| text | 12 | 1 |" in page
-    assert "| text | fault | 6 | held | even 6 |" in page and "| text | fault | 0 of 6 | not run |  |" in page
 
 
 def unsynced_writer(say: Say, *arguments: Any) -> None:

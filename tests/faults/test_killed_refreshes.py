@@ -149,7 +149,7 @@ def watch(say: Say, folder: str, source: str, store: str, kill: tuple[str, int, 
         kill: a step, its turn, and the number of the system call that changes the folder after this turn, at which this
             process is killed; 0 kills it in the step. Steps are "read", "appended", "begin", and "done": a batch is
             read, its segment is published, and a transaction of the store begins and ends. If the store is on a server,
-            the latter are a batch of records, and what is counted after all steps but "read" are requests.
+            "begin" and "done" enclose a batch of records, and requests are counted, except after "read".
     """
     report_steps(say, folder, "://" in store, *kill)
     run_watch(

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from tests.counters.counter_histories import category
-from tests.faults.nursery import Nursery
 from tests.refresh.kafka_clusters import Kafka, MockKafka, Tansu
 from tests.refresh.streams import TOPIC, watch_of
 from vista.config import DataConfig, ModelConfig, SourceColumns, WatchConfig
@@ -169,13 +168,6 @@ def grow() -> SimpleNamespace:
     """The functions above."""
     names = {"model": model, "events": events, "append": append, "later": later, "full": full, "stored": stored}
     return SimpleNamespace(**names, assert_same=assert_same, start=START, hour=HOUR)
-
-
-@pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
-    """Forks processes that have imported vista, for tests that kill or interrupt them."""
-    with Nursery() as started:
-        yield started
 
 
 @pytest.fixture(params=[MockKafka, pytest.param(Tansu, marks=pytest.mark.nightly)])

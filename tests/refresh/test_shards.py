@@ -142,7 +142,7 @@ def test_merged_stores_equal_the_store_of_all_events(tmp_path_factory, grow, dat
     grow.full(model, log, folder / "expected")
     grow.assert_same(folder / "merged", folder / "expected", atol=5e-4)
     if len(parts) > 1:
-        with pytest.raises(StoreError, match=r"merged from several logs, and no segment of .* ends where theirs do"):
+        with pytest.raises(StoreError, match=r"merged from several logs, and no segment of .* ends exactly after"):
             refresh_incremental(model, log, folder / "merged")  # of a log with other sources
 
 
@@ -184,8 +184,8 @@ def records_of(path: Path) -> dict[bytes, bytes]:
 
 
 @pytest.mark.parametrize("decay", [Decay.none, Decay.position])
-def test_merged_shards_are_the_store_of_one_refresh(tmp_path, grow, decay):
-    """They have its bytes, and so they do after an incremental refresh."""
+def test_merged_shards_equal_the_store_of_one_refresh(tmp_path, grow, decay):
+    """The records are bit-identical, before and after an incremental refresh."""
     horizons, made = [20.0, 0.0] if decay is Decay.position else [], {"created_at": 7}
     model = grow.model(decay=decay, decay_horizons=horizons, counters=True, counter_categories=["genre"])
     log = grow.append(tmp_path / "log", grow.events({user: 1 + user % 9 for user in range(30)}))
@@ -222,7 +222,7 @@ def test_a_store_of_several_logs_resumes_from_one_log(tmp_path, grow, monkeypatc
     merge(model, parts[::-1], tmp_path / "backward")
     log = grow.later(tmp_path / "log", {1: 2, 4: 3, 8: 3})
     log = grow.append(tmp_path / "log", grow.events({2: 1}, seed=9, spread=10**6))  # late
-    with pytest.raises(StoreError, match=r"merged from several logs, and no segment of .* ends where theirs do"):
+    with pytest.raises(StoreError, match=r"merged from several logs, and no segment of .* ends exactly after"):
         refresh_incremental(model, log, tmp_path / "backward")
     if is_killed:
         with monkeypatch.context() as patch:
@@ -263,7 +263,7 @@ def test_a_merge_refuses_what_would_count_twice_or_be_missing(tmp_path, grow):
     grown = grow.later(tmp_path / "other", {1: 2})
     assert grown.path == other.path
     refresh(model, grown, tmp_path / "grown")
-    with pytest.raises(StoreError, match=r"log and .*other both hold the source of events with SHA-256 [0-9a-f]{64}"):
+    with pytest.raises(StoreError, match=r"log and .*other both contain the event source with SHA-256 [0-9a-f]{64}"):
         merge(model, [(tmp_path / "whole", log), (tmp_path / "grown", grown)], merged)
     with pytest.raises(StoreError, match="holds no published generation"):
         (shards / "part-1-of-2").mkdir()

@@ -28,12 +28,7 @@ from scripts.benchmarks.bench_attention import (
     sdpa,
 )
 from scripts.benchmarks.bench_scorer import scorer_roofline
-from scripts.benchmarks.bench_training import GATHERED_BYTES, PILOT_BATCHES, RecToolsPilot, RecToolsSetting
-from scripts.benchmarks.benchmark import BenchmarkRecorder, interleaved, read_cases, timing_of
-from scripts.benchmarks.rooflines import (
-    Roofline,
-    RooflineWork,
-)
+from scripts.benchmarks.benchmark import BenchmarkRecorder, interleaved, read_cases
 from scripts.benchmarks.workloads import lifelong_log, untrained
 from tests.benchmark_process import run_benchmark
 from tests.required_program import require_compiler
@@ -150,13 +145,6 @@ def test_contestants_alternate_in_reversing_order() -> None:
     times = interleaved({"a": contestant("a"), "b": contestant("b")}, rounds=4, warmup=1, min_sample_s=0)
     assert "".join(seen) == "ab" + "abbaabba"  # one warm-up each, then four rounds
     assert gc.isenabled() and [len(timing.samples_s) for timing in times.values()] == [4, 4]
-
-
-def test_a_roofline_by_hand() -> None:
-    copy, product, silu = (RooflineWork(lambda: None, times, "") for times in (2.0, 3.0, 0.5))
-    timing = {f"roofline {index}": timing_of([seconds]) for index, seconds in enumerate([10.0, 4.0, 5.0, 2.0])}
-    roofline = Roofline(copy, (product, product.scaled(2)), (silu,))
-    assert roofline.parts(timing) == (20.0, 3 * 4 + 6 * 5, 1.0) and roofline.seconds(timing) == 43.0
 
 
 BLOCKS = (1000, 7 * 11, 2 * 11, 1)
@@ -371,28 +359,3 @@ def test_both_sides_train_on_the_same_events(tmp_path: Path) -> None:
             expected = item[offsets[user] : offsets[user + 1] - 2][-201:]
             assert mine.tolist() == their.tolist() == expected.tolist()
         assert (np.diff(arrays["timestamp"]) > 0).all()
-
-
-@pytest.mark.parametrize("negatives", [1, 64, 1024])
-def test_the_pilot_finds_the_fastest_setting(negatives: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cost(setting: RecToolsSetting) -> float:
-        seconds = {"softmax": 9.0, "sampled_softmax": 7.0, "BCE": 8.0}[setting.loss]
-        seconds *= {"32-true": 0.5, "bf16-mixed": 1.0}[setting.precision] * (0.9 if setting.workers else 1)
-        return seconds * (1 + abs(math.log2(setting.batch_size) - 5)) * (0.8 if setting.threads == 1 else 1)
-
-    tried: list[RecToolsSetting] = []
-
-    def run(pilot: RecToolsPilot, setting: RecToolsSetting, max_batches: int) -> dict[str, Any]:
-        assert max_batches == PILOT_BATCHES
-        tried.append(setting)
-        return {"seconds_per_epoch": [cost(setting)]}
-
-    monkeypatch.setattr(RecToolsPilot, "run", run)
-    pilot = RecToolsPilot(Path("python"), Path("data"), negatives, 0.2, quick=False)
-    chosen = pilot.fastest()
-    assert len(set(tried)) == len(tried) and chosen == min(tried, key=cost)
-    assert (chosen.precision, chosen.workers, chosen.n_negatives, chosen.dropout) == ("32-true", 1, negatives, 0.2)
-    gathered = [s.batch_size * 200 * negatives * 64 * 4 for s in tried if s.loss != "softmax"]
-    assert max(gathered) <= 2 * GATHERED_BYTES
-    if negatives < 1024:  # else batches of sampled losses are too small to be fast, and softmax wins
-        assert (chosen.loss, chosen.batch_size) == ("sampled_softmax", 32)

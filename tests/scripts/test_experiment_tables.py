@@ -14,20 +14,19 @@ import polars as pl
 import pytest
 
 from scripts.experiments import reproduce
-from scripts.experiments.results import changed_settings, read_results
-from scripts.experiments.row_measurement import SIMULATED, WINDOW_METRICS, PopularityAfterwards, yambda_metrics
+from scripts.experiments.results import read_results
+from scripts.experiments.row_measurement import WINDOW_METRICS, yambda_metrics
 from scripts.experiments.sets import (
     SETS,
     prepare_set,
     prepare_simulation,
     prepare_with_texts,
 )
-from scripts.experiments.table_run import part_configs, recorded_config, train_config
+from scripts.experiments.table_run import part_configs, train_config
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.public_tables import LAST_DAY
 from scripts.experiments.tables.public_tables import TABLES as PUBLIC_TABLES
 from scripts.experiments.tables.table import K0, ORACLE, Table, TableRow
-from scripts.experiments.tables.window_tables import COUNTED, WITHOUT
 from tests.cli.test_items_commands import LettersEncoder
 from tests.conftest import real_set
 from tests.log.ingest.public.samples import SAMPLES, complete_journey
@@ -39,9 +38,7 @@ from vista.config import EvaluateConfig, SimulateConfig, TrainConfig
 from vista.config.checks import Codec, Target
 from vista.config.composition import compose_config
 from vista.errors import DataError
-from vista.evaluation.baseline_evaluation import trained_baselines
 from vista.evaluation.cases import WindowCases
-from vista.evaluation.counting_baselines import counting_baselines
 from vista.evaluation.protocol import measure_windows
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until
@@ -218,35 +215,6 @@ def test_a_newcomer_has_one_model_whose_epoch_validation_chooses(name: str) -> N
     ((part, config),) = part_configs(TABLES[name], TABLES[name].rows["vista"]).items()
     assert part == "test" and config.optim.validate_every == 1
     assert split_until(config.data, "train") != split_until(config.data, "test")
-
-
-@pytest.mark.parametrize("name", [name for name, table in TABLES.items() if table.windows])
-def test_pairs_are_rows_that_are_measured_on_test(name: str) -> None:
-    rows, pairs = TABLES[name].rows, TABLES[name].pairs
-    assert all(not rows[row].trial for pair in pairs for row in pair) and len(set(pairs)) == len(pairs)
-    if name.startswith("window-"):
-        baselines = {row for row, values in rows.items() if values.untrained}
-        assert baselines == TABLES[f"returns-{name.removeprefix('window-')}"].rows.keys()
-        assert all({other for first, other in pairs if first == row} >= baselines for row in COUNTED)
-
-
-@pytest.mark.parametrize("name", ["window-cj", "window-dev"])
-def test_one_setting_tells_a_row_from_the_row_without_counters(name: str) -> None:
-    with_counters, without = (
-        recorded_config(TABLES[name], TABLES[name].rows[row]) for row in ("vista, counters", WITHOUT)
-    )
-    assert [change.split()[0] for change in changed_settings(with_counters, without)] == [
-        "model.counters",
-        "model.counted_dropout",  # not recorded without counters
-    ]
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_baselines_are_known(name: str) -> None:
-    known = counting_baselines(has_time=True, horizon_events=50, has_features=True)
-    known += [PopularityAfterwards(), *trained_baselines(horizon_events=50, at_one_time=True)]
-    named = {row.untrained for row in TABLES[name].rows.values()} - {"", "oracle", *SIMULATED}
-    assert named <= {baseline.name for baseline in known}
 
 
 def test_reference_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

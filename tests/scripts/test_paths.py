@@ -6,32 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import vista.text_table
-from scripts.paths import BARS, code_lines, files_of_jobs, recording, sizes_of_tree
-
-
-def test_only_functions_that_are_called_count() -> None:
-    """Neither a class that is imported nor the function of a library counts."""
-    source = compile(
-        "class Body: fitted = fitted('a')\n", str(Path(vista.__file__).parent / "body.py"), "exec", dont_inherit=True
-    )
-    with recording() as files:
-        exec(source, {"fitted": vista.text_table.fitted})
-        Path("x").is_absolute()
-    assert not files
-    with recording() as files:
-        vista.text_table.fitted("a")
-    assert files == {vista.text_table.__file__}
-
-
-def test_lines_of_code_and_imports() -> None:
-    assert code_lines('"""Two\nlines."""\n\n# comment\nfrom a import (\n    b,\n)\n\nx = 1\n') == (4, 3)
-
-
-def test_sizes_of_this_tree() -> None:
-    sizes = sizes_of_tree()
-    assert 100 < int(sizes["files of vista"].replace(",", "")) < 1000
-    assert 200 < int(sizes["configuration keys"]) < 600
+from scripts.paths import BARS, files_of_jobs
 
 
 @pytest.mark.research

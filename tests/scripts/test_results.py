@@ -125,35 +125,6 @@ def test_the_table_shows_mean_and_spread_over_seeds() -> None:
     assert markdown_table([]) == ""
 
 
-def test_rows_with_errors_over_users_show_these() -> None:
-    """A row that is a mean over seeds counts as all of them."""
-    rows = [
-        row(metrics={"p@10": 0.3, "seen": 1.0}, errors={"p@10": 0.01}),
-        row(metrics={"p@10": 0.5, "seen": 2.0}, errors={"p@10": 0.03}, seed=2),
-        row(model="a − b", metrics={"p@10": -0.1}, errors={"p@10": 0.02}, seeds=[1, 2], command="run --seeds 1 2"),
-    ]
-    lines = markdown_table(rows).splitlines()
-    assert lines[4] == "| ml-1m | vista K=16 | 2 | 0.4000 ± 0.0200 | 1.5000 | 12 |"
-    assert lines[5] == "| ml-1m | a − b | 2 | -0.1000 ± 0.0200 | – | 12 |"
-    assert lines[7].startswith("Mean over seeds ± standard error over users; –")
-    assert lines[-1].startswith("- ml-1m, a − b: `run --seeds 1 2` (seed 1 2;")
-
-
-def test_models_of_the_same_origin_share_a_line() -> None:
-    """Seeds of a command are joined; other commands, commits and machines of a model are listed after the first."""
-    command = "run t --rows a --seeds "
-    rows = [row(model=model, seed=seed, command=f"{command}{seed}") for model in ("a", "a, tail 2") for seed in (1, 12)]
-    rows += [row(model="a|b", seed=1, command="run t --rows b --seeds 1")]
-    rows += [row(model="a|b", seed=2, command="run t --rows b", commit="def5678", hardware={**MACHINE, "cores": 8})]
-    lines = [line for line in markdown_table(rows).splitlines() if line.startswith("- ")]
-    machine = "Test CPU, 2 cores, torch 2.13.0"
-    assert lines == [
-        f"- ml-1m, a / a, tail 2: `{command}1 12` (seed 1 12; commit abc1234; {machine})",
-        "- ml-1m, a\\|b: `run t --rows b --seeds 1 2`, `run t --rows b` (seed 1 2; commit abc1234, def5678; "
-        f"{machine}; {machine.replace('2 cores', '8 cores')})",
-    ]
-
-
 def test_the_command_prints_a_table_without_torch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     append_result(tmp_path / "t.jsonl", row())
     assert main([str(tmp_path / "t.jsonl")]) == 0

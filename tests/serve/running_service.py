@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import vista
-from tests.faults.nursery import Child, Nursery
+from tests.faults.nursery import Child, Nursery, shared_nursery
 from vista.cli.main import main
 
 TIMEOUT_S = 120
@@ -35,8 +35,8 @@ _LISTENING = re.compile(r"listening on http://127\.0\.0\.1:(\d+)")
 
 @cache
 def nursery() -> Nursery:
-    """Forks the services; it ends with the tests."""
-    opened = Nursery()
+    """Forks the services."""
+    opened = shared_nursery()
     for module in PRELOADED:
         opened.imports(module)
     return opened

@@ -37,8 +37,8 @@ LENIENT = settings(max_examples=100, deadline=None, suppress_health_check=list(H
 
 
 def save_detailed(folder: Path) -> tuple[str, ...]:
-    """The command line of a service with a token, an index, ids that are texts, and features of items, events,
-    requests, and users, which are saved in a folder."""
+    """Save a log, model, store, index, and token in a folder, and return the command line of a service that uses them.
+    Ids are strings, and items, events, requests, and users have features."""
     rng, count = np.random.default_rng(0), 600
     events = {
         "user": rng.choice(NAMES, count),

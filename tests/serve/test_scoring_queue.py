@@ -260,7 +260,7 @@ def test_the_queue_refuses_and_forgets() -> None:
 
 
 def test_an_error_after_the_deadline_keeps_no_body(service: ScoringService) -> None:
-    """Its traceback has frames that refer to the request, whose result it is: a cycle, until it is cleared."""
+    """The frames of its traceback refer to the request, which refers to the error: a cycle until they are cleared."""
     queue, batches, begun, free = ScoringQueue(1, 1), ScoreBatches(), threading.Event(), threading.Event()
 
     def answer(entry: Entry) -> Any:

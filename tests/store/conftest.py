@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.faults.nursery import Nursery
 from vista.counters.counters import CounterCodes, CounterSpec
 from vista.errors import StoreError
 from vista.store import (
@@ -209,13 +208,6 @@ def build() -> SimpleNamespace:
         summarizer=summarizer,
         write_store=write_store,
     )
-
-
-@pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
-    """Forks processes that have imported vista, for tests that kill them."""
-    with Nursery() as started:
-        yield started
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Processes that are forked for tests: functions, and trainings in several ranks, as torchrun starts them.
 
-`start` forks the ranks from a server that has imported torch already. `torchrun` runs the command, which takes seconds.
+`start` forks the ranks from a process that has imported torch. `torchrun` runs the command, which takes seconds.
 As a program, this takes the words of `vista train`. A word such as 1:model.dim=8 is only for rank 1. With the
 environment variable KILL=1:7, rank 1 kills itself at its step 7; with CHANGE=1:7, it changes one of its weights there;
 and with VERSION=1:9.9, it has that version of vista. Each rank prints at the end how many rows of the item table it
@@ -10,7 +10,6 @@ holds, and a digest of its weights.
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import os
 import re
 import signal
@@ -20,13 +19,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo  # The first optimizer of a process imports it, which takes a second.
 
+from tests.faults.nursery import Child, Say, shared_nursery
 from vista.cli.main import main
 from vista.config import TrainConfig
 from vista.config.composition import to_yaml
@@ -36,25 +35,10 @@ from vista.training import trainer
 from vista.training.trainer import Trainer, train_model
 
 
-def forked(function: Callable[..., None], *arguments: Any) -> BaseProcess:
-    """Start a function of a module.
-
-    A server, which has no threads, unlike the process of the tests, has imported torch and vista, which takes seconds.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training.ranks_of_run"])
-    process = context.Process(target=function, args=arguments)
-    process.start()
-    return process
-
-
-def run_in_fork(function: Callable[..., None], *arguments: Any, timeout_s: float = 240) -> None:
-    """Run a function of a module to its end."""
-    process = forked(function, *arguments)
-    process.join(timeout_s)
-    process.kill()
-    process.join()
-    assert process.exitcode == 0, process.exitcode
+def forked(function: Callable[..., Any], *arguments: Any) -> Child:
+    """Start `function(say, *arguments)` of a module in a process that has imported torch and vista."""
+    shared_nursery().imports(__name__)
+    return shared_nursery().start(function, *arguments)
 
 
 class WatchedTrainer(Trainer):
@@ -105,7 +89,7 @@ def torchrun(
     return subprocess.run(given, capture_output=True, text=True, env=environment, timeout=240)
 
 
-def _rank(environment: dict[str, str], words: list[str], output: str) -> None:
+def _rank(say: Say, environment: dict[str, str], words: list[str], output: str) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     for number, name in ((1, "out"), (2, "err")):
@@ -131,15 +115,15 @@ def start(
             forked(_rank, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, given, f"{folder}/{rank}")
             for rank in range(num_ranks)
         ]
-        for process in ranks:
-            process.join(240)
-            process.kill()
-            process.join()
+        try:
+            codes = [process.end().exit_code for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
         texts = [
             "".join(f"rank {rank}: {Path(f'{folder}/{rank}.{name}').read_text()}" for rank in range(num_ranks))
             for name in ("out", "err")
         ]
-    codes = [process.exitcode or 0 for process in ranks]
     return subprocess.CompletedProcess(given, next((code for code in codes if code), 0), *texts)
 
 

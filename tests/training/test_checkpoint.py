@@ -25,7 +25,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.training.ranks_of_run import forked, run_in_fork
+from tests.faults.nursery import Say
+from tests.training.ranks_of_run import forked
 from vista.errors import CheckpointError
 from vista.training import checkpoint
 from vista.training.checkpoint import (
@@ -119,7 +120,7 @@ def test_latest_skips_and_clears_unfinished_saves(tmp_path: Path) -> None:
     assert names(tmp_path) == ["notes.txt", "step-00000001", "step-two"]
 
 
-def kill_at_each_call(folder: str, log: str, every: int) -> None:
+def kill_at_each_call(say: Say, folder: str, log: str, every: int) -> None:
     """Fork children that save the same steps. Child n kills itself at its n-th fsync, rename or removal.
 
     With every=1, together they die at every relevant point of a save.
@@ -153,7 +154,7 @@ def kill_at_each_call(folder: str, log: str, every: int) -> None:
             break
 
 
-def save_forever(folder: str) -> None:
+def save_forever(say: Say, folder: str) -> None:
     """4 MB per save, so that most of the time is spent on writing."""
     for step in itertools.count(1):
         save_checkpoint(folder, step, {"weight": torch.full((1_000_000,), float(step))}, {"epoch": step})
@@ -176,7 +177,7 @@ def check_sound(folder: Path) -> int:
 @pytest.mark.nightly
 def test_a_kill_at_any_call_leaves_a_complete_checkpoint(tmp_path: Path, every: int) -> None:
     folder, log = tmp_path / "runs", tmp_path / "log"
-    run_in_fork(kill_at_each_call, str(folder), str(log), every)
+    forked(kill_at_each_call, folder, log, every).result()
     finished = {run.name: 0 for run in folder.iterdir()}
     for line in log.read_text().splitlines():
         deadly, step = map(int, line.split())
@@ -232,16 +233,16 @@ def test_kill_nine_during_saves_leaves_a_complete_checkpoint(tmp_path: Path) -> 
     chance = random.Random(0)
     reached = 0
     for _ in range(2):
-        process = forked(save_forever, str(tmp_path))
+        process = forked(save_forever, tmp_path)
         try:
             give_up = time.monotonic() + 60
             while not any(tmp_path.glob("step-*")):
-                assert process.is_alive() and time.monotonic() < give_up
+                assert time.monotonic() < give_up, process.raised
                 time.sleep(0.005)
             time.sleep(chance.random() * 0.2)
         finally:
             process.kill()
-            process.join()
+            process.end()
         reached += check_sound(tmp_path)
         remove_checkpoints(tmp_path)
     assert reached >= 2

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import Served, small_config, small_frame
-from tests.training.ranks_of_run import run_in_fork
+from tests.faults.nursery import Say
+from tests.training.ranks_of_run import forked
 from vista.config import SourceColumns
 from vista.config.composition import to_yaml
 from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
@@ -69,8 +70,11 @@ LONG = {
 """Changes of the run that is killed at any point and must end with the same bits."""
 
 
-def kill_often(log_path: str, run_dir: str, times: int) -> None:
-    """Fork a trainer, kill it at a random time after some progress, several times, and then finish the run."""
+def kill_often(say: Say, log_path: str, run_dir: str, times: int) -> list[int]:
+    """Fork a trainer, kill it at a random time after some progress, several times, and then finish the run.
+
+    Returns the exit codes of those that were killed.
+    """
     log, chance = EventLog.open(log_path), random.Random(1)
     config = small_config(log, run_dir, **LONG)
     train(small_config(log, f"{run_dir}-warm", optim__epochs=1), log)  # lazy imports, once for all forks
@@ -91,7 +95,7 @@ def kill_often(log_path: str, run_dir: str, times: int) -> None:
             os.kill(child, signal.SIGKILL)
             codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     train(config, log, metrics_every=1)
-    Path(f"{run_dir}.json").write_text(json.dumps(codes))
+    return codes
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +111,7 @@ def test_a_run_that_is_killed_anywhere_resumes_bit_identically(
     event_log: EventLog, uninterrupted: Path, tmp_path: Path, times: int
 ) -> None:
     """Ctrl-C is tested below."""
-    run_in_fork(kill_often, str(event_log.path), str(tmp_path / "run"), times)
-    codes = json.loads((tmp_path / "run.json").read_text())
+    codes = forked(kill_often, event_log.path, tmp_path / "run", times).result()
     assert codes.count(-signal.SIGKILL) >= times // 2, codes
     assert_same_result(tmp_path / "run", uninterrupted)
     names = sorted(path.name for path in uninterrupted.iterdir())

@@ -186,10 +186,10 @@ class StoreCopyConfig(SharesWithGroup, Keyed, UsesStore):
 
 @dataclass(kw_only=True, slots=True)
 class StoreMergeConfig(RunsOn, Keyed, SharesWithGroup, VerifiesLog, UsesModel, UsesStore):
-    """Combine stores that one model has made from different events or users into one store."""
+    """Combine stores that one model made, from different events or users, into one store."""
 
     parts: list[str] = field(default_factory=list)
-    """Folders of the stores to merge, at least one. The folder above the shards of a store stands for all of them."""
+    """Folders of the stores to merge; at least one. To merge all shards of a store, name the folder above them."""
     data: list[str] = field(default_factory=lambda: ["data/log"])
     """EventLog of each part, in the same order, or one for all parts. Different logs must hold different events, and
     parts of one log different users."""

@@ -293,7 +293,7 @@ class EventLog:
         return digest.hexdigest()
 
     def event_sources(self, upto: int) -> list[str]:
-        """SHA-256 of each source of events in the segments numbered up to `upto`, oldest first; not of empty ones."""
+        """SHA-256 of each event source that is not empty, in the segments up to number `upto`, oldest first."""
         sources = [
             source for segment in self.segments if segment.last <= upto for source in segment.manifest["sources"]
         ]

@@ -82,8 +82,8 @@ def refresh_incremental(
     The result equals that of a full refresh, within float32 rounding where states are float32. Users without changes
     keep the bytes of their records. Call it again to resume an interrupted run: states and records say what they cover.
 
-    A store that was merged from several logs resumes from one log, whose first segments were made from the sources of
-    events of these logs, in the order in which the stores were merged.
+    A store that was merged from several logs can be refreshed from one log. The first segments of that log must be
+    made from the event sources of the merged logs, in the order of the merge.
 
     Args:
         model: the one whose full refresh made the store; it is left in eval mode.
@@ -161,8 +161,8 @@ def check_updatable(manifest: Manifest, log: EventLog, store: Path | StoreUrl) -
         if digest_of_events(log.event_sources(segment)) == manifest.log_digest:
             return segment
     raise StoreError(
-        f"{store}: was merged from several logs, and no segment of {log.path} ends where theirs do; prepare one log "
-        "from the sources of their events, in the order in which the stores were merged, or run a full refresh"
+        f"{store}: was merged from several logs, and no segment of {log.path} ends exactly after their event sources; "
+        "prepare one log from these sources, in the order of the merge, or run a full refresh"
     )
 
 

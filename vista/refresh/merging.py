@@ -1,4 +1,4 @@
-"""Merge: combine stores into one, which one model has made on several machines from different events or users."""
+"""Merge stores that one model made on several machines, from different events or users, into one store."""
 
 from __future__ import annotations
 
@@ -128,24 +128,24 @@ def merge(
 ) -> RefreshReport:
     """Combine the states of several stores into one store, as a new generation of `store`.
 
-    The states of a user who is in several of them are added. Only the terms of events at the seams between the parts
-    are recomputed, from the logs. An interrupted merge resumes like a full refresh.
+    If a user is in several stores, the states are added. Only the terms of events at the seams between the parts are
+    recomputed, from the logs. An interrupted merge resumes like a full refresh.
 
-    If all parts were refreshed from one log, such as the shards of a store, incremental refreshes from that log
-    continue the result. Otherwise, see `refresh_incremental`.
+    If all parts were refreshed from one log, such as the shards of a store, the result can be refreshed incrementally
+    from that log. Otherwise, see `refresh_incremental`.
 
     Args:
         model: the one whose full or incremental refreshes made the parts.
-        parts: (store, its log). Different logs hold different events, and stores of one log different users. The
-            folder above the shards of a store stands for all of them.
+        parts: pairs of a store and its log. Different logs must hold different events, and stores of one log must
+            hold different users. To merge all shards of a store, name the folder above them.
         store: folder of the merged store; it must not be one of the parts.
         options: users_per_batch, verify_log, and shared_with_group; the parts decide the others.
         key: 32 bytes, if the parts' records are authenticated; the merged ones then are too.
         created_at: start of the run in ms, which records state; by default now.
 
     Returns:
-        The report. Users with events in a log but without a state in its stores, as those whose summary could not be
-        stored, are among its failures, and have no record.
+        The report. A user with events in a log but no state in its stores, for example because the summary could not
+        be stored, is listed under failures and gets no record.
 
     Raises:
         ConfigError: there are no parts, or `store` is one of them or sharded; the model has no states, cannot read a
@@ -209,8 +209,8 @@ def _open_sources(
                 other = log_of_source.setdefault(digest, log)
                 if other is not log:
                     raise StoreError(
-                        f"{other.path} and {log.path} both hold the source of events with SHA-256 {digest}, so events "
-                        "would count twice; merge stores of logs with different sources"
+                        f"{other.path} and {log.path} both contain the event source with SHA-256 {digest}, so its "
+                        "events would count twice; merge only stores whose logs share no source"
                     )
             by_log[identity] = _MergeSource(log, LogItems.of(model, log), LogUsers(model.user_features, log), [])
         source = by_log[identity]
@@ -259,7 +259,7 @@ def _encode_batches(
 
 
 def _carry_erasures(sources: Sequence[_MergeSource], root: Path) -> None:
-    """Let users who were erased from a part count as erased from the merged store, so that no refresh adds them."""
+    """Mark users who were erased from a part as erased from the merged store, so that no refresh adds them."""
     for store in (store for source in sources for store in source.stores):
         with closing(open_backend(store.path)) as part:
             digests = part.erased_users.digests()
@@ -278,8 +278,8 @@ def _without_state(
         for user in users:
             if user in states and states[user] is None:
                 failures[user] = (
-                    f"it has events in {source.log.path}, but no state in {paths}; add the stores of that log that are "
-                    "missing, or refresh them in full"
+                    f"it has events in {source.log.path}, but no state in {paths}; add the missing stores of that log, "
+                    "or refresh its stores in full"
                 )
     return failures
 

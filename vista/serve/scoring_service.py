@@ -173,7 +173,7 @@ def decoded(body: bytes, kind: type[Body], media_type: str) -> Body:
 
 
 def parsed(body: bytes, kind: type[Body], media_type: str) -> Body:
-    """The same for a type whose size is limited, for example because it has no lists; errors as of `decoded`."""
+    """Like `decoded`, without a limit on values, for types of bounded size, such as those without lists."""
     try:
         if media_type == MSGPACK:
             return msgspec.msgpack.decode(body, type=kind)

@@ -31,9 +31,9 @@ UPDATE_S = 1.0
 """Seconds between two updates of the metrics that several workers share."""
 
 UNUSED_S = 10.0
-"""Seconds between two looks at the memory that this process keeps after large requests."""
+"""Seconds between checks of the memory that this process keeps after large requests."""
 MAX_UNUSED_BYTES = 16 << 20
-"""Memory that it may keep; more is returned to the system."""
+"""Memory that it may keep. If it keeps more, freed memory is returned to the system."""
 
 KEEP_ALIVE_S = 75
 """An idle connection is closed after this time: later than load balancers do (60 s or less), so that they do not send a
@@ -151,9 +151,9 @@ async def _update(models: ServedModels, *queues: ScoringQueue) -> None:
 
 
 async def _return_memory(*queues: ScoringQueue) -> None:
-    """Return the memory that large requests have left, while no request waits or is computed.
+    """Return memory that large requests freed, while no request is queued or running.
 
-    Requests reuse what earlier ones have freed, so there are seconds between two returns, and a minimum to return.
+    Requests reuse memory that earlier ones freed, so returns are seconds apart, and small amounts are kept.
     """
     least = private_bytes()
     while True:

@@ -281,7 +281,7 @@ class _Ingest:
     """Oldest and newest time of the events; (None, None) in a log without times."""
 
     def __post_init__(self) -> None:
-        """Refuse to append to nothing, and to overwrite anything; what exists already is then durable."""
+        """Refuse to append to a missing log, or to overwrite anything. An existing log's name is made durable first."""
         target = self.target
         if self.append and not target.exists():
             raise DataError(f"{target}: no such log; leave append out to make one")
