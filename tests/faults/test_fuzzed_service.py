@@ -157,7 +157,7 @@ def connections(rng: random.Random, asked: list[tuple[str, bytes, bool]]) -> Ite
 
 @promise(
     "Resources are bounded",
-    fault="fuzzed requests to the service, also pipelined, abandoned, and of 4 MB",
+    fault="fuzzed requests to the service, including pipelined, abandoned, and 4 MB ones",
     full=100 * EACH,
     each=EACH,
     smoke=True,
