@@ -32,7 +32,7 @@ UPDATE_S = 1.0
 
 UNUSED_S = 10.0
 """Seconds between checks of the memory that this process keeps after large requests."""
-MAX_UNUSED_BYTES = 16 << 20
+MAX_UNUSED_BYTES = 8 << 20
 """Memory that it may keep. If it keeps more, freed memory is returned to the system."""
 
 KEEP_ALIVE_S = 75
@@ -153,11 +153,16 @@ async def _update(models: ServedModels, *queues: ScoringQueue) -> None:
 async def _return_memory(*queues: ScoringQueue) -> None:
     """Return memory that large requests freed, while no request is queued or running.
 
-    Requests reuse memory that earlier ones freed, so returns are seconds apart, and small amounts are kept.
+    Requests reuse memory that earlier ones freed, so returns are seconds apart, and small amounts are kept. Each
+    return is repeated once, because bodies that were being received would count as memory that is needed.
     """
-    least = private_bytes()
+    least, was_due = private_bytes(), False
     while True:
         await asyncio.sleep(UNUSED_S)
-        if private_bytes() > least + MAX_UNUSED_BYTES and not any(queue.depth for queue in queues):
+        if any(queue.depth for queue in queues):
+            continue
+        is_due = private_bytes() > least + MAX_UNUSED_BYTES
+        if is_due or was_due:
             await asyncio.to_thread(return_freed_memory)  # 20 ms per 100 MB
             least = private_bytes()
+        was_due = is_due
