@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.conftest import run_python
 from tests.serve.running_service import environment
 from vista.cli.main import main
 from vista.explore.explore_server import streamlit_options
@@ -178,8 +177,10 @@ def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert "port: cannot listen on" in capsys.readouterr().err
 
 
-def test_the_extra_is_named_if_it_is_missing() -> None:
-    code = "import sys; sys.modules['streamlit'] = None; from vista.cli.main import main; sys.exit(main(['explore']))"
-    done = run_python(code)
-    assert done.returncode == 1 and install_command("explore") in done.stderr
-    assert done.stderr.count("\n") == 1, done.stderr
+def test_the_extra_is_named_if_it_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "streamlit", None)
+    assert main(["explore"]) == 1
+    said = capsys.readouterr().err
+    assert install_command("explore") in said and said.count("\n") == 1, said

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vista_kernels
+from vista_kernels import backend as backends
 from vista_kernels.segments import Segments
 from vista_kernels.torch_backend import scan_rows as torch_scan_rows
 
@@ -265,24 +266,14 @@ def test_refusals_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         vista_kernels.accumulate_state(k, k, offsets_of([3]), backend="triton")
 
 
-def test_without_triton() -> None:
-    """Triton is loaded on request only. Without it, an error names the backend and what to install."""
-    code = """
-import sys, vista, vista.scorer, vista_kernels
-assert "triton" not in sys.modules
-sys.modules["triton"] = None
-from vista_kernels.backend import load_backend
-try:
-    load_backend("triton")
-except ValueError as error:
-    print(error)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)}
-    )
-    assert (
-        done.stdout.strip() == "backend 'triton' needs the package triton, which is not installed: pip install triton"
-    ), done.stderr
+def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the backend and what to install."""
+    for name in [name for name in sys.modules if name.startswith("vista_kernels.triton_backend")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(backends._LOADED, "triton", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ValueError, match=r"'triton' needs the package triton, .* not installed: pip install triton"):
+        backends.load_backend("triton")
 
 
 REPOSITORY = Path(__file__).parents[2]
