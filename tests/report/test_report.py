@@ -22,7 +22,9 @@ from vista.config.checks import Architecture, Split, Target
 from vista.errors import CheckpointError, ConfigError, StoreError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
+from vista.report import report_data
 from vista.report.report import WrittenReport, write_report
+from vista.report.report_data import Latency
 from vista.runs.run_list import MAX_METRICS_BYTES
 from vista.scorer import Scorer
 from vista.training.trainer import train, train_model
@@ -61,18 +63,22 @@ def without_summary(served_tasks: Served, tmp_path_factory: pytest.TempPathFacto
 def reported(served_tasks: Served, without_summary: Path, tmp_path_factory: pytest.TempPathFactory) -> Reported:
     """The report about `served_tasks`, next to the model without a summary."""
     out = tmp_path_factory.mktemp("report") / "report.html"
-    report = write_report(
-        ReportConfig(
-            run=served_tasks.config.run_dir,
-            others=[str(without_summary)],
-            store=str(served_tasks.test_store),
-            out=str(out),
-            num_threads=1,
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_data, "REQUESTS_PER_ROUND", 5)  # not 30, which take seconds
+        report = write_report(
+            ReportConfig(
+                run=served_tasks.config.run_dir,
+                others=[str(without_summary)],
+                store=str(served_tasks.test_store),
+                out=str(out),
+                num_threads=1,
+            )
         )
-    )
     return Reported(served_tasks, without_summary, report, out.read_text())
 
 
+LATENCY = Latency([12], 10, [1e-3], [2e-3], 3, False, (0.5, 0.5), 2, 1)
+"""Of no machine; to measure it takes seconds."""
 RESOURCE_OF_A_PAGE = 101845102
 """Chromium's traffic annotation `blink_resource_loader`: a request of a page, not of the browser itself."""
 
@@ -270,9 +276,8 @@ def test_a_line_that_a_killed_run_has_cut_off(served: Served, tmp_path: Path) ->
     (run / "metrics.jsonl").write_text("\n".join([*lines[:last], lines[last][:30]]))
     facts = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(facts | {"state": "running", "ended": None}))
-    page = write_report(
-        ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1)
-    ).path.read_text()
+    config = ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1)
+    page = write_report(config, latency=LATENCY).path.read_text()
     assert "The run is stopped (its process was killed): 1 of 2 epochs are done" in page
 
 
@@ -294,9 +299,8 @@ def test_metrics_that_cannot_be_read(served: Served, tmp_path: Path, content: st
     elif content is not None:
         with (run / "metrics.jsonl").open("wb") as file:
             file.truncate(content)  # a sparse file
-    page = write_report(
-        ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1)
-    ).path.read_text()
+    config = ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1)
+    page = write_report(config, latency=LATENCY).path.read_text()
     assert re.search(r"half written \((line 1 of )?metrics\.jsonl ", page)
     assert ", and how many epochs are done is unknown. All figures" in page
     assert "epochs are done." not in page
@@ -389,5 +393,5 @@ def test_names_of_a_log_are_escaped(served: Served, tmp_path: Path) -> None:
     rows[-1]["validation"]["<script>"] = 1.0
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1)
-    page = write_report(config).path.read_text()
+    page = write_report(config, latency=LATENCY).path.read_text()
     assert "script" not in Page(page).tags and "a&lt;b&gt;&amp;c" in page
