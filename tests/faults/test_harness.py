@@ -16,9 +16,27 @@ import pytest
 
 from tests.faults import preload, table
 from tests.faults.disk_images import Disk
+from tests.faults.harness import Promise, formats, run_all
 from tests.faults.nursery import Nursery, Say
 from tests.faults.preload import Call
 from tests.faults.test_power_loss import check_images, runs_of, traced_writer
+
+PROMISE = Promise("text", "fault", full=6, test="file::test_name[full]", shares={"even": 0.5})
+
+
+def test_the_table_tells_what_is_missing_or_old(tmp_path: Path) -> None:
+    rows = [table.row_of(PROMISE, tmp_path)]
+    assert rows[0]["outcome"] == "not run"
+    run_all(PROMISE, lambda trial: trial.count("even"), tmp_path / "name-full.jsonl", tmp_path / "scratch")
+    rows.append(table.row_of(PROMISE, tmp_path))
+    rows.append(rows[1] | {"formats": formats() | {"log": 1}, "failures": ["why"], "outcome": "FAILED: why"})
+    found = table.problems(rows)
+    assert found[:3] == ["text, fault: not run", "text, fault: FAILED: why", "text, fault: older formats"]
+    assert len(found) == 3 + len(table.BARS) and "power-loss images: 0 of at least 5,000, 0 broken" in found
+    page = table.markdown(rows)
+    assert f"- 1 of 3 promises: commit {rows[1]['commit']}; formats: log {formats()['log']}, record" in page
+    assert "log 1, record" in page and "(older than the current formats)" in page and "| text | 12 | 1 |" in page
+    assert "| text | fault | 6 | held | even 6 |" in page and "| text | fault | 0 of 6 | not run |  |" in page
 
 
 def unsynced_writer(say: Say, *arguments: Any) -> None:
