@@ -578,6 +578,7 @@ def test_memory_of_large_requests_is_returned(monkeypatch: pytest.MonkeyPatch, d
     assert (kept < 2 * worker.MAX_UNUSED_BYTES) == (depth == 0), kept
 
 
+@pytest.mark.nightly
 def test_files_without_content_are_left_out(tmp_path: Path) -> None:
     """As of workers that have just started, or that were killed then."""
     pages = []
