@@ -12,14 +12,20 @@ MAX_MESSAGE = 4_000
 
 def shortened(text: str, limit: int) -> str:
     """The text, or if it is longer than `limit` characters its start and end."""
-    if len(text) <= limit:
-        return text
-    return f"{text[: limit // 2]} … [{len(text) - 2 * (limit // 2)} characters left out] … {text[-(limit // 2) :]}"
+    return text if len(text) <= limit else _ends(text, limit, len(text))
 
 
 def shown(value: object, limit: int = 80) -> str:
-    """A value as a message shows it: its `repr`, shortened."""
-    return shortened(repr(value), limit)
+    """A value as a message shows it: its `repr` without passwords, shortened."""
+    text = repr(value)
+    # Passwords are removed before the value is shortened, because the @ after one may be in the part that is left out.
+    # The first cut is at a length that no password has, so that a value of millions of characters takes no time.
+    near = without_password(text if len(text) <= MAX_MESSAGE else _ends(text, MAX_MESSAGE, len(text)))
+    return near if len(near) <= limit else _ends(near, limit, len(text))
+
+
+def _ends(text: str, limit: int, size: int) -> str:
+    return f"{text[: limit // 2]} … [{size - 2 * (limit // 2)} characters left out] … {text[-(limit // 2) :]}"
 
 
 _STORE = re.compile(r"(rediss?:/+[^/:]*):(?!\S*:\s).*(?=@)", re.IGNORECASE | re.DOTALL)

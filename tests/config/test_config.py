@@ -39,7 +39,7 @@ from vista.config.checks import (
 from vista.config.composition import ConfigKeys, compose_config, to_yaml, value_text
 from vista.config.model_config import CONFIGS, model_config_of
 from vista.counters.counters import CounterSpec
-from vista.errors import ConfigError, VistaError, without_password
+from vista.errors import ConfigError, VistaError, shown, without_password
 
 
 def test_words_are_choices() -> None:
@@ -277,7 +277,7 @@ def test_yaml_holds_no_passwords(store: str, written: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "shown"),
+    ("text", "said"),
     [
         ("cannot read 'store=REDIS://u:hunter2@h/x': why", "cannot read 'store=REDIS://u@h/x': why"),
         ("--store=redis://u:hun ter2@h/x is unknown", "--store=redis://u@h/x is unknown"),
@@ -286,9 +286,17 @@ def test_yaml_holds_no_passwords(store: str, written: str) -> None:
         ("https://host: 404 for me@here", "https://host: 404 for me@here"),
     ],
 )
-def test_messages_hold_no_passwords(text: str, shown: str) -> None:
-    assert without_password(text) == shown
-    assert str(VistaError(text)) == shown
+def test_messages_hold_no_passwords(text: str, said: str) -> None:
+    assert without_password(text) == said
+    assert str(VistaError(text)) == said
+
+
+@pytest.mark.parametrize("length", [0, 40, 70, 100, 5000])
+def test_values_are_shown_without_passwords(length: int) -> None:
+    """Even if the @ after the password is in the part that is left out."""
+    for text in (f"redis://u:{'hunter2' * 9}@h/" + "x" * length, "x" * length + f"redis://u:{'hunter2' * 9}@h/"):
+        assert "hunter" not in shown(text) and ("characters left out" in shown(text)) == (length > 64)
+    assert shown("x" * 1_000_000).endswith(f"[{1_000_002 - 80} characters left out] … {'x' * 39}'")
 
 
 @pytest.mark.parametrize("unit", ["a.", "redis:/", "a:/a:1/", "a:/:@", "a:///:1@/", "redis://u:1/@ ", "&pwd", "@", "/"])
