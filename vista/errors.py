@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from typing import Any
 
 MAX_MESSAGE = 4_000
@@ -91,10 +92,19 @@ def _lines_without_password(text: str) -> str:
 
 
 def log_to_stderr(level: int) -> None:
-    """Write the messages of this process to stderr, from a level on."""
+    """Write the messages of this process to stderr, from a level on, and what ends its threads unexpectedly."""
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = _log_unexpected
+
+
+def _log_unexpected(ended: threading.ExceptHookArgs) -> None:
+    if ended.exc_type is not SystemExit and ended.exc_value is not None:
+        name = ended.thread.name if ended.thread is not None else "a thread"
+        trace = ended.exc_type, ended.exc_value, ended.exc_traceback
+        logging.getLogger(__name__).error("%s ended unexpectedly", name, exc_info=trace)
 
 
 class VistaError(Exception):

@@ -469,16 +469,35 @@ IN_A_COMMAND = """
     main(["plan"])
 """
 IN_THE_PAGE = """
-    from vista.explore import explore_server, page_body
+    import streamlit
+    from streamlit.testing.v1 import AppTest
+    from vista.explore import explore_server
 
-    def draw(config):
-        try:
-            fail()
-        except ValueError:
-            page_body.logger.exception("the tab of %s could not be drawn", URL)
+    class App:
+        def __init__(self, *arguments, **options):
+            pass
 
-    explore_server.run_page = draw
-    main(["explore"])
+        def run(self, config):
+            try:
+                fail()
+            except ValueError:
+                explore_server.logger.exception("the tab of %s could not be drawn", URL)
+            for name in config:
+                streamlit.config.set_option(name, config[name])
+            streamlit.fail = fail
+            (shown,) = AppTest.from_string("import streamlit; streamlit.fail()").run().exception
+            print(shown.proto, file=sys.stderr)
+
+    streamlit.App, explore_server.SLOW_IMPORTS = App, ()
+    main(["explore", "port=0"])
+"""
+IN_A_THREAD = """
+    from vista.errors import log_to_stderr
+
+    log_to_stderr(0)
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
 """
 IN_THE_SERVICE = """
     from vista.config import ServeConfig
@@ -490,18 +509,21 @@ IN_THE_SERVICE = """
             fail()
         except ValueError as error:
             assert "hunter2" not in answer_of(error, ()).message
-        raise StoreError(f"{URL} cannot be read")
+        raise kind(f"{URL} cannot be read")
 
     worker_pool._stop_with_parent = lambda: None
     worker.run_worker = run_worker
-    worker_pool._work(ServeConfig(), None, "127.0.0.1", 0, None, False)
+    for kind in (StoreError, RuntimeError):
+        with contextlib.suppress(SystemExit):
+            worker_pool._work(ServeConfig(), None, "127.0.0.1", 0, None, False)
 """
 
 
-@pytest.mark.parametrize("process", [IN_A_COMMAND, IN_THE_PAGE, IN_THE_SERVICE])
+@pytest.mark.parametrize("process", [IN_A_COMMAND, IN_THE_PAGE, IN_A_THREAD, IN_THE_SERVICE])
 def test_tracebacks_hold_no_passwords(process: str) -> None:
     """Neither their errors, such as those of other packages, nor the lines of the log around them."""
     common = """
+    import contextlib, sys, threading
     from vista.cli.main import main
     from vista.errors import StoreError
 

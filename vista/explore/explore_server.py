@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urljoin
 
 from vista.config import ExploreConfig
+from vista.errors import LogFormatter
 from vista.installation import require_module
 from vista.machine import bound_socket, names_host
 from vista.store.record_encoding import read_key
@@ -70,6 +71,7 @@ def run_page(config: ExploreConfig) -> None:
     for module in SLOW_IMPORTS:
         import_module(module)
     sys.argv = [str(SCRIPT), as_argument(config)]
+    logging.getLogger("streamlit.error_util").addFilter(_without_passwords)
     app = streamlit.App(SCRIPT, middleware=[Middleware(PageGuard, token=token, port=port)])
     with suppress(KeyboardInterrupt):
         app.run(config=streamlit_options(port))
@@ -131,10 +133,19 @@ def streamlit_options(port: int) -> dict[str, Any]:
         "browser.gatherUsageStats": False,
         "browser.serverAddress": HOST,
         "client.toolbarMode": "minimal",
+        "client.showErrorDetails": "none",  # They can contain passwords; the log has them without.
+        "logger.enableRich": False,  # It would print tracebacks instead of logging them.
         "logger.level": "warning",
         "logger.hideWelcomeMessage": True,  # This command prints the address itself.
         **{f"theme.{name}": value for name, value in THEME.items()},
     }
+
+
+def _without_passwords(record: logging.LogRecord) -> bool:
+    """A filter that writes the traceback of an error in the page's script, which Streamlit logs, as vista does."""
+    if record.exc_info:
+        record.exc_text = LogFormatter().formatException(record.exc_info)
+    return True
 
 
 def browser_problem() -> str | None:

@@ -181,6 +181,9 @@ def _work(
     except VistaError as error:
         logger.error("error: %s", " ".join(str(error).split()))
         sys.exit(1)
+    except Exception:  # Otherwise multiprocessing prints the traceback, with passwords.
+        logger.exception("the worker ended unexpectedly")
+        sys.exit(1)
 
 
 def _stop_with_parent() -> None:
