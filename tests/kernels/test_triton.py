@@ -31,9 +31,13 @@ from .test_operators import check_against_oracle, err
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton
+import triton.language as tl
+
 from vista_kernels import triton_backend
 from vista_kernels.triton_backend import accelerator, blocks
 from vista_kernels.triton_backend.item_sizes import ItemSizes
+from vista_kernels.triton_backend.tile_access import rounded
 from vista_kernels.triton_backend.work_plan import plan_work
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -188,6 +192,34 @@ def test_tiny_weights_do_not_vanish_in_float16() -> None:
     exact, counts = vista_kernels.reference.accumulate_state(k.cpu(), v.cpu(), offsets_of([9]), weight=weight.cpu())
     assert err(z.cpu(), exact) <= 2.0**-9 * float(exact.abs().max())
     assert err(n.cpu(), counts) <= 1e-15
+
+
+@triton.jit
+def round_kernel(x_ptr, rounded_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    i = tl.arange(0, BLOCK)
+    tl.store(rounded_ptr + i, rounded(tl.load(x_ptr + i), tl.bfloat16))
+
+
+@pytest.mark.parametrize("casts_round", [False, True])
+def test_rounding_to_bfloat16(monkeypatch: pytest.MonkeyPatch, casts_round: bool) -> None:
+    """To the nearest number, and to the even one of two, whether casts of Triton's interpreter truncate or round."""
+    if casts_round and not accelerator.INTERPRETED:
+        pytest.skip("compiled casts round")
+    if casts_round:
+        from triton.runtime import interpreter
+
+        convert = interpreter._convert_float
+
+        def round_first(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
+            if target == tl.bfloat16:
+                data = torch.from_numpy(data).bfloat16().float().numpy()
+            return convert(data, source, target, mode)
+
+        monkeypatch.setattr(interpreter, "_convert_float", round_first)
+    x, rounded_x = normal(1024), torch.empty(1024, dtype=torch.bfloat16, device=DEVICE)
+    x[:512] = (x[:512].view(torch.int32) & ~0xFFFF | 0x8000).view(torch.float32)  # halfway between two numbers
+    round_kernel[(1,)](x, rounded_x, 1024)
+    assert torch.equal(rounded_x, x.bfloat16())
 
 
 PLANS = {
