@@ -38,9 +38,11 @@ def free_bytes() -> int | None:
 
 
 def private_bytes() -> int:
-    """Resident memory of this process, without mapped files; 0 if the system does not say."""
-    path = Path("/proc/self/status")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    """Resident memory of this process, without mapped files; 0 if the system does not say, or no file can be opened."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,9 +16,9 @@ import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -544,10 +546,12 @@ print(metrics.page().decode())
 
 @pytest.mark.nightly
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library has another allocator")
-@pytest.mark.parametrize("depth", [0, 1])
-def test_memory_of_large_requests_is_returned(monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
+@pytest.mark.parametrize("case", ["idle", "mostly busy", "always busy", "no descriptors"])
+def test_memory_of_large_requests_is_returned(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """While no request is computed; by default, glibc keeps what is below a block that is still in use."""
     monkeypatch.setattr(worker, "UNUSED_S", 0.1)
+    depths = {"mostly busy": [1] * 30 + [0], "always busy": [1]}
+    queue = RepeatedDepths(itertools.cycle(depths.get(case, [0])))
     returns = list[int]()
     give_back = return_freed_memory
 
@@ -560,22 +564,38 @@ def test_memory_of_large_requests_is_returned(monkeypatch: pytest.MonkeyPatch, d
     def kept_bytes() -> int:
         async def use() -> int:
             start = private_bytes()
-            task = asyncio.create_task(worker._return_memory(SimpleNamespace(depth=depth)))  # type: ignore[arg-type]
+            task = asyncio.create_task(worker._return_memory(queue))  # type: ignore[arg-type]
             await asyncio.sleep(0)
             bodies = [bytes(100_000) for _ in range(1000)]  # not so large that each is a mapping of its own
-            while depth == 0 and len(bodies) == 1000:
+            while case == "idle" and len(bodies) == 1000:
                 await asyncio.sleep(0.01)
                 if returns:  # The first one finds nothing to return, but takes the bodies for needed memory.
                     del bodies[:-1]
             del bodies[:-1]
-            await asyncio.sleep(1)
+            if case == "no descriptors":
+                limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+                await asyncio.sleep(0.5)
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            await asyncio.sleep(1.5)
             task.cancel()
             return private_bytes() - start
 
         return asyncio.run(use())
 
     kept = in_child(kept_bytes)
-    assert (kept < 2 * worker.MAX_UNUSED_BYTES) == (depth == 0), kept
+    assert (kept < 2 * worker.MAX_UNUSED_BYTES) == (case != "always busy"), kept
+
+
+@dataclass(frozen=True)
+class RepeatedDepths:
+    """A queue that has another depth at each look."""
+
+    depths: Iterator[int]
+
+    @property
+    def depth(self) -> int:
+        return next(self.depths)
 
 
 @pytest.mark.nightly

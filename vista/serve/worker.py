@@ -34,6 +34,8 @@ UNUSED_S = 10.0
 """Seconds between checks of the memory that this process keeps after large requests."""
 MAX_UNUSED_BYTES = 8 << 20
 """Memory that it may keep. If it keeps more, freed memory is returned to the system."""
+BUSY_S = 0.01
+"""Seconds between looks for a moment without requests, once there is memory to return."""
 
 KEEP_ALIVE_S = 75
 """An idle connection is closed after this time: later than load balancers do (60 s or less), so that they do not send a
@@ -159,10 +161,10 @@ async def _return_memory(*queues: ScoringQueue) -> None:
     least, was_due = private_bytes(), False
     while True:
         await asyncio.sleep(UNUSED_S)
-        if any(queue.depth for queue in queues):
-            continue
         is_due = private_bytes() > least + MAX_UNUSED_BYTES
         if is_due or was_due:
+            while any(queue.depth for queue in queues):
+                await asyncio.sleep(BUSY_S)
             await asyncio.to_thread(return_freed_memory)  # 20 ms per 100 MB
             least = private_bytes()
         was_due = is_due
