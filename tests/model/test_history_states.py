@@ -110,7 +110,7 @@ def test_a_state_is_the_sum_of_the_terms_of_its_events(make: SimpleNamespace, sh
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(cuts=st.lists(st.integers(0, 30), max_size=5), seed=st.integers(0, 99))
 def test_appending_in_parts_equals_one_pass(make: SimpleNamespace, shape: str, cuts: list[int], seed: int) -> None:
     model = make.model(seed=2, **SHAPES[shape])
@@ -127,7 +127,7 @@ def test_appending_in_parts_equals_one_pass(make: SimpleNamespace, shape: str, c
 
 
 @pytest.mark.parametrize("shape", [name for name in SHAPES if name != "decay by position"])
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(middle=st.integers(0, 25), seed=st.integers(0, 99))
 def test_halves_of_a_history_merge_to_the_whole(make: SimpleNamespace, shape: str, middle: int, seed: int) -> None:
     model = make.model(seed=3, **SHAPES[shape])
@@ -250,7 +250,7 @@ def assert_equal_within_rounding(state: SummaryState, exact: SummaryState, befor
 
 
 @pytest.mark.parametrize("shape", CHANGED_SHAPES)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(gone=positions, seed=st.integers(0, 99))
 @example(gone=[0], seed=1)
 @example(gone=[LENGTH - 1], seed=1)
@@ -271,7 +271,7 @@ def test_forgetting_equals_recomputation(make: SimpleNamespace, shape: str, gone
 
 
 @pytest.mark.parametrize("shape", CHANGED_SHAPES)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(late=positions, seed=st.integers(0, 99))
 @example(late=[0], seed=1)
 @example(late=[LENGTH - 2, LENGTH - 1], seed=1)

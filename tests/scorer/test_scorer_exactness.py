@@ -111,7 +111,7 @@ def whole(opened: Scorer, ids: Known) -> dict[str, NDArray[np.float32]]:
 
 
 @pytest.mark.processor
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_a_score_does_not_depend_on_the_other_pairs(
     data: st.DataObject, opened: Scorer, ids: Known, whole: dict[str, NDArray[np.float32]]
@@ -200,7 +200,7 @@ def test_item_projections_from_a_file_have_the_bits_of_computed_ones(
 
 
 @pytest.mark.processor
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(lengths=st.lists(st.integers(0, 40), min_size=12, max_size=12), seed=st.integers(0, 99))
 def test_ragged_candidates_have_the_bits_of_full_rows(
     lengths: list[int], seed: int, opened: Scorer, ids: Known, whole: dict[str, NDArray[np.float32]]

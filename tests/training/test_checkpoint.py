@@ -395,7 +395,7 @@ TREES = st.recursive(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(TREES)
 def test_packing_is_inverted_exactly_through_json(tree: Any) -> None:
     tensors, skeleton = pack_state(tree, "x")
