@@ -15,6 +15,8 @@ from tests.refresh.conftest import contents, fail_at
 from vista.cli.main import main
 from vista.config.checks import Codec, Decay
 from vista.errors import ConfigError, RecordError, StoreError
+from vista.log.compaction import compact_log
+from vista.log.deletions import forget_events
 from vista.log.event_log import EventLog
 from vista.refresh import RefreshOptions, forget, merge, merging, refresh, refresh_incremental
 from vista.scorer import Scorer
@@ -246,6 +248,30 @@ def test_a_store_of_several_logs_resumes_from_one_log(tmp_path, grow, monkeypatc
     assert refresh_incremental(model, log, merged).num_users == 1  # It is an ordinary store of this log now.
 
 
+@pytest.mark.parametrize("place", ["a part", "a part, compacted", "the log, compacted"])
+def test_forgotten_events_do_not_come_back_from_the_sources(tmp_path, grow, place):
+    """Neither if they were deleted from a part, nor if the deletion cannot be told from the sources anymore."""
+    model, parts = grow.model(), []
+    for part in range(2):
+        frame = grow.events({1: 9, part + 2: 4}, seed=part)
+        log = grow.append(tmp_path / f"log-{part}", frame)
+        refresh(model, log, tmp_path / f"store-{part}")
+        parts.append((tmp_path / f"store-{part}", log.path))
+        whole = grow.append(tmp_path / "log", frame)
+    history = log[1].slice(0, 4, 6)
+    gone: dict[str, Any] = {"user": [1, 1], "item": log.items.ids(history.item), "timestamp": history.timestamp}
+    if is_part := "a part" in place:
+        forget(model, log, tmp_path / "store-1", gone)
+    else:
+        forget_events(whole.path, gone)
+    if "compacted" in place:
+        compact_log(log.path if is_part else whole.path)
+    merge(model, [(store, EventLog.open(path)) for store, path in parts], tmp_path / "merged")
+    whole = grow.later(whole.path, {3: 2})
+    with pytest.raises(StoreError, match="has deletions or events" if is_part else "ends exactly after their"):
+        refresh_incremental(model, whole, tmp_path / "merged")
+
+
 def test_a_merge_refuses_what_would_count_twice_or_be_missing(tmp_path, grow):
     model, log = grow.model(), grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(40), 3)))
     shards, merged = tmp_path / "sharded", tmp_path / "merged"
@@ -263,7 +289,7 @@ def test_a_merge_refuses_what_would_count_twice_or_be_missing(tmp_path, grow):
     grown = grow.later(tmp_path / "other", {1: 2})
     assert grown.path == other.path
     refresh(model, grown, tmp_path / "grown")
-    with pytest.raises(StoreError, match=r"log and .*other both contain the event source with SHA-256 [0-9a-f]{64}"):
+    with pytest.raises(StoreError, match=r"log and .*other both contain events of source with SHA-256 [0-9a-f]{64}"):
         merge(model, [(tmp_path / "whole", log), (tmp_path / "grown", grown)], merged)
     with pytest.raises(StoreError, match="holds no published generation"):
         (shards / "part-1-of-2").mkdir()

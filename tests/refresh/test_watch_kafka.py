@@ -23,13 +23,14 @@ from tests.refresh.streams import TOPIC, config_of, dead_letters, expect, look, 
 from vista.cli.serving_commands import run_watch
 from vista.config.checks import OnBadRows, StreamStart
 from vista.config.log_config import StreamConfig
-from vista.errors import DataError, LogBusyError, LogFormatError, StreamError, StreamOffsetError
+from vista.errors import DataError, LogBusyError, LogFormatError, StoreError, StreamError, StreamOffsetError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
 from vista.log.ingest.kafka_messages import MAX_KEPT_BYTES
 from vista.log.inspection import LogStats
 from vista.log.segment_files import DEAD_LETTERS_FILE, StreamPartition, stream_offsets
+from vista.refresh import merge, refresh, refresh_incremental
 from vista.refresh.watch import Watch
 from vista.scorer import Scorer
 from vista.store import StoreReader
@@ -59,6 +60,25 @@ def test_from_events_to_scores(tmp_path, grow, kafka, streamed):
     assert scores.shape == (3, 3) and np.isfinite(np.asarray(scores)).all()
     again = look(streamed)
     assert again.is_empty and again.refreshes == [] and EventLog.open(streamed.data).last_segment == log.last_segment
+
+
+def test_merged_topics_count_once_and_are_not_lost(tmp_path, grow, kafka, streamed):
+    """No log continues a store that holds their events; and two logs of one topic are not merged."""
+    kafka.send_events(TOPIC, grow.events({1: 5, 3: 4}, grow.start + 500 * grow.hour))
+    look(streamed)
+    model, frames = grow.model(), [grow.events({1: 7, 2: 7}), grow.events({1: 3, 4: 2}, seed=1)]
+    streamed_part = (streamed.store, EventLog.open(streamed.data))
+    filed = grow.append(tmp_path / "other-log", frames[1])
+    refresh(model, filed, tmp_path / "other-store")
+    merge(model, [streamed_part, (tmp_path / "other-store", filed)], tmp_path / "merged")
+    for frame in frames:
+        grow.append(tmp_path / "both", frame)
+    with pytest.raises(StoreError, match=r"of which one has deletions or events from Kafka.* merge them again"):
+        refresh_incremental(model, grow.later(tmp_path / "both", {1: 1}), tmp_path / "merged")
+    second = replace(streamed, data=str(filed.path), store=str(tmp_path / "other-store"))
+    look(second)
+    with pytest.raises(StoreError, match=rf"both contain events of partition 0 of topic {TOPIC} \({kafka.name}"):
+        merge(model, [streamed_part, (second.store, EventLog.open(second.data))], tmp_path / "twice")
 
 
 def test_a_topic_that_does_not_exist(kafka, streamed):

@@ -292,12 +292,16 @@ class EventLog:
             digest.update(f"{offset.cluster} {partition.topic} {partition.number} {offset.next}\n".encode())
         return digest.hexdigest()
 
-    def event_sources(self, upto: int) -> list[str]:
-        """SHA-256 of each event source that is not empty, in the segments up to number `upto`, oldest first."""
-        sources = [
-            source for segment in self.segments if segment.last <= upto for source in segment.manifest["sources"]
-        ]
-        return [source["sha256"] for source in sources if source["table"] == EVENTS.table and source["rows"]]
+    def event_sources(self) -> list[str]:
+        """Where the events came from, in words: each source of one or more events, and each partition of a topic."""
+        found = []
+        for manifest in self.manifests:
+            sources = [one for one in manifest["sources"] if one["table"] == EVENTS.table and one["rows"]]
+            found += [f"source with SHA-256 {one['sha256']}" for one in sources]
+            found += [
+                "partition {partition} of topic {topic} ({cluster})".format_map(one) for one in manifest["offsets"]
+            ]
+        return found
 
     def changed_users(self, after: int) -> Int:
         """Users with new events, features, or deletions in segments numbered above `after` (0: in any segment).

@@ -28,7 +28,7 @@ from vista.log.event_log import EventLog
 from vista.log.features import merged_features, row_features, values_of, verified_columns
 from vista.log.histories import Histories, RowFeatures, token_groups
 from vista.log.segment import features_of
-from vista.log.segment_files import USERS
+from vista.log.segment_files import EVENTS, USERS
 from vista.model.history_states import (
     covered_events,
     covered_lengths,
@@ -83,7 +83,8 @@ def refresh_incremental(
     keep the bytes of their records. Call it again to resume an interrupted run: states and records say what they cover.
 
     A store that was merged from several logs can be refreshed from one log. The first segments of that log must be
-    made from the event sources of the merged logs, in the order of the merge.
+    made from the event sources of the merged logs, in the order of the merge. If one of these logs has deletions or
+    events from Kafka, the store needs a full refresh or another merge instead.
 
     Args:
         model: the one whose full refresh made the store; it is left in eval mode.
@@ -157,8 +158,13 @@ def check_updatable(manifest: Manifest, log: EventLog, store: Path | StoreUrl) -
             )
     if manifest.applied_segment != OF_SEVERAL_LOGS:
         return manifest.applied_segment
-    for segment in (one.last for one in log.segments):
-        if digest_of_events(log.event_sources(segment)) == manifest.log_digest:
+    if not manifest.log_digest:
+        raise StoreError(
+            f"{store}: was merged from several logs, of which one has deletions or events from Kafka, so that no log "
+            "continues them; refresh the parts incrementally and merge them again, or run a full refresh"
+        )
+    for segment, digest in digests_of_events([log]):
+        if digest == manifest.log_digest:
             return segment
     raise StoreError(
         f"{store}: was merged from several logs, and no segment of {log.path} ends exactly after their event sources; "
@@ -167,12 +173,23 @@ def check_updatable(manifest: Manifest, log: EventLog, store: Path | StoreUrl) -
 
 
 OF_SEVERAL_LOGS = 0
-"""The `applied_segment` of a store that was merged from several logs; `log_digest` is their `digest_of_events`."""
+"""The `applied_segment` of a store that was merged from several logs; `log_digest` is that of `digests_of_events`."""
 
 
-def digest_of_events(sources: Sequence[str]) -> str:
-    """SHA-256 over the sources of a log's events, or of several logs one after the other (`EventLog.event_sources`)."""
-    return hashlib.sha256("\n".join(sources).encode()).hexdigest()
+def digests_of_events(logs: Sequence[EventLog]) -> Iterator[tuple[int, str]]:
+    """For each segment of the logs in turn, its number, and a SHA-256 over the event sources of all segments so far.
+
+    The digest is empty once the events differ from those of the sources: after a segment with messages or deletions, or
+    one that was compacted without deleted events.
+    """
+    digest, is_exact = hashlib.sha256(), True
+    for manifest in (manifest for log in logs for manifest in log.manifests):
+        sources = [source for source in manifest["sources"] if source["table"] == EVENTS.table and source["rows"]]
+        digest.update("".join(f"{source['sha256']}\n" for source in sources).encode())
+        num_rows = sum(source["rows"] for source in sources)
+        is_exact &= not manifest["offsets"] and not manifest["deletions"]
+        is_exact &= num_rows == manifest["counts"][EVENTS.table]["rows"]
+        yield manifest["last_segment"], digest.hexdigest() if is_exact else ""
 
 
 def _changed_users(update: StoreUpdate, log: EventLog, covered: int, shard: Shard | None) -> tuple[Int, int]:

@@ -38,7 +38,7 @@ from vista.refresh.full import (
     user_summaries,
     write_generation,
 )
-from vista.refresh.incremental import OF_SEVERAL_LOGS, digest_of_events
+from vista.refresh.incremental import OF_SEVERAL_LOGS, digests_of_events
 from vista.store.backend import open_backend
 from vista.store.folder_files import Tombstones, erasure_lock
 from vista.store.keys import user_keys
@@ -152,7 +152,8 @@ def merge(
             log, or decays by position although a user is in several parts; or `options` holds what the parts decide.
         LogFormatError: a file of a log is damaged.
         StoreError: a part is not published, lacks a shard, is of another summarizer, keeps no states, or does not cover
-            its whole log; two logs hold the same source; or two stores of one log hold the same user.
+            its whole log; two logs share a source or a partition of a topic; or two stores of one log hold the same
+            user.
         RecordError: too many users have no state, because a part is missing.
     """
     options = options or RefreshOptions()
@@ -173,7 +174,7 @@ def merge(
             raise ConfigError(f"store={store}: is one of the parts, which it would replace; name another folder")
         users = sorted(set().union(*(source.users() for source in sources)), key=lambda user: user_keys([user]))
         first, log = sources[0].stores[0].manifest, sources[0].log
-        events = [source for part in sources for source in part.log.event_sources(part.log.last_segment)]
+        *_, (_, events_digest) = digests_of_events([source.log for source in sources])
         manifest = new_manifest(
             model,
             StateDtype(first.state_dtype),
@@ -181,7 +182,7 @@ def merge(
             codec=first.codec,
             until=first.until,
             applied_segment=log.last_segment if len(sources) == 1 else OF_SEVERAL_LOGS,
-            log_digest=log.sources_digest(log.last_segment) if len(sources) == 1 else digest_of_events(events),
+            log_digest=log.sources_digest(log.last_segment) if len(sources) == 1 else events_digest,
             total_users=len(users),
             run_digest=_run_digest(sources),
         )
@@ -205,12 +206,12 @@ def _open_sources(
             check_log(model, log)
             if verify_log:
                 log.verify()
-            for digest in log.event_sources(log.last_segment):
-                other = log_of_source.setdefault(digest, log)
+            for events in log.event_sources():
+                other = log_of_source.setdefault(events, log)
                 if other is not log:
                     raise StoreError(
-                        f"{other.path} and {log.path} both contain the event source with SHA-256 {digest}, so its "
-                        "events would count twice; merge only stores whose logs share no source"
+                        f"{other.path} and {log.path} both contain events of {events}, which would count twice; merge "
+                        "only stores whose logs share no source and no partition of a topic"
                     )
             by_log[identity] = _MergeSource(log, LogItems.of(model, log), LogUsers(model.user_features, log), [])
         source = by_log[identity]
