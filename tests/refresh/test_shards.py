@@ -347,6 +347,23 @@ def test_users_who_were_erased_from_a_part_stay_erased(tmp_path, grow, monkeypat
     assert Tombstones(tmp_path / "merged").erased(user_keys([1, 2, 3, 900])) == [True, True, False, True]
 
 
+def test_a_merge_that_fails_has_erased_users_from_the_store_in_service(tmp_path, grow, monkeypatch):
+    model, log, _ = grow.stored(tmp_path, {1: 5, 2: 4, 3: 3})
+    parts, merged = [(tmp_path / "store", log)], tmp_path / "merged"
+    for _ in range(2):
+        merge(model, parts, merged)
+    erase(tmp_path / "store", [2])
+    fail_at(monkeypatch, merging._MergeSource, "read", 1, StoreError("the disk"))
+    with StoreReader.open(merged) as store:
+        with pytest.raises(StoreError, match="the disk"):
+            merge(model, parts, merged)
+        assert store.get_many([1, 2, 3]).found.tolist() == [True, False, True]
+    assert Tombstones(merged).count() == 1
+    for generation in (1, 2):
+        with StoreReader.open(merged, generation=generation) as store:
+            assert list(store.keys()) == [1, 3]
+
+
 def test_a_part_refreshed_during_a_merge_is_refused(tmp_path, grow, monkeypatch):
     model, check = grow.model(), merging._MergeSource.check
     logs = [grow.append(tmp_path / f"log-{part}", grow.events({1: 7 - part, part + 2: 4})) for part in range(2)]

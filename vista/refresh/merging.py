@@ -39,8 +39,7 @@ from vista.refresh.full import (
     write_generation,
 )
 from vista.refresh.incremental import OF_SEVERAL_LOGS, digests_of_events
-from vista.store.backend import open_backend
-from vista.store.folder_files import Tombstones, erasure_lock
+from vista.store.backend import Folder, open_backend
 from vista.store.keys import user_keys
 from vista.store.layout import check_place, complete_shards, store_path
 from vista.store.reader import StoreReader
@@ -238,14 +237,13 @@ def _encode_batches(
     clock: StageClock,
 ) -> Generator[UserRecords, None, None]:
     """The records of slices of the users."""
-    root = store_path(writer.path)
-    tombstones = Tombstones(root)
-    _carry_erasures(sources, root)
+    target = Folder(store_path(writer.path))
+    num_erased = _carry_erasures(sources, target)
     for batch in batches:
         users = all_users[batch]
         with clock.stage("summarize"):
             read = [source.read(model, users) for source in sources]
-            is_erased = tombstones.erased(user_keys(users))
+            is_erased = target.erased_users.erased(user_keys(users))
             remaining = [user for user, gone in zip(users, is_erased, strict=True) if not gone]
             failures = _without_state(sources, read, remaining)
             remaining = [user for user in remaining if user not in failures]
@@ -256,17 +254,22 @@ def _encode_batches(
                 summaries = _summarize(model, user_keys(remaining), merged, writer.manifest.applied_segment)
                 encoded.extend(encode_users(summaries, writer.spec, writer.state_spec))
         yield encoded
-    _carry_erasures(sources, root)  # of users who were erased from a part meanwhile
+    _carry_erasures(sources, target, num_erased)  # of users who were erased from a part meanwhile
 
 
-def _carry_erasures(sources: Sequence[_MergeSource], root: Path) -> None:
-    """Mark users who were erased from a part as erased from the merged store, so that no refresh adds them."""
+def _carry_erasures(sources: Sequence[_MergeSource], target: Folder, num_carried: int = 0) -> int:
+    """Erase users who were erased from a part, unless these are `num_carried`, like before; returns how many they are.
+
+    They are erased from all generations of the merged store, so that it stops serving them before the merge ends.
+    """
+    digests = []
     for store in (store for source in sources for store in source.stores):
         with closing(open_backend(store.path)) as part:
-            digests = part.erased_users.digests()
-        if len(digests):
-            with erasure_lock(root):
-                Tombstones(root).add_digests(digests)
+            digests.append(part.erased_users.digests())
+    erased = np.unique(np.concatenate(digests))
+    if len(erased) > num_carried:
+        target.erase_digests(erased)
+    return len(erased)
 
 
 def _without_state(

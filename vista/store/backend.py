@@ -8,9 +8,10 @@ import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import lmdb
+from numpy.typing import NDArray
 
 from vista.errors import StoreBusyError, StoreError, StoreLockedError, StoreWriteError, UnfinishedError
 from vista.files import sync
@@ -342,32 +343,42 @@ class Folder:
             keys: of the users.
             wait_s: seconds to wait for other erasures, publications, and batches of a writer.
         """
-        root, count = self.address, 0
         if not self.numbers():
-            raise StoreError(f"{root} is not a store; check the path")
-        with erasure_lock(root, wait_s):
+            raise StoreError(f"{self.address} is not a store; check the path")
+        with erasure_lock(self.address, wait_s):
             self.erased_users.add(keys)
-            published = self.published_or_none()
-            # The published generation first, because that is the one readers see.
-            for generation in sorted(self.numbers(), key=lambda number: number != published):
-                try:
-                    writer = FolderWriter.open(root, generation, wait_s=wait_s)
-                except StoreError:
-                    if generation == published:
-                        raise
-                    # Still without a manifest, or damaged: its writer sees the tombstone, or starts over.
-                    logger.warning("%s: gen-%d cannot be opened; its writer will apply the erasure", root, generation)
-                    continue
-                try:
-                    removed = writer.remove(keys)
-                except StoreError:
-                    if generation == published or environment_path(root, generation).exists():
-                        raise
-                    continue  # It was removed by a publication that this erasure waited for.
-                finally:
-                    writer.close()
-                count = removed if generation == published else count
-        return count
+            return self._remove(lambda writer: writer.remove(keys), wait_s) or 0
+
+    def erase_digests(self, digests: NDArray[Any], wait_s: float = WAIT_S) -> None:
+        """As `erase`, for users of whom only the digests are known (`digests_of`): all keys are compared with them."""
+        with erasure_lock(self.address, wait_s):
+            self.erased_users.add_digests(digests)
+            self._remove(FolderWriter.remove_erased, wait_s)
+
+    def _remove(self, remove: Callable[[FolderWriter], T], wait_s: float) -> T | None:
+        """Remove erased users from all generations; returns the result for the published one."""
+        root, result = self.address, None
+        published = self.published_or_none()
+        # The published generation first, because that is the one readers see.
+        for generation in sorted(self.numbers(), key=lambda number: number != published):
+            try:
+                writer = FolderWriter.open(root, generation, wait_s=wait_s)
+            except StoreError:
+                if generation == published:
+                    raise
+                # Still without a manifest, or damaged: its writer sees the tombstone, or starts over.
+                logger.warning("%s: gen-%d cannot be opened; its writer will apply the erasure", root, generation)
+                continue
+            try:
+                removed = remove(writer)
+            except StoreError:
+                if generation == published or environment_path(root, generation).exists():
+                    raise
+                continue  # It was removed by a publication that this erasure waited for.
+            finally:
+                writer.close()
+            result = removed if generation == published else result
+        return result
 
     def _require(self, number: int) -> None:
         """Raise StoreError if a generation does not exist."""

@@ -172,7 +172,7 @@ class FolderWriter:
             self._write(self.state, remove)
 
     def remove_erased(self) -> None:
-        """Remove erased users who still have a record or state, because their erasure was interrupted."""
+        """Remove erased users who still have a record or state."""
         for environment, remove in ((self.summary, self.remove), (self.state, self.remove_states)):
             if environment is not None and len(self._tombstones):
                 for keys, erased in walk(environment, lambda keys, _: self._tombstones.erased(keys)):
