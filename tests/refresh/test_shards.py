@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +196,8 @@ def test_merged_shards_equal_the_store_of_one_refresh(tmp_path, grow, decay):
     refresh(model, log, whole, options=ONE_BY_ONE, **made)
     for index in range(3):
         refresh(model, log, tmp_path / "sharded", options=ONE_BY_ONE, shard=Shard(index, 3), **made)
-    merge(model, [(tmp_path / "sharded", log)], merged, options=RefreshOptions(users_per_batch=1), **made)
+    named = [tmp_path / "sharded"] if decay is Decay.none else stores_in(tmp_path / "sharded")
+    merge(model, [(store, log) for store in named], merged, options=RefreshOptions(users_per_batch=1), **made)
     assert records_of(merged) == records_of(whole) and len(records_of(merged)) == 30
     log = grow.later(tmp_path / "log", {5: 2, 50: 3})
     log = grow.append(tmp_path / "log", grow.events({7: 2}, seed=1))  # late
@@ -279,12 +281,13 @@ def test_a_merge_refuses_what_would_count_twice_or_be_missing(tmp_path, grow):
     refresh(model, log, shards, shard=Shard(0, 2))
     with pytest.raises(StoreError, match=r"shards \[1\] of 2 are missing; refresh them with shard=i/2"):
         merge(model, [(shards, log)], merged)
-    with pytest.raises(
-        RecordError, match=r"\d+ users failed; the first one is .*but no state in .*part-0-of-2; add the"
-    ):
+    with pytest.raises(StoreError, match=r"shards \[1\] of 2 are missing; name all shards, or the folder above them"):
         merge(model, [(shards / "part-0-of-2", log)], merged)
-    with pytest.raises(StoreError, match=r"user \d+ is in both .*part-0-of-2 and .*whole, which were refreshed from"):
-        merge(model, [(shards / "part-0-of-2", log), (tmp_path / "whole", log)], merged)
+    shutil.copytree(shards / "part-0-of-2", tmp_path / "half")
+    with pytest.raises(RecordError, match=r"\d+ users failed; the first one is .*but no state in .*half; add the"):
+        merge(model, [(tmp_path / "half", log)], merged)
+    with pytest.raises(StoreError, match=r"user \d+ is in both .*half and .*whole, which were refreshed from"):
+        merge(model, [(tmp_path / "half", log), (tmp_path / "whole", log)], merged)
     other = grow.append(tmp_path / "other", grow.events(dict.fromkeys(range(40), 3)))
     grown = grow.later(tmp_path / "other", {1: 2})
     assert grown.path == other.path

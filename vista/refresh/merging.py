@@ -41,7 +41,7 @@ from vista.refresh.full import (
 from vista.refresh.incremental import OF_SEVERAL_LOGS, digests_of_events
 from vista.store.backend import Folder, open_backend
 from vista.store.keys import user_keys
-from vista.store.layout import check_place, complete_shards, store_path
+from vista.store.layout import Shard, check_place, complete_shards, store_path
 from vista.store.reader import StoreReader
 from vista.store.state_record import UserSummaries
 from vista.store.writer import StoreWriter
@@ -78,6 +78,16 @@ class _MergeSource:
                 f"{store.path}: covers segment {manifest.applied_segment}, but {self.log.path} ends at segment "
                 f"{last}, or is another log; refresh that store first"
             )
+
+    def check_shards(self) -> None:
+        """Raise StoreError if one of several shards is missing, although the folder above them is not named."""
+        shards = [shard for store in self.stores if (shard := _shard_of(store)) is not None]
+        for count in {shard.count for shard in shards}:
+            if missing := sorted(set(range(count)) - {shard.index for shard in shards if shard.count == count}):
+                raise StoreError(
+                    f"parts of {self.log.path}: shards {missing} of {count} are missing; name all shards, or the "
+                    "folder above them"
+                )
 
     def users(self) -> list[Any]:
         """Ids of all users with events in the log."""
@@ -219,7 +229,13 @@ def _open_sources(
             opened = StoreReader.open(root, summarizer_id=model.summarizer_id(), key=key)
             source.stores.append(stack.enter_context(opened))
             source.check(opened)
+    for source in by_log.values():
+        source.check_shards()
     return list(by_log.values())
+
+
+def _shard_of(store: StoreReader) -> Shard | None:
+    return Shard.named(store.path.name) if isinstance(store.path, Path) else None
 
 
 def _run_digest(sources: Sequence[_MergeSource]) -> str:
