@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +188,8 @@ def records_of(path: Path) -> dict[bytes, bytes]:
 
 
 @pytest.mark.parametrize("decay", [Decay.none, Decay.position])
-def test_merged_shards_equal_the_store_of_one_refresh(tmp_path, grow, decay):
-    """The records are bit-identical, before and after an incremental refresh."""
+def test_merged_shards_equal_the_store_of_one_refresh(tmp_path, grow, monkeypatch, decay):
+    """The records are bit-identical, before and after an incremental refresh; each shard is asked for its own users."""
     horizons, made = [20.0, 0.0] if decay is Decay.position else [], {"created_at": 7}
     model = grow.model(decay=decay, decay_horizons=horizons, counters=True, counter_categories=["genre"])
     log = grow.append(tmp_path / "log", grow.events({user: 1 + user % 9 for user in range(30)}))
@@ -196,9 +197,12 @@ def test_merged_shards_equal_the_store_of_one_refresh(tmp_path, grow, decay):
     refresh(model, log, whole, options=ONE_BY_ONE, **made)
     for index in range(3):
         refresh(model, log, tmp_path / "sharded", options=ONE_BY_ONE, shard=Shard(index, 3), **made)
+    asked, states = Counter[Any](), StoreReader.states
+    monkeypatch.setattr(StoreReader, "states", lambda store, users: asked.update(users) or states(store, users))
     named = [tmp_path / "sharded"] if decay is Decay.none else stores_in(tmp_path / "sharded")
     merge(model, [(store, log) for store in named], merged, options=RefreshOptions(users_per_batch=1), **made)
     assert records_of(merged) == records_of(whole) and len(records_of(merged)) == 30
+    assert asked == Counter(range(30))
     log = grow.later(tmp_path / "log", {5: 2, 50: 3})
     log = grow.append(tmp_path / "log", grow.events({7: 2}, seed=1))  # late
     for path in (merged, whole):

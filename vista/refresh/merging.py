@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vista.arrays import Int
 from vista.config.checks import Precision, StateDtype
 from vista.config.store_config import RefreshOptions
 from vista.errors import ConfigError, StoreError
@@ -41,7 +42,7 @@ from vista.refresh.full import (
 from vista.refresh.incremental import OF_SEVERAL_LOGS, digests_of_events
 from vista.store.backend import Folder, open_backend
 from vista.store.keys import user_keys
-from vista.store.layout import Shard, check_place, complete_shards, store_path
+from vista.store.layout import Shard, check_place, complete_shards, shards_of, store_path
 from vista.store.reader import StoreReader
 from vista.store.state_record import UserSummaries
 from vista.store.writer import StoreWriter
@@ -101,25 +102,32 @@ class _MergeSource:
         rows = {user: row for user, row in zip(own, self.log.users.rows(own).tolist(), strict=True) if row >= 0}
         read: dict[Any, _UserState | None] = {user: None for user, row in rows.items() if self.log.lengths[row]}
         store_of_user: dict[Any, StoreReader] = {}
+        keys, owners = user_keys(users), dict[int, Int]()
         for store in self.stores:
-            found = store.states(users)
+            asked: Sequence[Any] = users
+            if (shard := _shard_of(store)) is not None:
+                if shard.count not in owners:
+                    owners[shard.count] = shards_of(keys, shard.count)
+                asked = [users[place] for place in np.flatnonzero(owners[shard.count] == shard.index).tolist()]
+            found = store.states(asked)
             assert found is not None  # by `check`
             for place, position in enumerate(found[0].tolist()):
-                user, state = users[position], found[1][place : place + 1]
+                user, state = asked[position], found[1][place : place + 1]
                 other = store_of_user.setdefault(user, store)
                 if other is not store:
                     raise StoreError(
                         f"user {user!r} is in both {other.path} and {store.path}, which were refreshed from the same "
                         "log, so events would count twice; leave one of the two stores out"
                     )
-                if user not in read or self.items.digests(self.log[user])[0] != state.history_digest[0]:
+                history = self.log.slice(rows[user]) if user in read else None
+                if history is None or self.items.digests(history)[0] != state.history_digest[0]:
                     raise StoreError(  # because it was refreshed in place since it was opened
                         f"{store.path}: the state of user {user!r} does not cover the events in {self.log.path}; "
                         "refresh that store first, and do not refresh it during the merge"
                     )
                 read[user] = _UserState(
                     from_arrays(state, model.device),
-                    self.items.model_rows(self.log[user]),
+                    self.items.model_rows(history),
                     state.history_digest[0],
                     self.features.features(np.array([rows[user]])),
                 )
