@@ -34,6 +34,7 @@ from vista.store.server_generation import ServerGeneration, ServerWriter
 
 _CHECKS_BESIDE_ERASURES = 5
 _REMOVED_AT_ONCE = 1000
+_READ_AT_ONCE = 1000
 _SAMPLE = 1000
 
 logger = logging.getLogger(__name__)
@@ -569,7 +570,12 @@ class ServerTombstones:
 
     def digests(self) -> NDArray[Any]:
         """Digests of all erased users, ascending (`digests_of`)."""
-        return np.array(sorted(self._server.command("SMEMBERS", self.name)), DIGEST)
+        found: set[bytes] = set()
+        cursor = None
+        while cursor != 0:  # A reply with all members of a large set would block the server.
+            cursor, some = self._server.command("SSCAN", self.name, cursor or 0, "COUNT", _READ_AT_ONCE)
+            found.update(some)
+        return np.array(sorted(found), DIGEST)
 
     def add(self, keys: Sequence[bytes]) -> None:
         """Record erasures."""

@@ -26,6 +26,7 @@ from vista.errors import (
 )
 from vista.store import NO_TIMESTAMP, StoreReader, server_generation
 from vista.store.admin import copy_generation, verify_store
+from vista.store.folder_files import digests_of
 from vista.store.layout import StoreUrl
 from vista.store.reader import open_store, published_manifest
 from vista.store.server import Server, ServerTombstones
@@ -231,6 +232,23 @@ def test_an_interrupted_erasure_is_completed_by_a_publication(server, build):
         build.put_users(writer, range(40))
         store_at(url).erased_users.add(build.records_of(range(5, 6), writer.spec)[0])  # and then it was killed
         assert writer.publish().count == TOTAL - 1
+
+
+def test_erased_users_are_read_a_part_at_a_time(server, monkeypatch):
+    """So that no reply to a merge blocks the server, however many they are."""
+    erased, keys = store_at(server.url()).erased_users, [b"u%d" % user for user in range(20_000)]
+    assert erased.digests().tolist() == []
+    erased.add(keys)
+    sizes, command = [], erased._server.command
+
+    def sized(*words: Any) -> Any:
+        reply = command(*words)
+        sizes.append(len(reply[1]) if words[0] == "SSCAN" else len(reply))
+        return reply
+
+    monkeypatch.setattr(erased._server, "command", sized)
+    assert erased.digests().tolist() == sorted(set(digests_of(keys).tolist()))
+    assert len(sizes) > 5 and max(sizes) < len(keys) // 5
 
 
 def test_one_writer_at_a_time(server, build, monkeypatch):
