@@ -152,6 +152,8 @@ def test_a_store_of_the_whole_log_is_fresh(workspace: Workspace) -> None:
     fresh = store_freshness(manifest, workspace.log, manifest.refreshed_at + 2 * HOUR_MS)
     assert fresh.state is Freshness.fresh and fresh.reason.startswith("The last refresh started 2 hours ago")
     assert store_freshness(manifest, None).state is Freshness.unknown
+    merged = store_freshness(replace(manifest, applied_segment=0), workspace.log)
+    assert merged.state is Freshness.unknown and "was merged from several logs" in merged.reason
 
 
 def test_a_store_for_evaluation_is_held_back(served: Served) -> None:

@@ -325,6 +325,9 @@ def test_the_command_merges_stores_and_shards(tmp_path, grow, capsys):
         words = [f"model={model}", f"store={tmp_path / name}"]
         assert main(["store", "merge", f"parts=[{named}]", f"data=[{data}]", *words]) == 0, capsys.readouterr().err
         assert "3 users" in capsys.readouterr().out
+        assert main(["store", "get", "user=1", words[1]]) == 0
+        segment = "none: merged from several logs" if name == "of-logs" else "2"
+        assert re.search(rf"log segment: +{segment}\n", capsys.readouterr().out)
         assert main(["refresh", "incremental=true", f"data={log}", *words]) == 0, capsys.readouterr().err
         with StoreReader.open(tmp_path / name) as store:
             assert store.get_many([1, 2, 3]).event_count.tolist() == [10, 4, 4]

@@ -248,9 +248,11 @@ def _lines(reports: Iterable[object]) -> str:
 def _record_text(user: int | str, raw: RawRecords, reader: Generation, model: str | None) -> str:
     import numpy as np
 
+    from vista.store.manifest import OF_SEVERAL_LOGS
     from vista.store.record import decode_rows
 
     header, manifest = raw.headers[0], reader.manifest
+    segment = header["applied_segment"]
     summary = decode_rows(raw, reader.spec)[0]
     norms = np.linalg.norm(summary.astype(np.float64), axis=1)
     items: list[Any] = [f"row {row}" for row in raw.tail.items.tolist()]
@@ -263,7 +265,7 @@ def _record_text(user: int | str, raw: RawRecords, reader: Generation, model: st
         "summarizer": bytes(header["summarizer_id"]).hex(),
         "created at": _time(int(header["created_at"])),
         "events covered": f"{header['event_count']}, the newest at {_time(int(header['last_event_ts']))}",
-        "log segment": header["applied_segment"],
+        "log segment": "none: merged from several logs" if segment == OF_SEVERAL_LOGS else segment,
         "history digest": f"{header['history_digest']:016x}",
         "authenticated": "yes" if reader.spec.key is not None else "no",
         "summary": f"{summary.shape[0]} x {summary.shape[1]} {manifest.codec}",

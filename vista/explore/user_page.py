@@ -20,7 +20,7 @@ from vista.scorer import Scorer
 from vista.store.admin import GenerationStats, StoreStats, store_stats
 from vista.store.backend import open_backend
 from vista.store.layout import stores_in
-from vista.store.manifest import Manifest
+from vista.store.manifest import OF_SEVERAL_LOGS, Manifest
 from vista.store.reader import StoredBatch
 
 SECONDS_PER_DAY = 86_400
@@ -262,6 +262,11 @@ def store_freshness(manifest: Manifest, log: EventLog | None, now_ms: int | None
     age = f"The last refresh started {shown_age(now - max(manifest.refreshed_at, manifest.created_at))} ago"
     if log is None:
         return StoreFreshness(Freshness.unknown, f"{age}. Without the log, newer events are unknown.")
+    if manifest.applied_segment == OF_SEVERAL_LOGS:
+        return StoreFreshness(
+            Freshness.unknown,
+            f"{age}. The store was merged from several logs, so newer events of this one are unknown.",
+        )
     if manifest.applied_segment < log.last_segment:
         count = log.last_segment - manifest.applied_segment
         num_changed = len(log.changed_users(manifest.applied_segment))

@@ -61,7 +61,7 @@ from vista.refresh.full import (
 )
 from vista.store.keys import user_id, user_keys
 from vista.store.layout import Shard, StoreUrl, shard_to_write
-from vista.store.manifest import Manifest
+from vista.store.manifest import OF_SEVERAL_LOGS, Manifest
 from vista.store.reader import published_manifest
 from vista.store.state_record import StateArrays, rounded
 from vista.store.writer import StoreUpdate
@@ -170,10 +170,6 @@ def check_updatable(manifest: Manifest, log: EventLog, store: Path | StoreUrl) -
         f"{store}: was merged from several logs, and no segment of {log.path} ends exactly after their event sources; "
         "prepare one log from these sources, in the order of the merge, or run a full refresh"
     )
-
-
-OF_SEVERAL_LOGS = 0
-"""The `applied_segment` of a store that was merged from several logs; `log_digest` is that of `digests_of_events`."""
 
 
 def digests_of_events(logs: Sequence[EventLog]) -> Iterator[tuple[int, str]]:

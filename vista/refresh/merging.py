@@ -39,10 +39,11 @@ from vista.refresh.full import (
     user_summaries,
     write_generation,
 )
-from vista.refresh.incremental import OF_SEVERAL_LOGS, digests_of_events
+from vista.refresh.incremental import digests_of_events
 from vista.store.backend import Folder, open_backend
 from vista.store.keys import user_keys
 from vista.store.layout import Shard, check_place, complete_shards, shards_of, store_path
+from vista.store.manifest import OF_SEVERAL_LOGS
 from vista.store.reader import StoreReader
 from vista.store.state_record import UserSummaries
 from vista.store.writer import StoreWriter

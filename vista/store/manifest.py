@@ -40,6 +40,9 @@ NOT_IDENTITY = (
 )
 """Fields of a manifest that may differ between two runs of the same refresh."""
 
+OF_SEVERAL_LOGS = 0
+"""The `applied_segment` of a store that was merged from several logs, until one log continues it."""
+
 CHECKSUM_DIGITS = 16
 """Hexadecimal digits with which the bytes of a manifest begin."""
 
@@ -122,7 +125,10 @@ class Manifest:
     tail_columns: list[dict[str, Any]] = field(default_factory=list)
     """Features of the tail's events, as fields of a `TailColumn`."""
     log_digest: str = ""
-    """Digest of the log's sources up to `applied_segment` (`EventLog.sources_digest`); another log is refused."""
+    """Digest of the log's sources up to `applied_segment` (`EventLog.sources_digest`); another log is refused.
+
+    Of several logs, the digest of their event sources (`digests_of_events`); empty if no log continues them.
+    """
     going_to: int = 0
     """Segment that an unfinished incremental refresh is bringing records to; 0 if there is none."""
     going_to_digest: str = ""
