@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -269,11 +269,14 @@ def locked_log(path: Path) -> Iterator[None]:
 def sync_name(target: Path) -> None:
     """Sync the name of a log that exists: a writer that was killed may have renamed it without this.
 
+    An account that may not open the folder above it cannot have made it, and does nothing.
+
     Raises:
         LogWriteError: the folder that holds it cannot be synced.
     """
     try:
-        sync(target.parent)
+        with suppress(PermissionError):
+            sync(target.parent)
     except OSError as error:
         raise LogWriteError(f"{target}: its name cannot be synced ({error}); check the disk and permissions") from error
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import polars as pl
@@ -196,10 +197,18 @@ def test_a_source_counts_once(tmp_path: Path) -> None:
 def test_out_must_be_new_or_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, synced = write_csv(tmp_path / "a.csv", [(1, 1, 1)]), list[Path]()
     run(tmp_path / "log", [file])
-    monkeypatch.setattr("vista.log.segment_writer.sync", synced.append)
-    with pytest.raises(DataError, match=r"log: already exists; add these sources to it with append=true"):
-        run(tmp_path / "log", [write_csv(tmp_path / "b.csv", [(1, 1, 2)])])
-    assert synced == [tmp_path]  # A run that was killed may have renamed the log without a sync.
+    with monkeypatch.context() as patch:
+        patch.setattr("vista.log.segment_writer.sync", synced.append)
+        with pytest.raises(DataError, match=r"log: already exists; add these sources to it with append=true"):
+            run(tmp_path / "log", [write_csv(tmp_path / "b.csv", [(1, 1, 2)])])
+        assert synced == [tmp_path]  # A run that was killed may have renamed the log without a sync.
+        for error, answer in (
+            (PermissionError(13, "Permission denied"), "already exists"),  # in another account's folder of mode 711
+            (OSError(5, "Input/output error"), "its name cannot be synced"),
+        ):
+            patch.setattr("vista.log.segment_writer.sync", Mock(side_effect=error))
+            with pytest.raises(DataError, match=f"log: {answer}"):
+                run(tmp_path / "log", [file])
     with pytest.raises(DataError, match="no such log; leave append out"):
         run(tmp_path / "absent", [file], append=True)
     (tmp_path / "empty").mkdir()
