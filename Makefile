@@ -29,7 +29,7 @@ RUN_BENCHMARKS := failed=0; \
 	$(BIN)/python -m scripts.benchmarks.benchmark; exit $$failed
 
 # Tests that `make test` leaves out; each group has a target of its own.
-SLOW_GROUPS := gpu or aot or faults or nightly or research or docs or recipes or browser or rectools
+SLOW_GROUPS := nightly or gpu or aot or faults or research or docs or recipes or browser or rectools or torchrec
 # Twice as many workers as cores: tests also wait, for processes and files.
 WORKERS := -n $(shell echo $$((2 * $$(nproc)))) --dist worksteal
 # Without compiled modules and tests on the disk, each worker would compile all of them: 15 seconds of CPU.
@@ -68,7 +68,7 @@ $(TANSU): | $(STAMP)
 		|| echo "Tansu cannot be installed here; its tests are skipped" >&2
 
 test-nightly: setup $(MLFLOW_VENV)/.installed $(TANSU) ## run the tests that take long and have a shorter form in `make test`, and the other short forms of tests/faults
-	MLFLOW_PROGRAM="$(CURDIR)/$(MLFLOW_VENV)/bin/mlflow" TANSU_PROGRAM="$(CURDIR)/$(TANSU)" $(ON_CPU) $(WORKERS) -m "nightly and not (gpu or aot or faults or research or docs or recipes or browser or torchrec or rectools)" $(PYTEST_ARGS)
+	MLFLOW_PROGRAM="$(CURDIR)/$(MLFLOW_VENV)/bin/mlflow" TANSU_PROGRAM="$(CURDIR)/$(TANSU)" $(ON_CPU) $(WORKERS) -m "nightly and not ($(subst nightly or ,,$(SLOW_GROUPS)))" $(PYTEST_ARGS)
 
 nightly: setup ## run every group of tests (hours on two cores), and write docs/results/nightly.md
 	@$(BIN)/python -m scripts.nightly
