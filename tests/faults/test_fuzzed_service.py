@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 
@@ -33,10 +34,14 @@ from tests.serve.test_fuzzed_requests import (
 EACH = 1000
 NUM_DRAWN = 50
 """Bodies that hypothesis draws per EACH requests; the others are mutations, which take no time."""
-NUM_LARGE = 3
-"""Bodies of the largest size per EACH requests."""
+NUM_LARGE = 2
+"""Connections with bodies of the largest size, of which each is alone, per EACH requests."""
+NUM_TOGETHER = 8
+"""Connections at the same time, if there are several. Once per EACH requests, all have a body of the largest size."""
 SHARE_PIPELINED = 0.03
 """Share of connections with more than one request."""
+SHARE_TOGETHER = 0.02
+"""Share of groups of connections with more than one."""
 MOST_KEPT = 1.3
 """Memory of the service afterwards, as a share of that at its start."""
 PATHS = (
@@ -141,18 +146,32 @@ def request(asked: tuple[str, bytes, bool], rng: random.Random, *, is_last: bool
     return mutated(sent, rng) if is_last and dice < 17 else sent
 
 
-def connections(rng: random.Random, asked: list[tuple[str, bytes, bool]]) -> Iterator[tuple[bytes, int]]:
-    """(bytes to send, number of requests) per connection; EACH requests in total."""
-    left = EACH
-    for _ in range(NUM_LARGE):
-        number, packed, times = rng.randrange(len(LARGE)), rng.random() < 0.5, rng.choice((1, 1, 5))
-        body = large(number, packed)
-        yield post(LARGE[number][0], rng.choice((body, mutated(body, rng))), packed=packed) * times, times
-        left -= times
+def requests(rng: random.Random, asked: list[tuple[str, bytes, bool]], most: int) -> list[bytes]:
+    """The requests of a connection."""
+    times = min(most, rng.choice((5, 17, 40)) if rng.random() < SHARE_PIPELINED else 1)
+    return [request(rng.choice(asked), rng, is_last=k == times - 1) for k in range(times)]
+
+
+def large_requests(rng: random.Random, times: int) -> list[bytes]:
+    """The same request of the largest size, several times."""
+    number, packed = rng.randrange(len(LARGE)), rng.random() < 0.5
+    body = large(number, packed)
+    return [post(LARGE[number][0], rng.choice((body, mutated(body, rng))), packed=packed)] * times
+
+
+def groups(rng: random.Random, asked: list[tuple[str, bytes, bool]]) -> Iterator[list[list[bytes]]]:
+    """Groups of connections at the same time, each a list of requests; EACH requests in total."""
+    largest = [[large_requests(rng, rng.choice((1, 1, 5)))] for _ in range(NUM_LARGE)]
+    largest.append([large_requests(rng, 1) for _ in range(NUM_TOGETHER)])
+    yield from largest
+    left = EACH - sum(len(sent) for group in largest for sent in group)
     while left:
-        times = min(left, rng.choice((5, 17, 40)) if rng.random() < SHARE_PIPELINED else 1)
-        yield b"".join(request(rng.choice(asked), rng, is_last=k == times - 1) for k in range(times)), times
-        left -= times
+        group = list[list[bytes]]()
+        for _ in range(NUM_TOGETHER if rng.random() < SHARE_TOGETHER else 1):
+            if left:
+                group.append(requests(rng, asked, left))
+                left -= len(group[-1])
+        yield group
 
 
 @promise(
@@ -163,20 +182,32 @@ def connections(rng: random.Random, asked: list[tuple[str, bytes, bool]]) -> Ite
     smoke=True,
 )
 def test_fuzzed_requests(trial: Trial, fuzzed: Fuzzed) -> None:
-    service, most_sent = fuzzed.service, 0
-    resident_bytes(service)
-    for sent, times in connections(trial.random, drawn(trial.number)):
-        most_sent = max(most_sent, len(sent))
-        if times > 1 and trial.random.random() < 0.3:
-            fuzzed.leave(sent)
-            trial.count("left before the answers", times)
-            continue
-        statuses = fuzzed.statuses(sent)
-        assert all(status < 500 for status in statuses), (statuses, sent[:1000])
-        for status in statuses:
-            trial.count(f"status {status}")
-    above = peak_bytes(service) - fuzzed.start_bytes
-    assert above < 4 * most_sent + 100e6, above
+    service, above, most_bytes = fuzzed.service, 0, 0
+
+    def exchange(sent: list[bytes], is_left: bool) -> list[int] | None:
+        if not is_left:
+            return fuzzed.statuses(b"".join(sent))
+        fuzzed.leave(b"".join(sent))
+        return None
+
+    with ThreadPoolExecutor(NUM_TOGETHER) as threads:
+        for group in groups(trial.random, drawn(trial.number)):
+            are_left = [len(sent) > 1 and trial.random.random() < 0.3 for sent in group]
+            before = resident_bytes(service)
+            for sent, statuses in zip(group, threads.map(exchange, group, are_left), strict=True):
+                if statuses is None:
+                    trial.count("left before the answers", len(sent))
+                    continue
+                assert all(status < 500 for status in statuses), (statuses, sent[0][:1000])
+                for status in statuses:
+                    trial.count(f"status {status}")
+            # The requests of a connection are answered one after the other, and reading pauses while one waits.
+            at_once = sum(max(map(len, sent)) for sent in group)
+            most_bytes = max(most_bytes, at_once)
+            peak = peak_bytes(service)
+            assert peak - before < 4 * at_once + 100e6, (peak, before, at_once)
+            above = max(above, peak - fuzzed.start_bytes)
+    assert above < 4 * most_bytes + 100e6, above
     until(lambda: resident_bytes(service) < MOST_KEPT * fuzzed.start_bytes)
     kept = resident_bytes(service) / fuzzed.start_bytes
     trial.count(f"peak at most {20 * int(above / 20e6 + 1)} MB above the start")
