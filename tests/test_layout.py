@@ -177,7 +177,8 @@ def test_make_test_leaves_out_all_groups_with_a_target_of_their_own() -> None:
 
 
 MOST = {"vista": (187, 60_948), "tests": (217, 60_343)}
-"""Files and lines of each folder. They only go down: whoever removes some lowers the numbers in the same commit."""
+"""Files and lines of each folder. Whoever removes some lowers the numbers in the same commit. Raise them only for
+something that users can do afterwards, and not for the sake of structure."""
 
 
 @pytest.mark.parametrize("folder", MOST)
