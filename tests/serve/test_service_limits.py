@@ -623,6 +623,21 @@ def pipelined(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield opened
 
 
+@pytest.mark.parametrize("length", [b"Content-Length: 18", b"Transfer-Encoding: chunked"])
+def test_a_body_is_not_taken_for_a_request(patient: BoundedServer, length: bytes) -> None:
+    """The client asks for HTTP/2, as Java's does by default. Its body arrives after its head."""
+    with patient.connect() as connection:
+        connection.sendall(b"POST /read HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n" + length + b"\r\n\r\n")
+        head, _, body = all_of(connection).partition(b"\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and "Upgrade" in json.loads(body)["error"]["message"]
+    with patient.connect() as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nConnection: Upgrade, close\r\nUpgrade: h2c\r\n\r\n")
+        assert all_of(connection).startswith(b"HTTP/1.1 200")
+    assert patient.refused == [400] and patient.application.num_calls == 1
+
+
 def test_what_is_not_http(patient: BoundedServer) -> None:
     chunked = b"POST /read HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
     for sent, status in (

@@ -271,6 +271,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             return
         self._in_head = False
         self._stop_reading_clock()
+        if self.parser.should_upgrade() and any(
+            name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+            for name, value in self.headers
+        ):  # httptools would skip the body, and take it for the next request.
+            self._is_full = True
+            text = "the service speaks HTTP/1.1 only; send requests with a body without the header Upgrade"
+            self._refuse(ErrorAnswer(400, "InvalidRequestError", text))
+            return
         self._require_in(self._body_s)
         super().on_headers_complete()
 
