@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,6 +103,7 @@ def test_a_browser_opens_the_page_and_only_this_machine_can_connect(tmp_path: Pa
         with socket.socket() as other, pytest.raises(ConnectionRefusedError):
             other.connect(("127.0.0.2", urlsplit(page.url).port))
         refuses_other_hosts_and_origins(page)
+        refuses_endless_heads(page)
     assert len(page.said) == 1
     assert streamlit_options(1)["browser.gatherUsageStats"] is False, "nothing is reported"
 
@@ -142,6 +143,16 @@ def refuses_other_hosts_and_origins(page: Running) -> None:
         assert first_line(stream, foreign, origin, sent, upgrade) == "403", (foreign, origin, sent)
         for target in ("/", "/_stcore/host-config", f"/?token={'' if 'evil' not in foreign else token}"):
             assert first_line(target, foreign, origin, sent) == "403", (target, foreign, origin, sent)
+
+
+def refuses_endless_heads(page: Running) -> None:
+    """Before there is a token: heads are not kept, and what is not HTTP is not logged."""
+    for sent in (b"X: " + b"a" * (1 << 18), b"a: b\r\n" * (1 << 16), b"garbage\r\n\r\n"):
+        with socket.create_connection(("127.0.0.1", urlsplit(page.url).port), START_S) as connection:
+            with suppress(ConnectionError):
+                connection.sendall(b"GET / HTTP/1.1\r\n" + sent)
+            with suppress(ConnectionError):
+                assert connection.recv(1 << 16).startswith(b"HTTP/1.1 400")
 
 
 @pytest.mark.nightly

@@ -55,6 +55,7 @@ def run_page(config: ExploreConfig) -> None:
     for package in ("altair", "pandas", "streamlit"):
         require_module(package, "explore")
     import streamlit
+    import uvicorn.config
     from starlette.middleware import Middleware
 
     read_key(config.authentication_key_file)  # a wrong key is an error before the page opens
@@ -72,6 +73,10 @@ def run_page(config: ExploreConfig) -> None:
         import_module(module)
     sys.argv = [str(SCRIPT), as_argument(config)]
     logging.getLogger("streamlit.error_util").addFilter(_without_passwords)
+    # Streamlit leaves both to uvicorn: httptools keeps heads of any size in memory, before there is a token, and each
+    # request that is not HTTP would be a line of the log.
+    uvicorn.config.HTTP_PROTOCOLS["auto"] = uvicorn.config.HTTP_PROTOCOLS["h11"]
+    uvicorn.config.LOGGING_CONFIG["loggers"]["uvicorn.error"]["level"] = "ERROR"
     app = streamlit.App(SCRIPT, middleware=[Middleware(PageGuard, token=token, port=port)])
     with suppress(KeyboardInterrupt):
         app.run(config=streamlit_options(port))
