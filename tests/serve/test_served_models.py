@@ -17,13 +17,15 @@ from tests.serve.conftest import NOW, TOLERANCE, models_file, save_other_stage_2
 from tests.serve.running_service import RunningService, running, until
 from vista.cli.main import main
 from vista.config import ServeConfig
-from vista.errors import ModelUnavailableError
+from vista.errors import ModelUnavailableError, RecordError
 from vista.model.item_projections import RETRIEVAL_FILE
 from vista.model.saved_model import WEIGHTS_FILE, tables_of
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.serve.served_models import ServedModels, UserSplit
 from vista.serve.service_metrics import ServiceMetrics
+from vista.store.keys import user_keys
+from vista.store.record import key_hashes
 
 NAMES = ("a", "b", "c")
 
@@ -376,3 +378,31 @@ def test_a_growing_share_only_adds_users() -> None:
     small, large = UserSplit({"control": 0.9, "larger": 0.1}, "x"), UserSplit({"control": 0.6, "larger": 0.4}, "x")
     for user in range(2000):
         assert small.variant(user) == "control" or large.variant(user) == "larger"
+
+
+def test_a_damaged_key_does_not_keep_a_model_from_opening(
+    served: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The record names another key: only requests for its user fail."""
+    store = shutil.copytree(served.store, tmp_path / "store")
+    damage_key(store, USERS[1])
+    models = ServedModels.of(ServeConfig(model=str(served.model_dir), store=str(store)), None, ServiceMetrics())
+    try:
+        models.open_first()
+        with models.use("default") as service:
+            assert service.reads_store()
+            with pytest.raises(RecordError):
+                service.scorer.score(USERS[1:2], ITEMS, now=NOW)
+            assert np.isfinite(service.scorer.score(USERS[:1], ITEMS, now=NOW)).all()
+    finally:
+        models.close()
+    assert "the first request was not tried" in caplog.text
+
+
+def damage_key(store: Path, user: int) -> None:
+    """Change the hash of the key in the record of a user."""
+    wanted = int(key_hashes(user_keys([user]))[0]).to_bytes(8, "little")
+    for path in store.glob("gen-*/summary/data.mdb"):
+        held = path.read_bytes()
+        assert wanted in held
+        path.write_bytes(held.replace(wanted, bytes(8)))

@@ -447,7 +447,12 @@ def _warm_up(scorer: Scorer, *, retrieves: bool) -> None:
 
     A user whose record cannot be used fails requests for this user, but must not keep the service from starting.
     """
-    for user in islice(scorer.store.keys(), MOST_USERS):
+    try:
+        users = list(islice(scorer.store.keys(), MOST_USERS))
+    except RecordError as error:  # of one of the first users, whose key does not belong to the record
+        logger.error("the first request was not tried, because %s", error)
+        return
+    for user in users:
         try:
             scorer.rank(user, top_k=1)
             if retrieves:
