@@ -19,9 +19,9 @@ import uvicorn
 
 from tests.conftest import ITEMS, Served
 from tests.serve.running_service import TIMEOUT_S, RunningService, peak_bytes, resident_bytes, running, until
-from vista.errors import ConfigError
+from vista.errors import ConfigError, RecordError, StoreUnavailableError
 from vista.serve import http_protocol
-from vista.serve.http_protocol import BoundedHttpProtocol
+from vista.serve.http_protocol import BoundedHttpProtocol, answer_of
 from vista.serve.shared import read_tokens
 
 GOOD = {"users": [103], "candidates": [0, 10]}
@@ -651,3 +651,13 @@ def test_what_is_not_http(patient: BoundedServer) -> None:
             head, _, body = all_of(connection).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 " + status) and json.loads(body)["error"]["message"]
     assert patient.refused == [400, 431, 431, 431]
+
+
+def test_errors_that_repeat_are_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (RecordError("of user 1"), StoreUnavailableError("no answer"), RecordError("of user 2")):
+        for _ in range(100):
+            answer_of(error, [])
+    assert len(caplog.records) == 3
+    monkeypatch.setattr(http_protocol, "REPEAT_S", 0)
+    answer_of(RecordError("of user 2"), [])
+    assert len(caplog.records) == 4

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import math
 import re
+import time
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -34,6 +35,26 @@ from vista.errors import (
 )
 
 logger = logging.getLogger(__name__)
+REPEAT_S = 1.0
+"""Seconds in which an error of requests is logged once."""
+
+
+class Unrepeated(logging.Filter):
+    """Drops lines like the last one: clients that ask for a damaged record again and again could fill the disk."""
+
+    _last: tuple[str, str] | None = None
+    _at = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line is written."""
+        what, now = (record.getMessage(), str(record.exc_info and record.exc_info[1])), time.monotonic()
+        if what == self._last and now < self._at + REPEAT_S:
+            return False
+        self._last, self._at = what, now
+        return True
+
+
+logger.addFilter(Unrepeated())
 
 _OF_ARGUMENT = re.compile(
     r"(users?|candidates|tail|now|request|exclude|within|where|top_k|num_candidates|task|item ids|ids)\b"

@@ -38,10 +38,11 @@ from vista.model.item_index import MANIFEST_FILE
 from vista.model.saved_model import CONFIG_FILE
 from vista.model.vista_model import VistaModel
 from vista.scorer import Ranking, Scorer, Tail
-from vista.serve.http_protocol import has_few_values
+from vista.serve.http_protocol import Unrepeated, has_few_values
 from vista.store.reader import ShardedReader, StoreReader
 
 logger = logging.getLogger(__name__)
+logger.addFilter(Unrepeated())
 
 JSON, MSGPACK = "application/json", "application/msgpack"
 Id = int | str
