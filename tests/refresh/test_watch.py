@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import time
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from tests.log.conftest import PARSER
 from vista.cli.serving_commands import run_watch
 from vista.config import SourceConfig, WatchConfig
 from vista.config.checks import Codec, OnBadRows
-from vista.errors import ConfigError, StoreLockedError
+from vista.errors import ConfigError, StoreError, StoreLockedError
 from vista.log.event_log import EventLog
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.segment_writer import locked_log
@@ -243,6 +244,19 @@ def test_a_log_that_other_processes_append_to_is_followed(tmp_path, grow, watche
     grow.later(tmp_path / "log", {1: 3}, 950, seed=5)
     lag = watching.look().lag_s
     assert lag is not None and 600 <= lag < 660
+
+
+def test_a_log_that_was_restored_from_a_backup_is_refused(tmp_path, grow, watched):
+    """Its new segment has the number of one that the store covers, but holds other events."""
+    shutil.copytree(tmp_path / "log", tmp_path / "backup")
+    grow.later(tmp_path / "log", {2: 3})
+    assert len(Watch(watched).look().refreshes) == 1
+    shutil.rmtree(tmp_path / "log")
+    (tmp_path / "backup").rename(tmp_path / "log")
+    arrive(tmp_path / "incoming", "a.csv", grow.events({1: 2}, grow.start + 500 * grow.hour))
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"covers segment 2, .* other sources; restore the log, or run a full"):
+            Watch(watched).look()
 
 
 def watch_folder(say: Say, folder: str) -> None:

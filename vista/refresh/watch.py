@@ -32,7 +32,7 @@ from vista.log.ingest.source_parser import SourceParser
 from vista.log.segment_files import MANIFEST_FILE, StreamPartition, stream_offsets
 from vista.model.vista_model import VistaModel
 from vista.refresh.full import RefreshReport
-from vista.refresh.incremental import refresh_incremental
+from vista.refresh.incremental import check_updatable, refresh_incremental
 from vista.store.layout import stores_in
 from vista.store.reader import published_manifest
 from vista.store.record_encoding import read_key
@@ -129,7 +129,7 @@ class Watch:
         reports, since = [], list(self._waiting)
         options = RefreshOptions()
         for root in stores_in(self.config.store):
-            covered = published_manifest(root).applied_segment
+            covered = check_updatable(published_manifest(root), log, root)
             if covered < log.last_segment:
                 since.append(_written_at(log, covered))
                 reports.append(refresh_incremental(self.model, log, root, options=options, key=self._key))
