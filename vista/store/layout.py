@@ -66,6 +66,7 @@ DAY_MS = 86_400_000
 EXAMPLE = "redis://host:6379/mine, or rediss://host:6379/mine with TLS"
 
 _SCHEME = re.compile(r"(rediss?):/+")  # pathlib makes one slash out of two
+_OTHER_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/+")
 _STORE_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 
@@ -172,6 +173,8 @@ def store_path(path: str | os.PathLike[str] | StoreUrl) -> Path:
             f"{StoreUrl.parse(path)} is a remote store, but this works on a folder; copy the store to one with "
             "`vista store copy` first"
         )
+    if (scheme := _OTHER_SCHEME.match(os.fspath(path))) is not None:  # a folder of that name might show a password
+        raise StoreError(f"{scheme[0]}… is neither a folder nor the URL of a store; write {EXAMPLE}, or a path")
     return checked_path(path, StoreError).absolute()
 
 

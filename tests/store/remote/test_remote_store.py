@@ -27,7 +27,7 @@ from vista.errors import (
 from vista.store import NO_TIMESTAMP, StoreReader, server_generation
 from vista.store.admin import copy_generation, verify_store
 from vista.store.folder_files import digests_of
-from vista.store.layout import StoreUrl
+from vista.store.layout import StoreUrl, store_address
 from vista.store.reader import open_store, published_manifest
 from vista.store.server import Server, ServerTombstones
 from vista.store.server_connection import RecordCache, ServerLock
@@ -451,6 +451,13 @@ def test_other_urls_are_refused(text, message):
 @pytest.mark.parametrize("text", ["stores/mine", "/srv/redis", "redis", "http://host/mine"])
 def test_folders_are_not_urls(text):
     assert not StoreUrl.matches(text) and not StoreUrl.matches(Path(text))
+
+
+@pytest.mark.parametrize("text", ["Redis://me:secret@host/mine", "valkey:/me:secret@host/mine", "unix:///run/a"])
+def test_urls_of_other_schemes_are_neither_stores_nor_folders(text):
+    with pytest.raises(StoreError, match="is neither a folder nor the URL of a store; write redis://") as caught:
+        store_address(text)
+    assert "secret" not in str(caught.value)
 
 
 def sent_bytes(server: ValkeyServer) -> int:
