@@ -217,6 +217,7 @@ def test_unknown_user_and_candidate(copied: Served, fails: Fails) -> None:
     assert "users [999] have no record" in fails(1, "score", *places, "users=[999]")
     assert "items [7]" in fails(1, "score", *places, "users=[100]", "candidates=[0,7]")
     assert "users: ids must be integers, as in the log, got bob" in fails(2, "score", *places, "users=[bob]")
+    assert "users: expected [str, ...], got [[100]]" in fails(2, "score", *places, "users=[[100]]")
 
 
 def test_folders_that_cannot_be_written(copied: Served, tmp_path: Path, fails: Fails) -> None:

@@ -605,3 +605,5 @@ def _assign(config: DictConfig, key: str, value: Any, keys: ConfigKeys) -> None:
         if known.type_text.startswith("[") and not isinstance(value, list):
             hint = f"; write a list as {key}=[{value_text(value)}]"
         raise ConfigError(f"{key}: expected {known.type_text}, got {value_text(value)}{hint}") from error
+    if known.type_text == "[str, ...]" and any(isinstance(one, list | dict) for one in value):  # OmegaConf takes them
+        raise ConfigError(f"{key}: expected {known.type_text}, got {value_text(value)}")
