@@ -290,3 +290,17 @@ def test_an_interrupt_while_entering_or_leaving_blocks_nobody(section, at):
 
     threading.Thread(target=other, daemon=True).start()
     assert done.wait(30)
+
+
+def test_the_files_of_another_generation_are_refused(tmp_path, build):
+    root = tmp_path / "store"
+    build.write_store(root)
+    build.write_store(root, salt=1, run_digest="log-2")
+    first, second = (environment_path(root, number) / "data.mdb" for number in (1, 2))
+    second.write_bytes(first.read_bytes())
+    assert "holds the files of gen-1, not of gen-2; refresh" in verify_store(root).problems[0]
+    with pytest.raises(StoreError, match="holds the files of gen-1, not of gen-2; refresh the store again"):
+        StoreReader.open(root)
+    roll_back(root)  # the remedy
+    with StoreReader.open(root) as store:
+        assert store.generation == 1

@@ -381,6 +381,8 @@ class FolderGeneration:
         environment = SharedEnvironment.acquire(path)
         try:
             manifest = environment.read(lambda transaction: read_manifest(transaction, path))
+            if manifest.generation != number:
+                raise StoreError(f"{path}: holds the files of gen-{manifest.generation}, not of gen-{number}; {REMEDY}")
             return cls(root, environment, manifest, manifest.spec(key))
         except BaseException:
             environment.release()
