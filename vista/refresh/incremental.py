@@ -61,7 +61,7 @@ from vista.refresh.full import (
 )
 from vista.store.keys import user_id, user_keys
 from vista.store.layout import Shard, StoreUrl, shard_to_write
-from vista.store.manifest import OF_SEVERAL_LOGS, Manifest
+from vista.store.manifest import MOST_MS, OF_SEVERAL_LOGS, Manifest
 from vista.store.reader import published_manifest
 from vista.store.state_record import StateArrays, rounded
 from vista.store.writer import StoreUpdate
@@ -108,6 +108,8 @@ def refresh_incremental(
     model.eval()
     target, shard = shard_to_write(store, shard)
     now = time.time_ns() // 1_000_000 if created_at is None else created_at
+    if not 0 <= now <= MOST_MS:  # No reader could open the published generation after that.
+        raise ConfigError(f"created_at={now}: is not a time from 1970 to 9999, in ms; correct the clock, then rerun")
     with StoreUpdate.open(
         target, summarizer_id=model.summarizer_id(), applied_segment=log.last_segment, created_at=now, key=key
     ) as update:

@@ -46,11 +46,11 @@ OF_SEVERAL_LOGS = 0
 CHECKSUM_DIGITS = 16
 """Hexadecimal digits with which the bytes of a manifest begin."""
 
-_MOST_MS = 253_402_300_799_999
+MOST_MS = 253_402_300_799_999
 """End of the year 9999, the last that can be shown."""
 _RULES = {
     "generation": whole(1, MAX_GENERATION),
-    "created_at": whole(0, _MOST_MS),
+    "created_at": whole(0, MOST_MS),
     "summarizer_id": hexadecimal(64),
     "num_tokens": whole(0, 65_535),
     "dim": whole(1, 65_535),
@@ -70,7 +70,7 @@ _RULES = {
     "log_digest": text(),
     "going_to": whole(),
     "going_to_digest": text(),
-    "refreshed_at": whole(0, _MOST_MS),
+    "refreshed_at": whole(0, MOST_MS),
     "count": whole(),
     "user_kind": one_of(*KINDS.values(), "mixed", None),
     "records_digest": hexadecimal(16),
