@@ -128,7 +128,7 @@ def _copy(source_store: StoreBackend, number: int, target: StoreBackend, key: by
     with source_store.open(number, key) as source:
         manifest, erased_users = source.manifest.without_states(), target.erased_users
         for existing in reversed(target.numbers()):
-            if _is_equal(source, target, existing, key):
+            if _is_equal(source, target, existing, key) and target.renewed(existing):
                 return _report(target, existing, manifest.count, num_resumed=manifest.count)
         wanted = dataclasses.replace(manifest, generation=target.number_for(manifest))
         target.remove_leftovers(except_for=wanted.generation)

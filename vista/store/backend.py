@@ -179,6 +179,10 @@ class Folder:
         """None: files do not expire."""
         return None
 
+    def renewed(self, number: int) -> bool:
+        """True: files do not expire."""
+        return True
+
     def size_bytes(self, number: int) -> int:
         """Size of the generation's files."""
         files = generation_path(self.address, number).rglob("*")

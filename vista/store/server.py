@@ -140,6 +140,14 @@ class Server:
         time_ms = int(self.connection.command("PEXPIRETIME", self.names.generation(number).manifest))
         return None if time_ms < 0 else time_ms
 
+    def renewed(self, number: int) -> bool:
+        """Renew a generation's time to live for a copy; False if the URL names another one, so it is copied anew."""
+        generation = self.open_writer(number)
+        if generation.ttl_ms != self.address.ttl_ms:
+            return False
+        generation.renew()
+        return True
+
     def size_bytes(self, number: int) -> int:
         """Size of records and states, from the mean of the first 1,000 users."""
         server, names = self.connection, self.names.generation(number)

@@ -301,6 +301,17 @@ def test_a_full_refresh_or_a_copy_decides(server, build, url, tmp_path):
     assert server.command("SMEMBERS", "{mine}:generations") == {b"2", b"3"}
 
 
+def test_a_repeated_copy_renews_it_or_changes_its_time_to_live(server, build, tmp_path):
+    build.write_store(tmp_path, 1)
+    expiring = server.url("copy", options="?ttl_days=30")
+    assert copy_generation(tmp_path, expiring).generation == 1
+    pass_days(server, 20)
+    assert copy_generation(tmp_path, expiring).generation == 1 and days_left(server, "{copy}:gen-1:*") == {30}
+    assert copy_generation(tmp_path, server.url("copy")).generation == 2
+    assert days_left(server, "{copy}:gen-2:*") == {-1} and verify_store(expiring).num_problems == 0
+    assert copy_generation(tmp_path, expiring).generation in (1, 3)
+
+
 def test_replaced_generations_expire_even_if_their_writer_dies(server, build, url, monkeypatch):
     for salt in range(3):
         with monkeypatch.context() as patch:
