@@ -147,6 +147,12 @@ def test_verification_detects_removed_exchanged_and_foreign_records(tmp_path, bu
         assert report.num_problems == 1 and named in report.problems[0], report
 
 
+def test_verification_detects_exchanged_shards(tmp_path, build):
+    build.write_store(tmp_path / "part-0-of-2")
+    report = verify_store(tmp_path / "part-0-of-2")
+    assert report.num_problems == 1 and "users of other shards, whom readers do not find here" in report.problems[0]
+
+
 @pytest.mark.parametrize("key", [None, KEY])
 @pytest.mark.parametrize("codec", ["int8", "float16"])
 def test_compaction_changes_only_the_generation_of_records(tmp_path, build, key, codec):

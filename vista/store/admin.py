@@ -23,6 +23,7 @@ from vista.store.folder_writer import FolderBuilder
 from vista.store.layout import (
     GROUP,
     PRIVATE,
+    Shard,
     StoreUrl,
     check_place,
     environment_path,
@@ -469,13 +470,20 @@ def _verify(
 
 
 def _verify_records(reader: Generation, report: VerificationReport) -> Tally:
-    tally, num_invalid = Tally(), 0
+    tally, num_invalid, num_strangers = Tally(), 0, 0
+    shard = Shard.named(report.path.name) if isinstance(report.path, Path) else None
     for keys, records in reader.raw_batches():
+        num_strangers += 0 if shard is None else int((~shard.holds(keys)).sum())
         for index in _invalid(keys, records, reader, report):
             num_invalid += 1
             del keys[index], records[index]
         tally.add(keys, records)
     manifest, count = reader.manifest, tally.count + num_invalid
+    if num_strangers:
+        report.add(
+            f"gen-{manifest.generation} holds {num_strangers} users of other shards, whom readers do not find here; "
+            "give the folder the number of its shard, or refresh the shard in full"
+        )
     if count != manifest.count:
         report.add(f"gen-{manifest.generation} holds {count} records, but its manifest says {manifest.count}")
     elif not num_invalid and tally.records_digest != manifest.records_digest:
