@@ -104,7 +104,8 @@ class StoreUrl:
     @staticmethod
     def matches(store: object) -> bool:
         """Whether a store is named by a URL, and not by a folder."""
-        return isinstance(store, StoreUrl) or _SCHEME.match(str(store)) is not None
+        # Also without slashes: an error that calls it a folder would show the password.
+        return isinstance(store, StoreUrl) or str(store).startswith(("redis:", "rediss:"))
 
     @classmethod
     def parse(cls, text: str | os.PathLike[str] | StoreUrl) -> StoreUrl:

@@ -432,6 +432,7 @@ def test_urls(text, expected):
         ("redis://host/x/mine", "only the number of a database"),
         ("redis://host/1/2/mine", "only the number of a database"),
         ("redis://:1/mine", "it names no host"),
+        ("redis:user:secret@host/mine", "it names no host"),
         ("redis://:secret@host:port/mine", "cannot be read"),
         ("redis://:secret@host/mine?ttl=1", "its only options are timeout_s"),
         ("redis://host/mine?timeout_s=0", "timeout_s must be a positive number"),
@@ -443,6 +444,7 @@ def test_urls(text, expected):
     ],
 )
 def test_other_urls_are_refused(text, message):
+    assert StoreUrl.matches(text), "an error that calls it a folder would show its password"
     with pytest.raises(ConfigError, match=message) as caught:
         StoreUrl.parse(text)
     assert "secret" not in str(caught.value)
