@@ -94,9 +94,13 @@ class Proxy:
         while True:
             try:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(("127.0.0.1", self.server_port))
             except OSError:
                 return
+            try:
+                server = socket.create_connection(("127.0.0.1", self.server_port))
+            except OSError:  # The server is gone, and a writer's thread that renews its lock asks for it.
+                client.close()
+                continue
             self._open += [client, server]
             threading.Thread(target=self._pass, args=(client, server, False), daemon=True).start()
             threading.Thread(target=self._pass, args=(server, client, True), daemon=True).start()
