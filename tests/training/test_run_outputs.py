@@ -17,7 +17,7 @@ import torch
 from tests.conftest import Served, small_config
 from vista.config import DataConfig, EvaluateConfig, TrainConfig
 from vista.config.checks import Split
-from vista.errors import ConfigError, NonFiniteLossError
+from vista.errors import CheckpointError, ConfigError, NonFiniteLossError
 from vista.evaluation import counting_baselines
 from vista.evaluation.baseline_evaluation import measure_baseline
 from vista.evaluation.counting_baselines import Transitions
@@ -45,6 +45,16 @@ def test_a_run_writes_to_no_link_and_waits_for_no_pipe(event_log: EventLog, tmp_
     os.mkfifo(path)
     with pytest.raises(ConfigError, match=rf"{name}: cannot be written \(is not a regular file\)"):
         train_model(config, event_log)
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_that_is_no_model_is_kept(event_log: EventLog, tmp_path: Path, resume: bool) -> None:
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "mine.txt").write_text("x")
+    with pytest.raises(CheckpointError, match="best: holds something other than a model, and would be replaced"):
+        train(small_config(event_log, tmp_path, resume=resume), event_log)
+    assert (tmp_path / "best" / "mine.txt").exists()
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_refused_batch_is_not_written_through_a_link_or_to_a_pipe(event_log: EventLog, tmp_path: Path) -> None:

@@ -352,14 +352,19 @@ def _read_weights(file: Path, tables: SharedTables | None) -> dict[str, Tensor]:
     return tables.take_tensors(weights, lambda: {name: weight.float() for name, weight in load_file(file).items()})
 
 
+def check_is_model(folder: Path) -> None:
+    """Raise CheckpointError if a folder holds something other than a model, which would be lost."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{folder}: holds something other than a model, and would be replaced; name another folder, or "
+            "remove this one"
+        )
+
+
 def write_model(model: RankingModel, folder: Path, *, card: str | None, weights_file: Path | None) -> None:
     """Write the folder of `RankingModel.save_pretrained`."""
     try:
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
-            raise CheckpointError(
-                f"{folder}: holds something other than a model, and would be replaced; name another folder, or "
-                "remove this one"
-            )
+        check_is_model(folder)
         with replaced_folder(folder) as partial:
             if weights_file is None:
                 weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

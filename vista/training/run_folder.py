@@ -26,6 +26,7 @@ from vista.installation import __version__, source_commit
 from vista.log.event_log import EventLog
 from vista.log.splits import parse_time
 from vista.model.ranking_model import RankingModel
+from vista.model.saved_model import check_is_model
 from vista.runs.tracking import MetricsWriter, TrackedRun, open_to_append, plot_curves, typed_errors
 from vista.training.checkpoint import remove_checkpoints
 from vista.training.log_schema import HashCollisions
@@ -99,7 +100,11 @@ def clean_folder(run_dir: Path, *, starts_over: bool) -> None:
     Args:
         starts_over: whether to remove the checkpoints and the export too. Otherwise an export stays until a better one
             replaces it, even if its checkpoints are gone.
+
+    Raises:
+        CheckpointError: if `best` holds something other than an export.
     """
+    check_is_model(run_dir / "best")
     if starts_over:
         remove_checkpoints(run_dir / "checkpoints")
         for name in ("best", "best.old"):

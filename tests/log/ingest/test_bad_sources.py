@@ -41,6 +41,7 @@ BAD_ROWS = {
     "rating not a number": ("1,10,1600000000,NaN", r"column 'stars': 'NaN' is not a finite number"),
     "infinite rating": ("1,10,1600000000,inf", r"column 'stars': 'inf' is not a finite number"),
     "a field too many": ("1,10,1600000000,4,9", r"beyond the last column: '9' is one field too many; quote text"),
+    "two fields too many": ("1,10,1600000000,4,,9", r"beyond the last column: '9' is one field too many; quote text"),
     "a field too few": ("1,10", r"column 'time': the value is missing"),
 }
 
@@ -244,3 +245,12 @@ def test_a_missing_column_of_a_frame_is_named(tmp_path: Path) -> None:
             EventLog.from_frame(
                 made, tmp_path / "log", time_unit="s", columns=SourceColumns(item="sku", timestamp="ts")
             )
+
+
+def test_a_quote_beyond_the_last_column_hides_no_row(tmp_path: Path) -> None:
+    file = tmp_path / "log.csv"
+    more = '1,10,1600000000,4,,6" x\n'
+    file.write_text(HEADER + more + GOOD + more + GOOD)
+    with pytest.raises(DataError, match=r"log\.csv: "):
+        ingest(file, tmp_path / "out", ids=IdType("int"))
+    assert not (tmp_path / "out").exists()

@@ -82,11 +82,15 @@ def _newlines(file: Path, size: int) -> int:
     return count
 
 
+MORE_FIELDS = 8
+"""Fields that are read beyond the last column. Polars skips the rest of a line, and lines with it after a quote."""
+
+
 def scan_text(
     file: Path | BytesIO, layout: Sequence[str | None], separator: str, quote: str | None, header_lines: int
 ) -> pl.LazyFrame:
     """Read all values as text. `layout` names the fields of a line: "" skips a field, None requires it to be empty."""
-    schema = {f"field_{index}": pl.String for index in range(len(layout) + 1)}
+    schema = {f"field_{index}": pl.String for index in range(len(layout) + MORE_FIELDS)}
     lazy = pl.scan_csv(
         file,
         has_header=False,
@@ -103,7 +107,7 @@ def scan_text(
     )
     empty = [f"field_{index}" for index, name in enumerate(layout) if name is None]
     chosen = [pl.col(f"field_{index}").alias(name) for index, name in enumerate(layout) if name]
-    return lazy.select(ROW, *chosen, pl.coalesce(*empty, f"field_{len(layout)}").alias(EXTRA))
+    return lazy.select(ROW, *chosen, pl.coalesce(*empty, *list(schema)[len(layout) :]).alias(EXTRA))
 
 
 def as_utf8(file: Path) -> Path | BytesIO:
