@@ -148,6 +148,23 @@ def test_a_damaged_source_is_not_copied(tmp_path, build):
     assert copy_generation(source, target).generation == 2
 
 
+def test_a_user_who_is_erased_just_before_a_copy_gets_its_name_is_not_in_it(tmp_path, build, monkeypatch):
+    source, target, finish = tmp_path / "source", tmp_path / "target", FolderBuilder.finish
+    build.write_store(source)
+    copy_generation(source, target)
+    build.write_store(source, salt=1, run_digest="log-2")
+
+    def erase_and_finish(builder: FolderBuilder) -> Any:
+        assert erase(target, [3]) == 1
+        return finish(builder)
+
+    monkeypatch.setattr(FolderBuilder, "finish", erase_and_finish)
+    report = copy_generation(source, target, publish=False)
+    assert (report.generation, report.num_records) == (2, 39)
+    assert set(records(target, 2)) == set(user_keys([user for user in range(40) if user != 3]))
+    assert verify_store(target).records == {1: 39, 2: 39} and verify_store(target).num_problems == 0
+
+
 def test_invalid_copies_are_refused(tmp_path, build):
     source, target = tmp_path / "source", tmp_path / "target"
     build.write_store(source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -306,7 +307,7 @@ class FolderBuilder:
         self._open[1].write(lambda transaction: _put(transaction, keys, states))
 
     def finish(self) -> Manifest:
-        """Read all records back, check the structure of the files, and give the generation its final name.
+        """Read all records back, check the files' structure, name the generation, and remove users erased meanwhile.
 
         Raises:
             StoreError: the file does not hold what was put; call `discard`.
@@ -337,6 +338,10 @@ class FolderBuilder:
         os.rename(self.path, generation_path(self.root, self.manifest.generation))
         sync(self.root)
         record_complete(self.root, self.manifest.generation)
+        # An erasure that began before the rename did not see this generation; a later one does.
+        with closing(FolderWriter.open(self.root, self.manifest.generation)) as writer:
+            writer.remove_erased()
+            self.manifest = writer.manifest
         return self.manifest
 
     def held_batches(self) -> Iterator[Batch]:
