@@ -15,7 +15,7 @@ from tests.record_reference import decode_record_reference
 from tests.store.conftest import KEY, damage_record, killed_at, records, write_generations
 from vista.errors import StoreError, StoreLockedError
 from vista.store import StoreReader, user_keys
-from vista.store.admin import compact_store, roll_back, store_stats, verify_store
+from vista.store.admin import compact_store, copy_generation, roll_back, store_stats, verify_store
 from vista.store.layout import environment_path, last_complete, list_generations, read_current
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -124,6 +124,34 @@ def test_verification_detects_damaged_files(tmp_path, build):
     assert "no published generation" in verify_store(tmp_path).problems[0]
     with pytest.raises(StoreError, match="none does not exist"):
         verify_store(tmp_path / "none")
+
+
+@pytest.mark.parametrize("left", ["gen-3", "gen-3/summary", "gen-3/summary/data.mdb"])
+def test_files_that_a_stopped_refresh_had_not_filled_are_unfinished_and_no_problem(tmp_path, build, left):
+    write_generations(tmp_path)
+    environment_path(tmp_path, 3).mkdir(parents=True)
+    if left == "gen-3":
+        environment_path(tmp_path, 3).rmdir()
+    elif left.endswith("mdb"):
+        (tmp_path / left).touch()
+    report = verify_store(tmp_path)
+    assert (report.records, report.unfinished, report.problems) == ({1: 40, 2: 40}, [3], [])
+    (environment_path(tmp_path, 1) / "data.mdb").unlink()  # A kept generation was complete.
+    report = verify_store(tmp_path)
+    assert report.num_problems == 1 and "gen-1" in report.problems[0]
+    (tmp_path / "LAST").write_text("damaged")
+    report = verify_store(tmp_path)
+    assert report.unfinished == [] and report.num_problems == 3
+
+
+def test_a_damaged_copy_that_is_not_published_yet_is_a_problem(tmp_path, build):
+    source, target = tmp_path / "source", tmp_path / "target"
+    write_generations(source)
+    build.write_store(target)
+    assert copy_generation(source, target, publish=False).generation == 2
+    (environment_path(target, 2) / "data.mdb").unlink()
+    report = verify_store(target)
+    assert report.unfinished == [] and report.num_problems == 1 and "gen-2" in report.problems[0]
 
 
 def test_verification_detects_removed_exchanged_and_foreign_records(tmp_path, build):

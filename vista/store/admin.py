@@ -466,7 +466,19 @@ def _verify(
             report.add(f"gen-{generation}: {error}")
         report.unfinished.append(generation)
     except StoreError as error:
-        report.add(f"gen-{generation}: {error}")
+        if must_be_complete or _was_complete(store, generation):
+            report.add(f"gen-{generation}: {error}")
+        else:  # A refresh that was stopped may have left files that LMDB had not begun to fill.
+            report.unfinished.append(generation)
+
+
+def _was_complete(store: StoreBackend, generation: int) -> bool:
+    try:
+        return generation <= max(store.last_complete(), store.published_or_none() or 0)
+    except StoreUnavailableError:
+        raise
+    except StoreError:  # LAST is damaged, so nothing is known.
+        return True
 
 
 def _verify_records(reader: Generation, report: VerificationReport) -> Tally:

@@ -138,6 +138,14 @@ class Folder:
         """Like `current`, but None if nothing is published or CURRENT is damaged."""
         return published_or_none(self.address)
 
+    def last_complete(self) -> int:
+        """The highest generation number that was ever complete; 0 if there was none.
+
+        Raises:
+            StoreWriteError: LAST cannot be read, or is damaged.
+        """
+        return last_complete(self.address)
+
     def numbers(self) -> list[int]:
         """Numbers of all generations; none if the folder does not exist."""
         return list_generations(self.address) if self.address.is_dir() else []
@@ -192,7 +200,7 @@ class Folder:
         """What is wrong with LAST, the tombstones, and the names in the folder."""
         problems = []
         try:
-            last_complete(self.address)
+            self.last_complete()
         except StoreError as error:
             problems.append(str(error))
         if os.access(self.address / TOMBSTONES, os.R_OK):  # Another account cannot read them.
