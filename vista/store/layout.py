@@ -64,6 +64,7 @@ DEFAULT_TIMEOUT_S = 5.0
 DEFAULT_CACHE_MB = 1000.0
 DAY_MS = 86_400_000
 EXAMPLE = "redis://host:6379/mine, or rediss://host:6379/mine with TLS"
+_ENCODE = f"; percent-encode / # ? [ ] @ in a password, or pass it in the variable {PASSWORD_VARIABLE}"
 
 _SCHEME = re.compile(r"(rediss?):/+")  # pathlib makes one slash out of two
 _OTHER_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/+")
@@ -116,12 +117,12 @@ class StoreUrl:
         """
         if isinstance(text, StoreUrl):
             return text
-        problem = None
+        problem, remedy = None, f"write {EXAMPLE}{_ENCODE if '@' in os.fspath(text) else ''}"
         try:
             parts = urlsplit(_SCHEME.sub(r"\1://", os.fspath(text), count=1))
             port, options = parts.port or DEFAULT_PORT, dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
         except ValueError as error:
-            raise ConfigError(f"store: the URL cannot be read ({type(error).__name__}); write {EXAMPLE}") from None
+            raise ConfigError(f"store: the URL cannot be read ({type(error).__name__}); {remedy}") from None
         *database, name = [unquote(word) for word in parts.path.strip("/").split("/")]
         timeout, cache = options.pop("timeout_s", str(DEFAULT_TIMEOUT_S)), options.pop("cache", None)
         cache_mb, ttl = options.pop("cache_mb", str(DEFAULT_CACHE_MB)), options.pop("ttl_days", None)
@@ -142,7 +143,7 @@ class StoreUrl:
         elif ttl is not None and not _is_number(ttl, MAX_DAYS):
             problem = f"ttl_days must be a positive number of days, at most {MAX_DAYS}"
         if problem:
-            raise ConfigError(f"store: the URL cannot be used: {problem}; write {EXAMPLE}")
+            raise ConfigError(f"store: the URL cannot be used: {problem}; {remedy}")
         return cls(
             host=str(parts.hostname),
             name=name,
@@ -583,9 +584,7 @@ def shards_in(store: str | Path | StoreUrl) -> list[Shard]:
         StoreError: there are shards of different counts.
     """
     root = store_address(store)
-    if isinstance(root, StoreUrl):
-        return []
-    if (root / CURRENT).exists() or not root.is_dir():
+    if isinstance(root, StoreUrl) or (root / CURRENT).exists() or not root.is_dir():
         return []
     shards = _shards_at(root)
     counts = sorted({shard.count for shard in shards})

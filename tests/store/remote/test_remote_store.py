@@ -7,6 +7,7 @@ import stat
 import threading
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from vista.errors import (
 from vista.store import NO_TIMESTAMP, StoreReader, server_generation
 from vista.store.admin import copy_generation, verify_store
 from vista.store.folder_files import digests_of
-from vista.store.layout import StoreUrl, store_address
+from vista.store.layout import PASSWORD_VARIABLE, StoreUrl, store_address
 from vista.store.reader import open_store, published_manifest
 from vista.store.server import Server, ServerTombstones
 from vista.store.server_connection import RecordCache, ServerLock
@@ -448,6 +449,17 @@ def test_other_urls_are_refused(text, message):
     with pytest.raises(ConfigError, match=message) as caught:
         StoreUrl.parse(text)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("character", "/#?[]")
+def test_an_unencoded_password_is_to_be_encoded_or_passed_elsewhere(character):
+    remedy = rf"percent-encode / # \? \[ \] @ in a password, or pass it in the variable {PASSWORD_VARIABLE}"
+    for password in (f"se{character}cret", f"12{character}secret", f"{character}secret"):
+        with pytest.raises(ConfigError, match=remedy) as caught:
+            StoreUrl.parse(f"redis://:{password}@host:6379/mine")
+        assert "cret" not in str(caught.value)
+        encoded = StoreUrl.parse(f"redis://:{quote(password, safe='')}@host:6379/mine")
+        assert (encoded.host, encoded.password) == ("host", password)
 
 
 @pytest.mark.parametrize("text", ["stores/mine", "/srv/redis", "redis", "http://host/mine"])
