@@ -165,9 +165,12 @@ def test_a_bad_file_does_not_hold_up_others(tmp_path, grow, watched, caplog):
     for name in ("loop.csv", "loop.csv.done"):
         (folder / name).symlink_to(folder / name)
         os.utime(folder / name, (time.time() - 60,) * 2, follow_symlinks=False)
+    os.mkfifo(folder / "pipe.csv")
+    mark(folder / "pipe.csv")
     arrive(folder, "c.csv", grow.events({2: 2}, later))
     report = run_watch(watched)
-    assert (report.files, report.refused) == (1, 3) and run_watch(watched).refused == 0
+    assert (report.files, report.refused) == (1, 4) and run_watch(watched).refused == 0
+    assert "pipe.csv: is not a regular file" in json.loads((folder / "refused" / "pipe.csv.json").read_text())["reason"]
     assert "no such file" in json.loads((folder / "refused" / "loop.csv.json").read_text())["reason"]
     assert "a.csv" in caplog.text and "soon" in caplog.text
     expect(watched, grow, tmp_path, 16)

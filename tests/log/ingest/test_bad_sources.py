@@ -1,5 +1,6 @@
 """Bad sources of every kind: the error names file, row, column, value, and remedy, and nothing is written."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,11 @@ def test_what_is_no_source_is_named(tmp_path: Path) -> None:
         ingest(tmp_path / "log.parquet", tmp_path / "out")
     with pytest.raises(DataError, match=r"absent\.csv: no such file or folder; check events\.paths"):
         ingest(tmp_path / "absent.csv", tmp_path / "out")
+    (tmp_path / "tables").mkdir()
+    os.mkfifo(tmp_path / "tables" / "pipe.csv")
+    for path in (tmp_path / "tables" / "pipe.csv", tmp_path / "tables"):
+        with pytest.raises(DataError, match=r"pipe\.csv: is not a regular file; write its contents to a file first"):
+            ingest(path, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

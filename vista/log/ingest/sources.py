@@ -232,14 +232,20 @@ def _files(config: SourceConfig, table: str) -> list[Path]:
         elif path.is_file():
             matching = [path]
         else:
-            raise DataError(f"{path}: no such file or folder; check {table}.paths")
+            raise _no_file(path, "no such file or folder", table)
         files.extend(matching)
     for file in files:
         if not file.is_file():
-            raise DataError(f"{file}: no such file; check {table}.paths")
+            raise _no_file(file, "no such file", table)
         if file.stat().st_size == 0:
             raise DataError(f"{file}: the file is empty; leave it out of {table}.paths or write it again")
     return sorted(files, key=lambda file: (file.name, str(file)))
+
+
+def _no_file(path: Path, missing: str, table: str) -> DataError:
+    if path.exists():  # such as a named pipe
+        return DataError(f"{path}: is not a regular file; write its contents to a file first")
+    return DataError(f"{path}: {missing}; check {table}.paths")
 
 
 def _open(
