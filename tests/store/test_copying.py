@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.store.conftest import KEY, damage_record, killed_at, records, write_generations
-from vista.errors import StoreBusyError, StoreError, StoreLockedError
+from vista.errors import StoreBusyError, StoreError, StoreLockedError, SummarizerMismatchError
 from vista.store import StoreReader, user_keys
 from vista.store.admin import compact_store, copy_generation, verify_store
 from vista.store.folder_generation import FolderGeneration
@@ -58,6 +58,20 @@ def test_a_two_step_rollout_keeps_the_previous_generation(tmp_path, build):
     assert list_generations(target) == [2, 3]
     assert "is published" in str(copy_generation(source, target, publish=False))
     assert copy_generation(source, target, generation=2).generation == 2 and read_current(target) == 2
+
+
+def test_a_two_step_rollout_of_a_model_publishes_before_the_scorers_get_it(tmp_path, build):
+    source, target, old, new = tmp_path / "source", tmp_path / "target", build.summarizer(), build.summarizer("b")
+    build.write_store(source)
+    copy_generation(source, target)
+    build.write_store(source, salt=1, summarizer_id=new.hex())
+    copy_generation(source, target, publish=False)
+    with pytest.raises(SummarizerMismatchError):  # No reader opens what is not published.
+        StoreReader.open(target, summarizer_id=new)
+    copy_generation(source, target)
+    for number, summarizer in enumerate((old, new), start=1):
+        with StoreReader.open(target, summarizer_id=summarizer) as store:
+            assert store.generation == number
 
 
 def test_no_generation_is_removed_if_current_is_damaged(tmp_path, build):

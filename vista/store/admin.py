@@ -83,11 +83,11 @@ def copy_generation(
     """Copy one generation to the store of a serving host, compare and verify it there, then publish it.
 
     After a kill, the same call resumes with what was copied, if the source still holds it. For a two-step rollout, call
-    it with `publish=False` first, and again with True once the models are in place: the second call compares the copy
-    and publishes it. If the source's generation has changed in place since an earlier copy, it becomes a new generation
-    of the target. The copy keeps the source's number if that is above all numbers that the target ever had, and its
-    records are then identical byte for byte. Otherwise it gets the next number, which is all that differs in the
-    records. The source is only read.
+    it with `publish=False` first, and again with True before the scorers get the new model: the second call compares
+    the copy and publishes it. If the source's generation has changed in place since an earlier copy, it becomes a new
+    generation of the target. The copy keeps the source's number if that is above all numbers that the target ever had,
+    and its records are then identical byte for byte. Otherwise it gets the next number, which is all that differs in
+    the records. The source is only read.
 
     Args:
         root: folder or URL of the source store.
