@@ -141,7 +141,7 @@ class Server:
         return None if time_ms < 0 else time_ms
 
     def renewed(self, number: int) -> bool:
-        """Renew a generation's time to live for a copy; False if the URL names another one, so it is copied anew."""
+        """Renew a generation's time to live for a copy; False if the URL names another one, so it is copied again."""
         generation = self.open_writer(number)
         if generation.ttl_ms != self.address.ttl_ms:
             return False
