@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -26,7 +27,7 @@ from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.training import checkpoint, trainer
-from vista.training.checkpoint import TENSOR_FILE, latest_checkpoint, load_checkpoint
+from vista.training.checkpoint import STATE_FILE, TENSOR_FILE, latest_checkpoint, load_checkpoint
 from vista.training.trainer import Trainer, train
 from vista.training.validation import Validation
 
@@ -330,6 +331,56 @@ def test_a_truncated_checkpoint_is_named_with_a_remedy(event_log: EventLog, tmp_
     shutil.rmtree(newest)  # the remedy
     train(config, event_log)
     assert (tmp_path / "best" / "model.safetensors").read_bytes() == export
+
+
+CONTRADICTIONS: dict[str, Any] = {
+    "a step that is not the folder's": lambda run: run["progress"].update(step=-5),
+    "steps of a time limit that is not set": lambda run: run["progress"].update(planned_steps=2**62),
+    "more epochs than steps": lambda run: run["progress"].update(epoch=10**12),
+    "more batches than steps": lambda run: run["progress"].update(batch=10**15),
+    "batches of an earlier epoch": lambda run: run["progress"].update(epoch=0, batch=1),
+    "a best that is text": lambda run: run["progress"].update(best="x"),
+    "a best that was not measured": lambda run: run["progress"].update(best=7.0),
+    "a validation without metrics": lambda run: run["progress"].update(history=[{"epoch": 1}]),
+    "no validation of the best": lambda run: run["progress"].update(history=[]),
+    "a baseline without the metric": lambda run: run["progress"].update(baselines={"a": {"hr@10": 0.5}}),
+    "a baseline that is text": lambda run: run["progress"].update(baselines={"a": {"ndcg@10": "x"}}),
+    "a baseline without a table": lambda run: run["progress"].update(baselines={"a": 1}),
+    "more validations than were done": lambda run: run["progress"].update(bad_validations=4),
+    "an unknown field": lambda run: run["progress"].update(surplus=1),
+    "a missing field": lambda run: run["progress"].pop("stopped"),
+    "no progress": lambda run: run.pop("progress"),
+    "a key that cannot be hashed": lambda run: run.update(rng={"$dict": [[{"$dict": []}, 1]]}),
+    "a generator of another shape": lambda run: run.update(rng={"$tensor": "state.model.item_table"}),
+    "a rate that is text": lambda run: run["optimizer"]["param_groups"][0].update(rate_factor="x"),
+    "moments of another parameter": lambda run: _first_moments(run).update(exp_avg={"$tensor": "state.rng"}),
+    "missing moments": lambda run: _first_moments(run).pop("exp_avg"),
+    "moments of no step": lambda run: _first_moments(run).update(step="x"),
+    "nothing": dict.clear,
+}
+"""Changes of a run's state that its digest cannot show, because whoever made them has updated it."""
+
+
+def _first_moments(run: dict[str, Any]) -> dict[str, Any]:
+    moments: dict[str, Any] = run["optimizer"]["state"]["$dict"][0][1]
+    return moments
+
+
+@pytest.mark.parametrize("change", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_a_checkpoint_that_contradicts_itself_is_named_with_a_remedy(
+    event_log: EventLog, uninterrupted: Path, tmp_path: Path, change: Any
+) -> None:
+    run_dir = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    newest = latest_checkpoint(run_dir / "checkpoints")
+    assert newest is not None
+    file = newest / STATE_FILE
+    body = json.loads(file.read_text())
+    del body["sha256"]
+    change(body["state"]["run"])
+    text = json.dumps(body, sort_keys=True)
+    file.write_text(json.dumps(body | {"sha256": hashlib.sha256(text.encode()).hexdigest()}))
+    with pytest.raises(CheckpointError, match=rf"{newest.name}/{STATE_FILE}: is not the state of .*remove the folder"):
+        train(small_config(event_log, run_dir, **LONG), event_log)
 
 
 @pytest.mark.parametrize("place", ["file/run", "file"])

@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,11 +34,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vista.config.checks import TableKind, TablePrecision
-from vista.errors import CheckpointError, ConfigError
+from vista.errors import CheckpointError, ConfigError, VistaError
 from vista.files import (
     TABLE,
+    FieldRule,
     check_fields,
+    either,
     hexadecimal,
+    list_of,
     make_folders,
     one_of,
     read_limited,
@@ -421,6 +425,13 @@ def _file_digest(path: Path) -> str:
 
 ITEM_TABLE, TABLE_INDEX = "item_table", 0
 """The item table's name among the weights, and its index in the state of the optimizer of tables."""
+_TENSOR = FieldRule("a tensor", lambda value: isinstance(value, Tensor))
+_STATE = {
+    **dict.fromkeys(("model", "optimizer", "table_optimizer", "progress", "config"), TABLE),
+    "adagrad_sums": either(one_of(None), _TENSOR),
+    "rng": _TENSOR,
+    "cuda_rng": list_of(_TENSOR),
+}
 
 
 def save_run(
@@ -455,9 +466,17 @@ def save_run(
 
 
 def restore_run(
-    path: Path, run_dir: str, model: RankingModel, optimizers: Optimizers, identity: dict[str, Any]
+    path: Path,
+    run_dir: str,
+    model: RankingModel,
+    optimizers: Optimizers,
+    identity: dict[str, Any],
+    metrics: tuple[str, str],
 ) -> Progress:
     """Read the checkpoint `path` of a run. Arguments as in `save_run`.
+
+    Args:
+        metrics: `metric` and `ranking_metric` of the validation; both empty without one.
 
     Raises:
         ConfigError: if it belongs to a run with another identity.
@@ -465,25 +484,62 @@ def restore_run(
     """
     table = model.sharded_table
     tensors, body = load_checkpoint(path, mapped=None if table is None else _is_sharded)
-    state = unpack_state(body["run"], tensors)
+    with _checked_state(path):
+        check_fields(body, {"run": TABLE})
+        state = unpack_state(body["run"], tensors)
+        check_fields(state, _STATE)
     check_identity(identity, state["config"], run_dir)
-    if table is not None:
-        state["model"][ITEM_TABLE] = table.own(state["model"][ITEM_TABLE])
-        moments = state["table_optimizer"]["state"].get(TABLE_INDEX, {})
-        moments |= {k: table.own(value).clone() for k, value in moments.items() if isinstance(value, Tensor)}
-        table.adagrad_sums.copy_(table.own(state["adagrad_sums"]))
+    with _checked_state(path):
+        is_timed = identity["optim.minutes"] is not None
+        progress = Progress.restored(
+            state["progress"], int(path.name.removeprefix("step-")), *metrics, is_timed=is_timed
+        )
+        if table is not None:
+            state["model"][ITEM_TABLE] = table.own(state["model"][ITEM_TABLE])
+            moments = state["table_optimizer"]["state"].get(TABLE_INDEX, {})
+            moments |= {k: table.own(value).clone() for k, value in moments.items() if isinstance(value, Tensor)}
+            table.adagrad_sums.copy_(table.own(state["adagrad_sums"]))
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         raise CheckpointError(
             f"{path}: belongs to another version of the model ({error}); remove {run_dir}, or set resume=false"
         ) from error
-    optimizers.dense.load_state_dict(state["optimizer"])
-    optimizers.table.load_state_dict(state["table_optimizer"])
-    torch.set_rng_state(state["rng"])
-    if state["cuda_rng"] and model.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_rng"][0], model.device)
-    return Progress(**state["progress"])
+    with _checked_state(path):
+        _restore_optimizer(optimizers.dense, state["optimizer"])
+        _restore_optimizer(optimizers.table, state["table_optimizer"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] and model.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"][0], model.device)
+    return progress
+
+
+@contextmanager
+def _checked_state(path: Path) -> Iterator[None]:
+    """Name the file of the checkpoint `path` in errors about its values."""
+    try:
+        yield
+    except (AttributeError, LookupError, OverflowError, RecursionError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, VistaError):
+            raise
+        raise _damaged(path / STATE_FILE, f"is not the state of this run ({error})") from error
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load moments, and the settings of groups, which must be those of the optimizer except for learning rates.
+
+    Raises:
+        ValueError, TypeError, LookupError, AttributeError: if they are not.
+    """
+    own, groups = optimizer.state_dict()["param_groups"], saved["param_groups"]
+    if [group | {"lr": None} for group in groups] != [group | {"lr": None} for group in own]:
+        raise ValueError("its optimizer has other groups of parameters, or other settings")
+    optimizer.load_state_dict(saved)
+    for parameter, moments in optimizer.state.items():
+        shapes = {name: value.shape for name, value in moments.items() if name != "step"}
+        if shapes != dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter.shape):
+            raise ValueError(f"its optimizer has moments of other shapes than its parameters: {shapes}")
+        float(moments["step"])
 
 
 def _shards(table: ShardedTable, value: Any) -> Any:

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tqdm import tqdm
 
@@ -14,6 +15,7 @@ from vista.config.checks import ItemStart, TableKind, require
 from vista.config.composition import flat_settings, value_text
 from vista.config.model_config import NextItemConfig, RankingConfig
 from vista.examples.batch_source import trained_tasks
+from vista.files import NUMBER, TABLE, FieldRule, check_fields, either, list_of, one_of, whole
 from vista.log.event_log import EventLog
 from vista.log.splits import Until, leaves_out_seen, split_until, visible_counts
 
@@ -148,6 +150,10 @@ def warn_of_few_steps(optim: OptimConfig, steps: int) -> None:
         )
 
 
+_MEASURED = FieldRule("a number", lambda value: type(value) in (int, float))
+"""A metric, which can be NaN."""
+
+
 @dataclass(slots=True)
 class Progress:
     """What a checkpoint holds besides tensors."""
@@ -171,6 +177,48 @@ class Progress:
     """Validation metrics, one entry per validation."""
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     """Validation metrics of the counting baselines, by name."""
+
+    @classmethod
+    def restored(
+        cls, values: dict[str, Any], step: int, metric: str, ranking_metric: str, *, is_timed: bool
+    ) -> Progress:
+        """The progress in a checkpoint that was written after `step` steps.
+
+        Args:
+            values: of all fields, by name.
+            metric: as in `Validation`; empty without validation.
+            ranking_metric: likewise.
+            is_timed: whether optim.minutes is set.
+
+        Raises:
+            ValueError: if a field is missing, unknown, of another type, or contradicts another one.
+        """
+        rules = {
+            **dict.fromkeys(("epoch", "batch", "bad_validations"), whole(most=step)),
+            "step": one_of(step),
+            "planned_steps": either(one_of(0), whole(step)) if is_timed else one_of(0),
+            "best": either(one_of(None), _MEASURED),
+            "stopped": one_of(False, True),
+            "seconds": NUMBER,
+            "history": list_of(TABLE),
+            "baselines": TABLE,
+        }
+        check_fields(values, rules)
+        progress = cls(**values)
+        count, measured = whole(most=step), {metric, ranking_metric} - {""}
+        for row in progress.history:
+            check_fields(row, dict.fromkeys(row.keys() | measured, _MEASURED) | {"epoch": count, "step": count})
+        for name, row in progress.baselines.items():
+            check_fields({name: row}, {name: TABLE})
+            check_fields(row, dict.fromkeys((*row, ranking_metric), _MEASURED))
+        # An epoch has at least one batch. Compared as text, because a metric that is NaN does not equal itself.
+        batches_fit = progress.epoch + progress.batch <= step and (progress.epoch > 0 or progress.batch == step)
+        best_fits = (progress.best is None) == (not progress.history) and (
+            progress.best is None or str(progress.best) in {str(row[metric]) for row in progress.history}
+        )
+        if not batches_fit or not best_fits or progress.bad_validations > len(progress.history):
+            raise ValueError("the fields of progress contradict each other")
+        return progress
 
     @property
     def planned_steps_done(self) -> bool:

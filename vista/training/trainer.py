@@ -212,7 +212,9 @@ class Trainer:
         newest = latest_checkpoint(self.run_dir / "checkpoints") if config.resume and ranks.leads else None
         newest = ranks.from_first(newest)
         if newest is not None:
-            self.progress = restore_run(newest, config.run_dir, self.model, self.optimizers, self._identity)
+            validation = self.validation
+            measured = ("", "") if validation is None else (validation.metric, validation.ranking_metric)
+            self.progress = restore_run(newest, config.run_dir, self.model, self.optimizers, self._identity, measured)
         if not self.progress.finished(config.optim.epochs):
             self._frozen_items = FrozenItems.of(self.model, self.log, self.source.counts, config)
         if newest is None:
