@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
+from vista.cli.command_table import COMMANDS
 from vista.config import (
     DataConfig,
     EvaluateConfig,
@@ -167,11 +169,25 @@ def test_words_are_choices() -> None:
         ),
         (SimulateConfig, {"impressions_per_user": 10**9}, r"num_users: times impressions_per_user must be at most"),
         (SimulateConfig, {"seed": -1}, r"seed: must be at least 0, got -1"),
+        (SimulateConfig, {"out": ""}, r"out: must not be empty"),
+        (TrainConfig, {"run_dir": ""}, r"run_dir: must not be empty"),
+        (DataConfig, {"path": ""}, r"data\.path: must not be empty"),
+        (RefreshConfig, {"store": ""}, r"store: must not be empty"),
     ],
 )
 def test_other_values_name_their_key(make: type, values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         make(**values)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_path_is_the_current_folder_by_mistake(command: str) -> None:
+    """A shell makes `store=` of `store=$UNSET`."""
+    for name, key in ConfigKeys.of(COMMANDS[command].schema).keys.items():
+        names_path = key.type_text.startswith("str") and re.match(r"(\S+ )?(or \S+ )?(folder|file)\b", key.doc, re.I)
+        if names_path and key.default != "":
+            with pytest.raises(ConfigError, match=rf"{name}: must not be empty"):
+                compose_config(COMMANDS[command].schema, [f"{name}="])
 
 
 TIME = DataConfig(split=Split.time, validation_from="2024-01-01", test_from="2024-02-01")

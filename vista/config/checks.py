@@ -21,6 +21,11 @@ LARGEST_COUNT = 2**63 - 1
 MAX_THREADS = 1024
 MAX_DAYS = 36_500
 """The longest time in days that a setting may name."""
+PATHS = re.compile(
+    "(authentication_key_|client_|report_|token_|train_)?file|base|codebooks|data|events|folder|index|init_from|models?|"
+    "other_model|other_store|out|path|results|run|run_dir|store|vectors"
+)
+"""Fields that name a file, a folder, or a store. As a path, an empty string would be the current folder."""
 Value = TypeVar("Value")
 
 
@@ -117,6 +122,7 @@ def check_types(config: Any, prefix: str = "") -> None:
             fits = isinstance(value, PLAIN[hint]) and (hint is bool or not isinstance(value, bool))
             if not fits:
                 raise ConfigError(f"{key}: expected {hint.__name__}, got {shown(value)}")
+            require(value != "" or PATHS.fullmatch(name) is None, key, "must not be empty")
             if not isinstance(value, hint):
                 setattr(config, name, hint(value))  # an int for a float, or a NumPy number
         elif is_dataclass(hint) and not isinstance(value, hint):  # type: ignore[arg-type]
