@@ -85,6 +85,8 @@ def test_every_order_lists_all_runs(runs: Path) -> None:
         (lambda run: (run / "run.json").write_text('{"state": "fin'), "run.json cannot be read"),
         (lambda run: (run / "run.json").write_text('{"state": "finished"}'), "the field 'reason' is missing"),
         (lambda run: (run / "config.yaml").write_text("model: [1"), "config.yaml cannot be read"),
+        (lambda run: (run / "config.yaml").write_text('{"step": 1, "\\ud800": 1}'), "config.yaml cannot be read"),
+        (lambda run: (run / "config.yaml").write_text('{"runs": ["\\ud800"]}'), "config.yaml cannot be read"),
         (lambda run: (run / "config.yaml").unlink(), "config.yaml is missing"),
         (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl is missing"),
         (lambda run: shutil.rmtree(run / "best"), "best/ is missing"),

@@ -100,10 +100,13 @@ def read_settings(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         check_size(content)
         settings = yaml.safe_load(content)
+        settings = flattened(settings) if isinstance(settings, dict) else {}
+        for key, value in settings.items():
+            f"{key}={value_text(value)}".encode()  # an escape can stand for half of a character, which no page can show
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         problems.append(f"config.yaml cannot be read ({' '.join(str(error).split())})")
         return {}
-    return flattened(settings) if isinstance(settings, dict) else {}
+    return settings
 
 
 def _content(path: Path, limit: int, problems: list[str]) -> str:
