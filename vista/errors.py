@@ -37,7 +37,7 @@ _USER = re.compile(r"(?<=[a-z0-9]):/+[^/:@\[\s]*:(?!\s)", re.IGNORECASE)
 _PORT = re.compile(r"[0-9]{1,5}(?![^\s/?#:,;.)\]'\"])")
 _END = re.compile(r"\s|\Z")
 _END_OF_HOST = re.compile(r"[/?#\s]|\Z")
-_QUERIED = re.compile(r"([?&][a-z_]{0,20}(?:password|passwd|pwd)=)[^&#\s]*", re.IGNORECASE)
+_QUERIED = re.compile(r"([?&][a-z_]{0,20}(?:password|passwd|pwd|token|secret|key)=)[^&#\s]*", re.IGNORECASE)
 
 
 def without_password(text: str) -> str:

@@ -283,6 +283,7 @@ def test_fuxi_linear_splits_each_head_in_two() -> None:
         ("postgresql://me:hun/ter2@h/db", "postgresql://me@h/db"),
         ("postgresql://me:hun@ter2@h/db", "postgresql://me@h/db"),
         ("postgresql://h/db?user=me&password=hunter2", "postgresql://h/db?user=me&password="),
+        ("http://h/x?token=tok123&api_key=k1&page=2", "http://h/x?token=&api_key=&page=2"),
         ("https://h/db?Password=hunter2&user=me#a", "https://h/db?Password=&user=me#a"),
         ("https://host:8080/a@b", "https://host:8080/a@b"),
         ("https://me:hunter2@host:8080/a@b", "https://me@host:8080/a@b"),
