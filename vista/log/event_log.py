@@ -28,7 +28,7 @@ from vista.log.features import (
 )
 from vista.log.histories import ColumnValues, Histories, PackedTable, take_histories
 from vista.log.segment import Segment, features_of, read_segments, read_vocabularies, with_row_features
-from vista.log.segment_files import EVENTS, IMPRESSIONS, ITEMS, USERS, stream_offsets
+from vista.log.segment_files import EVENTS, IMPRESSIONS, ITEMS, USERS, sources_of_events, stream_offsets
 
 
 class EventLog:
@@ -296,8 +296,7 @@ class EventLog:
         """Where the events came from, in words: each source of one or more events, and each partition of a topic."""
         found = []
         for manifest in self.manifests:
-            sources = [one for one in manifest["sources"] if one["table"] == EVENTS.table and one["rows"]]
-            found += [f"source with SHA-256 {one['sha256']}" for one in sources]
+            found += [f"source with SHA-256 {one['sha256']}" for one in sources_of_events(manifest)]
             found += [
                 "partition {partition} of topic {topic} ({cluster})".format_map(one) for one in manifest["offsets"]
             ]

@@ -395,6 +395,11 @@ class StreamOffset(NamedTuple):
     next: int
 
 
+def sources_of_events(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The sources of a segment's events, as its manifest has them; not those without rows."""
+    return [source for source in manifest["sources"] if source["table"] == EVENTS.table and source["rows"]]
+
+
 def stream_offsets(manifests: Iterable[Mapping[str, Any]]) -> dict[StreamPartition, StreamOffset]:
     """The offsets after all messages of a log. The newest segment with a topic replaces all offsets of that topic.
 

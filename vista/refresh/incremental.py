@@ -28,7 +28,7 @@ from vista.log.event_log import EventLog
 from vista.log.features import merged_features, row_features, values_of, verified_columns
 from vista.log.histories import Histories, RowFeatures, token_groups
 from vista.log.segment import features_of
-from vista.log.segment_files import EVENTS, USERS
+from vista.log.segment_files import EVENTS, USERS, sources_of_events
 from vista.model.history_states import (
     covered_events,
     covered_lengths,
@@ -182,7 +182,7 @@ def digests_of_events(logs: Sequence[EventLog]) -> Iterator[tuple[int, str]]:
     """
     digest, is_exact = hashlib.sha256(), True
     for manifest in (manifest for log in logs for manifest in log.manifests):
-        sources = [source for source in manifest["sources"] if source["table"] == EVENTS.table and source["rows"]]
+        sources = sources_of_events(manifest)
         digest.update("".join(f"{source['sha256']}\n" for source in sources).encode())
         num_rows = sum(source["rows"] for source in sources)
         is_exact &= not manifest["offsets"] and not manifest["deletions"]

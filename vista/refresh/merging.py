@@ -83,7 +83,7 @@ class _MergeSource:
 
     def check_shards(self) -> None:
         """Raise StoreError if one of several shards is missing, although the folder above them is not named."""
-        shards = [shard for store in self.stores if (shard := _shard_of(store)) is not None]
+        shards = [shard for store in self.stores if (shard := Shard.named(store.path)) is not None]
         for count in {shard.count for shard in shards}:
             if missing := sorted(set(range(count)) - {shard.index for shard in shards if shard.count == count}):
                 raise StoreError(
@@ -106,7 +106,7 @@ class _MergeSource:
         keys, owners = user_keys(users), dict[int, Int]()
         for store in self.stores:
             asked: Sequence[Any] = users
-            if (shard := _shard_of(store)) is not None:
+            if (shard := Shard.named(store.path)) is not None:
                 if shard.count not in owners:
                     owners[shard.count] = shards_of(keys, shard.count)
                 asked = [users[place] for place in np.flatnonzero(owners[shard.count] == shard.index).tolist()]
@@ -241,10 +241,6 @@ def _open_sources(
     for source in by_log.values():
         source.check_shards()
     return list(by_log.values())
-
-
-def _shard_of(store: StoreReader) -> Shard | None:
-    return Shard.named(store.path.name) if isinstance(store.path, Path) else None
 
 
 def _run_digest(sources: Sequence[_MergeSource]) -> str:

@@ -483,7 +483,7 @@ def _was_complete(store: StoreBackend, generation: int) -> bool:
 
 def _verify_records(reader: Generation, report: VerificationReport) -> Tally:
     tally, num_invalid, num_strangers = Tally(), 0, 0
-    shard = Shard.named(report.path.name) if isinstance(report.path, Path) else None
+    shard = Shard.named(report.path)
     for keys, records in reader.raw_batches():
         num_strangers += 0 if shard is None else int((~shard.holds(keys)).sum())
         for index in _invalid(keys, records, reader, report):

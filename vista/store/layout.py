@@ -556,9 +556,9 @@ class Shard:
         return shard
 
     @classmethod
-    def named(cls, name: str) -> Shard | None:
-        """The shard whose folder has this name; None for any other name."""
-        return cls._matching(f"part-{_NUMBER}-of-{_NUMBER}", name)
+    def named(cls, path: Path | StoreUrl) -> Shard | None:
+        """The shard that a folder is named after; None for other names, and for a server."""
+        return None if isinstance(path, StoreUrl) else cls._matching(f"part-{_NUMBER}-of-{_NUMBER}", path.name)
 
     @classmethod
     def _matching(cls, pattern: str, text: str) -> Shard | None:
@@ -609,7 +609,7 @@ def complete_shards(store: str | Path | StoreUrl) -> list[Shard]:
 
 
 def _shards_at(root: Path) -> list[Shard]:
-    shards = [shard for entry in root.iterdir() if (shard := Shard.named(entry.name)) is not None and entry.is_dir()]
+    shards = [shard for entry in root.iterdir() if (shard := Shard.named(entry)) is not None and entry.is_dir()]
     return sorted(shards, key=lambda shard: shard.index)
 
 
@@ -632,7 +632,7 @@ def shard_to_write(store: str | Path | StoreUrl, shard: Shard | None) -> tuple[P
         if shard is not None:
             raise ConfigError(f"shard: a store on a server has no shards; leave it out to refresh {root}")
         return root, None
-    own = Shard.named(root.name)
+    own = Shard.named(root)
     if own is not None:
         if shard not in (None, own):
             raise ConfigError(f"store={store}: is the folder of one shard; name the folder above it")
@@ -650,7 +650,7 @@ def check_place(path: str | Path) -> None:
         ConfigError: an unsharded store and shards, or shards of different counts, would share a folder.
     """
     path = store_path(path)
-    named = Shard.named(path.name)
+    named = Shard.named(path)
     root = path.parent if named else path
     counts = sorted({shard.count for shard in _shards_at(root)}) if root.is_dir() else []
     if (root / CURRENT).exists() and (named or counts):
@@ -676,7 +676,7 @@ def users_by_store(store: str | Path, users: Sequence[int] | Sequence[str]) -> l
     root, shards = store_address(store), shards_in(store)
     if isinstance(root, StoreUrl):
         return [(root, list(users))]
-    named = Shard.named(root.name)
+    named = Shard.named(root)
     if named is not None:
         root, shards = root.parent, [named]
     if not shards:
