@@ -28,7 +28,7 @@ TIMEOUT_S = 300.0
 FIGURES, MOST_PIXELS = Path("docs/guides/figures"), 1800
 """Folder of the screenshots, and their largest height."""
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
-_URL = re.compile(r"on (http://127\.0\.0\.1:\d+/\?token=\S+);")
+_URL = re.compile(r"on (http://127\.0\.0\.1:\d+/\?access=\S+);")
 # Streamlit has these while the script runs, while a part waits for it, or while elements are of an earlier run.
 _BUSY = ", ".join(
     [

