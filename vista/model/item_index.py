@@ -145,7 +145,7 @@ POINTS_PER_LIST = 64
 time per search (docs/research-log.md)."""
 PROBED_FACTOR, PROBED_POWER = 10.5, 0.4
 """IVF-PQ: of L lists, a search reads 10.5 L^0.4. Recall@100 is 0.967 among 10^5 items (105 of 316 lists), and 0.955
-among 10^6 (167 of 1,000; `bench_index`)."""
+among 10^6 (167 of 1,000; docs/research-log.md)."""
 NUM_COMPARED = 4
 """IVF-PQ: number of items that are found by their codes and compared exactly, per item that a search returns."""
 ADDED_AT_ONCE = 1 << 16
