@@ -123,7 +123,7 @@ test-rectools: setup $(RECTOOLS_VENV)/.installed ## compare SASRec and HSTU with
 test-aot: setup ## compile the Triton kernels for every target, width and dtype (some minutes, no GPU)
 	$(PYTEST) -m aot $(PYTEST_ARGS)
 
-test-faults: setup ## run the full form of tests/faults (40 minutes on two cores; rerun to resume), then write docs/results/faults.md
+test-faults: setup ## run the full form of tests/faults (about an hour on two cores; rerun to resume), then write docs/results/faults.md
 	@failed=0; $(PYTEST) -n 2 --dist worksteal -m faults tests/faults $(PYTEST_ARGS) || failed=1; \
 	PYTHONPATH=.:kernels $(BIN)/python -m tests.faults.table || failed=1; exit $$failed
 
