@@ -7,6 +7,7 @@ import http.client
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -24,13 +25,14 @@ import numpy as np
 import pytest
 
 from tests.conftest import ITEMS, USERS, Served
+from tests.forked_child import in_child
 from tests.serve.conftest import ASKED, NOW, TOLERANCE, models_file, retrained
 from tests.serve.running_service import TIMEOUT_S, ForkedProcess, RunningService, running, until
 from tests.store.remote.valkey_server import ValkeyServer
 from vista.cli.item_commands import run_index
 from vista.cli.main import main
 from vista.config import IndexConfig, ServeConfig
-from vista.errors import CheckpointError
+from vista.errors import CheckpointError, ConfigError
 from vista.model.item_projections import RETRIEVAL_FILE
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
@@ -287,6 +289,24 @@ def test_an_open_address_without_a_token(monkeypatch: pytest.MonkeyPatch, caplog
         caplog.clear()
         run_server(ServeConfig(host=host, port=0))
         assert ("anyone who can reach 0.0.0.0 may send requests; set token_file" in caplog.text) == warns
+
+
+def test_connections_that_the_system_does_not_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The soft limit on open files is raised as needed; a hard limit that is too low is an error."""
+    monkeypatch.setattr("vista.serve.worker.run_worker", lambda *_: None)
+
+    def limit_for(num_connections: int) -> int | str:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, 1000))
+        try:
+            run_server(ServeConfig(port=0, max_connections=num_connections))
+        except ConfigError as error:
+            return str(error)
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+    assert [in_child(lambda number=number: limit_for(number)) for number in (100, 500, 900)] == [200, 600, 1000]
+    for number, needed in ((901, "1,001"), ((1 << 63) - 1, "9,223,372,036,854,775,907")):
+        said = in_child(lambda number=number: limit_for(number))
+        assert f"{needed} file descriptors per worker, but a process may have 1,000 here (ulimit -Hn)" in said, said
 
 
 def test_workers_that_cannot_start(served: Served) -> None:

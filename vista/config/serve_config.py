@@ -93,7 +93,7 @@ class ServeConfig(Scores, Multiplies, ServedModel):
     """Maximum number of requests per worker that are waiting or being computed. Further ones get status 429."""
     max_connections: int = 500
     """Maximum number of open connections per worker. Further ones get status 503. Each connection needs a file
-    descriptor (`ulimit -n`)."""
+    descriptor; the service does not start if the hard limit (`ulimit -Hn`) allows fewer."""
     max_body_bytes: int = 4 << 20
     """Maximum size of the body of a request. Larger requests get status 413. The bodies of all unanswered requests of a
     worker can take 16 times as much; beyond that, requests get status 429."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import sys
 import threading
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE_S = 30.0
 """Pause between two starts of a worker that keeps dying."""
+OTHER_FILES = 100
+"""File descriptors of a worker besides its clients' connections: of models, stores, and connections that it refuses."""
 GRACE_S = 5.0
 """Time that workers have, after `stop_s`, before they are killed."""
 
@@ -198,9 +201,11 @@ def run_server(config: ServeConfig) -> None:
     """Answer requests until SIGTERM or SIGINT; errors as of `run_worker`.
 
     Raises:
-        ConfigError: the address cannot be used, or the file of models is wrong or names a model that is missing.
+        ConfigError: the address cannot be used, the file of models is wrong or names a model that is missing, or the
+            system does not allow `max_connections`.
         WorkerDiedError: with several workers, the first one could not start; its own message is in the log.
     """
+    _allow_connections(config.max_connections)
     file = None if config.models is None else read_models(config.models)
     bound_socket(config.host, config.port).close()  # Another service on a shared port would not be noticed.
     with bound_socket(config.host, config.port, shared=config.workers > 1) as listening:
@@ -221,6 +226,21 @@ def run_server(config: ServeConfig) -> None:
             with shared_numbers():
                 WorkerPool(config, file, host, port).run(say)
     logger.info("stopped")
+
+
+def _allow_connections(number: int) -> None:
+    """Raise the limit on open files, which workers inherit, if it is too low: clients beyond it would get no answer."""
+    needed = number + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (OSError, OverflowError, ValueError) as error:
+        raise ConfigError(
+            f"max_connections: {number:,} connections need {needed:,} file descriptors per worker, but a process may "
+            f"have {hard:,} here (ulimit -Hn); raise that limit, or lower max_connections"
+        ) from error
 
 
 def read_models(path: str) -> ModelsFile:
