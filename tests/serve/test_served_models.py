@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -309,6 +310,8 @@ def test_a_service_of_one_model(service: RunningService) -> None:
     assert status == 200 and "variant" not in answer and "models" not in service.fetch("/v1/model")[1]
     assert service.fetch("/v1/rank", {**asked, "model": "default"}) == (200, answer)
     assert service.fetch("/v1/rank", {**asked, "model": "larger"})[0] == 404
+    escaped = json.dumps({**asked, "model": "larger"}).replace('"model"', r'"\u006dodel"').encode()
+    assert service.fetch("/v1/rank", escaped)[0] == 404
 
 
 def test_all_workers_assign_alike(served: Served, variant_folders: dict[str, Path], tmp_path: Path) -> None:

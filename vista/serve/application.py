@@ -126,7 +126,7 @@ def make_application(
 
     def named(body: bytes, media_type: str) -> str:
         """The model that answers a body."""
-        if not models.are_several and b"model" not in body:
+        if not models.are_several and b"model" not in body and b"\\" not in body:  # which JSON may spell with escapes
             return models.first
         asked = parsed(body, Addressee, media_type)
         if asked.user is not None or asked.model is not None or models.split is None or not bytes(asked.users):
