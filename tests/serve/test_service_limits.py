@@ -54,6 +54,7 @@ HEAVY = {"users": [100 + n % 16 for n in range(600)], "candidates": ITEMS * 8}
         ("score", {**GOOD, "request": {"device": "phone"}}, 422, "request"),
         ("rank", {"user": 103, "top_k": 0}, 422, "top_k"),
         ("explain", {"user": 103, "candidates": [0], "task": "buy"}, 422, "task"),
+        ("explain", {"user": 103, "candidates": [0], "task": ""}, 422, "task: '' is not one of"),
         ("explain", {"user": 103, "candidates": [0] * 101}, 413, "at most 100"),
         ("score", {"users": [103] * 257, "candidates": [0]}, 413, "max_users"),
         ("score", {"users": [103] * 10, "candidates": [0] * 1001}, 413, "max_candidates"),

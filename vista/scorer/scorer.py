@@ -486,7 +486,7 @@ class Scorer:
             UnknownUserError: with on_missing="raise". Others as in `predict`.
         """
         with self._call([user], tail, now) as call:
-            return explained(call, task or self.task, candidates, request)
+            return explained(call, self.task if task is None else task, candidates, request)
 
     def _moved(self) -> bool:
         """Move to what is newer, as `reload` does, for one thread at a time."""

@@ -354,7 +354,7 @@ class ScoringService:
             )
         told = self.scorer.explain(asked.user, asked.candidates, task=asked.task, **self._of_one(asked))
         shares = {name: getattr(told, name) for name in type(told).__dataclass_fields__}
-        held = self._sourced({"task": asked.task or self.scorer.task, **shares})
+        held = self._sourced({"task": self.scorer.task if asked.task is None else asked.task, **shares})
         return _answer(held, media_type, None, len(asked.candidates))
 
     def user(self, word: str) -> Answer:
