@@ -19,7 +19,7 @@ import uvicorn
 
 from tests.conftest import ITEMS, Served
 from tests.serve.running_service import TIMEOUT_S, RunningService, peak_bytes, resident_bytes, running, until
-from vista.errors import ConfigError, RecordError, StoreUnavailableError
+from vista.errors import ConfigError, RecordError, StoreError, StoreUnavailableError
 from vista.serve import http_protocol
 from vista.serve.http_protocol import BoundedHttpProtocol, answer_of
 from vista.serve.shared import read_tokens
@@ -655,8 +655,14 @@ def test_what_is_not_http(patient: BoundedServer) -> None:
 
 
 def test_errors_that_repeat_are_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    for error in (RecordError("of user 1"), StoreUnavailableError("no answer"), RecordError("of user 2")):
-        for _ in range(100):
+    monkeypatch.setattr(http_protocol, "REPEAT_S", 1000)
+    monkeypatch.setattr(http_protocol.logger, "filters", [http_protocol.Unrepeated()])
+    for user in range(100):
+        for error in (
+            RecordError(f"of user {user}"),
+            StoreUnavailableError(f"no answer {user}"),
+            StoreError(str(user)),
+        ):
             answer_of(error, [])
     assert len(caplog.records) == 3
     monkeypatch.setattr(http_protocol, "REPEAT_S", 0)

@@ -36,21 +36,26 @@ from vista.errors import (
 
 logger = logging.getLogger(__name__)
 REPEAT_S = 1.0
-"""Seconds in which an error of requests is logged once."""
+"""Seconds in which a kind of errors of requests is logged once."""
 
 
 class Unrepeated(logging.Filter):
-    """Drops lines like the last one: clients that ask for a damaged record again and again could fill the disk."""
+    """Writes one line per kind and interval: clients that ask for damaged records again and again could fill the disk.
 
-    _last: tuple[str, str] | None = None
-    _at = 0.0
+    A kind is a message before its values are filled in, and the type of the error, so that there are few.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._written: dict[tuple[str, type[BaseException] | None], float] = {}
+        """When each kind was last written, s of the monotonic clock."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a line is written."""
-        what, now = (record.getMessage(), str(record.exc_info and record.exc_info[1])), time.monotonic()
-        if what == self._last and now < self._at + REPEAT_S:
+        kind, now = (record.msg, record.exc_info[0] if record.exc_info else None), time.monotonic()
+        if now < self._written.get(kind, -math.inf) + REPEAT_S:
             return False
-        self._last, self._at = what, now
+        self._written[kind] = now
         return True
 
 
