@@ -43,6 +43,8 @@ KINDS = [
     for kind in ("tensorboard", "mlflow", "wandb")
 ]
 BLOCK_BYTES = 1 << 15
+WRITE_S = 60.0
+"""Most seconds that W&B's process may take to write what it has; a shared machine can be slow."""
 mlflow_only = pytest.mark.skipif(find_spec("mlflow") is None, reason="needs mlflow")
 
 
@@ -120,14 +122,10 @@ def _in_mlflow(folder: Path) -> tuple[dict[str, list[tuple[int, float]]], set[st
 
 
 def _in_wandb(folder: Path) -> tuple[dict[str, list[tuple[int, float]]], set[str]]:
-    from wandb.proto.wandb_internal_pb2 import Record
-
     metrics: dict[str, list[tuple[int, float]]] = {}
     files, ids = set[str](), set[str]()
     for path in sorted((folder / "run" / "wandb").glob("offline-run-*/*.wandb")):
-        for data in records_of(path.read_bytes()):
-            record = Record()
-            record.ParseFromString(data)
+        for record in complete_records(path):
             ids |= {record.run.run_id} - {""}
             files |= {Path(file.path).stem.partition("_")[0] for file in record.files.files}
             values = {(item.key or item.nested_key[0]): json.loads(item.value_json) for item in record.history.item}
@@ -138,6 +136,19 @@ def _in_wandb(folder: Path) -> tuple[dict[str, list[tuple[int, float]]], set[str
     return metrics, files
 
 
+def complete_records(path: Path) -> list[Any]:
+    """The records of a .wandb file. `finish` returns before W&B's process has written them; the exit is the last."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    deadline = time.monotonic() + WRITE_S
+    while True:
+        records = [Record.FromString(data) for data in records_of(path.read_bytes())]
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        assert time.monotonic() < deadline, f"{path} has {len(records)} records, and no exit"
+        time.sleep(0.01)
+
+
 def records_of(content: bytes) -> Iterator[bytes]:
     """The records of a .wandb file: LevelDB's log format, after a header of seven bytes."""
     place, parts = 7, []
@@ -146,6 +157,8 @@ def records_of(content: bytes) -> Iterator[bytes]:
             place += left
             continue
         size, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        if place + 7 + size > len(content):  # the rest is not written yet
+            return
         parts.append(content[place + 7 : place + 7 + size])
         place += 7 + size
         if kind in (1, 4):  # a complete record, or its last part
@@ -254,20 +267,27 @@ def test_a_tracker_that_fails_midway_gets_the_rest_when_the_command_is_rerun(
 ) -> None:
     config = tracked_config(event_log, dashboard_folder, kind)
     tracker: Any = tracking.tracker_class(config.tracking.kind)
-    log = tracker.log
+    log, close = tracker.log, tracker.close
+    closed = list[Any]()
 
     def fail(self: Any, step: int, values: Any) -> None:
         if step > 6:
             raise ConnectionError("the network is down: API request to http://me:hunter2@host/api failed")
         log(self, step, values)
 
+    def note(self: Any, files: Any) -> None:
+        closed.append(files)
+        close(self, files)
+
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(tracker, "log", fail)
+        patch.setattr(tracker, "close", note)
         with pytest.raises(
             TrackingError, match=r"lacks the metrics after step 6 \(ConnectionError: the network is down"
         ):
             train_model(config, event_log, metrics_every=2)
     warnings = [record.message for record in caplog.records if "the network is down" in record.message]
+    assert closed == [None], "a run that stays open gets what this process tracks next"
     assert len(warnings) == 1 and "training continues" in warnings[0] and "http://me@host/api" in warnings[0]
     assert (dashboard_folder / "run" / "best" / "model.safetensors").exists()
     assert json.loads((dashboard_folder / "run" / "run.json").read_text())["state"] == "finished"

@@ -424,12 +424,13 @@ class TrackedRun:
         """
         if self._tracker is None:
             return
-        if self._failure is None:
-            try:
-                self._tracker.close(files)
-                self._state["complete"] = files is not None
-                self._save_state()
-            except Exception as error:  # as above
+        is_whole = self._failure is None
+        try:
+            self._tracker.close(files if is_whole else None)  # If left open, it would get what is tracked next.
+            self._state["complete"] = is_whole and files is not None
+            self._save_state()
+        except Exception as error:  # as above
+            if is_whole:  # otherwise a failure has been logged already
                 self._fail(error)
         self._tracker = None
         if self._failure is not None and files is not None:
