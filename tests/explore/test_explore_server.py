@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ from vista.installation import install_command
 if find_spec("streamlit") is None:
     pytest.skip("the extra `explore` is not installed", allow_module_level=True)
 
-START_S, STOP_S = 200.0, 60.0
+START_S, STOP_S = 100.0, 60.0
 """Most seconds until the page answers, and until the command has ended; a shared machine can be slow."""
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems have a display and a browser")
 
@@ -62,15 +63,12 @@ def running(folder: Path, **variables: str | None) -> Iterator[Running]:
     said: list[str] = []
     with process:
         assert process.stderr is not None
+        reader = threading.Thread(target=said.extend, args=(process.stderr,), daemon=True)
+        reader.start()
         try:
-            for line in process.stderr:
-                said.append(line)
-                if found := re.search(r"on (http://127\.0\.0\.1:\d+/\?access=\S+);", line):
-                    break
-            else:
-                raise AssertionError("".join(said))
-            reader = threading.Thread(target=said.extend, args=(process.stderr,), daemon=True)
-            reader.start()
+            wait_for(lambda: bool(said) or not reader.is_alive())
+            found = re.search(r"on (http://127\.0\.0\.1:\d+/\?access=\S+);", "".join(said))
+            assert found, f"it said: {''.join(said)}"
             wait_until_it_answers(found[1])
             yield Running(found[1], said)
         finally:
@@ -89,6 +87,8 @@ def wait_until_it_answers(url: str) -> None:
                 assert answer.url == url.partition("?")[0]
                 assert answer.status == 200 and "<title>Streamlit</title>" in answer.read().decode()
             return
+        except urllib.error.HTTPError:
+            raise  # It refuses the address that it has shown.
         except OSError:
             assert time.monotonic() < deadline, f"{url} does not answer"
             time.sleep(0.1)
