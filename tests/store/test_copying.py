@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import threading
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import pytest
 
 from tests.store.conftest import KEY, damage_record, killed_at, records, write_generations
 from vista.errors import StoreBusyError, StoreError, StoreLockedError, SummarizerMismatchError
-from vista.store import StoreReader, user_keys
+from vista.store import StoreReader, folder_writer, user_keys
 from vista.store.admin import compact_store, copy_generation, verify_store
+from vista.store.folder_files import Tombstones, erasure_lock
 from vista.store.folder_generation import FolderGeneration
 from vista.store.folder_writer import FolderBuilder
-from vista.store.layout import environment_path, list_generations, read_current
+from vista.store.layout import environment_path, list_generations, published_or_none, read_current
 from vista.store.parquet import export_store, import_store
 from vista.store.reader import published_manifest
 from vista.store.writer import erase
@@ -177,6 +180,35 @@ def test_a_user_who_is_erased_just_before_a_copy_gets_its_name_is_not_in_it(tmp_
     assert (report.generation, report.num_records) == (2, 39)
     assert set(records(target, 2)) == set(user_keys([user for user in range(40) if user != 3]))
     assert verify_store(target).records == {1: 39, 2: 39} and verify_store(target).num_problems == 0
+
+
+def test_a_copy_killed_after_it_got_its_name_has_no_user_who_was_erased_meanwhile(tmp_path, build, monkeypatch):
+    source, target, finish = tmp_path / "source", tmp_path / "target", FolderBuilder.finish
+    build.write_store(source)
+    copy_generation(source, target)
+    build.write_store(source, salt=1, run_digest="log-2")
+
+    def erase_and_finish(builder: FolderBuilder) -> Any:
+        erase(target, [3])
+        return finish(builder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderBuilder, "finish", erase_and_finish)
+        copy = partial(copy_generation, source, target, publish=False)
+        assert killed_at(1, folder_writer, "record_complete", copy) == -signal.SIGKILL
+    assert user_keys([3])[0] not in records(target, 2) and len(records(target, 2)) == 39
+
+
+@pytest.mark.parametrize("publish", [True, False])
+def test_a_copy_that_an_interrupted_erasure_left_is_not_used(tmp_path, build, publish):
+    source, target = tmp_path / "source", tmp_path / "target"
+    build.write_store(source)
+    copy_generation(source, target, publish=False)
+    with erasure_lock(target):
+        Tombstones(target).add(user_keys([3]))
+    with pytest.raises(StoreError, match="some users were erased here, but are still in"):
+        copy_generation(source, target, publish=publish)
+    assert published_or_none(target) is None
 
 
 def test_invalid_copies_are_refused(tmp_path, build):

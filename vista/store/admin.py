@@ -190,11 +190,15 @@ def _take_held(builder: GenerationBuilder, source: Generation, erased_users: Tom
 
 
 def _is_equal(source: Generation, target: StoreBackend, number: int, key: bytes | None) -> bool:
-    """Whether a generation of the target is complete and holds the source's records, apart from the number."""
+    """Whether a generation of the target is complete and holds the source's records, apart from the number.
+
+    One that holds users who were erased in the target, as an interrupted erasure leaves it, is of no use.
+    """
     try:
         with target.open(number, key) as held:
+            remaining = (batch for batch in held.batches() if not any(target.erased_users.erased(batch[0])))
             return _comparable(source.manifest) == _comparable(held.manifest) and _same(
-                _restamped(source, held.spec), held.batches()
+                _restamped(source, held.spec), remaining
             )
     except StoreUnavailableError:
         raise

@@ -17,6 +17,7 @@ from vista.errors import StoreBusyError, StoreError, StoreLockedError, StoreWrit
 from vista.files import sync
 from vista.store.folder_files import (
     ATTEMPTS,
+    ATTEMPTS_BESIDE_ERASURES,
     WAIT_S,
     Tombstones,
     WriterLock,
@@ -25,6 +26,7 @@ from vista.store.folder_files import (
     erasure_lock,
     last_transaction,
     lock_store,
+    without_erased,
 )
 from vista.store.folder_generation import FolderGeneration, SharedEnvironment, tally_of
 from vista.store.folder_writer import FolderBuilder, FolderWriter
@@ -67,9 +69,6 @@ if TYPE_CHECKING:
     """One generation, open for writing; every write is atomic and updates `manifest`."""
     GenerationBuilder = FolderBuilder | ServerBuilder
     """A generation that is filled with existing records."""
-
-ATTEMPTS_BESIDE_ERASURES = 3
-"""How often work that an erasure has outdated is repeated; after that, erasures wait for it."""
 
 logger = logging.getLogger(__name__)
 
@@ -327,22 +326,13 @@ class Folder:
         Raises:
             StoreLockedError: an erasure does not end within `wait_s` seconds; the generation stays unpublished.
         """
-        root, num_erased = self.address, 0  # users that are removed from the generation already
+        root = self.address
 
         def remove_erased() -> None:
             with closing(FolderWriter.open(root, number)) as writer:
                 writer.remove_erased()
 
-        for attempt in range(ATTEMPTS_BESIDE_ERASURES + 1):
-            is_last = attempt == ATTEMPTS_BESIDE_ERASURES
-            with erasure_lock(root, wait_s):
-                if is_last:
-                    remove_erased()
-                if len(self.erased_users) == num_erased or is_last:
-                    write_current(root, number)
-                    break
-                num_erased = len(self.erased_users)
-            remove_erased()
+        without_erased(root, remove_erased, lambda: write_current(root, number), wait_s)
         for other in self.numbers():
             if other not in (number, *keep):
                 logger.info("%s: removing gen-%d", root, other)

@@ -18,7 +18,7 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -397,6 +397,33 @@ def erasure_lock(root: Path, wait_s: float = WAIT_S) -> Iterator[None]:
             yield
     finally:
         os.close(descriptor)
+
+
+ATTEMPTS_BESIDE_ERASURES = 3
+"""How often work that an erasure has outdated is repeated; after that, erasures wait for it."""
+
+
+def without_erased(
+    root: Path, remove_erased: Callable[[], None], name: Callable[[], None], wait_s: float = WAIT_S
+) -> None:
+    """Call `remove_erased`, which removes erased users from a generation, then `name`, which others find it by.
+
+    Nobody is erased between the two. Erasures wait only for `name`, which should be short, unless they follow one
+    another without a pause.
+
+    Raises:
+        StoreLockedError: an erasure does not end within `wait_s` seconds; `name` was not called.
+    """
+    tombstones, num_erased = Tombstones(root), 0  # users that are removed from the generation already
+    for attempt in range(ATTEMPTS_BESIDE_ERASURES + 1):
+        is_last = attempt == ATTEMPTS_BESIDE_ERASURES
+        with erasure_lock(root, wait_s):
+            if is_last:
+                remove_erased()
+            if len(tombstones) == num_erased or is_last:
+                return name()
+            num_erased = len(tombstones)
+        remove_erased()
 
 
 FORMAT_VERSION = 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,15 @@ import lmdb
 
 from vista.errors import StoreError
 from vista.files import remove_renamed, sync
-from vista.store.folder_files import REMEDY, WAIT_S, Tombstones, cannot_write, check_structure, complete_size
+from vista.store.folder_files import (
+    REMEDY,
+    WAIT_S,
+    Tombstones,
+    cannot_write,
+    check_structure,
+    complete_size,
+    without_erased,
+)
 from vista.store.folder_generation import Batch, SharedEnvironment, copied, read_states, tally_of, walk
 from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import (
@@ -307,7 +314,7 @@ class FolderBuilder:
         self._open[1].write(lambda transaction: _put(transaction, keys, states))
 
     def finish(self) -> Manifest:
-        """Read all records back, check the files' structure, name the generation, and remove users erased meanwhile.
+        """Read all records back, check the files' structure, remove users erased meanwhile, and name the generation.
 
         Raises:
             StoreError: the file does not hold what was put; call `discard`.
@@ -328,20 +335,23 @@ class FolderBuilder:
             transaction.put(COMPLETE_KEY, b"1")
 
         self._open[0].write(put_meta)
-        self.close()
         environments = [path for path in self.path.iterdir() if path.is_dir()]
         for path in environments:
             complete_size(path)
             check_structure(path)
         for path in (*environments, self.path):
             sync(path)
-        os.rename(self.path, generation_path(self.root, self.manifest.generation))
-        sync(self.root)
-        record_complete(self.root, self.manifest.generation)
+        files = FolderWriter(self.root, self._open[0], self._open[1] if len(self._open) > 1 else None)
+
+        def name() -> None:
+            self.close()
+            os.rename(self.path, generation_path(self.root, self.manifest.generation))
+            sync(self.root)
+            record_complete(self.root, self.manifest.generation)
+
         # An erasure that began before the rename did not see this generation; a later one does.
-        with closing(FolderWriter.open(self.root, self.manifest.generation)) as writer:
-            writer.remove_erased()
-            self.manifest = writer.manifest
+        without_erased(self.root, files.remove_erased, name)
+        self.manifest = files.manifest
         return self.manifest
 
     def held_batches(self) -> Iterator[Batch]:
