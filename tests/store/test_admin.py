@@ -16,7 +16,9 @@ from tests.store.conftest import KEY, damage_record, killed_at, records, write_g
 from vista.errors import StoreError, StoreLockedError
 from vista.store import StoreReader, user_keys
 from vista.store.admin import compact_store, copy_generation, roll_back, store_stats, verify_store
+from vista.store.folder_files import Tombstones, erasure_lock
 from vista.store.layout import environment_path, last_complete, list_generations, read_current
+from vista.store.writer import erase
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -176,9 +178,20 @@ def test_verification_detects_removed_exchanged_and_foreign_records(tmp_path, bu
 
 
 def test_verification_detects_exchanged_shards(tmp_path, build):
-    build.write_store(tmp_path / "part-0-of-2")
+    build.write_store(tmp_path / "store")
+    (tmp_path / "store").rename(tmp_path / "part-0-of-2")
     report = verify_store(tmp_path / "part-0-of-2")
     assert report.num_problems == 1 and "users of other shards, whom readers do not find here" in report.problems[0]
+
+
+def test_verification_finds_users_whose_erasure_was_interrupted(tmp_path, build):
+    write_generations(tmp_path)
+    with erasure_lock(tmp_path):
+        Tombstones(tmp_path).add(user_keys([7, 8]))
+    report = verify_store(tmp_path)
+    assert report.num_problems == 2 and "gen-1 holds 2 users who were erased" in report.problems[0]
+    erase(tmp_path, [7, 8])
+    assert verify_store(tmp_path).num_problems == 0
 
 
 @pytest.mark.parametrize("key", [None, KEY])

@@ -374,7 +374,7 @@ def verify_store(root: str | Path | StoreUrl, *, key: bytes | None = None) -> Ve
     """Check CURRENT, LAST, the tombstones and every complete generation; nothing is changed, and readers can continue.
 
     The structure of each file is checked before LMDB opens it. Then each record is checked: length, format, checksum,
-    user, generation and, with a key, its authentication code.
+    user, generation and, with a key, its authentication code. Nobody in it may have been erased.
 
     Args:
         root: the store's folder or URL.
@@ -407,7 +407,25 @@ def verify_store(root: str | Path | StoreUrl, *, key: bytes | None = None) -> Ve
             if published is None or generation <= published:
                 raise
             report.unfinished.append(generation)
+        if generation in report.records and (num_erased := _num_erased(store, generation, key)):
+            report.add(
+                f"gen-{generation} holds {num_erased} users who were erased; an erasure is running, or was interrupted "
+                "and must be repeated"
+            )
     return report
+
+
+def _num_erased(store: StoreBackend, generation: int, key: bytes | None) -> int:
+    """How many users of a complete generation were erased; 0 if the tombstones cannot be read."""
+    try:
+        if not len(store.erased_users):
+            return 0
+        with store.open(generation, key) as reader:
+            return sum(sum(store.erased_users.erased(keys)) for keys in reader.key_batches())
+    except StoreUnavailableError:
+        raise
+    except StoreError:  # Other checks report damage. Another account cannot read the tombstones.
+        return 0
 
 
 class _ProblemsError(StoreError):
