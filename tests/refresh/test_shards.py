@@ -506,7 +506,11 @@ def test_a_shard_holds_only_its_own_users(tmp_path, grow):
         with pytest.raises(ConfigError, match="is the folder of one shard"):
             run(model, log, store / "part-0-of-2", shard=Shard(1, 2))
     history = log[3]
+    gone = {"item": log.items.ids(history.item[:1]), "timestamp": history.timestamp[:1]}
     with pytest.raises(ConfigError, match=r"is sharded; refresh its shards with shard=i/2"):
-        gone = {"item": log.items.ids(history.item[:1]), "timestamp": history.timestamp[:1]}
         forget(model, log, store, {"user": [3], **gone})
+    ((own, _),) = users_by_store(store, [3])
+    (other,) = (path for path in stores_in(store) if path != own)
+    with pytest.raises(StoreError, match=r"user 3 belongs to shard [01] of 2"):
+        forget(model, log, other, {"user": [3], **gone})
     assert EventLog.open(log.path).last_segment == log.last_segment

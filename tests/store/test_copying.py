@@ -21,7 +21,14 @@ from vista.store.admin import compact_store, copy_generation, verify_store
 from vista.store.folder_files import Tombstones, erasure_lock
 from vista.store.folder_generation import FolderGeneration
 from vista.store.folder_writer import FolderBuilder
-from vista.store.layout import environment_path, list_generations, published_or_none, read_current
+from vista.store.layout import (
+    Shard,
+    environment_path,
+    list_generations,
+    published_or_none,
+    read_current,
+    shards_of,
+)
 from vista.store.parquet import export_store, import_store
 from vista.store.reader import published_manifest
 from vista.store.writer import erase
@@ -209,6 +216,18 @@ def test_a_copy_that_an_interrupted_erasure_left_is_not_used(tmp_path, build, pu
     with pytest.raises(StoreError, match="some users were erased here, but are still in"):
         copy_generation(source, target, publish=publish)
     assert published_or_none(target) is None
+
+
+@pytest.mark.parametrize(
+    "write", [lambda build, source, to: copy_generation(source, to), lambda build, source, to: build.write_store(to)]
+)
+def test_no_one_writes_users_of_other_shards(tmp_path, build, write):
+    build.write_store(tmp_path / "store")
+    index = int(shards_of(user_keys([0]), 2)[0])
+    to = Shard(1 - index, 2).path(tmp_path)
+    with pytest.raises(StoreError, match=f"user 0 belongs to shard {index} of 2, not to shard {1 - index}"):
+        write(build, tmp_path / "store", to)
+    assert published_or_none(to) is None
 
 
 def test_invalid_copies_are_refused(tmp_path, build):

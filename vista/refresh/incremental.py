@@ -60,7 +60,7 @@ from vista.refresh.full import (
     user_summaries,
 )
 from vista.store.keys import user_id, user_keys
-from vista.store.layout import Shard, StoreUrl, shard_to_write
+from vista.store.layout import Shard, StoreUrl, shard_to_write, users_by_store
 from vista.store.manifest import MOST_MS, OF_SEVERAL_LOGS, Manifest
 from vista.store.reader import published_manifest
 from vista.store.state_record import StateArrays, rounded
@@ -227,13 +227,15 @@ def forget(
     Raises:
         DataError: an event is not in the log; nothing is deleted.
         ConfigError: the store is sharded, or was refreshed with `until`; nothing is deleted.
-        StoreError: nothing is deleted if the store covers another log. Otherwise, the deletion is in the log, and the
-            next incremental refresh applies it.
+        StoreError: nothing is deleted if the store covers another log, or is a shard to which a user does not belong.
+            Otherwise, the deletion is in the log, and the next incremental refresh applies it.
     """
     from vista.log.deletions import forget_events  # needs Polars, which refreshes do not
+    from vista.log.ingest.source_files import to_polars
 
     root, _ = shard_to_write(store, None)
     check_updatable(published_manifest(root), EventLog.open(log.path), root)  # refused before the log is written
+    users_by_store(store, to_polars(events, ["user"])["user"].to_list())
     forget_events(log.path, events)
     return refresh_incremental(model, EventLog.open(log.path), store, key=key)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lmdb
+import numpy as np
 
 from vista.errors import StoreError
 from vista.files import remove_renamed, sync
@@ -28,14 +29,16 @@ from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
 from vista.store.layout import (
     PARTIAL_PREFIX,
     Permissions,
+    Shard,
     environment_path,
     generation_path,
     make_folder,
     record_complete,
+    shards_of,
     state_path,
 )
 from vista.store.manifest import Manifest, Tally, read_cursor
-from vista.store.record import HEADER_BYTES
+from vista.store.record import HEADER_BYTES, user_of
 from vista.store.state_record import FoundStates
 
 
@@ -125,7 +128,11 @@ class FolderWriter:
 
         Returns:
             How many users were written.
+
+        Raises:
+            StoreError: a user belongs to another shard, or nothing can be written; the store is unchanged.
         """
+        _check_shard(self.path, keys)
         if (self.state is not None) != bool(states) and keys:
             raise ValueError(f"states: got {len(states)} for {len(keys)} records of {self.path}")
 
@@ -300,8 +307,9 @@ class FolderBuilder:
         """Append checked records of this generation in one durable transaction.
 
         Raises:
-            StoreError: a key is not larger than the last one.
+            StoreError: a key is not larger than the last one, or a user belongs to another shard.
         """
+        _check_shard(self.root, keys)
         for before, key in pairwise([self.last_key, *keys]):
             if key <= before:
                 raise StoreError(f"{self.root}: keys must ascend, but {key!r} follows {before!r}")
@@ -367,6 +375,17 @@ class FolderBuilder:
         """Remove what was built."""
         self.close()
         remove_renamed(self.path)
+
+
+def _check_shard(root: Path, keys: Sequence[bytes]) -> None:
+    """Raise StoreError if a user does not belong to the shard that a folder is named after, where nobody finds them."""
+    shard = Shard.named(root)
+    if shard is not None and not (own := shard.holds(keys)).all():
+        key = keys[int(np.argmin(own))]
+        raise StoreError(
+            f"{root}: {user_of(key)} belongs to shard {shards_of([key], shard.count)[0]} of {shard.count}, not to "
+            f"shard {shard.index}, so readers would not find the user here; write to the folder of the user's shard"
+        )
 
 
 def _other_headers(transaction: lmdb.Transaction[memoryview], keys: Collection[bytes]) -> Iterator[bytes]:
