@@ -76,7 +76,9 @@ def test_a_two_step_rollout_of_a_model_publishes_before_the_scorers_get_it(tmp_p
     copy_generation(source, target)
     build.write_store(source, salt=1, summarizer_id=new.hex())
     copy_generation(source, target, publish=False)
-    with pytest.raises(SummarizerMismatchError):  # No reader opens what is not published.
+    with pytest.raises(
+        SummarizerMismatchError, match="gen-2 is this model's, but not published"
+    ):  # No reader opens what is not published.
         StoreReader.open(target, summarizer_id=new)
     copy_generation(source, target)
     for number, summarizer in enumerate((old, new), start=1):

@@ -274,10 +274,23 @@ class StoreReader:
                 )  # fmt: skip
                 return self._with_contents(older)
             older.release()
-        raise SummarizerMismatchError(
-            f"{self.path} was written by summarizer {current_id}, but the model's is {self._wanted.hex()}; open it "
-            "with the model that wrote it, or run `vista refresh` with this model"
+        fitting = next((number for number in others if number > current and self._is_wanted(number)), None)
+        remedy = (
+            "open it with the model that wrote it, or run `vista refresh` with this model"
+            if fitting is None
+            else f"gen-{fitting} is this model's, but not published yet: run `vista store rollback to={fitting}`"
         )
+        raise SummarizerMismatchError(
+            f"{self.path} was written by summarizer {current_id}, but the model's is {self._wanted.hex()}; {remedy}"
+        )
+
+    def _is_wanted(self, number: int) -> bool:
+        try:
+            return bytes.fromhex(self._backend.manifest(number).summarizer_id) == self._wanted
+        except StoreUnavailableError:
+            raise
+        except StoreError:
+            return False  # unfinished or damaged
 
     def _with_contents(self, opened: Generation) -> Generation:
         """The generation, if its records hold what the model reads."""
