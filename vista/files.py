@@ -301,7 +301,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     if folder.name in ("", ".."):
         raise OSError(errno.EINVAL, "a folder can be replaced by its name only", str(folder))
     make_folders(folder.parent)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    partial = partial_name(folder)
     recover_folder(folder)
     partial.mkdir()
     try:
@@ -310,14 +310,15 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             for file in partial.rglob("*"):
                 sync(file)
             sync(partial)
-            old = _old_name(folder)
+            old = old_name(folder)
             if not os.path.lexists(folder):
                 partial.rename(folder)
             elif not _exchanged(partial, folder):
                 folder.rename(old)
                 partial.rename(folder)
             sync(folder.parent)
-            remove_renamed(old)
+            if old.is_dir() or old.is_symlink():
+                remove_folder(old, partial)  # so that a kill leaves no part of it under its name
     finally:
         remove_renamed(partial)
 
@@ -327,16 +328,23 @@ def recover_folder(folder: Path) -> None:
 
     No other process may be replacing the folder by two renames.
     """
-    if os.path.lexists(folder):
-        remove_renamed(_old_name(folder))
-    elif _old_name(folder).is_dir():
-        _old_name(folder).rename(folder)
+    old = old_name(folder)
+    if not os.path.lexists(folder) and old.is_dir():
+        old.rename(folder)
+    elif old.is_dir() or old.is_symlink():
+        remove_folder(old, partial_name(folder))
     if folder.parent.is_dir():
         remove_leftovers(folder.parent, folder.name)
 
 
-def _old_name(folder: Path) -> Path:
+def old_name(folder: Path) -> Path:
+    """What `replaced_folder` names the folder that it replaces, for a moment, where two names cannot be exchanged."""
     return folder.parent / f"{folder.name}.old"
+
+
+def partial_name(folder: Path) -> Path:
+    """Where this process builds or removes a folder; `remove_leftovers` removes it after a kill."""
+    return folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
 
 
 def _exchanged(one: Path, other: Path) -> bool:

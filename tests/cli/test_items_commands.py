@@ -371,13 +371,18 @@ def test_a_scorer_opens_at_every_step_of_the_replacement(
 ) -> None:
     model, store = shop
     kinds = []
+
+    def look() -> None:
+        with Scorer.open(model, store) as scorer:
+            kinds.append(len(np.unique(scorer.score([100], NEW))))
+
     for name in ("_exchanged", "remove_renamed"):
         call = getattr(files, name)
 
         def watched(*paths: Path, call: Any = call) -> Any:
+            look()
             done = call(*paths)
-            with Scorer.open(model, store) as scorer:
-                kinds.append(len(np.unique(scorer.score([100], NEW))))
+            look()
             return done
 
         monkeypatch.setattr(files, name, watched)

@@ -47,13 +47,14 @@ def test_a_run_writes_to_no_link_and_waits_for_no_pipe(event_log: EventLog, tmp_
         train_model(config, event_log)
 
 
+@pytest.mark.parametrize("name", ["best", "best.old"])
 @pytest.mark.parametrize("resume", [True, False])
-def test_a_folder_that_is_no_model_is_kept(event_log: EventLog, tmp_path: Path, resume: bool) -> None:
-    (tmp_path / "best").mkdir()
-    (tmp_path / "best" / "mine.txt").write_text("x")
-    with pytest.raises(CheckpointError, match="best: holds something other than a model, and would be replaced"):
+def test_a_folder_that_is_no_model_is_kept(event_log: EventLog, tmp_path: Path, resume: bool, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine.txt").write_text("x")
+    with pytest.raises(CheckpointError, match=f"{name}: holds something other than a model, and would be replaced"):
         train(small_config(event_log, tmp_path, resume=resume), event_log)
-    assert (tmp_path / "best" / "mine.txt").exists()
+    assert (tmp_path / name / "mine.txt").exists()
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -74,11 +74,13 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
     from vista.log.vocabulary import Vocabulary
     from vista.model.item_feature_table import check_categories
     from vista.model.registry import with_items
+    from vista.model.saved_model import check_is_model
     from vista.model.vista_model import VistaModel
 
     folder = Path(config.model)
     unseen: dict[str, str] = {}
     with _locked(checked_path(folder, CheckpointError)):
+        check_is_model(folder)
         recover_folder(folder)
         model = VistaModel.from_pretrained(folder)
         columns = {column.name: column.kind for column in model.schema.item_features}

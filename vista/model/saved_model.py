@@ -30,6 +30,7 @@ from vista.files import (
     checked_path,
     either,
     hexadecimal,
+    old_name,
     one_of,
     open_file,
     read_limited,
@@ -353,12 +354,13 @@ def _read_weights(file: Path, tables: SharedTables | None) -> dict[str, Tensor]:
 
 
 def check_is_model(folder: Path) -> None:
-    """Raise CheckpointError if a folder holds something other than a model, which would be lost."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG_FILE).is_file():
-        raise CheckpointError(
-            f"{folder}: holds something other than a model, and would be replaced; name another folder, or "
-            "remove this one"
-        )
+    """Raise CheckpointError if a folder, or its `old_name`, holds something other than a model, which would be lost."""
+    for path in (folder, old_name(folder)):
+        if path.is_dir() and any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
+            raise CheckpointError(
+                f"{path}: holds something other than a model, and would be replaced; name another folder, or "
+                "remove this one"
+            )
 
 
 def write_model(model: RankingModel, folder: Path, *, card: str | None, weights_file: Path | None) -> None:

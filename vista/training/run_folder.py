@@ -7,7 +7,6 @@ import errno
 import fcntl
 import json
 import logging
-import shutil
 import signal
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from vista.config import ModelConfig, TrainConfig
 from vista.config.checks import Architecture, InitFreeze, Split
 from vista.config.composition import flat_settings
 from vista.errors import ConfigError, LogFormatter, without_password
-from vista.files import recover_folder, remove_leftovers, replace_text, writable_folder
+from vista.files import partial_name, recover_folder, remove_folder, remove_leftovers, replace_text, writable_folder
 from vista.installation import __version__, source_commit
 from vista.log.event_log import EventLog
 from vista.log.splits import parse_time
@@ -102,13 +101,14 @@ def clean_folder(run_dir: Path, *, starts_over: bool) -> None:
             replaces it, even if its checkpoints are gone.
 
     Raises:
-        CheckpointError: if `best` holds something other than an export.
+        CheckpointError: if `best` or `best.old` holds something other than an export.
     """
     check_is_model(run_dir / "best")
     if starts_over:
         remove_checkpoints(run_dir / "checkpoints")
         for name in ("best", "best.old"):
-            shutil.rmtree(run_dir / name, ignore_errors=True)
+            if (run_dir / name).is_dir():
+                remove_folder(run_dir / name, partial_name(run_dir / name))
     recover_folder(run_dir / "best")
     remove_leftovers(run_dir)
 
