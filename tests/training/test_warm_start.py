@@ -37,7 +37,8 @@ from vista.refresh import RefreshOptions, refresh
 from vista.runs.tracking import MetricsWriter
 from vista.scorer import Scorer
 from vista.store import StoreReader
-from vista.training.checkpoint import latest_checkpoint
+from vista.training import warm_start
+from vista.training.checkpoint import latest_checkpoint, load_checkpoint
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
 from vista.training.warm_start import start_from_factors
@@ -92,6 +93,32 @@ def test_actions_and_moments_are_matched_by_name(reordered_log: EventLog, earlie
     brands = base.schema.item_features[0].num_rows
     assert torch.equal(values[:brands], moments["features.values"]["exp_avg"][:brands])
     assert not values[brands].any() and not values[-3:].any()
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda old: old.fill_(torch.nan), "not finite"),
+        (lambda old: torch.zeros(old.shape[0], old.shape[1] + 1), "other shapes"),
+        (lambda old: old.sum(), "other shapes"),
+    ],
+)
+def test_damaged_moments_are_named(
+    feature_log: EventLog, earlier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Any, problem: str
+) -> None:
+    """As whoever rewrites a checkpoint with its digests may leave them."""
+    config, _ = earlier
+
+    def damaged(path: Path) -> Any:
+        tensors, body = load_checkpoint(path)
+        names = [name for name in tensors if name.startswith("state.optimizer") and name.endswith("exp_avg_sq")]
+        name = next(name for name in names if tensors[name].dim() == 2)
+        return tensors | {name: damage(tensors[name].clone())}, body
+
+    warm, made = begun(warm_config(config, feature_log, tmp_path), feature_log)
+    monkeypatch.setattr(warm_start, "load_checkpoint", damaged)
+    with pytest.raises(CheckpointError, match=rf"step-\d+/state.json: is not the state .*{problem}"):
+        warm.start_optimizers(made.optimizers)
 
 
 def test_without_a_checkpoint_the_optimizers_start_empty(

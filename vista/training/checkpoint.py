@@ -484,12 +484,12 @@ def restore_run(
     """
     table = model.sharded_table
     tensors, body = load_checkpoint(path, mapped=None if table is None else _is_sharded)
-    with _checked_state(path):
+    with checked_state(path):
         check_fields(body, {"run": TABLE})
         state = unpack_state(body["run"], tensors)
         check_fields(state, _STATE)
     check_identity(identity, state["config"], run_dir)
-    with _checked_state(path):
+    with checked_state(path):
         is_timed = identity["optim.minutes"] is not None
         progress = Progress.restored(
             state["progress"], int(path.name.removeprefix("step-")), *metrics, is_timed=is_timed
@@ -505,7 +505,7 @@ def restore_run(
         raise CheckpointError(
             f"{path}: belongs to another version of the model ({error}); remove {run_dir}, or set resume=false"
         ) from error
-    with _checked_state(path):
+    with checked_state(path):
         _restore_optimizer(optimizers.dense, state["optimizer"])
         _restore_optimizer(optimizers.table, state["table_optimizer"])
         torch.set_rng_state(state["rng"])
@@ -515,7 +515,7 @@ def restore_run(
 
 
 @contextmanager
-def _checked_state(path: Path) -> Iterator[None]:
+def checked_state(path: Path) -> Iterator[None]:
     """Name the file of the checkpoint `path` in errors about its values."""
     try:
         yield
@@ -536,10 +536,21 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) 
         raise ValueError("its optimizer has other groups of parameters, or other settings")
     optimizer.load_state_dict(saved)
     for parameter, moments in optimizer.state.items():
-        shapes = {name: value.shape for name, value in moments.items() if name != "step"}
-        if shapes != dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter.shape):
-            raise ValueError(f"its optimizer has moments of other shapes than its parameters: {shapes}")
-        float(moments["step"])
+        check_moments(moments, parameter.shape)
+
+
+def check_moments(moments: Mapping[str, Any], shape: torch.Size) -> None:
+    """Check an optimizer's state of a parameter with this shape.
+
+    Raises:
+        ValueError, TypeError, LookupError, AttributeError: if it is another one's, or is not finite.
+    """
+    shapes = {name: value.shape for name, value in moments.items() if name != "step"}
+    if shapes != dict.fromkeys(("exp_avg", "exp_avg_sq"), shape):
+        raise ValueError(f"its optimizer has moments of other shapes than its parameters: {shapes}")
+    totals = [float(moments["step"]), *(float(moments[name].sum(dtype=torch.float64)) for name in shapes)]
+    if not all(map(math.isfinite, totals)):
+        raise ValueError("its optimizer has moments that are not finite")
 
 
 def _shards(table: ShardedTable, value: Any) -> Any:

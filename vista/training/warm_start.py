@@ -41,7 +41,7 @@ from vista.model.registry import ARCHITECTURES, load_model
 from vista.model.saved_model import CONFIG_FILE
 from vista.model.summarizer import clusters, nearest
 from vista.model.vista_model import STAGE1_WEIGHTS, VistaModel
-from vista.training.checkpoint import load_checkpoint, newest_checkpoint, unpack_state
+from vista.training.checkpoint import check_moments, checked_state, load_checkpoint, newest_checkpoint, unpack_state
 from vista.training.downstream import COUNTER_KEYS, KEPT_WEIGHTS, with_settings_of
 from vista.training.log_schema import encoded_features, features_of, frequent_items
 from vista.training.optimizers import Optimizers, moments_of
@@ -249,8 +249,15 @@ class WarmStart:
             logger.info("the optimizers start without moments: %s has no checkpoint of its run", folder.parent)
             return
         tensors, body = load_checkpoint(newest)
-        state = unpack_state(body["run"], tensors)
-        moments = moments_of(state["optimizer"]) | moments_of(state["table_optimizer"])
+        weights = self.base.state_dict()
+        with checked_state(newest):
+            state = unpack_state(body["run"], tensors)
+            moments = moments_of(state["optimizer"]) | moments_of(state["table_optimizer"])
+            for name, held in moments.items():
+                shape = (weights[name] if name in weights else held["exp_avg"]).shape
+                if name in self._rows:  # Rows may have been added to the model since.
+                    shape = torch.Size((len(held["exp_avg"]), *shape[1:]))
+                check_moments(held, shape)
         count = optimizers.start_from(
             moments, lambda name, old: self._fitted(name, old, torch.zeros(self._shapes[name], dtype=old.dtype))
         )
