@@ -44,7 +44,7 @@ from vista.model.vista_model import VistaModel
 from vista.progress_bar import progress_bar
 from vista.store.keys import history_digests, item_keys, user_id, user_keys
 from vista.store.layout import Shard, StoreUrl, open_private, shard_to_write
-from vista.store.manifest import Manifest
+from vista.store.manifest import Manifest, start_of_run
 from vista.store.record import CounterLayout, RecordSpec, Tail, TailColumn, UserColumn
 from vista.store.record_encoding import encode_records
 from vista.store.state_record import StateArrays, StateSpec, UserSummaries, encode_states
@@ -608,7 +608,7 @@ def new_manifest(model: VistaModel, state: StateDtype, created_at: int | None, *
     if counted is not None:
         counters = CounterLayout.of(counted, largest_keys(counted, model.schema, len(model.items))).to_dict()
     return Manifest(
-        created_at=time.time_ns() // 1_000_000 if created_at is None else created_at,
+        created_at=start_of_run(created_at),
         summarizer_id=model.summarizer_id().hex(),
         num_tokens=config.num_seeds + model.stage1.num_state_rows,
         dim=config.dim,

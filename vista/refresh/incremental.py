@@ -10,7 +10,6 @@ updated are recomputed from the log.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,7 +60,7 @@ from vista.refresh.full import (
 )
 from vista.store.keys import user_id, user_keys
 from vista.store.layout import Shard, StoreUrl, shard_to_write, users_by_store
-from vista.store.manifest import MOST_MS, OF_SEVERAL_LOGS, Manifest
+from vista.store.manifest import OF_SEVERAL_LOGS, Manifest, start_of_run
 from vista.store.reader import published_manifest
 from vista.store.state_record import StateArrays, rounded
 from vista.store.writer import StoreUpdate
@@ -107,11 +106,12 @@ def refresh_incremental(
     check_log(model, log)
     model.eval()
     target, shard = shard_to_write(store, shard)
-    now = time.time_ns() // 1_000_000 if created_at is None else created_at
-    if not 0 <= now <= MOST_MS:  # No reader could open the published generation after that.
-        raise ConfigError(f"created_at={now}: is not a time from 1970 to 9999, in ms; correct the clock, then rerun")
     with StoreUpdate.open(
-        target, summarizer_id=model.summarizer_id(), applied_segment=log.last_segment, created_at=now, key=key
+        target,
+        summarizer_id=model.summarizer_id(),
+        applied_segment=log.last_segment,
+        created_at=start_of_run(created_at),
+        key=key,
     ) as update:
         covered = check_updatable(update.manifest, log, target)
         if list(update.manifest.user_layout()) != user_columns(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ import lmdb
 import xxhash
 
 from vista.config.checks import Codec, StateDtype
-from vista.errors import StoreError, UnfinishedError, shown
+from vista.errors import ConfigError, StoreError, UnfinishedError, shown
 from vista.files import TABLE, FieldRule, check_fields, either, hexadecimal, list_of, one_of, text, whole
 from vista.store.folder_files import REMEDY
 from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, KINDS, MANIFEST_KEY, common_kind, kinds_of
@@ -46,11 +47,11 @@ OF_SEVERAL_LOGS = 0
 CHECKSUM_DIGITS = 16
 """Hexadecimal digits with which the bytes of a manifest begin."""
 
-MOST_MS = 253_402_300_799_999
+_MOST_MS = 253_402_300_799_999
 """End of the year 9999, the last that can be shown."""
 _RULES = {
     "generation": whole(1, MAX_GENERATION),
-    "created_at": whole(0, MOST_MS),
+    "created_at": whole(0, _MOST_MS),
     "summarizer_id": hexadecimal(64),
     "num_tokens": whole(0, 65_535),
     "dim": whole(1, 65_535),
@@ -70,12 +71,24 @@ _RULES = {
     "log_digest": text(),
     "going_to": whole(),
     "going_to_digest": text(),
-    "refreshed_at": whole(0, MOST_MS),
+    "refreshed_at": whole(0, _MOST_MS),
     "count": whole(),
     "user_kind": one_of(*KINDS.values(), "mixed", None),
     "records_digest": hexadecimal(16),
 }
 """Rules of the fields as JSON."""
+
+
+def start_of_run(created_at: int | None) -> int:
+    """`created_at`, or by default now, ms.
+
+    Raises:
+        ConfigError: nobody could read a manifest with that time.
+    """
+    now = time.time_ns() // 1_000_000 if created_at is None else created_at
+    if not 0 <= now <= _MOST_MS:
+        raise ConfigError(f"created_at={now}: is not a time from 1970 to 9999, in ms; correct the clock, then rerun")
+    return now
 
 
 _TAIL_COLUMN = {"name": text(), "size": either(whole(1, MAX_VALUES), one_of(None))}
