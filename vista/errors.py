@@ -11,9 +11,15 @@ MAX_MESSAGE = 4_000
 """Longest message of an error, in characters: a value of a million characters in it must not fill a log."""
 
 
-def shortened(text: str, limit: int) -> str:
-    """The text, or if it is longer than `limit` characters its start and end."""
-    return text if len(text) <= limit else _ends(text, limit, len(text))
+def shortened(text: str, limit: int, size: int | None = None) -> str:
+    """The text, or `limit` characters of its start and end, if these with a note of what is missing are shorter.
+
+    Args:
+        size: characters of the text before it was shortened for the first time; None if it was not.
+    """
+    left_out = (len(text) if size is None else size) - 2 * (limit // 2)
+    ends = f"{text[: limit // 2]} … [{left_out} characters left out] … {text[-(limit // 2) :]}"
+    return ends if len(ends) < len(text) else text
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -21,12 +27,7 @@ def shown(value: object, limit: int = 80) -> str:
     text = repr(value)
     # Passwords are removed before the value is shortened, because the @ after one may be in the part that is left out.
     # The first cut is at a length that no password has, so that a value of millions of characters takes no time.
-    near = without_password(text if len(text) <= MAX_MESSAGE else _ends(text, MAX_MESSAGE, len(text)))
-    return near if len(near) <= limit else _ends(near, limit, len(text))
-
-
-def _ends(text: str, limit: int, size: int) -> str:
-    return f"{text[: limit // 2]} … [{size - 2 * (limit // 2)} characters left out] … {text[-(limit // 2) :]}"
+    return shortened(without_password(shortened(text, MAX_MESSAGE)), limit, len(text))
 
 
 _STORE = re.compile(r"(rediss?:/+[^/:]*):(?!\S*:\s).*(?=@)", re.IGNORECASE | re.DOTALL)

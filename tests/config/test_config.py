@@ -41,7 +41,7 @@ from vista.config.checks import (
 from vista.config.composition import ConfigKeys, compose_config, to_yaml, value_text
 from vista.config.model_config import CONFIGS, model_config_of
 from vista.counters.counters import CounterSpec
-from vista.errors import ConfigError, VistaError, shown, without_password
+from vista.errors import ConfigError, VistaError, shortened, shown, without_password
 
 
 def test_words_are_choices() -> None:
@@ -308,11 +308,17 @@ def test_messages_hold_no_passwords(text: str, said: str) -> None:
     assert str(VistaError(text)) == said
 
 
+@pytest.mark.parametrize("length", [0, 81, 83, 109])
+def test_a_text_is_not_cut_where_the_note_of_the_cut_would_be_longer(length: int) -> None:
+    assert shortened("x" * length, 80) == "x" * length
+    assert shown("x" * (length - 2), 80) == repr("x" * (length - 2))
+
+
 @pytest.mark.parametrize("length", [0, 40, 70, 100, 5000])
 def test_values_are_shown_without_passwords(length: int) -> None:
     """Even if the @ after the password is in the part that is left out."""
     for text in (f"redis://u:{'hunter2' * 9}@h/" + "x" * length, "x" * length + f"redis://u:{'hunter2' * 9}@h/"):
-        assert "hunter" not in shown(text) and ("characters left out" in shown(text)) == (length > 64)
+        assert "hunter" not in shown(text) and ("characters left out" in shown(text)) == (length > 96)
     assert shown("x" * 1_000_000).endswith(f"[{1_000_002 - 80} characters left out] … {'x' * 39}'")
 
 
