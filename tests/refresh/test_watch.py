@@ -257,9 +257,24 @@ def test_a_log_that_was_restored_from_a_backup_is_refused(tmp_path, grow, watche
     shutil.rmtree(tmp_path / "log")
     (tmp_path / "backup").rename(tmp_path / "log")
     arrive(tmp_path / "incoming", "a.csv", grow.events({1: 2}, grow.start + 500 * grow.hour))
-    for _ in range(2):
-        with pytest.raises(StoreError, match=r"covers segment 2, .* other sources; restore the log, or run a full"):
-            Watch(watched).look()
+    with pytest.raises(StoreError, match=r"covers segment 2, .* ends at segment 1; restore the log, or run a full"):
+        Watch(watched).look()
+    log = grow.later(tmp_path / "log", {2: 4})
+    with pytest.raises(StoreError, match=r"covers segment 2, .* other sources; restore the log, or run a full"):
+        Watch(watched).look()
+    assert EventLog.open(log.path).last_segment == 2  # the file was never appended
+
+
+def test_nothing_is_appended_for_a_store_that_cannot_be_updated(tmp_path, grow, watched):
+    log = EventLog.open(watched.data)
+    refresh(grow.model(), log, watched.store, until="leave-last-out")
+    path = arrive(tmp_path / "incoming", "a.csv", grow.events({1: 2}, grow.start + 500 * grow.hour))
+    watching = Watch(watched)
+    with pytest.raises(ConfigError, match="was refreshed with until=leave-last-out and cannot be updated"):
+        watching.look()
+    assert EventLog.open(watched.data).num_events == log.num_events
+    refresh(grow.model(), log, watched.store)
+    assert watching.look().files == 1 and path.exists()
 
 
 def watch_folder(say: Say, folder: str) -> None:

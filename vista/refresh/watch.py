@@ -94,12 +94,17 @@ class Watch:
         A file that cannot be appended for a temporary reason (another writer, a full disk) is retried by the next look.
 
         Raises:
+            ConfigError, StoreError: a store cannot be updated from this log; nothing was appended.
             VistaError, OSError: the topics, the log, the model, or the store cannot be read or written at the moment.
                 Nothing is lost, and the next look resumes.
             StreamOffsetError, DataError: the topics do not fit the log, or with on_bad_rows=raise a message is invalid.
                 Errors of the topics are raised after the stores cover the log.
         """
         began, files, refused = time.monotonic(), 0, 0
+        log = EventLog.open(self.config.data)
+        covered = [
+            (root, check_updatable(published_manifest(root), log, root)) for root in stores_in(self.config.store)
+        ]
         arrived = self._arrived()
         with SourceParser() as parser:
             for arrived_at, path, version in arrived:
@@ -117,7 +122,9 @@ class Watch:
                     self._refused.add(version, str(error))
                     refused += 1
                     logger.error("%s", error)
-        log, stream, failure = EventLog.open(self.config.data), None, None
+        if files:
+            log = EventLog.open(self.config.data)
+        stream, failure = None, None
         if self._messages is not None:
             try:
                 stream = self._messages.append(log)
@@ -128,10 +135,9 @@ class Watch:
             log = EventLog.open(self.config.data)
         reports, since = [], list(self._waiting)
         options = RefreshOptions()
-        for root in stores_in(self.config.store):
-            covered = check_updatable(published_manifest(root), log, root)
-            if covered < log.last_segment:
-                since.append(_written_at(log, covered))
+        for root, segment in covered:
+            if segment < log.last_segment:
+                since.append(_written_at(log, segment))
                 reports.append(refresh_incremental(self.model, log, root, options=options, key=self._key))
         self._waiting.clear()
         if failure is not None:
