@@ -160,14 +160,25 @@ def test_a_child_that_dies_in_a_call_is_reported(tmp_path: Path, parser: SourceP
     assert parser.call("column_types", file)[0]
 
 
-def test_a_child_that_hangs_is_ended(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("a.csv", "the file is damaged, or the disk is too slow: write the file again, or split it"),
+        ("a.csv.gz", r"it holds too much for a compressed file of \d+ bytes: decompress it, or split it"),
+    ],
+)
+def test_a_child_that_hangs_is_ended(tmp_path: Path, name: str, why: str) -> None:
     file = write_csv(tmp_path / "a.csv", ROWS)
+    if name != file.name:
+        packed = tmp_path / name
+        packed.write_bytes(gzip.compress(file.read_bytes()))
+        file = packed
     with SourceParser(timeout_s=60) as parser:
         parser.call("column_types", file)
         parser._timeout_s = 0.2
         child = child_of(parser)
         child.send_signal(signal.SIGSTOP)
-        with pytest.raises(DataError, match=r"a\.csv: could not be read within 0 s"):
+        with pytest.raises(DataError, match=rf"/{name}: the parser gave no rows within 0 s; {why}"):
             parser.call("column_types", file)
         assert child.poll() == -signal.SIGKILL
 

@@ -132,9 +132,11 @@ class SourceParser:
                 f"{memory_bytes >> 20:,} MiB of memory: write it again, with smaller row groups if it is Parquet"
             ) from None
         except TimeoutError:
+            why, remedy = "the file is damaged, or the disk is too slow", "write the file again"
+            if path.endswith(".gz"):  # It may expand a thousandfold.
+                why, remedy = f"it holds too much for a compressed file of {size:,} bytes", "decompress it"
             raise DataError(
-                f"{path}: could not be read within {timeout_s:.0f} s; the file is damaged, or the disk is too slow: "
-                "write the file again, or split it"
+                f"{path}: the parser gave no rows within {timeout_s:.0f} s; {why}: {remedy}, or split it"
             ) from None
         except BaseException:
             self.close()  # the reply may still arrive, and must not be mistaken for that of another call
