@@ -111,7 +111,13 @@ def test_a_file_without_good_rows_is_an_error_even_with_quarantine(tmp_path: Pat
         (b"user,user,item,time,stars\n1,1,2,3,4\n", r"column 'user' occurs twice"),
         (HEADER.encode() + b"1,2,1600000000,4\n1,\xff,1600000000,4\n", r"log\.csv: line 3: .*is not UTF-8"),
         (b"user,\xff\n", r"log\.csv: the header is not UTF-8"),
-        (HEADER.encode() + b'1,2,1600000000,4\n"1,2,1600000000,4\n', r"log\.csv: (cannot be read|row 2)"),
+        *(
+            (
+                f'{HEADER[:-1]},note\n1,2,1600000000,4,"a ""b"",\nc"\n1,2,1600000000,{bad}\n{GOOD * 2000}'.encode(),
+                r"log\.csv: line 4 has a quote within a field, or one that is not closed; correct",
+            )
+            for bad in ('"4"b,', '4,"4', '4,4"b', '4,\u00fc"')
+        ),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, content: bytes, message: str) -> None:

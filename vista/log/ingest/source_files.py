@@ -6,16 +6,18 @@ import csv
 import gzip
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from vista.errors import DataError
+from vista.errors import DataError, shown
 from vista.installation import require_module
 
 if TYPE_CHECKING:
@@ -80,6 +82,41 @@ def _newlines(file: Path, size: int) -> int:
             count += block.count(b"\n")
             size -= len(block)
     return count
+
+
+_QUOTED = re.compile(rb'(.?)"[^"]*(?:""[^"]*)*"(.?)', re.DOTALL)
+
+
+def text_fault(file: Path, reason: str) -> str | None:
+    """The first line that is not UTF-8, or with a quote within a field or not closed, and what to do; None without.
+
+    Args:
+        reason: why Polars cannot read the file. If it is about neither, nothing is read.
+    """
+    has_bad_quote = "not properly escaped" in reason or "CSV malformed" in reason
+    if not has_bad_quote and "utf-8" not in reason:
+        return None
+    record, begin, is_open = bytearray(), 0, False
+    with open_binary(file) as handle:
+        for number, line in enumerate(handle, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as bad:
+                place = shown(line[max(bad.start - 10, 0) : bad.end + 10])
+                return f"line {number}: {place} is not UTF-8; convert the file to UTF-8"
+            if not has_bad_quote:
+                continue
+            record += line
+            begin = begin or number
+            is_open ^= line.count(b'"') % 2 == 1
+            # Only the separator, which no letter or digit is, may be next to a quoted field.
+            sides = set() if is_open else {*chain(*_QUOTED.findall(record.rstrip(b"\r\n")))} - {b""}
+            if len(sides) > 1 or any(side.isalnum() for side in sides) or len(record) > MAX_LINE_BYTES:
+                break
+            if not is_open:
+                record, begin = bytearray(), 0
+    problem = "has a quote within a field, or one that is not closed; correct the separator or the quotes"
+    return f"line {begin} {problem}" if begin else None
 
 
 MORE_FIELDS = 8

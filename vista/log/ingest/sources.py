@@ -34,12 +34,12 @@ from numpy.typing import NDArray
 
 from vista.config import FeatureTableConfig, ItemTableConfig, SourceConfig, UserTableConfig
 from vista.config.checks import MAX_VALUES, IdType, to_dict
-from vista.errors import ConfigError, DataError, LogWriteError, shown
+from vista.errors import ConfigError, DataError, LogWriteError
 from vista.files import checked_path
 from vista.installation import require_module
 from vista.log.ingest.public.public_set import FileForm, first_form
 from vista.log.ingest.public.public_sets import PUBLIC_SETS, remedy_of_kind
-from vista.log.ingest.source_files import ROW, FileScan, check_columns, digest_of, open_binary, read_header, scan_text
+from vista.log.ingest.source_files import ROW, FileScan, check_columns, digest_of, read_header, scan_text, text_fault
 from vista.log.ingest.source_parser import SourceParser, npz_limit
 
 if TYPE_CHECKING:
@@ -334,7 +334,7 @@ def source_of_frame(
 
 
 def unreadable(source: Source, error: Exception) -> DataError:
-    """The error for a source that Polars cannot read. For text, it names the first line that is not UTF-8."""
+    """The error for a source that Polars cannot read. For text, it names a line that is not UTF-8 or misquoted."""
     cause = re.search(r"Original error: ```(.*?)```", str(error), re.DOTALL)
     reason = " ".join((cause[1] if cause else str(error).split("\n\n")[0]).split())
     if "No space left" in reason or "quota exceeded" in reason:
@@ -343,14 +343,8 @@ def unreadable(source: Source, error: Exception) -> DataError:
         )
     if "File too large" in reason:
         return DataError(f"{source.path}: has too many rows for a file of its size; write it again, or split it")
-    if source.is_text and "utf-8" in reason:
-        with open_binary(Path(source.path)) as handle:
-            for number, line in enumerate(handle, 1):
-                try:
-                    line.decode()
-                except UnicodeDecodeError as bad:
-                    place = shown(line[max(bad.start - 10, 0) : bad.end + 10])
-                    return DataError(f"{source.path}: line {number}: {place} is not UTF-8; convert the file to UTF-8")
+    if source.is_text and (fault := text_fault(Path(source.path), reason)):
+        return DataError(f"{source.path}: {fault}")
     return DataError(f"{source.path}: cannot be read: {reason}; check the file, the separator and the quotes")
 
 
