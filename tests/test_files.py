@@ -17,7 +17,7 @@ import pytest
 import xxhash
 
 from vista import files
-from vista.errors import DataError, StoreError, UnknownUserError
+from vista.errors import ConfigError, DataError, StoreError, UnknownUserError
 from vista.files import (
     HashedFile,
     checked_path,
@@ -28,6 +28,7 @@ from vista.files import (
     remove_folder,
     replace_file,
     replaced_folder,
+    writable_file,
     writable_folder,
 )
 
@@ -219,6 +220,21 @@ def test_the_check_of_a_folder_does_not_write_through_a_link(tmp_path: Path) -> 
     writable_folder(tmp_path / "folder", "run_dir")
     assert (tmp_path / "victim").read_bytes() == b"kept"
     assert list((tmp_path / "folder").iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["", "run", "segment-000001-000003/run", "link/run"])
+def test_a_folder_in_an_event_log_is_not_written(tmp_path: Path, place: str) -> None:
+    (tmp_path / "log" / "segment-000001-000003").mkdir(parents=True)
+    (tmp_path / "log" / "segment-000001-000003" / "manifest.json").touch()
+    (tmp_path / "log" / "link").symlink_to("segment-000001-000003")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        ConfigError, match=rf"^run_dir=\S*: lies in the EventLog {tmp_path}/log; choose another folder$"
+    ):
+        writable_folder(tmp_path / "log" / place, "run_dir")
+    with pytest.raises(ConfigError, match=r"^out=\S*: lies in the EventLog"):
+        writable_file(tmp_path / "log" / place / "report.html", "out")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_makes_all_parents_and_accepts_what_exists(tmp_path: Path) -> None:

@@ -249,10 +249,14 @@ def writable_folder(folder: Path, key: str) -> None:
     """Make a folder durably if it does not exist, and check that files can be written in it.
 
     Raises:
-        ConfigError: they cannot; the message names `key` (the setting of the folder) and the reason.
+        ConfigError: they cannot, or it lies in an EventLog; the message names `key` (the setting of the folder) and the
+            reason.
     """
     folder = checked_path(folder, ConfigError)
     probe = folder / f".probe.{os.getpid()}.tmp"
+    for parent in Path(os.path.realpath(probe)).parents:
+        if any(parent.glob("segment-000001*/manifest.json")):
+            raise ConfigError(f"{key}={folder}: lies in the EventLog {parent}; choose another folder")
     try:
         make_folders(folder)
         create_file(probe).close()

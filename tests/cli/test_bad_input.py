@@ -229,6 +229,9 @@ def test_folders_that_cannot_be_written(copied: Served, tmp_path: Path, fails: F
     line = fails(2, "evaluate", *places, f"store={copied.store}", f"out={below}")
     assert f"out={below.parent}: cannot be written" in line
     assert (tmp_path / "file").read_text() == "kept"
+    within = Path(copied.log.path) / "run"
+    assert f"run_dir={within}: lies in the EventLog" in fails(2, *train_words(copied, f"run_dir={within}"))
+    assert not within.exists()
 
 
 def test_a_full_disk_in_training(event_log: EventLog, tmp_path: Path) -> None:
