@@ -237,6 +237,22 @@ def test_a_folder_in_an_event_log_is_not_written(tmp_path: Path, place: str) -> 
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "config.yaml", "best/config.json", "checkpoints/x.json"])
+def test_the_files_of_a_run_are_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("run")
+    for path in (tmp_path / "run" / name, tmp_path / "link" / name):
+        writable_file(path, "out")  # the folder is not a run
+    for file in ("run.json", "train.log"):
+        (tmp_path / "run" / file).touch()
+    for path in (tmp_path / "run" / name, tmp_path / "link" / name):
+        with pytest.raises(ConfigError, match=rf"^out={path}: belongs to the run {tmp_path}/run; name another file$"):
+            writable_file(path, "out")
+    writable_file(tmp_path / "run" / "report.html", "out")
+    (tmp_path / "run.json").touch()
+    writable_file(tmp_path / "run.json", "out")  # perhaps of the same command
+
+
 def test_makes_all_parents_and_accepts_what_exists(tmp_path: Path) -> None:
     for _ in range(2):
         make_folders(tmp_path / "a" / "b" / "c")

@@ -267,9 +267,22 @@ def writable_folder(folder: Path, key: str) -> None:
         ) from None
 
 
+RUN_FILES = ("run.json", "train.log", "metrics.jsonl")
+"""Files that only runs have."""
+_OF_RUNS = (*RUN_FILES, "config.yaml", "best", "checkpoints")
+
+
 def writable_file(path: Path, key: str) -> None:
-    """As `writable_folder` for the folder of a file that will be written, which must not be a device or a folder."""
+    """As `writable_folder` for the folder of a file that will be written.
+
+    It must not be a device, a folder, or one of the files that a run keeps for itself.
+    """
     writable_folder(checked_path(path, ConfigError).absolute().parent, key)
+    place = Path(os.path.realpath(path.parent), path.name)
+    for folder in place.parents:
+        own = place.relative_to(folder).parts[0]
+        if own in _OF_RUNS and any(os.path.isfile(folder / name) for name in RUN_FILES if name != own):
+            raise ConfigError(f"{key}={path}: belongs to the run {folder}; name another file")
     try:
         check_replaceable(path)
     except OSError as error:

@@ -229,6 +229,8 @@ def test_folders_that_cannot_be_written(copied: Served, tmp_path: Path, fails: F
     line = fails(2, "evaluate", *places, f"store={copied.store}", f"out={below}")
     assert f"out={below.parent}: cannot be written" in line
     assert (tmp_path / "file").read_text() == "kept"
+    metrics = Path(copied.config.run_dir) / "metrics.jsonl"
+    assert f"out={metrics}: belongs to the run" in fails(2, "plan", f"out={metrics}")
     within = Path(copied.log.path) / "run"
     assert f"run_dir={within}: lies in the EventLog" in fails(2, *train_words(copied, f"run_dir={within}"))
     assert not within.exists()

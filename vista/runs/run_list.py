@@ -16,7 +16,7 @@ import yaml
 from vista.config.checks import RunOrder, check_size
 from vista.config.composition import flattened, value_text
 from vista.errors import ConfigError
-from vista.files import NUMBER, check_fields, either, one_of, open_file, read_limited, text, whole
+from vista.files import NUMBER, RUN_FILES, check_fields, either, one_of, open_file, read_limited, text, whole
 from vista.runs.tracking import rows_of
 from vista.text_table import terminal_width, text_table, wrapped
 
@@ -25,8 +25,6 @@ _LARGER = ("hr@", "ndcg@", "mrr@", "recall@", "precision@", "auc/", "gauc/")
 """Beginnings of the names of metrics that are better if they are larger."""
 
 MAX_JSON_BYTES, MAX_METRICS_BYTES = 1 << 20, 1 << 28
-FILES = ("run.json", "train.log", "metrics.jsonl")
-"""Files that only runs have."""
 _NOTE = either(one_of(None), text())
 _FACTS = {
     "state": one_of("running", "finished", "stopped", "failed"),
@@ -91,7 +89,7 @@ class RunFiles:
 
 def is_run(path: Path) -> bool:
     """Whether a folder is a run folder, complete or not."""
-    return any((path / file).is_file() for file in FILES)
+    return any((path / file).is_file() for file in RUN_FILES)
 
 
 def read_settings(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -237,7 +235,7 @@ class RunSummary:
             seconds=seconds if NUMBER.holds(seconds) else None,
             parameters=facts.get("parameters"),
             commit=facts.get("commit"),
-            changed_ns=max((_changed_ns(path / file) for file in FILES), default=0),
+            changed_ns=max((_changed_ns(path / file) for file in RUN_FILES), default=0),
             settings=files.settings,
         )
 
