@@ -247,7 +247,7 @@ def compare(recorder: BenchmarkRecorder, pilot: RecToolsPilot, log: EventLog, nu
         "rows": rows,
         "our_seconds": {who.value: seconds for who, seconds in ours.items()},
         "our_labels": num_labels,
-        "our_config": {who.value: _settings(our_config(who, log, negatives, dropout, "")) for who in BARS},
+        "our_config": {who.value: _settings(our_config(who, log, negatives, dropout, "runs/timed")) for who in BARS},
         "baseline_reports": reports,
         "pilot": [dataclasses.asdict(tried) | {"seconds": seconds} for tried, seconds in pilot.tried.items()],
     }

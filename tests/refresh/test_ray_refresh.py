@@ -335,7 +335,8 @@ def cluster():
     from ray.cluster_utils import Cluster
 
     folder = tempfile.mkdtemp(prefix="vr-")  # Ray's sockets must have short paths.
-    Path("/tmp/ray").mkdir(exist_ok=True)  # Clusters write their address there, whatever their own folder is.
+    address = Path(tempfile.gettempdir(), "ray")
+    address.mkdir(exist_ok=True)  # Clusters write their address there, whatever their own folder is.
     small = {"object_store_memory": 80_000_000, "include_dashboard": False}
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "temp_dir": folder, **small})
     made.add_node(num_cpus=2, **small)
