@@ -26,32 +26,21 @@ def fitted(line: str, indent: int = 2) -> str:
     return line if len(line) <= width else wrapped(line, width, " " * indent)
 
 
-def fitted_table(lines: Sequence[str], header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lines of a table as they are if they fit the terminal, or else a title and one block of lines per row.
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
+    """A table with aligned columns, or where it is wider than `width` its title and one block of lines per row.
 
     Args:
-        lines: the table.
-        header: its title, then the names of its columns.
-        rows: its cells, the first of which name the rows.
-    """
-    widest = max(map(len, lines))
-    width = terminal_width(piped=widest)
-    if widest <= width:
-        return "\n".join(lines)
-    return "\n".join([wrapped(header[0], width, "  "), *(_block(header, row, width) for row in rows)])
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:
-    """A table with aligned columns, or where it is wider than `width` one block of lines per row.
-
-    Args:
-        header: names of the columns. The first column names the row, and is aligned to the left.
+        header: names of the columns. The first column names the row, and is aligned to the left; its name is the title.
         rows: cells as text; empty ones are left out of blocks.
+        width: that of the terminal, if None; programs that read from a pipe get aligned columns.
     """
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    if sum(widths) + GAP * (len(widths) - 1) <= width:
+    widest = sum(widths) + GAP * (len(widths) - 1)
+    width = terminal_width(piped=widest) if width is None else width
+    if widest <= width:
         return "\n".join(_aligned(row, widths) for row in (header, *rows))
-    return "\n".join(_block(header, row, width) for row in rows)
+    title = [wrapped(header[0], width, "  ")] if header[0] else []
+    return "\n".join([*title, *(_block(header, row, width) for row in rows)])
 
 
 def two_columns(rows: Iterable[tuple[str, str]], column: int, *, cut: bool = False) -> str:

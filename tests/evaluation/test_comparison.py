@@ -215,7 +215,7 @@ def test_next_items_are_ranked_as_without_a_model(
     expected = measure_baseline(Transitions(), served.log, served.model.data, config, columns).means()
     assert written["baselines"]["transitions"] == pytest.approx(expected)
     assert ("own frequency" in written["baselines"]) != exclude_seen
-    row = next(line for line in str(report).splitlines() if line.startswith("  transitions  "))
+    row = next(line for line in str(report).splitlines() if line.startswith("transitions  "))
     assert row.split()[1::3] == [f"{expected['hr@5']:.4f}", f"{expected['ndcg@5']:.4f}"]
     paired = compare(CompareConfig(a=[str(out)], b=[f"{out}.transitions"]))
     assert f"{expected['hr@5'] - report.metrics['hr@5']:+.4f}" in str(paired)

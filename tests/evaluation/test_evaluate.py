@@ -427,7 +427,7 @@ class TestResults:
         result = evaluate(self.settings(served, tmp_path, popularity=True))
         metrics = self.written(tmp_path)["metrics"]  # the file is replaced
         assert {"gini@1", "coverage@1", "popularity/score", "ndcg@1/decile-1"} < metrics.keys()
-        assert "gini@1" not in str(result) and "  decile     items   labels  recommended" in str(result)
+        assert "gini@1" not in str(result) and "decile  items  labels  recommended" in str(result)
 
     def test_without_out_nothing_is_written(self, served: Served, tmp_path: Path) -> None:
         result = evaluate(self.settings(served, tmp_path, out=None))

@@ -106,7 +106,7 @@ def test_a_report_by_hand() -> None:
     assert report.score_correlation == pytest.approx(3 / math.sqrt(15))
     assert report.norm_correlation == pytest.approx(-3 / math.sqrt(15))
     assert report.metrics()["recommended@2/decile-7"] == 0.5 and report.metrics()["gini@2"] == report.gini
-    assert "  7         1    0.00%       50.00%      nan      nan" in str(report)
+    assert "7           1   0.00%       50.00%     nan     nan" in str(report)
 
 
 class TestEvaluation:

@@ -20,7 +20,7 @@ from vista.evaluation.cases import (
     questions_by_user,
     with_tasks,
 )
-from vista.evaluation.comparison import PerUserMetrics, mean_cell, per_user_path, table_of_means
+from vista.evaluation.comparison import PerUserMetrics, mean_cell, per_user_path
 from vista.evaluation.counting_baselines import (
     CountingBaseline,
     Ease,
@@ -43,6 +43,7 @@ from vista.log.splits import leaves_out_seen, split_until, visible_counts
 from vista.logistic_regression import fit_probability, predict_probability
 from vista.model.ranking_model import RankingModel
 from vista.progress_bar import elapsed_time, progress_bar, ticking
+from vista.text_table import text_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class BaselineReport:
                 [baseline, *(mean_cell(own.values[name]) for name in columns.values())]
                 for baseline, own in self.per_user.items()
             ]
-            tables.append(table_of_means(header, rows, 34))
+            tables.append(text_table(header, rows))
         return "\n".join(tables)
 
 

@@ -25,7 +25,7 @@ from vista.evaluation.metrics import auc, mean_and_error
 from vista.files import read_limited, replace_file
 from vista.log.ingest.source_parser import npz_limit
 from vista.progress_bar import progress_bar
-from vista.text_table import fitted_table
+from vista.text_table import text_table
 
 MAX_FILE_BYTES = 1 << 30
 
@@ -101,18 +101,6 @@ def mean_cell(values: Floats) -> str:
     return "{:.4f} ± {:.4f}".format(*mean_and_error(values))
 
 
-def table_of_means(header: Sequence[str], rows: Sequence[Sequence[str]], first: int) -> str:
-    """A table that fits the terminal: a first column of `first` characters, and cells of `mean_cell`.
-
-    Args:
-        header: its title, then the names of its columns.
-        rows: its cells, the first of which name the rows.
-    """
-    lines = [f"{header[0]:<{first}}" + "".join(f"{name:>18}" for name in header[1:]).rstrip()]
-    lines += [f"  {row[0]:<{first - 2}}" + "".join(f"{cell:>18}" for cell in row[1:]) for row in rows]
-    return fitted_table(lines, header, rows)
-
-
 def per_user_path(out: str | Path) -> Path:
     """The file of the metrics per user of an evaluation whose `out` is given."""
     return Path(f"{out}.npz")
@@ -177,14 +165,12 @@ class Comparison:
         return cls(rows)
 
     def __str__(self) -> str:
-        width = max(20, *(len(name) + 1 for name in self.differences))
-        rows = [["metric", "users", "a", "b", "b - a", "95 % interval", "p"]]
+        rows = []
         for name, row in self.differences.items():
             low, high = row.interval
             means = [f"{row.mean_a:.4f}", f"{row.mean_b:.4f}", f"{row.difference:+.4f}"]
             rows.append([name, str(row.num_users), *means, f"{low:+.4f} to {high:+.4f}", f"{row.p:.4f}"])
-        lines = ["{:<{width}}{:>7}{:>9}{:>9}{:>10} {:>20}{:>8}".format(*row, width=width) for row in rows]
-        return fitted_table(lines, rows[0], rows[1:])
+        return text_table(["metric", "users", "a", "b", "b - a", "95 % interval", "p"], rows)
 
 
 def _require_same_question(one: PerUserMetrics, other: PerUserMetrics) -> None:

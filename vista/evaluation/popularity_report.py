@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Floats, Int
 from vista.evaluation.protocol import RecommendedLists, ranking_metrics
-from vista.text_table import fitted, fitted_table
+from vista.text_table import fitted, text_table
 
 NUM_DECILES = 10
 
@@ -67,13 +67,12 @@ class PopularityReport:
             f"the vectors {self.norm_correlation:+.4f}",
         ]
         columns = (self.num_items, self.label_share, self.recommended_share, self.hit_rate, self.ndcg)
-        rows = [["decile", "items", "labels", "recommended", f"hr@{k}", f"ndcg@{k}"]]
-        rows += [
+        rows = [
             [str(decile), str(items), f"{labels:.2%}", f"{shown:.2%}", f"{hits:.4f}", f"{gain:.4f}"]
             for decile, (items, labels, shown, hits, gain) in enumerate(zip(*columns, strict=True), start=1)
         ]
-        lines = ["  {:>6} {:>9} {:>8} {:>12} {:>8} {:>8}".format(*row) for row in rows]
-        return "\n".join([*map(fitted, head), fitted_table(lines, rows[0], rows[1:])])
+        header = ["decile", "items", "labels", "recommended", f"hr@{k}", f"ndcg@{k}"]
+        return "\n".join([*map(fitted, head), text_table(header, rows)])
 
 
 def popularity_report(

@@ -24,7 +24,7 @@ from vista.evaluation.cases import (
     next_item_cases,
     window_cases,
 )
-from vista.evaluation.comparison import PerUserMetrics, mean_cell, table_of_means
+from vista.evaluation.comparison import PerUserMetrics, mean_cell
 from vista.evaluation.metrics import (
     auc,
     calibration,
@@ -40,6 +40,7 @@ from vista.log.histories import DAY_MS, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK, leaves_out_seen, part_counts, part_times, split_until, visible_counts
 from vista.progress_bar import progress_bar
 from vista.ranks import ALONE, Ranks
+from vista.text_table import text_table
 
 # How well scores rank the items of a window: precision, recall and NDCG over a set of labels.
 #
@@ -357,7 +358,7 @@ class WindowReport:
             counts = [np.count_nonzero(~np.isnan(metrics[names[0] + kind])) for kind in kinds]
             rows = [["users", *map(str, counts)]]
             rows += [[name, *(mean_cell(metrics[name + kind]) for kind in kinds)] for name in names]
-            tables.append(table_of_means(header, rows, 20))
+            tables.append(text_table(header, rows))
         return "\n".join(tables)
 
 

@@ -25,7 +25,7 @@ from vista.model.history_states import covered_lengths
 from vista.model.vista_model import VistaModel
 from vista.progress_bar import progress_bar
 from vista.scorer import Scorer
-from vista.text_table import fitted_table
+from vista.text_table import text_table
 
 AGES = (0, 32, 128, 512, 2048, 8192)
 """Lower ends of the bands of age, in events before the summary's cut; the last band has no upper end."""
@@ -52,12 +52,11 @@ class RecallReport:
         return {f"recall/{band}": float(gap) for band, gap in zip(bands(), self.own - self.other, strict=True)}
 
     def __str__(self) -> str:
-        rows = [["age in events", "own", "other", "recall", "events"]]
-        rows += [
+        rows = [
             [band, f"{own:.4f}", f"{other:.4f}", f"{own - other:.4f}", f"{count:,}"]
             for band, own, other, count in zip(bands(), self.own, self.other, self.num_events, strict=True)
         ]
-        return fitted_table(["{:<16}{:>8}{:>8}{:>8}{:>10}".format(*row) for row in rows], rows[0], rows[1:])
+        return text_table(["age in events", "own", "other", "recall", "events"], rows)
 
 
 def bands() -> list[str]:

@@ -41,6 +41,7 @@ from vista.logistic_regression import fit_probability, predict_probability
 from vista.progress_bar import progress_bar
 from vista.simulation.streams import ACTIONS, SimulatedChunk, SimulatedLog, make_catalog, pooled_features, split_times
 from vista.simulation.worlds import WORLDS
+from vista.text_table import text_table
 
 if TYPE_CHECKING:
     import polars as pl
@@ -198,11 +199,11 @@ def oracle_metrics(log: SimulatedLog, *, tasks: Sequence[str] = ("click",)) -> l
 
 def format_oracle_metrics(rows: Sequence[OracleMetrics]) -> str:
     """The metrics as a plain-text table."""
-    lines = [f"{'task':10} {'predictor':14} {'AUC':>7} {'+-':>6} {'NE':>7}   impressions"]
-    for row in rows:
-        figures = f"{row.auc:7.4f} {row.auc_error:6.4f} {row.ne:7.4f}"
-        lines.append(f"{row.task:10} {row.predictor:14} {figures}   {row.num_impressions} (test)")
-    return "\n".join(lines)
+    cells = [
+        [row.predictor, row.task, f"{row.auc:.4f}", f"{row.auc_error:.4f}", f"{row.ne:.4f}", str(row.num_impressions)]
+        for row in rows
+    ]
+    return text_table(["predictor", "task", "AUC", "+-", "NE", "test impressions"], cells)
 
 
 @dataclass(frozen=True, slots=True)
