@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -29,22 +27,10 @@ from vista.model.features import EncodedRows, RowFeatureReader, Schema
 from vista.model.inference import PaddedTail, pad_tail
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import ARCHITECTURES
-from vista.model.summarizer import Stage1Config
 from vista.model.vista_model import VistaModel
 
 ACTIONS, TASKS, NUM_ITEMS = ["view", "click", "buy"], ["click", "like"], 40
 HOUR = 3_600_000
-CONSTANTS = [field.name for field in fields(Stage1Config) if field.default is not MISSING] + ["normalization"]
-"""Fields of Stage1Config that no configuration sets."""
-
-
-@contextmanager
-def taken_constants(options: dict[str, Any]) -> Iterator[None]:
-    """Take constants of stage 1 out of the options of a model. If it is built in this block, it has these values."""
-    constants, of = {key: options.pop(key) for key in CONSTANTS if key in options}, Stage1Config.of
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stage1Config, "of", lambda *read: replace(of(*read), **constants))
-        yield
 
 
 def model(
@@ -63,8 +49,7 @@ def model(
     """A model in eval mode in which every parameter matters: noise keeps biases and the like from being 0.
 
     With `num_tail_features`, it reads features of events, and so many of them in stage 2. If it counts categories, its
-    items have the feature `brand`: 3 values, and none for every fourth item. `config` may also set constants of
-    stage 1, as activation=….
+    items have the feature `brand`: 3 values, and none for every fourth item.
     """
     torch.manual_seed(seed)
     options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0} | config
@@ -80,10 +65,7 @@ def model(
         request_features=READER.columns if request_features else [],
         user_features=READER.columns if user_features else [],
     )
-    with taken_constants(options):
-        built = VistaModel(
-            ModelConfig(**options), schema, Vocabulary.from_ids(np.arange(num_items) + 100), DataConfig()
-        )
+    built = VistaModel(ModelConfig(**options), schema, Vocabulary.from_ids(np.arange(num_items) + 100), DataConfig())
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -112,9 +94,8 @@ def of_architecture(
     kinds = {f"{kind}_features": READER.columns if features else [] for kind in ("event", "request", "user")}
     schema = Schema(ACTIONS, has_time, (1.0, 5.0), list(tasks), has_retrieval, **kinds)
     items = Vocabulary.from_ids(np.arange(NUM_ITEMS) + 100)
-    with taken_constants(options):
-        settings = model_config(name, **options)
-        built = ARCHITECTURES[settings.architecture](settings, schema, items, DataConfig()).to(dtype).eval()
+    settings = model_config(name, **options)
+    built = ARCHITECTURES[settings.architecture](settings, schema, items, DataConfig()).to(dtype).eval()
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

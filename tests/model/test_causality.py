@@ -11,15 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vista.config.checks import Decay, Mixing, Normalization, TargetAttentionKind
+from vista.config.checks import Decay, Mixing, TargetAttentionKind
 from vista.examples.batch import Batch, Chunks
 from vista.log.histories import Histories, RowFeatures
 
 YEAR = 365 * 86_400_000
 SHAPES = {
-    "separable": {"mixing": Mixing.separable, "normalization": Normalization.length},
+    "separable": {"mixing": Mixing.separable},
     "separable, decay": {"mixing": Mixing.separable, "decay": Decay.time, "decay_horizons": [0.0, 2.0]},
-    "bidirectional": {"mixing": Mixing.bidirectional, "normalization": Normalization.none},
+    "bidirectional": {"mixing": Mixing.bidirectional},
     "mean token": {"mean_token": True},
     "interests": {"num_interests": 11},
     "no summary": {"num_seeds": 0},

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import model_config, sign_model
 from vista.arrays import offsets_of
 from vista.config import DataConfig, ModelConfig
-from vista.config.checks import Activation, Decay, Mixing, Normalization, TargetAttentionKind
+from vista.config.checks import Decay, Mixing, TargetAttentionKind
 from vista.counters.counters import CounterSpec
 from vista.errors import CheckpointError
 from vista.log.features import Column, Columns, selected
@@ -354,8 +354,8 @@ def test_summarizer_id_follows_stage_1_and_nothing_else(make: SimpleNamespace, m
 
 OTHERS = {"decay": Decay.time, "mixing": Mixing.bidirectional, "decay_horizons": (1.0, 2.0), "mean_token": True}
 OTHERS |= {"rating_range": (0.0, 5.0), "actions": ("view", "buy", "click"), "counters": CounterSpec(), "has_gap": False}
-OTHERS |= {"item_features": (FeatureSpec("brand", "category", 3),), "activation": Activation.relu}
-OTHERS |= {"event_features": (FeatureSpec("device", "category", 3),), "normalization": Normalization.none}
+OTHERS |= {"item_features": (FeatureSpec("brand", "category", 3),)}
+OTHERS |= {"event_features": (FeatureSpec("device", "category", 3),)}
 """Other values of the fields of Stage1Config whose values cannot be increased by 1."""
 
 

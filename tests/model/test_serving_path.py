@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vista.config.checks import Activation, Decay, Mixing, TargetAttentionKind
+from vista.config.checks import Decay, Mixing, TargetAttentionKind
 from vista.examples.batch import Batch
 from vista.log.histories import Histories
 from vista.model import inference
@@ -44,7 +44,6 @@ SHAPES = {
     "request features": {"request_features": True},
     "request features, no times": {"request_features": True, "has_time": False, "conv_width": 1},
     "unified table": {"embedding_rows": 23},
-    "another phi": {"activation": Activation.relu},
     "three layers": {"num_target_layers": 3},
     "interests": {"num_interests": 11},
     "interests, quasi-linear": {"num_interests": 16, "target_attention": TargetAttentionKind.quasi_linear},
@@ -57,7 +56,6 @@ SHAPES = {
         "num_seeds": 0,
         "num_layers": 3,
         "num_target_layers": 1,
-        "activation": Activation.identity,
         "decay": Decay.time,
         "decay_horizons": [0.0, 3.0],
     },
@@ -74,12 +72,10 @@ SHAPES = {
         "mean_token": True,
         "target_attention": TargetAttentionKind.softmax,
     },
-    "no phi, bidirectional": {"activation": Activation.identity, "mixing": Mixing.bidirectional, "num_layers": 3},
 }
 COMBINED = (
     "tail not in the summary, bidirectional",
     "request features, no times",
-    "another phi",
     "three layers",
     "interests, quasi-linear",
     "softmax, no summary",
@@ -87,7 +83,6 @@ COMBINED = (
     "user features, bidirectional",
     "user features, no summary",
     "user features, quasi-linear",
-    "no phi, bidirectional",
 )
 """Shapes whose parts other shapes have, one by one; `make nightly` has them."""
 ALL_SHAPES = [pytest.param(name, marks=pytest.mark.nightly if name in COMBINED else ()) for name in SHAPES]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from vista.config import ModelConfig
-from vista.config.checks import Activation, Codec, Decay, Mixing, Normalization, TargetAttentionKind
+from vista.config.checks import Codec, Decay, Mixing, TargetAttentionKind
 from vista.log.histories import Histories
 from vista.model import inference
 from vista.model.features import Schema
@@ -40,21 +40,14 @@ def formula(model: VistaModel, history: Histories) -> Tensor:
             outputs = []
             for q, k, v in zip(*(part.split(8, -1) for part in (query, key, value)), strict=True):
                 z = silu(k).t() @ v
-                if model.stage1.normalization is Normalization.length:
-                    z = z / len(x) ** model.stage1.normalization_alpha
                 outputs.append(silu(q) @ silu(z))
             x = layer.feed_forward(layer.output(x, torch.stack(outputs, 1), gate))
         return stage.final_norm(x[-len(stage.seeds) :])
 
 
-@pytest.mark.parametrize("normalization", Normalization)
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-def test_summaries_are_the_papers_set_attention(
-    make: SimpleNamespace, normalization: Normalization, num_layers: int
-) -> None:
-    model = make.model(
-        seed=1, mixing=Mixing.bidirectional, normalization=normalization, normalization_alpha=0.7, num_layers=num_layers
-    )
+def test_summaries_are_the_papers_set_attention(make: SimpleNamespace, num_layers: int) -> None:
+    model = make.model(seed=1, mixing=Mixing.bidirectional, num_layers=num_layers)
     packed = make.histories([0, 1, 30, 2, 9], 1)
     summary = inference.summarize(model, packed)
     for row in range(packed.num_users):
@@ -86,12 +79,11 @@ def test_gradients_are_those_of_the_formula(make: SimpleNamespace) -> None:
 DAY = 86_400_000
 
 
-@pytest.mark.parametrize("activation", Activation)
 @pytest.mark.parametrize("decay", [Decay.none, Decay.time])
-def test_the_first_token_is_the_mean_of_the_events(make: SimpleNamespace, activation: Activation, decay: Decay) -> None:
+def test_the_first_token_is_the_mean_of_the_events(make: SimpleNamespace, decay: Decay) -> None:
     """By a sum over the values of the events."""
     horizons = [2.0, 2.0] if decay is Decay.time else []
-    model = make.model(seed=2, mean_token=True, activation=activation, decay=decay, decay_horizons=horizons)
+    model = make.model(seed=2, mean_token=True, decay=decay, decay_horizons=horizons)
     packed = make.histories([0, 1, 9], 4)
     token = inference.summarize(model, packed)[:, 0]
     assert not token[0].any()  # an empty history

@@ -16,7 +16,7 @@ import torch
 from tests.conftest import Served
 from tests.training.test_trainer import assert_same_result
 from vista.config import EvaluateConfig, OptimConfig, SasrecConfig, TrainConfig
-from vista.config.checks import Codec, Decay, Split, TargetAttentionKind
+from vista.config.checks import Codec, Decay, Mixing, Split, TargetAttentionKind
 from vista.errors import ConfigError, LeakageError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.batch_source import BatchSource, ModelReads
@@ -326,6 +326,9 @@ class TestRefusals:
             "model.conv_width=3 model.decay=none model.decay_horizons=[] model.mean_token=false"
         )
         with pytest.raises(ConfigError, match=re.escape(expected)):
+            train(config, served_tasks.log)
+        config = downstream_config(served_tasks, past_store, tmp_path, model__mixing=Mixing.bidirectional)
+        with pytest.raises(ConfigError, match=r"model\.mixing \(separable -> bidirectional\)"):
             train(config, served_tasks.log)
 
     def test_another_tail_if_the_records_leave_the_tail_out(self, served_tasks: Served, tmp_path: Path) -> None:

@@ -384,25 +384,6 @@ class TableOptimizer(Enum):
     """FBGEMM's row-wise Adagrad, whose state is one number per row."""
 
 
-class Activation(Enum):
-    """Activation phi of stage 1, applied to its queries, keys, and states."""
-
-    silu = "silu"
-    """The paper."""
-    relu = "relu"
-    identity = "identity"
-    """Plain linear attention."""
-
-
-class Normalization(Enum):
-    """Scale c of stage 1's state Z before its activation: none, or by the number of events n."""
-
-    none = "none"
-    """c = 1 (the paper)."""
-    length = "length"
-    """c = 1 / max(n, 1) ** alpha."""
-
-
 class Decay(Enum):
     """How older events lose weight in separable mixing: not at all, by age in time, or by age in events."""
 

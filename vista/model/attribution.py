@@ -141,7 +141,7 @@ def _read(read: QuasiLinearRead, hidden: Tensor, matrices: Tensor) -> tuple[Tens
     """`QuasiLinearRead` of [C, M], linear in it and in what comes from the state; and the latter, [C, H, D]."""
     value = F.linear(_frozen(read.norm, hidden), read.projections.weight[-hidden.shape[1] :])
     query, gate, key, _ = read.projections(read.norm(hidden.detach())).detach().chunk(4, -1)
-    query, key, value = (split_heads(part, read.num_heads) for part in (read.phi(query), read.phi(key), value))
+    query, key, value = (split_heads(part, read.num_heads) for part in (F.silu(query), F.silu(key), value))
     from_state = torch.einsum("chd,hde->che", query, matrices).requires_grad_()
     heads = from_state + (query * key).sum(-1, keepdim=True) * value
     return hidden + read.output.out(_frozen(read.output.head_norm, heads).flatten(-2) * gate), from_state

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vista.config import DataConfig, OptimConfig
 from vista.config.checks import Architecture, TableKind
-from vista.config.model_config import NextItemConfig, RankingConfig
+from vista.config.model_config import EMBEDDING_HASHES, NextItemConfig, RankingConfig
 from vista.counters.counters import CounterSpec, ItemKeys
 from vista.errors import CheckpointError
 from vista.examples.batch import Batch, BatchEvents
@@ -64,7 +64,7 @@ class EventEncoder(nn.Module):
         def embedding(feature: EmbeddingFeature, num_values: int) -> nn.Embedding | HashedEmbedding:
             if shared is None:
                 return nn.Embedding(num_values, config.dim)
-            return HashedEmbedding(shared, feature, num_values, config.embedding_hashes, config.embedding_rows)
+            return HashedEmbedding(shared, feature, num_values, EMBEDDING_HASHES, config.embedding_rows)
 
         num_actions = len(config.actions)
         self.action = embedding(EmbeddingFeature.action, num_actions) if num_actions > 1 else None
@@ -226,7 +226,7 @@ class RankingModel(nn.Module):
             if sharded is None:
                 return F.embedding(rows, self.item_table, padding_idx=UNKNOWN_ITEM, sparse=True)
             return sharded.read(rows).masked_fill((rows == UNKNOWN_ITEM).unsqueeze(-1), 0.0)
-        hashed = hashed_rows(rows, EmbeddingFeature.item, self.stage1.embedding_hashes, config.embedding_rows)
+        hashed = hashed_rows(rows, EmbeddingFeature.item, EMBEDDING_HASHES, config.embedding_rows)
         hashed.masked_fill_((rows == UNKNOWN_ITEM).unsqueeze(-1), UNKNOWN_ITEM)
         if sharded is None:
             vectors = gather(self.item_table, hashed)
@@ -447,7 +447,7 @@ class RankingModel(nn.Module):
     def table_shape(self) -> torch.Size:
         """Shape of the whole item table, of which `item_table` may have only some rows."""
         rows, dim = self.config.embedding_rows, self.config.dim
-        return torch.Size((1 + rows, dim // self.stage1.embedding_hashes) if rows else (1 + len(self.items), dim))
+        return torch.Size((1 + rows, dim // EMBEDDING_HASHES) if rows else (1 + len(self.items), dim))
 
     @property
     def device(self) -> torch.device:

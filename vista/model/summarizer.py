@@ -9,7 +9,6 @@ layer l, so every layer's state is a sum over events, computed in one pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import ModelConfig
-from vista.config.checks import Activation, Decay, Mixing, Normalization
+from vista.config.checks import Decay, Mixing
 from vista.config.model_config import EMBEDDING_HASHES, NextItemConfig, RankingConfig
 from vista.counters.counters import CounterSpec
 from vista.log.histories import DAY_MS
@@ -36,7 +35,16 @@ from vista.model.layers import (
     split_heads,
 )
 from vista_kernels import accumulate_state, quasi_linear_attention, read_state, scan_states
-from vista_kernels.read_settings import ReadSettings
+
+PHI = "silu"
+"""Activation of queries, keys, and states, as in the paper."""
+CONSTANTS = {
+    "activation": PHI,
+    "normalization_alpha": 1.0,
+    "feed_forward_ratio": FEED_FORWARD_RATIO,
+    "embedding_hashes": EMBEDDING_HASHES,
+}
+"""Settings of stage 1 that are the same in all models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +52,7 @@ class Stage1Config:
     """All settings that a summary depends on. `VistaModel.summarizer_id` hashes every field.
 
     The modules of stage 1 and the event encoder get these settings and no others, so a setting that summaries depend on
-    is a field here. Fields from `activation` on are constants: a change of their default changes every id.
+    is a field here, and what all models share is in `CONSTANTS`: a change of either changes the id.
     """
 
     dim: int
@@ -73,15 +81,6 @@ class Stage1Config:
     event_features: tuple[FeatureSpec, ...]
     counters: CounterSpec | None
     """What the counters in a record count; None without counters."""
-    activation: Activation = Activation.silu
-    """Activation phi of queries, keys, and states."""
-    normalization: Normalization
-    """Scale of the state before its activation."""
-    normalization_alpha: float = 1.0
-    """Exponent of the number of events in normalization=length. 1 gives the mean over events, 0 the sum."""
-    feed_forward_ratio: float = FEED_FORWARD_RATIO
-    embedding_hashes: int = EMBEDDING_HASHES
-    """With embedding_rows: number of hash functions per value."""
 
     @classmethod
     def of(cls, config: RankingConfig, schema: Schema) -> Stage1Config:
@@ -114,12 +113,17 @@ class Stage1Config:
             item_features=tuple(schema.item_features),
             event_features=tuple(schema.event_features),
             counters=counters,
-            normalization=Normalization.length if config.mixing is Mixing.separable else Normalization.none,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON values, which `VistaModel.summarizer_id` hashes."""
-        return {name: value.value if isinstance(value, Enum) else value for name, value in asdict(self).items()}
+        """All settings as JSON values, which `VistaModel.summarizer_id` hashes."""
+        own = {name: value.value if isinstance(value, Enum) else value for name, value in asdict(self).items()}
+        return own | CONSTANTS | {"normalization": self.normalization}
+
+    @property
+    def normalization(self) -> str:
+        """Scale c of the state before its activation: "length" for 1 / max(n, 1), so a mean, and "none" for 1."""
+        return "length" if self.mixing is Mixing.separable else "none"
 
     @property
     def num_state_layers(self) -> int:
@@ -246,7 +250,7 @@ def exchange(
 
 # Query tokens read the state of stage 1 by quasi-linear attention, as targets of the history (VISTA).
 #
-#     A = phi(Z c)                          per layer of stage 1 and head; c = 1 or 1 / max(n, 1)^alpha
+#     A = phi(Z c)                          per layer of stage 1 and head; c = 1 / max(n, 1)
 #     o = phi(q) A + (phi(q) . phi(k)) v    q, k, v: projections of the query token
 #
 # A depends on the history alone, so a record stores it alongside the summary tokens. Query tokens never write. So a
@@ -257,11 +261,6 @@ def exchange(
 NORM_EPS = 0.1
 """Added to the variance by the norm of o. phi(q) . phi(k) takes either sign, and where it is near 0, a norm with a tiny
 constant would turn rounding errors into large ones (bfloat16: five times the error of the score)."""
-_PHI: dict[Activation, Callable[[Tensor], Tensor]] = {
-    Activation.silu: F.silu,
-    Activation.relu: F.relu,
-    Activation.identity: lambda x: x,
-}
 
 
 def state_rows(config: Stage1Config, z: Tensor, n: Tensor) -> Tensor:
@@ -274,9 +273,7 @@ def state_rows(config: Stage1Config, z: Tensor, n: Tensor) -> Tensor:
     Returns:
         [N, L * D, M].
     """
-    phi = config.activation
-    scale = ReadSettings.of(config.normalization.value, config.normalization_alpha, phi.value, phi.value).scale(n)
-    matrices = _PHI[phi](z if scale is None else z * scale[:, None, :, None, None])
+    matrices = F.silu(z * n.clamp(min=1).reciprocal()[:, None, :, None, None])
     return matrices.reshape(len(n), config.num_state_rows, config.dim)
 
 
@@ -286,7 +283,6 @@ class QuasiLinearRead(nn.Module):
     def __init__(self, config: Stage1Config, dropout: float) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.phi = _PHI[config.activation]
         self.norm = norm(config.dim)
         self.projections = nn.Linear(config.dim, 4 * config.dim, bias=False)
         """To query, gate, key and value, in this order. Stage 1 has its own, which downstream training freezes."""
@@ -296,7 +292,7 @@ class QuasiLinearRead(nn.Module):
     def forward(self, x: Tensor, matrices: Tensor) -> Tensor:
         """x [B, Q, M], and A of the B histories, [B, H, D, D] -> [B, Q, M]."""
         query, gate, key, value = linear_parts(self.norm(x), self.projections, 4)
-        query, key, value = self._heads(self.phi(query)), self._heads(self.phi(key)), self._heads(value)
+        query, key, value = self._heads(F.silu(query)), self._heads(F.silu(key)), self._heads(value)
         heads = query @ matrices.to(query.dtype) + (query * key).sum(-1, keepdim=True) * value
         mixed: Tensor = self.output(x, heads.transpose(1, 2), gate)
         return mixed
@@ -318,7 +314,7 @@ class QuasiLinearRead(nn.Module):
 # part of the state like any other: it can be appended to, decayed, and forgotten. Letters: T packed events, N
 # histories, H heads, D head dim, M model dim.
 
-_KEY_OF_1 = {Activation.silu: 1.2784645427610738, Activation.relu: 1.0, Activation.identity: 1.0}
+_KEY_OF_1 = 1.2784645427610738
 """The key k with phi(k) = 1."""
 
 
@@ -331,7 +327,6 @@ class MeanToken(nn.Module):
             key_value: projection of layer 1 to keys and values, in this order. Its values become a rotation.
         """
         super().__init__()
-        self._key = _KEY_OF_1[config.activation]
         self.output = nn.Linear(config.dim, config.dim, bias=False)
         values = key_value.weight.data[config.dim :]
         nn.init.orthogonal_(values)
@@ -339,7 +334,7 @@ class MeanToken(nn.Module):
 
     def keys(self, key: Tensor) -> Tensor:
         """Keys [T, H, D] with a constant in the place of their first entry."""
-        return torch.cat([torch.full_like(key[..., :1], self._key), key[..., 1:]], -1)
+        return torch.cat([torch.full_like(key[..., :1], _KEY_OF_1), key[..., 1:]], -1)
 
     def forward(self, z: Tensor, n: Tensor) -> Tensor:
         """Means [N, M]; 0 for an empty history.
@@ -448,17 +443,17 @@ class SummarizerLayer(nn.Module):
 
     def __init__(self, config: Stage1Config, dropout: float) -> None:
         super().__init__()
-        dim, ratio = config.dim, config.feed_forward_ratio
+        dim = config.dim
         self.num_heads = config.num_heads
         self.norm = norm(dim)
         self.key_value = nn.Linear(dim, 2 * dim, bias=False)
         self.query_gate = nn.Linear(dim, 2 * dim, bias=False)
         self.output = GatedOutput(dim, config.num_heads, dropout)
-        self.feed_forward = FeedForward(dim, dropout, ratio)
+        self.feed_forward = FeedForward(dim, dropout)
         self.separable = config.mixing is Mixing.separable
         if self.separable:
             self.seed_norm = norm(dim)
-            self.seed_feed_forward = FeedForward(dim, dropout, ratio)
+            self.seed_feed_forward = FeedForward(dim, dropout)
 
     def heads(self, x: Tensor) -> Tensor:
         return split_heads(x, self.num_heads)
@@ -595,10 +590,9 @@ class Summarizer(nn.Module):
                     key,
                     value,
                     all_offsets,
-                    normalization=self.config.normalization.value,
-                    alpha=self.config.normalization_alpha,
-                    activation=self.config.activation.value,
-                    state_activation=self.config.activation.value,
+                    normalization=self.config.normalization,
+                    activation=PHI,
+                    state_activation=PHI,
                 )
             else:
                 # Nothing reads the events' tokens of the last layer, so only seeds are computed.
@@ -652,9 +646,8 @@ class Summarizer(nn.Module):
         initial_z: Tensor | None = None,
         initial_n: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        phi = self.config.activation.value
         return accumulate_state(
-            key, value, offsets, weight=weight, initial_z=initial_z, initial_n=initial_n, activation=phi
+            key, value, offsets, weight=weight, initial_z=initial_z, initial_n=initial_n, activation=PHI
         )
 
     def _read(self, query: Tensor, z: Tensor, n: Tensor, offsets: Tensor) -> Tensor:
@@ -663,10 +656,9 @@ class Summarizer(nn.Module):
             z,
             n,
             offsets,
-            normalization=self.config.normalization.value,
-            alpha=self.config.normalization_alpha,
-            activation=self.config.activation.value,
-            state_activation=self.config.activation.value,
+            normalization=self.config.normalization,
+            activation=PHI,
+            state_activation=PHI,
         )
 
 

@@ -9,7 +9,7 @@ length of a history.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import TracebackType
 from typing import Any
 
@@ -177,8 +177,8 @@ def _check_model(config: TrainConfig, base: VistaModel) -> None:
     """Refuse settings that would make other summaries, or other records of them, than the base's."""
     asked, kept = to_dict(config.model), to_dict(base.config)
     stage1 = Stage1Config.of(config.model, base.schema)
-    fields = [name for name in stage1.to_dict() if getattr(stage1, name) != getattr(base.stage1, name)]
-    keys = [key for name in fields for key in KEYS_OF_STAGE_1.get(name, (name,))]
+    names = [field.name for field in fields(stage1) if getattr(stage1, field.name) != getattr(base.stage1, field.name)]
+    keys = [key for name in names for key in KEYS_OF_STAGE_1.get(name, (name,))]
     changed = [key for key in (*keys, "tail_features") if asked[key] != kept[key]]
     if "tail_in_summary" in changed and "tail_len" in changed:
         changed.remove("tail_len")  # The length of the tail matters only if summaries leave the tail out.

@@ -13,6 +13,7 @@ import torch
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, TrainConfig
 from vista.config.checks import Decay
+from vista.config.model_config import EMBEDDING_HASHES
 from vista.errors import ConfigError, DataError
 from vista.examples.batch_source import ModelReads, trained_tasks, visible_rows
 from vista.examples.item_statistics import item_counts
@@ -378,11 +379,11 @@ def hash_collisions(
 
 
 def _of_items(model: RankingModel, frequency: Int) -> Iterator[HashCollisions]:
-    num_rows, num_hashes = model.stage1.embedding_rows, model.stage1.embedding_hashes
+    num_rows = model.stage1.embedding_rows
     if num_rows:
         item = np.flatnonzero(frequency)
         parts = [
-            hashed_rows(torch.from_numpy(part), EmbeddingFeature.item, num_hashes, num_rows).numpy() - 1
+            hashed_rows(torch.from_numpy(part), EmbeddingFeature.item, EMBEDDING_HASHES, num_rows).numpy() - 1
             for part in np.array_split(item, 1 + len(item) // HASHED_AT_ONCE)
         ]
         yield HashCollisions.of("items", np.concatenate(parts), frequency[item], num_rows)
