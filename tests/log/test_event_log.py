@@ -1,5 +1,6 @@
 """EventLog: reading equals a plain sort of what was written, with one and several segments."""
 
+import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -90,6 +91,32 @@ def test_gather_equals_users_one_by_one(case: tuple[EventLog, list]) -> None:
     assert log.gather(np.array([], np.int64)).num_events == 0
     assert log.slice(2, -3).item.tolist() == log.slice(2).item[-3:].tolist()
     assert log.slice(2, 5, 2).num_events == 0
+
+
+GOLDEN_SEGMENT = {
+    "action.npy": ("|u1", "000101"),
+    "item.npy": ("<i4", "010000000000000000000000"),
+    "new_items.ids.npy": ("<i8", "07000000000000002c01000000000000"),
+    "new_users.ids.npy": ("|u1", "6162"),
+    "new_users.offsets.npy": ("<i8", "000000000000000001000000000000000200000000000000"),
+    "offsets.npy": ("<i8", "000000000000000001000000000000000300000000000000"),
+    "rating.npy": ("<f4", "000000400000c03f00004040"),
+    "timestamp.npy": ("<i8", "e803000000000000d0070000000000008813000000000000"),
+    "users.npy": ("<i8", "00000000000000000100000000000000"),
+}
+"""Types and bytes of the arrays of a segment, without the headers, which are NumPy's."""
+
+
+def test_golden_bytes_of_a_segment(tmp_path: Path) -> None:
+    frame = {"user": ["b", "a", "b"], "item": [7, 300, 7], "timestamp": [2, 1, 5]}
+    frame |= {"kind": ["view", "buy", "view"], "stars": [1.5, 2.0, 3.0]}
+    write(tmp_path / "log", [pl.DataFrame(frame)])
+    (segment,) = (tmp_path / "log").glob("segment-*")
+    arrays = {path.name: np.load(path) for path in segment.glob("*.npy")}
+    assert {name: (array.dtype.str, array.tobytes().hex()) for name, array in arrays.items()} == GOLDEN_SEGMENT
+    manifest = json.loads((segment / "manifest.json").read_text())
+    assert {path.name for path in segment.iterdir()} == {*GOLDEN_SEGMENT, "manifest.json"}
+    assert (segment.name, manifest["format"], manifest["version"]) == ("segment-000001", "vista-event-log", 5)
 
 
 def test_owners_and_ages_of_events() -> None:
