@@ -56,6 +56,13 @@ from vista.model.vista_model import VistaModel
 from vista.scorer import Scorer, Tail
 from vista_kernels.processor import VARIABLE, processor
 
+ROUNDING = 2e-5
+"""Tolerance of summaries and scores in float32 that are computed in another order, as in a batch of another size.
+
+Bound: about 300 roundings, of 6e-8 each, of values near 1. The models of these tests have sums of 16 to 64 products, of
+which no more than a dozen follow each other.
+"""
+
 # Processes of pytest-xdist have a width of 80 columns; without it, text is as in a pipe, unless a test sets a width.
 os.environ.pop("COLUMNS", None)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import ROUNDING
 from tests.counters.counter_histories import category
 from tests.refresh.kafka_clusters import Kafka, MockKafka, Tansu
 from tests.refresh.streams import TOPIC, watch_of
@@ -141,7 +142,7 @@ def contents(store: Path, generation: int = 1) -> dict[bytes, bytes]:
         return shared.read(lambda transaction: {bytes(key): bytes(value) for key, value in transaction.cursor()})
 
 
-def assert_same(path: str | Path, expected: Path, atol: float) -> None:
+def assert_same(path: str | Path, expected: Path, atol: float = ROUNDING) -> None:
     """Both stores hold the same users, tails with features, times, counts, digests, counters; summaries differ by up to
     `atol`."""
     with StoreReader.open(path) as store, StoreReader.open(expected) as other:

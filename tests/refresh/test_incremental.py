@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import ROUNDING
 from tests.counters.counter_histories import counted_by_loop
 from tests.refresh.conftest import contents, fail_at, full, stored
 from vista.config import SourceColumns
@@ -103,7 +104,7 @@ def test_equals_a_full_refresh(tmp_path, grow, name):
         assert report.counts["recomputed"] == 3 and report.num_events == 17 + 31 + 4
     else:
         assert report.counts["appended"] == 2 and report.num_events == 5 + 1 + 4
-    check(2e-5)
+    check(ROUNDING)
     # Late events of users 2 and 5, and forgotten ones of users 1 and 3 (one of them the newest).
     log = grow.append(tmp_path / "log", grow.events({2: 2, 5: 1}, grow.start - 100 * grow.hour))
     for user, gone in ((1, log[1].slice(0, 3, 5)), (3, log[3].slice(0, log[3].num_events - 1))):
@@ -163,7 +164,7 @@ def test_a_record_that_is_shorter_than_a_header(tmp_path, grow, caplog, size):
     assert erase(store, [2]) == 1
     assert verify_store(store).num_problems == 0
     erase_users(log.path, [2])
-    grow.assert_same(store, full(model, EventLog.open(log.path), tmp_path / "expected"), atol=2e-5)
+    grow.assert_same(store, full(model, EventLog.open(log.path), tmp_path / "expected"))
 
 
 def test_events_appended_and_deleted_between_two_refreshes(tmp_path, grow):
@@ -217,7 +218,7 @@ def test_an_interrupted_run_adds_and_counts_no_event_twice(tmp_path, grow, monke
             refresh_incremental(model, log, store, options=RefreshOptions(users_per_batch=1))
     log = grow.later(tmp_path / "log", {2: 1}, 1000)
     refresh_incremental(model, log, store, options=RefreshOptions(users_per_batch=1))
-    grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
+    grow.assert_same(store, full(model, log, tmp_path / "expected"))
     assert_counted(store, model, log)
 
 
@@ -239,7 +240,7 @@ def test_another_log_is_refused(tmp_path, grow, monkeypatch):
         refresh_incremental(model, grown, store)
     compact_log(tmp_path / "log")
     refresh_incremental(model, EventLog.open(tmp_path / "log"), store)
-    grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
+    grow.assert_same(store, full(model, log, tmp_path / "expected"))
 
 
 def test_half_precision_states_stay_close_and_their_counters_exact(tmp_path, grow):
@@ -256,7 +257,7 @@ def test_without_states_changed_users_are_recomputed(tmp_path, grow):
     model, log, store = stored(tmp_path, {1: 12, 2: 3}, state=StateDtype.none)
     log = grow.later(tmp_path / "log", {1: 2})
     assert dict(refresh_incremental(model, log, store).counts)["recomputed"] == 1
-    grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
+    grow.assert_same(store, full(model, log, tmp_path / "expected"))
 
 
 def test_a_compacted_log(tmp_path, grow):
@@ -267,10 +268,10 @@ def test_a_compacted_log(tmp_path, grow):
     log = EventLog.open(tmp_path / "log")
     report = refresh_incremental(model, log, store)
     assert (report.num_users, report.counts["recomputed"]) == (1, 1)
-    grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
+    grow.assert_same(store, full(model, log, tmp_path / "expected"))
     log = grow.later(tmp_path / "log", {3: 2}, 900)
     assert refresh_incremental(model, log, store).counts["appended"] == 1
-    grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
+    grow.assert_same(store, full(model, log, tmp_path / "expected"))
     erase_users(log.path, [2])
     compact_log(log.path)
     log = EventLog.open(log.path)
@@ -285,7 +286,7 @@ def test_a_segment_of_item_features_changes_no_user(tmp_path, grow):
     assert refresh_incremental(model, log, store).num_users == 0
     log = grow.later(log.path, {1: 2})
     assert refresh_incremental(model, log, store).counts["appended"] == 1
-    grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=2e-5)
+    grow.assert_same(store, full(model, log, tmp_path / "expected"))
 
 
 def test_stores_that_cannot_be_updated_are_refused(tmp_path, grow):

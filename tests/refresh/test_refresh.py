@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import START, small_config, small_frame
+from tests.conftest import ROUNDING, START, small_config, small_frame
 from tests.faults.nursery import Say
 from tests.refresh.conftest import fail_at
 from vista.cli.serving_commands import run_refresh, run_score
@@ -391,7 +391,7 @@ def test_summaries_without_the_tail_cover_the_events_before_it(tmp_path, grow, s
     history = replace(history, item=model.rows_of(log.items)[history.item].astype(np.int32))
     with StoreReader.open(tmp_path / "store") as store, StoreReader.open(tmp_path / "whole") as other:
         batch, of_all = (opened.get_many(log.users.ids(np.arange(4))) for opened in (store, other))
-    np.testing.assert_allclose(batch.summary, inference.summarize(whole, history).numpy(), atol=2e-5)
+    np.testing.assert_allclose(batch.summary, inference.summarize(whole, history).numpy(), atol=ROUNDING)
     assert batch.event_count.tolist() == [12, 5, 30, 1] and np.diff(batch.tail.offsets).tolist() == [5, 5, 5, 1]
     for name in ("key", "codes", "offsets", "clock"):  # counters cover the tail
         np.testing.assert_array_equal(getattr(batch.counters[0], name), getattr(of_all.counters[0], name))

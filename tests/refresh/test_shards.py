@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import ROUNDING
 from tests.refresh.conftest import contents, fail_at
 from vista.cli.main import main
 from vista.config.checks import Codec, Decay
@@ -50,7 +51,7 @@ def test_shards_are_read_as_one_store(tmp_path, grow):
         batch, wanted = sharded.get_many(users), whole.get_many(users)
         for name in ("found", "event_count"):
             assert getattr(batch, name).tolist() == getattr(wanted, name).tolist(), name
-        np.testing.assert_allclose(batch.summary, wanted.summary, atol=2e-5)
+        np.testing.assert_allclose(batch.summary, wanted.summary, atol=ROUNDING)
         for name in ("items", "times", "actions", "offsets"):
             assert getattr(batch.tail, name).tolist() == getattr(wanted.tail, name).tolist(), name
         assert list(batch.tail.features) == ["surface", "dwell"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.conftest import DAY, ITEMS, START, USERS, Served, run_python, tail_of, untrained
+from tests.conftest import DAY, ITEMS, ROUNDING, START, USERS, Served, run_python, tail_of, untrained
 from vista.config.checks import OnMissing, Precision
 from vista.errors import (
     UnknownItemError,
@@ -98,7 +98,7 @@ def test_all_shapes_agree(kind: str, request: pytest.FixtureRequest) -> None:
         assert scores.shape == (3, 6)
 
         def close(actual: Any, expected: Any) -> None:  # float32 products of other shapes round differently
-            np.testing.assert_allclose(actual, expected, atol=2e-5)
+            np.testing.assert_allclose(actual, expected, atol=ROUNDING)
 
         close(opened.predict(users, items.tolist())[task], scores)
         close(opened.predict(np.array(users), opened.encode(items))[task], scores)
@@ -123,7 +123,7 @@ def test_tensors_in_tensors_out(scorer: Scorer) -> None:
     np.testing.assert_array_equal(scores.numpy(), expected)
     scores += 1  # It is an ordinary, writable tensor.
     ragged = scorer.score(USERS, (torch.tensor(ITEMS[:5]), torch.tensor([0, 1, 2, 3, 4, 5])))
-    np.testing.assert_allclose(ragged.numpy(), expected[np.arange(5), np.arange(5)], atol=2e-5)
+    np.testing.assert_allclose(ragged.numpy(), expected[np.arange(5), np.arange(5)], atol=ROUNDING)
     assert isinstance(scorer.score(torch.tensor(USERS), ITEMS), np.ndarray)
     now = torch.tensor([START + DAY] * 5)
     np.testing.assert_array_equal(scorer.score(USERS, ITEMS, now=now), scorer.score(USERS, ITEMS, now=START + DAY))
@@ -140,8 +140,8 @@ def test_a_candidates_score_does_not_depend_on_the_others(task_scorer: Scorer, m
         monkeypatch.setattr(task_scorer, "_current", snapshot)
         backwards = task_scorer.predict(users, items[::-1])
         for task, scores in whole.items():
-            np.testing.assert_allclose(backwards[task][:, ::-1], scores, atol=2e-5)
-            np.testing.assert_allclose(task_scorer.predict(users, items[7:8])[task], scores[:, 7:8], atol=2e-5)
+            np.testing.assert_allclose(backwards[task][:, ::-1], scores, atol=ROUNDING)
+            np.testing.assert_allclose(task_scorer.predict(users, items[7:8])[task], scores[:, 7:8], atol=ROUNDING)
 
 
 def test_scores_depend_on_the_time_of_the_request(scorer: Scorer) -> None:
@@ -179,14 +179,14 @@ def test_catalog_scores_of_too_many_users_are_refused(scorer: Scorer, monkeypatc
 def test_unknown_users(served: Served, tmp_path: Path) -> None:
     with Scorer.open(served.model, served.store) as empty:
         scores = empty.score([100, 999, 103], ITEMS)
-        np.testing.assert_allclose(scores[[0, 2]], empty.score([100, 103], ITEMS), atol=2e-5)
+        np.testing.assert_allclose(scores[[0, 2]], empty.score([100, 103], ITEMS), atol=ROUNDING)
         with empty._call([999], None, None) as call:
             nobody, _ = call.snapshot.context(call.request)  # the seeds alone
         history = inference.summarize(served.model, served.log.slice(0, 0, 0))
         tail = pad_tail(served.model, *(np.zeros(0, np.int64),) * 3, np.zeros(2, np.int64))
         expected = inference.request_context(served.model, history, tail)
         torch.testing.assert_close(nobody.values, expected.values)
-        np.testing.assert_allclose(scores[1], empty.score([-5], ITEMS)[0], atol=2e-5)
+        np.testing.assert_allclose(scores[1], empty.score([-5], ITEMS)[0], atol=ROUNDING)
     with Scorer.open(served.model, served.store, on_missing="nan") as nan:
         scores = nan.score([100, 999], ITEMS)
         assert np.isfinite(scores[0]).all() and np.isnan(scores[1]).all()
@@ -208,7 +208,7 @@ def test_unknown_candidates(served: Served) -> None:
     items = [0, 7, 390, -1]  # 7 and -1 are not items
     with Scorer.open(served.model, served.store) as empty:
         scores = empty.score([100, 103], items)
-        np.testing.assert_allclose(scores[:, [0, 2]], empty.score([100, 103], [0, 390]), atol=2e-5)
+        np.testing.assert_allclose(scores[:, [0, 2]], empty.score([100, 103], [0, 390]), atol=ROUNDING)
         assert (scores[:, [1, 3]] == 0).all()  # neutral, because orthogonal to every user
         ranking = empty.rank(100, candidates=[0, 7, 390, -1, 0])
         assert sorted(ranking.items.tolist()) == [0, 390] and ranking.num_dropped == 2
@@ -240,7 +240,7 @@ def test_best_of_the_catalog(scorer: Scorer, served: Served) -> None:
     order = np.argsort(-scores, kind="stable")
     ranking = scorer.rank(103, top_k=7)
     assert ranking.items.tolist() == everything[order[:7]].tolist() and ranking.num_dropped == 0
-    np.testing.assert_allclose(ranking.scores, scores[order[:7]], atol=2e-5)
+    np.testing.assert_allclose(ranking.scores, scores[order[:7]], atol=ROUNDING)
     assert len(scorer.rank(103, top_k=1000).items) == len(everything)
     best = ranking.items[:2].tolist()
     for excluded in (best, np.array(best), torch.tensor(best), [*best, 12345]):

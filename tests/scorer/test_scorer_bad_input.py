@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import DAY, ITEMS, START, USERS, Served, tail_of
+from tests.conftest import DAY, ITEMS, ROUNDING, START, USERS, Served, tail_of
 from vista.cli.serving_commands import run_score
 from vista.config import ScoreConfig
 from vista.config.checks import OnMissing
@@ -31,7 +31,6 @@ from vista.store.keys import user_keys
 from vista.store.layout import environment_path
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
-ATOL = 2e-5
 """Tolerance for scores in different batches."""
 Call = Callable[[Scorer], object]
 
@@ -174,7 +173,7 @@ def test_many_candidates(scorer: Scorer) -> None:
     expected = scorer.score([103], few)[0]
     scores = scorer.score([103], np.resize(few, 10**5))[0]
     assert scores.shape == (10**5,)
-    np.testing.assert_allclose(scores, np.resize(expected, 10**5), atol=ATOL)
+    np.testing.assert_allclose(scores, np.resize(expected, 10**5), atol=ROUNDING)
     ranking = scorer.rank(103, candidates=np.resize(few, 10**5), top_k=10**5)
     assert ranking.items.tolist() == [ITEMS[i] for i in np.argsort(-expected[:-1])]
 
@@ -183,7 +182,7 @@ def test_many_candidates_of_a_task(task_scorer: Scorer) -> None:
     user, items = next(task_scorer.store.keys()), task_scorer.model.items.ids(np.arange(7))
     expected = task_scorer.predict([user], items)
     for task, scores in task_scorer.predict([user], np.resize(items, 20_000)).items():
-        np.testing.assert_allclose(scores[0], np.resize(expected[task][0], 20_000), atol=ATOL)
+        np.testing.assert_allclose(scores[0], np.resize(expected[task][0], 20_000), atol=ROUNDING)
 
 
 def test_one_long_list_does_not_slow_down_the_others(task_scorer: Scorer) -> None:
@@ -207,8 +206,8 @@ def test_a_tail_of_the_largest_size(scorer: Scorer) -> None:
     offsets = np.array([0, 0, count, count])
     scores = scorer.score([100, 103, 108], ITEMS, tail=Tail(items, times, np.zeros(count, np.uint8), offsets))
     newest = Tail(items[-6:], times[-6:], np.zeros(6, np.uint8), np.array([0, 6]))
-    np.testing.assert_allclose(scores[1], scorer.score([103], ITEMS, tail=newest)[0], atol=ATOL)
-    np.testing.assert_allclose(scores[[0, 2]], scorer.score([100, 108], ITEMS), atol=ATOL)
+    np.testing.assert_allclose(scores[1], scorer.score([103], ITEMS, tail=newest)[0], atol=ROUNDING)
+    np.testing.assert_allclose(scores[[0, 2]], scorer.score([100, 108], ITEMS), atol=ROUNDING)
 
 
 def test_each_row_has_its_own_tail_and_time(scorer: Scorer) -> None:
@@ -223,13 +222,13 @@ def test_each_row_has_its_own_tail_and_time(scorer: Scorer) -> None:
     scores = scorer.score(users, ITEMS, tail=tail_of(events), now=now)
     for place, (user, rows) in enumerate(events):
         alone = scorer.score([user], ITEMS, tail=tail_of([(user, rows)]), now=now[place])[0]
-        np.testing.assert_allclose(scores[place], alone, atol=ATOL)
+        np.testing.assert_allclose(scores[place], alone, atol=ROUNDING)
     assert np.abs(scores[0] - scores[1]).max() > 1e-3 and np.abs(scores[0] - scores[3]).max() > 1e-3
 
 
 def test_more_users_than_one_transaction_reads(scorer: Scorer) -> None:
     expected = scorer.score([103, 999], ITEMS)
-    np.testing.assert_allclose(scorer.score([103, 999] * 800, ITEMS), np.tile(expected, (800, 1)), atol=ATOL)
+    np.testing.assert_allclose(scorer.score([103, 999] * 800, ITEMS), np.tile(expected, (800, 1)), atol=ROUNDING)
 
 
 LATE = START + 900 * DAY
@@ -262,11 +261,11 @@ def test_have_the_same_scores_without_the_odd_user(served: Served, policy: str, 
             scores = scorer.score(users, (values, offsets), tail=tail_of(tails), now=now)
             rows = np.split(scores, offsets[1:-1])
             odd = rows.pop(place)
-            np.testing.assert_allclose(np.stack(rows), healthy, atol=ATOL)
+            np.testing.assert_allclose(np.stack(rows), healthy, atol=ROUNDING)
             missing = policy == "nan" and ("no record" in what or "candidates" in what)
             assert len(odd) == len(odd_items) and (np.isnan(odd) if missing else np.isfinite(odd)).all()
             vectors = scorer.user_vectors(users, tail=tail_of(tails), now=now)
-            np.testing.assert_allclose(np.delete(vectors, place, 0), scorer.user_vectors(USERS, now=now), atol=ATOL)
+            np.testing.assert_allclose(np.delete(vectors, place, 0), scorer.user_vectors(USERS, now=now), atol=ROUNDING)
 
 
 @pytest.mark.parametrize("what", ["tail in seconds", "tail of no action", "now in seconds", "damaged record"])
@@ -314,7 +313,7 @@ def test_times_are_checked_per_user(scorer: Scorer) -> None:
     early = (999, [(10, LATE // 1000, 0)])
     alone = scorer.score([999], ITEMS, tail=tail_of([early]))
     both = scorer.score([999, 100], ITEMS, tail=tail_of([early, (100, [])]))
-    np.testing.assert_allclose(both[0], alone[0], atol=ATOL)
+    np.testing.assert_allclose(both[0], alone[0], atol=ROUNDING)
 
 
 def damage_record(store: Path, user: int) -> None:

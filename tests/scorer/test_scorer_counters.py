@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.conftest import DAY, START, draw_counter_weights, small_config, tail_of
+from tests.conftest import DAY, ROUNDING, START, draw_counter_weights, small_config, tail_of
 from tests.counters.counter_histories import category, counters_of_request
 from vista.arrays import Int
 from vista.counters.counters import UserCounters
@@ -222,7 +222,7 @@ def test_next_equals_the_scores_of_the_raw_history(opened: Opened, now: Any) -> 
     expected = inference.catalog_scores(scorer.model, users, torch.from_numpy(items), counters).numpy()
     linear = users.numpy() @ items.T / scorer.model.config.softmax_temperature
     assert (np.abs(expected - linear) > 1e-2).mean() > 0.1
-    close = {"rtol": 2e-5, "atol": 2e-5}
+    close = {"rtol": ROUNDING, "atol": ROUNDING}
     scores = scorer.predict(opened.users, ids, tail=tail, now=now)["next"]
     np.testing.assert_allclose(scores, expected, **close)
     np.testing.assert_allclose(scorer.catalog_scores(opened.users, tail=tail, now=now), expected, **close)
@@ -270,7 +270,7 @@ def test_tasks_equal_those_of_the_raw_history(opened: Opened) -> None:
         assert (np.abs(with_codes - without).max(-1) > 1e-3).mean() > 0.1
         predicted = scorer.predict(opened.users, scorer.item_vectors()[0], tail=tail, now=now)
         for index, task in enumerate(TASKS[:3]):
-            np.testing.assert_allclose(predicted[task], with_codes[..., index], atol=2e-5)
+            np.testing.assert_allclose(predicted[task], with_codes[..., index], atol=ROUNDING)
 
 
 def test_unknown_items_are_not_counted(opened: Opened) -> None:
@@ -301,7 +301,7 @@ def test_counters_have_a_share_of_the_score(opened: Opened, task: str, now: Any)
     explanation = scorer.explain(user, items, task=task, tail=tail, now=time)
     scores = scorer.predict([user], items, tail=tail, now=time)[task][0]
     value = explanation.value if task == "next" else 1 / (1 + np.exp(-explanation.value))
-    np.testing.assert_allclose(value, scores, rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(value, scores, rtol=ROUNDING, atol=ROUNDING)
     added = explanation.summary.sum(1) + explanation.state + explanation.tail.sum(1) + explanation.own
     rest = explanation.value - added - explanation.counted
     np.testing.assert_allclose(rest, explanation.remainder, atol=1e-5)

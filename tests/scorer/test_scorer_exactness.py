@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
-from tests.conftest import DAY, draw_counter_weights, small_config
+from tests.conftest import DAY, ROUNDING, draw_counter_weights, small_config
 from tests.counters.counter_histories import category
 from vista.config.checks import TargetAttentionKind
 from vista.log.event_log import EventLog
@@ -28,7 +28,6 @@ from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
 from vista.training.log_schema import schema_of
 
-TOLERANCE = 2e-5
 """If products do not compute rows independently: a few float32 rounding errors of values around 1."""
 DIM = 32
 Known = tuple[list[Any], NDArray[Any], int]
@@ -58,7 +57,7 @@ def same(actual: Any, expected: Any) -> None:
     if products_keep_to_rows():
         np.testing.assert_array_equal(actual, expected)
     else:
-        np.testing.assert_allclose(actual, expected, atol=TOLERANCE, rtol=TOLERANCE)
+        np.testing.assert_allclose(actual, expected, atol=ROUNDING, rtol=ROUNDING)
 
 
 @pytest.fixture(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.conftest import DAY, START, Served, tail_of, untrained
+from tests.conftest import DAY, ROUNDING, START, Served, tail_of, untrained
 from vista.config.checks import TargetAttentionKind
 from vista.log.event_log import EventLog
 from vista.model import inference
@@ -59,7 +59,7 @@ def test_contributions_add_up_to_the_score(opened: Scorer, task: str, with_now: 
     head = opened.model.task_head
     assert head is not None
     bias = 0.0 if task == "next" else head.bias[opened.model.schema.tasks.index(task)].item()
-    np.testing.assert_allclose(explanation.remainder, bias, atol=2e-5)
+    np.testing.assert_allclose(explanation.remainder, bias, atol=ROUNDING)
     assert explanation.summary.shape == (9, 3) and explanation.tail.shape == (9, 6)
     reads_state = opened.model.config.target_attention is TargetAttentionKind.quasi_linear
     assert explanation.state.shape == (9,) and (np.abs(explanation.state) > 1e-4).all() == reads_state

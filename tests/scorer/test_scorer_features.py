@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.conftest import DAY, draw_counter_weights, small_config
+from tests.conftest import DAY, ROUNDING, draw_counter_weights, small_config
 from tests.refresh.conftest import HOUR, START, append, events
 from tests.refresh.conftest import model as event_model
 from tests.scorer.test_scorer_exactness import same
@@ -330,7 +330,7 @@ def test_scores_are_those_of_the_model(opened: Scorer, ids: Known, drawn: Any, w
             codes = torch.from_numpy(np.stack(own_codes))
         expected = inference.candidate_logits(model, context, asked, item, codes)[:, 0].sigmoid().numpy()
         for index, task in enumerate(model.schema.tasks):
-            np.testing.assert_allclose(whole[task][:, column], expected[:, index], atol=2e-5)
+            np.testing.assert_allclose(whole[task][:, column], expected[:, index], atol=ROUNDING)
     plain = opened.predict(users, items, now=now, request={"device": drawn["device"]})
     assert (np.abs(whole["click"] - plain["click"]).max(1) > 1e-3).all()
     np.testing.assert_array_equal(whole["next"], plain["next"])
@@ -408,7 +408,7 @@ def test_rankings_and_explanations_read_them(opened: Scorer, ids: Known, drawn: 
     first = opened.score(users[:1], items[[5, 4]], now=now, request={"hour": [[3.0, 12.0]]})[0]
     np.testing.assert_allclose(np.sort(ranking.scores), np.sort(first), rtol=1e-5)
     told = opened.explain(users[0], items, now=now, request=request)
-    np.testing.assert_allclose(1 / (1 + np.exp(-told.value)), scores, atol=2e-5)
+    np.testing.assert_allclose(1 / (1 + np.exp(-told.value)), scores, atol=ROUNDING)
     total = told.summary.sum(1) + told.state + told.tail.sum(1) + told.own + told.counted + told.remainder
     np.testing.assert_allclose(total, told.value, atol=1e-5)
     one = opened.explain(users[0], items[3:4], now=now, request=request | {"hour": request["hour"][0, 3]})

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ITEMS, USERS, Served, sign_model, untrained
+from tests.conftest import ITEMS, ROUNDING, USERS, Served, sign_model, untrained
 from tests.forked_child import in_child
 from vista.config.checks import Precision
 from vista.errors import (
@@ -173,7 +173,7 @@ def test_a_store_with_shorter_tails_is_refused(served: Served, tmp_path: Path) -
         Scorer.open(served.model, tmp_path / "store")
     # A model that reads fewer events of each tail can share the store of one that reads more.
     with Scorer.open(short, served.store) as scorer, Scorer.open(short, tmp_path / "store") as own:
-        np.testing.assert_allclose(scorer.score(USERS, ITEMS), own.score(USERS, ITEMS), atol=2e-5)
+        np.testing.assert_allclose(scorer.score(USERS, ITEMS), own.score(USERS, ITEMS), atol=ROUNDING)
     refresh(served.model, served.log, tmp_path / "store")
     with Scorer.open(served.model, tmp_path / "store") as scorer:
         expected = scorer.score(USERS, ITEMS)
