@@ -64,9 +64,9 @@ if TYPE_CHECKING:
     StoreBackend: TypeAlias = "Folder | Server"
     """A store and its generations, which are written only between `lock` and `release`, or within `locked`."""
     Generation = FolderGeneration | ServerGeneration
-    """One complete generation, open for reading."""
+    """A complete generation, open for reading. `StoreReader` holds one and changes to the next."""
     GenerationWriter = FolderWriter | ServerWriter
-    """One generation, open for writing; every write is atomic and updates `manifest`."""
+    """A generation, open for writing; every write is atomic and updates `manifest`."""
     GenerationBuilder = FolderBuilder | ServerBuilder
     """A generation that is filled with existing records."""
 

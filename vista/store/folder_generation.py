@@ -364,7 +364,7 @@ _READ_RECORDS = 1024
 
 @dataclass(frozen=True, slots=True)
 class FolderGeneration:
-    """One complete generation, open for reading until `release`, which leaving it as a context calls."""
+    """A complete generation in a folder, open for reading until `release`, which leaving it as a context calls."""
 
     root: Path
     """Folder of the store."""

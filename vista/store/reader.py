@@ -52,7 +52,10 @@ logger = logging.getLogger(__name__)
 
 
 class StoreReader:
-    """One published generation of a store; `reload` follows CURRENT. Safe with threads, after fork, and to pickle."""
+    """Reads a store: the generation that CURRENT named when it was opened, or at the last `reload`.
+
+    Safe with threads, after fork, and to pickle.
+    """
 
     def __init__(
         self,

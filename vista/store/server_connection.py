@@ -404,7 +404,7 @@ def _holder(value: bytes) -> str:
 
 
 class GenerationKeys:
-    """Names of the keys of one generation: its prefix, followed by the key that LMDB would hold."""
+    """Names of the keys that hold a generation on a server: its prefix, followed by the key that LMDB would hold."""
 
     def __init__(self, prefix: bytes) -> None:
         self.prefix = prefix

@@ -47,7 +47,7 @@ _RENEWED_AFTER = 0.1
 
 
 class ServerGeneration:
-    """One generation, open for reading in bounded batches, one round trip per batch.
+    """A complete generation on a server, open for reading in bounded batches, one round trip per batch.
 
     The connections belong to the store, so `release` does nothing.
 
