@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from tests.conftest import small_config, small_frame
-from tests.training.conftest import assert_served_as_validated
 from tests.training.test_items_of_runs import as_log, training_counts
 from tests.training.worlds import (
     END,
@@ -115,19 +114,6 @@ def test_new_values_are_served_by_their_rows(log: EventLog, run: Run, tmp_path: 
         assert len({*map(str, (known, scores(None, "app"), scores("tv", None)))}) == 3
 
 
-@pytest.mark.parametrize("name", ["run", "item_run"])
-def test_validation_is_what_the_scorer_reaches(
-    log: EventLog, tmp_path: Path, name: str, request: pytest.FixtureRequest
-) -> None:
-    config, model = request.getfixturevalue(name)
-    assert_served_as_validated(config, model, log, tmp_path / "store")
-    if name == "item_run":
-        loaded = VistaModel.from_pretrained(Path(config.run_dir) / "best")
-        assert loaded.id_mask is not None and torch.equal(loaded.id_mask, model.id_mask)
-        loaded.id_mask.fill_(1.0)
-        assert loaded.summarizer_id() != model.summarizer_id()
-
-
 def test_an_added_item_with_a_new_value_has_a_row(run: Run, tmp_path: Path) -> None:
     config, model = run
     shutil.copytree(Path(config.run_dir) / "best", tmp_path / "best")
@@ -199,6 +185,14 @@ def test_added_items_are_their_features(log: EventLog, item_run: Run) -> None:
         assert torch.equal(grown.item_vectors(old), model.item_vectors(old))
         assert not grown.id_vectors(new).any() and grown.item_vectors(new).any(1).all()
     assert grown.item_table.shape == model.item_table.shape and grown.summarizer_id() == model.summarizer_id()
+
+
+def test_models_keep_which_items_have_an_id(item_run: Run) -> None:
+    config, model = item_run
+    loaded = VistaModel.from_pretrained(Path(config.run_dir) / "best")
+    assert loaded.id_mask is not None and torch.equal(loaded.id_mask, model.id_mask)
+    loaded.id_mask.fill_(1.0)
+    assert loaded.summarizer_id() != model.summarizer_id()
 
 
 def test_a_warm_start_gives_items_with_events_an_id(log: EventLog, item_run: Run, tmp_path: Path) -> None:

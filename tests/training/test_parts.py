@@ -333,6 +333,8 @@ def drawn(model: RankingModel) -> VistaModel:
         {"target_attention": TargetAttentionKind.quasi_linear},
         {"tail_features": ["dwell"]},
         {"tail_features": []},
+        {"hashed_features": ["brand:4", "surface:5", "device:6", "region:7"]},
+        {"embedding_rows": 24},
     ],
     ids=lambda changes: ",".join(changes) or "default",
 )

@@ -16,7 +16,7 @@ from tests.training.worlds import END, HOUR, NEW_USER, NUM_USERS, feature_config
 from vista.cli.store_commands import run_store_get
 from vista.config import StoreGetConfig
 from vista.config.checks import Codec
-from vista.errors import CheckpointError, StoreError
+from vista.errors import StoreError
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
 from vista.log.features import row_features
@@ -170,14 +170,6 @@ def test_stores_of_several_logs_are_merged(log: EventLog, model: VistaModel, sto
     assert merged["region"].tolist() == [1, 1, 0, 1] and before["region"].tolist() == [0, 1, 0, 1]
     assert merged["age"][0] == 33.0
     np.testing.assert_array_equal(merged["age"][1:], before["age"][1:])
-
-
-def test_a_damaged_file_of_values_is_refused(best: Path, tmp_path: Path) -> None:
-    damaged = Path(shutil.copytree(best, tmp_path / "best"))
-    (file,) = damaged.glob("user_values_0.ids.npy")
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(CheckpointError, match="user_values_0"):
-        VistaModel.from_pretrained(damaged)
 
 
 def test_shards_exports_and_copies_hold_features(log: EventLog, model: VistaModel, store: Path, tmp_path: Path) -> None:
