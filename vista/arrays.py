@@ -7,6 +7,8 @@ import math
 import mmap
 import os
 import re
+from contextlib import suppress
+from operator import countOf
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,25 @@ def offsets_of(lengths: Int | NDArray[np.bool_]) -> Int:
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
+
+
+def id_array(ids: Any) -> NDArray[Any]:
+    """Convert ids to an array: of int64 if all are such integers, and of objects if a list holds texts.
+
+    NumPy alone gives every text of a list the memory of the longest one, and turns [1, "a"] into texts.
+
+    Raises:
+        ValueError: the rows of nested lists differ in length.
+    """
+    if isinstance(ids, str) or hasattr(ids, "__array__"):
+        return np.asarray(ids)
+    if isinstance(ids, (list, tuple)) and countOf(map(type, ids), int) == len(ids):  # as fast as NumPy alone
+        with suppress(OverflowError):
+            return np.fromiter(ids, np.int64, len(ids))
+    array = np.array(ids, object)
+    kinds = set(map(type, array.ravel().tolist()))
+    has_text = any(issubclass(kind, (str, bytes)) for kind in kinds)
+    return array if has_text and not kinds & {list, tuple} else np.asarray(ids)
 
 
 Content = mmap.mmap | bytes

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import tracemalloc
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from vista.config import IndexConfig, SourceColumns
 from vista.config.checks import Split
 from vista.log.event_log import EventLog
 from vista.refresh import refresh
+from vista.scorer import Scorer, Tail
 from vista.serve.http_protocol import has_few_values
 from vista.training.trainer import train
 
@@ -375,6 +378,11 @@ def filled(name: str, place: str, element: Any, *, packed: bool) -> bytes:
 EVENT = {"item": SKUS[0], "time": NOW, "action": "view"}
 
 
+def one_long(number: int) -> str:
+    """The first of some 9,000 ids is long. An array of texts as wide as it takes 700 MB."""
+    return "a" * (20_000 if number == 0 else 450)
+
+
 LARGE = [
     ("score", "tail", lambda number: {**EVENT, "features": {f"name {number}": 1}}),
     ("score", "tail", {**EVENT, "features": {"surface": "app", "dwell": 1.5}}),
@@ -388,6 +396,10 @@ LARGE = [
     ("retrieve", "where", lambda number: (f"name {number}", [])),
     ("explain", "request.price", []),
     ("explain", "candidates", "a"),
+    ("score", "candidates", one_long),
+    ("predict", "tail", lambda number: {**EVENT, "item": one_long(number)}),
+    ("rank", "exclude", one_long),
+    ("retrieve", "within", one_long),
 ]
 """Arguments of `filled`."""
 
@@ -411,6 +423,32 @@ def test_memory_of_large_bodies(
     assert status in STATUSES, (status, answer)
     require_error(status, answer)
     assert peak_bytes(detailed) < detailed_bytes + MAX_PEAK_BYTES
+
+
+@pytest.mark.parametrize("argument", ["candidates", "exclude", "within", "items", "actions"])
+@pytest.mark.parametrize("has_texts", [True, False])
+def test_memory_of_one_long_text_in_python(
+    detailed_words: tuple[str, ...], served: Served, index: Path, argument: str, has_texts: bool
+) -> None:
+    """For a model whose ids are texts, and for one whose ids are integers, which refuses texts."""
+    model, store, items = (word.partition("=")[2] for word in detailed_words[:3])
+    given: dict[str, Any] = {argument: [one_long(number) for number in range(9_000)]}
+    if argument in ("items", "actions"):
+        parts: dict[str, Any] = {"items": SKUS[:1] * 9_000, "actions": [0] * 9_000, **given}
+        given = {"tail": Tail(**parts, times=[NOW] * 9_000, offsets=[0, 9_000])}
+    sources = (model, store, items) if has_texts else (served.model_dir, served.store, index)
+    with Scorer.open(*sources[:2], index=sources[2]) as scorer:
+        call: Any = partial(scorer.rank, "u1" if has_texts else 100)
+        if argument == "within":
+            call = partial(scorer.retrieve, ["u1"] if has_texts else [100])
+        is_good = has_texts and argument != "actions"
+        call()
+        tracemalloc.start()
+        with nullcontext() if is_good else pytest.raises((TypeError, ValueError), match=r"integer|actions"):
+            call(**given)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 20e6
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int, map_array, offsets_of
+from vista.arrays import Int, id_array, map_array, offsets_of
 from vista.errors import ConfigError, LogFormatError, shown
 
 Ids = Sequence[int] | Sequence[str] | Sequence[int | str] | NDArray[Any]
@@ -67,7 +67,7 @@ class Vocabulary:
     @classmethod
     def from_ids(cls, ids: Ids) -> Vocabulary:
         """A vocabulary of the distinct `ids`, in sorted order. The type of the ids decides the kind."""
-        array = np.asarray(ids)
+        array = id_array(ids)
         kind = "int" if array.dtype.kind in "iu" or (array.dtype == object and _all_int(array)) else "str"
         if array.size == 0:
             raise ValueError("ids is empty; use Vocabulary.empty(kind)")
@@ -328,7 +328,7 @@ def _all_int(array: NDArray[Any]) -> bool:
 
 
 def _as_int_ids(ids: Ids) -> Int:
-    array = np.atleast_1d(np.asarray(ids))
+    array = np.atleast_1d(id_array(ids))
     if array.ndim != 1:
         raise TypeError(f"ids must be one-dimensional, got shape {array.shape}")
     if array.size == 0:

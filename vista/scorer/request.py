@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.arrays import Int, offsets_of
+from vista.arrays import Int, id_array, offsets_of
 from vista.counters.counters import CounterCodes, ItemKeys, UserCounters, cells_of, decode_values
 from vista.errors import shown
 from vista.log.histories import LATEST_MS, YEAR_1971_MS, RowColumn
@@ -296,7 +296,7 @@ def checked_tail(tail: Tail, num_users: int, actions: Sequence[str]) -> Tail:
         raise TypeError(f"tail.features: must be a mapping of names to values, got a {type(tail.features).__name__}")
     require_most(length_of(tail.items), MAX_TAIL_EVENTS, "tail.items", "events")
     arrays = {
-        "items": id_array(tail.items, "tail.items"),
+        "items": array_of(tail.items, "tail.items"),
         "times": integers(tail.times, "tail.times", "integer milliseconds"),
         "actions": _action_codes(tail.actions, actions),
         "offsets": integers(tail.offsets, "tail.offsets"),
@@ -431,17 +431,9 @@ def ids_of(values: Any, name: str) -> Any:
 def array_of(values: Any, name: str) -> NDArray[Any]:
     """Convert an argument to an array; a ValueError names it if its rows differ in length."""
     try:
-        return np.asarray(values.cpu() if isinstance(values, Tensor) else values)
+        return id_array(values.cpu() if isinstance(values, Tensor) else values)
     except ValueError:
         raise ValueError(f"{name}: the rows differ in length") from None
-
-
-def id_array(values: Any, name: str) -> NDArray[Any]:
-    """Convert ids to an array, whose texts and integers stay apart: NumPy alone would turn [1, "a"] into texts."""
-    array = array_of(values, name)
-    if array.dtype.kind == "U" and not isinstance(values, np.ndarray):
-        array = np.array(values, object)
-    return array
 
 
 def integers(values: Any, name: str, what: str = "integers") -> Int:

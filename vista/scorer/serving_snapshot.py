@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.arrays import Int
+from vista.arrays import Int, id_array
 from vista.config.checks import OnMissing, Precision
 from vista.counters.counters import MAX_CODE
 from vista.errors import ItemIndexError, RecordError, UnknownItemError, UnknownUserError, shown
@@ -38,7 +38,7 @@ from vista.scorer.request import (
     Request,
     RequestCounters,
     Tally,
-    id_array,
+    array_of,
     ids_of,
     impossible_times,
     item_rows,
@@ -159,7 +159,7 @@ class ServingSnapshot:
             return given
         require_most(length_of(given), MAX_IDS, name)
         try:
-            ids = id_array(given, name)
+            ids = array_of(given, name)
         except ValueError as error:
             raise ValueError(f"{error}; pass (values, offsets) instead") from None
         if ids.ndim not in (1, 2):
@@ -210,7 +210,7 @@ class ServingSnapshot:
         num_missing = len(unknown) - num_found - int(damaged.sum())
         if on_missing is OnMissing.error and unknown.any():
             tally(hits=num_hits, stale=num_found - num_hits, misses=num_missing)
-            absent = np.asarray(ids)[unknown][:5].tolist()
+            absent = id_array(ids)[unknown][:5].tolist()
             raise UnknownUserError(
                 f"users {absent} have no record in {self.store.path}; refresh the store (which leaves out erased "
                 "users), or pass on_missing='empty'"

@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from vista.arrays import id_array
 from vista.errors import UserKeyError
 
 MAX_KEY_BYTES = 511
@@ -138,7 +139,7 @@ def item_keys(item_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> NDArray
     Raises:
         TypeError: the ids are neither integers nor strings.
     """
-    array = np.asarray(item_ids)
+    array = id_array(item_ids)
     if array.dtype.kind in "iu":
         return array.astype(np.int64).view(np.uint64)
     if array.size == 0:
