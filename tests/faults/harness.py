@@ -43,9 +43,11 @@ import pytest
 from scripts.experiments.results import hardware
 from tests.faults.nursery import Nursery, Say
 from vista.errors import VistaError, shortened
+from vista.export.export import FORMAT_VERSION as EXPORT_VERSION
 from vista.installation import source_commit
 from vista.log import segment_files
-from vista.model import saved_model
+from vista.model import item_index, saved_model
+from vista.store import folder_files
 from vista.store.record import FORMAT_VERSION as RECORD_VERSION
 from vista.store.state_record import FORMAT_VERSION as STATE_VERSION
 from vista.training import checkpoint
@@ -268,6 +270,9 @@ def formats() -> dict[str, int]:
         "state": STATE_VERSION,
         "model": saved_model.FORMAT_VERSION,
         "checkpoint": checkpoint.FORMAT_VERSION,
+        "item index": item_index.FORMAT_VERSION,
+        "export": EXPORT_VERSION,
+        "tombstones": folder_files.FORMAT_VERSION,
     }
 
 

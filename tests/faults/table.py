@@ -73,8 +73,8 @@ def row_of(promise: Promise, folder: Path, earlier: Sequence[dict[str, Any]] = (
 
 
 def is_old(row: dict[str, Any]) -> bool:
-    """Whether a row was made with other formats of files than this version of vista writes."""
-    return "formats" in row and row["formats"] != formats()
+    """Whether repetitions were made with other formats of files than this version of vista writes, or unknown ones."""
+    return row["repetitions"] > 0 and row.get("formats") != formats()
 
 
 def broken(row: dict[str, Any]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import random
+import re
 import signal
 from dataclasses import replace
 from functools import partial
@@ -14,6 +15,7 @@ import lmdb
 import numpy as np
 import pytest
 
+import vista
 from tests.faults import preload, table
 from tests.faults.disk_images import Disk
 from tests.faults.harness import Promise, formats, run_all
@@ -30,6 +32,7 @@ def test_the_table_tells_what_is_missing_or_old(tmp_path: Path) -> None:
     run_all(PROMISE, lambda trial: trial.count("even"), tmp_path / "name-full.jsonl", tmp_path / "scratch")
     rows.append(table.row_of(PROMISE, tmp_path))
     rows.append(rows[1] | {"formats": formats() | {"log": 1}, "failures": ["why"], "outcome": "FAILED: why"})
+    assert not table.is_old(rows[1]) and table.is_old({key: rows[1][key] for key in rows[1] if key != "formats"})
     found = table.problems(rows)
     assert found[:3] == ["text, fault: not run", "text, fault: FAILED: why", "text, fault: older formats"]
     assert len(found) == 3 + len(table.BARS) and "power-loss images: 0 of at least 5,000, 0 broken" in found
@@ -43,6 +46,13 @@ def unsynced_writer(say: Say, *arguments: Any) -> None:
     """A writer whose LMDB does not sync, which the images must reveal."""
     lmdb.open = partial(lmdb.open, sync=False)  # type: ignore[assignment]
     traced_writer(say, *arguments)
+
+
+def test_every_version_of_a_format_makes_rows_old() -> None:
+    sources = (path.read_text(encoding="utf-8") for path in Path(vista.__file__).parent.rglob("*.py"))
+    assert len(formats()) == sum(
+        len(re.findall(r"^(?:[A-Z][A-Z_, ]*)?VERSION = ", source, re.MULTILINE)) for source in sources
+    )
 
 
 def test_images_show_a_writer_that_does_not_sync(tmp_path: Path, traced: Nursery) -> None:
