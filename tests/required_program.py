@@ -2,19 +2,24 @@
 
 import os
 import shutil
+from typing import NoReturn
 
 import pytest
 
 from scripts.benchmarks.explore_visit import browser_program
 
 
+def missing(reason: str) -> NoReturn:
+    """Skip a test without what it needs; in continuous integration, it fails."""
+    if "CI" in os.environ:
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 def required(program: str | None, name: str, package: str) -> str:
-    """Path of a program, or None if it is missing. A test skips without it; in continuous integration, it fails."""
+    """Path of a program, where None is one that is `missing`."""
     if program is None:
-        reason = f"needs {name} (on Debian: apt-get install {package})"
-        if "CI" in os.environ:
-            pytest.fail(reason)
-        pytest.skip(reason)
+        missing(f"needs {name} (on Debian: apt-get install {package})")
     return program
 
 

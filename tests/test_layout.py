@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.refresh.kafka_clusters import Tansu
+
 REPOSITORY = Path(__file__).parents[1]
 LAYERS = (
     ("vista",),
@@ -186,3 +188,16 @@ def test_the_tree_does_not_grow(folder: str) -> None:
     paths = sources(folder)
     size = len(paths), sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths)
     assert size <= MOST[folder] and size[1] <= MOST[folder][1], f"{folder}: {size} files and lines"
+
+
+@pytest.mark.parametrize("in_ci", [True, False])
+def test_tests_without_their_programs_fail_in_continuous_integration(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, in_ci: bool
+) -> None:
+    for name in ("CI", "VISTA_RECTOOLS_VENV", "TANSU_PROGRAM"):
+        monkeypatch.delenv(name, raising=False)
+    if in_ci:
+        monkeypatch.setenv("CI", "true")
+    for need in (Tansu, lambda: request.getfixturevalue("rectools")):
+        with pytest.raises(pytest.fail.Exception if in_ci else pytest.skip.Exception):
+            need()

