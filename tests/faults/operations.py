@@ -273,14 +273,27 @@ def whole_checkpoints(folder: Path) -> None:
         assert (tensors["a"] == float(path.name.removeprefix("step-"))).all()
 
 
+def train_before(folder: Path) -> None:
+    """Put a model where the run will export its own, without the checkpoints of its run."""
+    shutil.copytree(folder / "model", folder / "runs" / "new" / "best")
+
+
 def train_small(folder: Path) -> None:
     from vista.training.trainer import train
 
     train(small_config(log_of(folder), folder / "runs" / "new", optim__epochs=1))
 
 
+def run_model(folder: Path) -> VistaModel:
+    return VistaModel.from_pretrained(folder / "runs" / "new" / "best")
+
+
 def holds_trained(folder: Path) -> None:
-    VistaModel.from_pretrained(folder / "runs" / "new" / "best")
+    run_model(folder)
+    best, model = (
+        (place / "config.json").read_bytes() for place in (folder / "runs" / "new" / "best", folder / "model")
+    )
+    assert best != model, "the earlier model is still there"
 
 
 ADDED = [5000, 5010, 7000]
@@ -418,7 +431,7 @@ OPERATIONS: dict[str, Operation] = {
     "three checkpoints": Operation(resumed_checkpoints, holds_checkpoints),
     "an addition of items": Operation(add_items, holds_added, before=add_items_before, store="featured/store"),
     "an index of items": Operation(index_items, holds_index),
-    "a training run": Operation(train_small, holds_trained),
+    "a training run": Operation(train_small, holds_trained, before=train_before),
     "a simulation": Operation(simulate_small, holds_simulated),
 }
 """By name, as in "a power cut during NAME"."""

@@ -29,6 +29,7 @@ from tests.faults.operations import (
     Operation,
     log_of,
     ranked,
+    run_model,
     served_users,
     verified,
     whole_checkpoints,
@@ -346,13 +347,15 @@ def broken(
 
 def reopen(operation: Operation, folder: Path) -> None:
     """Require that what was there before the operation can be read, that each checkpoint is complete, and that there is
-    a model of the items to which some are added."""
+    a model of the items to which some are added, and one where a run exports its own."""
     users = served_users(folder / "store")
     assert set(users) <= set(USERS)
     log_of(folder).gather([0])
     whole_checkpoints(folder)
     if (folder / "featured").exists():
         ranked(folder)
+    if (folder / "runs").exists():
+        run_model(folder)
 
 
 @promise(
@@ -394,7 +397,7 @@ def check_images_after_exchange(
     fault="power cut while {kind} is repeated after a kill that left an exchange of names not durable",
     full=2 * EXCHANGE_IMAGES,
     each=EXCHANGE_IMAGES,
-    kinds=["an addition of items"],
+    kinds=["an addition of items", "a training run"],
     smoke=True,
 )
 def test_power_loss_after_an_exchange(trial: Trial, traced: Nursery, trace_of: Callable[[str], Trace]) -> None:
