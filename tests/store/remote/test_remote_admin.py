@@ -16,12 +16,16 @@ import pytest
 import vista
 from tests.conftest import Served
 from tests.refresh.conftest import fail_at
+from tests.serve.conftest import models_file
 from tests.store.conftest import found, write_generations
 from tests.store.remote.valkey_server import ValkeyServer
+from tests.training.test_downstream import downstream_config, past_of
 from vista.cli.command_table import COMMANDS
 from vista.cli.main import main
 from vista.config import ExploreConfig
+from vista.config.composition import to_yaml
 from vista.errors import ConfigError, RecordError, StoreBusyError, StoreError, StoreUnavailableError, UnfinishedError
+from vista.refresh import refresh
 from vista.store import StoreReader
 from vista.store.admin import copy_generation, roll_back, store_stats, verify_store
 from vista.store.backend import open_backend
@@ -408,11 +412,11 @@ def test_a_server_that_would_evict_it_first_is_refused(start_server, build):
 
 
 SECRET = "hunter-two-and-more"
-SLOW = ("train", "watch", "evaluate", "report", "doctor", "export")
+SLOW = ("watch", "evaluate", "report", "doctor", "export")
 COMMANDS_WITH_STORES = [
     pytest.param(name, marks=[pytest.mark.nightly] if name in SLOW else [])
     for name, command in COMMANDS.items()
-    if hasattr(command.schema, "store")
+    if hasattr(command.schema, "store") and name != "train"
 ]
 
 
@@ -430,6 +434,31 @@ def secured(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         server.kill()
 
 
+def requests_of(name: str, served: Served, log: Path, store: str, folder: Path) -> list[list[str]]:
+    """Arguments with which a command uses a store: as `store`, and wherever else it accepts one."""
+    given = {
+        "model": served.model_dir, "data": log, "run": served.config.run_dir, "users": "[101]", "user": 101,
+        "to": folder / "copy", "out": folder / "out", "file": folder / "store.parquet", "num_threads": 1,
+        "device": "cpu", "once": "true", "folder": folder / "new", "store": store,
+    }  # fmt: skip
+    if name == "store rollback":
+        given["to"] = 1
+    if name == "store merge":
+        given |= {"parts": f"[{served.store}]", "data": f"[{log}]"}
+    known = {field.name for field in fields(COMMANDS[name].schema)}
+    words = {key: f"{key}={value}" for key, value in given.items() if key in known}
+    requests = [[*words.values()]]
+    if name in ("doctor", "evaluate"):
+        requests.append([*words.values(), f"out={folder}/out.json"])
+    if name == "store copy":
+        requests.append([f"store={served.store}", f"to={store.replace('/mine', '/copied')}"])
+    if name == "store merge":
+        requests.append([*(words | {"parts": f"parts=[{store}]", "store": f"store={folder}/merged"}).values()])
+    if name == "serve":
+        requests.append([f"models={models_file(folder, {'a': (served.model_dir, store)})}"])
+    return requests
+
+
 @pytest.mark.parametrize("name", COMMANDS_WITH_STORES)
 def test_no_command_shows_or_writes_a_password(
     served: Served, secured: tuple[str, Path], monkeypatch, capfd, tmp_path, name: str
@@ -437,30 +466,51 @@ def test_no_command_shows_or_writes_a_password(
     """With the right server, one that does not answer, a word that is not a URL, and a missing quote."""
     url, log = secured
     monkeypatch.chdir(tmp_path)
-    given = {
-        "model": served.model_dir, "data": log, "run": served.config.run_dir, "users": "[101]",
-        "user": 101, "to": tmp_path / "copy", "out": tmp_path / "out", "file": tmp_path / "none", "num_threads": 1,
-        "device": "cpu", "once": "true", "folder": tmp_path / "none", "run_dir": tmp_path / "run",
-    }  # fmt: skip
-    if name == "train":
-        given |= {"data": None, "model": None}
-    if name == "store rollback":
-        given["to"] = 1
-    keys = {field.name for field in fields(COMMANDS[name].schema)}
-    words = [f"{key}={value}" for key, value in given.items() if key in keys and value is not None]
-    stores = [url, url.replace("/mine", "/no name"), re.sub(r":\d+/", ":1/", url), f"'{url}"]
+    (tmp_path / "new").mkdir()
+    assert main(["store", "export", f"store={served.store}", f"out={tmp_path}/store.parquet"]) == 0
+    stores = urls(url)
     if name in ("serve", "explore", "export"):
         stores = stores[1:]  # With the first one, they would run for long; `test_no_page_shows_a_password` opens it.
     for store in stores:
-        more = [f"out={tmp_path}/out.json"] if name in ("doctor", "evaluate") else []
-        if name != "explore":
-            main([*name.split(), f"store={store}", *words, *more])
-        with contextlib.suppress(SystemExit):
-            main([*name.split(), f"store={store}", *words, "--cfg"])
+        for words in requests_of(name, served, log, store, tmp_path):
+            if name != "explore":
+                main([*name.split(), *words])
+            with contextlib.suppress(SystemExit):
+                main([*name.split(), *words, "--cfg"])
     said = "".join(capfd.readouterr())
     assert said and SECRET not in said
-    for path in tmp_path.rglob("*"):
-        assert path.is_dir() or SECRET.encode() not in path.read_bytes(), path
+    assert files_with_password(tmp_path) <= {"models.yaml"}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_no_run_over_a_store_shows_or_writes_its_password(
+    served_tasks: Served, secured: tuple[str, Path], capfd, tmp_path, command: str
+) -> None:
+    url, folder = secured[0].replace("/mine", "/past"), tmp_path / "run"
+    refresh(served_tasks.model, served_tasks.log, url, until=past_of(served_tasks))
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(to_yaml(downstream_config(served_tasks, tmp_path, folder, optim__epochs=1)))
+    words = ["--config", str(settings)] if command == "train" else [f"train_file={settings}", f"folder={folder}"]
+    for store in reversed(urls(url)):
+        seeds = [] if command == "train" else ["seed=1,2"]
+        code = main([command, *words, *seeds, f"store={store}"])
+    assert code == 0
+    said = "".join(capfd.readouterr())
+    assert said and SECRET not in said
+    assert not files_with_password(tmp_path)
+    written = {path.name for path in folder.rglob("*") if path.is_file()}
+    assert {"config.yaml", "run.json", "train.log"} <= written
+    assert all("/past" in path.read_text() for path in folder.rglob("config.yaml"))
+
+
+def urls(url: str) -> list[str]:
+    """A URL of the right server, of one that does not answer, a word that is not a URL, and a missing quote."""
+    return [url, re.sub(r"/(\w+)$", "/no name", url), re.sub(r":\d+/", ":1/", url), f"'{url}"]
+
+
+def files_with_password(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()}
 
 
 PAGE_TABS = ("User", "Ranking", "What if", "Compare", "Store", "Training", "Results")
