@@ -445,8 +445,9 @@ def save_run(
     weights, moments, sums = model.state_dict(), optimizers.table.state_dict(), None
     if (table := model.sharded_table) is not None:
         weights[ITEM_TABLE] = RowShards(table, model.item_table, model.item_table.dtype)
-        of_rows = moments["state"].get(TABLE_INDEX, {}).items()
-        moments["state"] = moments["state"] | {TABLE_INDEX: {k: _shards(table, value) for k, value in of_rows}}
+        if (of_rows := moments["state"].get(TABLE_INDEX)) is not None:  # rowwise_adagrad has none
+            sharded = {TABLE_INDEX: {k: _shards(table, value) for k, value in of_rows.items()}}
+            moments["state"] = moments["state"] | sharded
         sums = _shards(table, table.adagrad_sums)
     state = {
         "model": weights,
