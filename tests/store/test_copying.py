@@ -174,7 +174,8 @@ def test_a_damaged_source_is_not_copied(tmp_path, build):
     assert copy_generation(source, target).generation == 2
 
 
-def test_a_user_who_is_erased_just_before_a_copy_gets_its_name_is_not_in_it(tmp_path, build, monkeypatch):
+def erased_before_the_copy_ends(tmp_path: Path, build: Any, patch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A source and its target, where user 3 is erased from the target just before the next copy gets its name."""
     source, target, finish = tmp_path / "source", tmp_path / "target", FolderBuilder.finish
     build.write_store(source)
     copy_generation(source, target)
@@ -184,7 +185,12 @@ def test_a_user_who_is_erased_just_before_a_copy_gets_its_name_is_not_in_it(tmp_
         assert erase(target, [3]) == 1
         return finish(builder)
 
-    monkeypatch.setattr(FolderBuilder, "finish", erase_and_finish)
+    patch.setattr(FolderBuilder, "finish", erase_and_finish)
+    return source, target
+
+
+def test_a_user_who_is_erased_just_before_a_copy_gets_its_name_is_not_in_it(tmp_path, build, monkeypatch):
+    source, target = erased_before_the_copy_ends(tmp_path, build, monkeypatch)
     report = copy_generation(source, target, publish=False)
     assert (report.generation, report.num_records) == (2, 39)
     assert set(records(target, 2)) == set(user_keys([user for user in range(40) if user != 3]))
@@ -192,17 +198,8 @@ def test_a_user_who_is_erased_just_before_a_copy_gets_its_name_is_not_in_it(tmp_
 
 
 def test_a_copy_killed_after_it_got_its_name_has_no_user_who_was_erased_meanwhile(tmp_path, build, monkeypatch):
-    source, target, finish = tmp_path / "source", tmp_path / "target", FolderBuilder.finish
-    build.write_store(source)
-    copy_generation(source, target)
-    build.write_store(source, salt=1, run_digest="log-2")
-
-    def erase_and_finish(builder: FolderBuilder) -> Any:
-        erase(target, [3])
-        return finish(builder)
-
     with monkeypatch.context() as patch:
-        patch.setattr(FolderBuilder, "finish", erase_and_finish)
+        source, target = erased_before_the_copy_ends(tmp_path, build, patch)
         copy = partial(copy_generation, source, target, publish=False)
         assert killed_at(1, folder_writer, "record_complete", copy) == -signal.SIGKILL
     assert user_keys([3])[0] not in records(target, 2) and len(records(target, 2)) == 39
