@@ -188,9 +188,9 @@ FEED_FORWARD_RATIO = 2.0
 class FeedForward(nn.Module):
     """Pre-norm gated feed-forward block (SwiGLU) with its residual."""
 
-    def __init__(self, dim: int, dropout: float, ratio: float = FEED_FORWARD_RATIO) -> None:
+    def __init__(self, dim: int, dropout: float) -> None:
         super().__init__()
-        hidden = max(8, int(dim * ratio))
+        hidden = max(8, int(dim * FEED_FORWARD_RATIO))
         self.norm = norm(dim)
         self.up = nn.Linear(dim, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, dim, bias=False)
