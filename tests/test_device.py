@@ -18,6 +18,7 @@ from vista.config.checks import Precision
 from vista.device import announce, choose_precision, cpu_settings, resolve_device
 from vista.errors import ConfigError
 from vista.machine import cpu_name, usable_cores
+from vista.threads import ThreadChoice
 from vista_kernels.processor import PROFILES, processor
 
 
@@ -74,10 +75,9 @@ def test_the_device_is_logged_with_its_processor(
 ) -> None:
     force_processor("amx")
     with caplog.at_level(logging.INFO, logger="vista.device"):
-        announce(torch.device("cpu"))
+        announce(torch.device("cpu"), ThreadChoice(1, "num_threads"))
     (message,) = (record.getMessage() for record in caplog.records)
-    threads = torch.get_num_threads()
-    assert message == f"device cpu: amx (forced by VISTA_PROCESSOR), {threads} threads; kernels: torch"
+    assert message == "device cpu: amx (forced by VISTA_PROCESSOR), 1 thread (num_threads); kernels: torch"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc for it")

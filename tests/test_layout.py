@@ -27,7 +27,7 @@ LAYERS = (
     ("vista.counters",),
     ("vista.log",),
     ("vista.device", "vista.ranks", "vista.runs"),
-    ("vista.config", "vista.logistic_regression"),
+    ("vista.config", "vista.logistic_regression", "vista.threads"),
     ("vista.arrays",),
     ("vista.files", "vista.installation", "vista.machine", "vista.progress_bar", "vista.text_table"),
     ("vista.errors", "vista_kernels"),

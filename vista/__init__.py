@@ -9,6 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vista.installation import __version__ as __version__
+from vista.threads import prepare_openmp
+
+prepare_openmp()
 
 if TYPE_CHECKING:
     from vista.config import TrainConfig

@@ -12,6 +12,7 @@ import torch
 
 from vista.config.checks import Precision
 from vista.errors import ConfigError
+from vista.threads import ThreadChoice, choose_threads
 from vista_kernels.backend import choose_backend
 from vista_kernels.processor import ProcessorError, multiplies_bfloat16, processor
 
@@ -50,15 +51,18 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def set_threads(num_threads: int) -> None:
+def set_threads(num_threads: int, activations: int | None = None) -> ThreadChoice:
     """Set the number of torch's CPU threads in this process, and flush denormal numbers to zero.
 
-    `num_threads` of 0 leaves the number to torch. Weights that decay towards zero become denormal numbers, which CPUs
-    compute with many times slower.
+    Weights that decay towards zero become denormal numbers, which CPUs compute with many times slower.
+
+    Args:
+        num_threads, activations: as of `choose_threads`; a num_threads of 0 leaves the number to it.
     """
-    if num_threads > 0:
-        torch.set_num_threads(num_threads)
+    chosen = choose_threads(num_threads, torch.get_num_threads(), activations)
+    torch.set_num_threads(chosen.number)
     torch.set_flush_denormal(True)
+    return chosen
 
 
 def keep_freed_memory() -> None:
@@ -93,13 +97,12 @@ def return_freed_memory() -> None:
 
 
 @contextmanager
-def cpu_settings(num_threads: int) -> Iterator[None]:
+def cpu_settings(num_threads: int) -> Iterator[ThreadChoice]:
     """Apply `set_threads` to a block, and restore the settings afterwards, since the process belongs to the caller."""
     threads = torch.get_num_threads()
     flushing = bool(torch.tensor([SMALLEST_DENORMAL], dtype=torch.float64).mul(1.0) == 0)
-    set_threads(num_threads)
     try:
-        yield
+        yield set_threads(num_threads)
     finally:
         torch.set_num_threads(threads)
         torch.set_flush_denormal(flushing)
@@ -122,11 +125,10 @@ def autocast(precision: Precision, device: torch.device) -> AbstractContextManag
     return torch.autocast(device.type, torch.bfloat16) if precision is Precision.bfloat16 else nullcontext()
 
 
-def announce(device: torch.device) -> None:
-    """Log the device, what it can do, and the backend of the kernels there."""
+def announce(device: torch.device, threads: ThreadChoice) -> None:
+    """Log the device, what it can do, the CPU threads and why so many, and the backend of the kernels there."""
     backend = choose_backend("auto", device)
     if device.type == "cuda":
         logger.info("device %s: %s; kernels: %s", device, torch.cuda.get_device_name(device), backend)
     else:
-        threads = torch.get_num_threads()
-        logger.info("device %s: %s, %d threads; kernels: %s", device, processor().name, threads, backend)
+        logger.info("device %s: %s, %s; kernels: %s", device, processor().name, threads, backend)

@@ -32,6 +32,7 @@ from vista.errors import CheckpointError, VistaError
 from vista.installation import DISTRIBUTION, __version__, install_command
 from vista.machine import cpu_name, cpu_quota, free_bytes, memory_limit_bytes, usable_cores
 from vista.text_table import duration, size
+from vista.threads import ThreadChoice, choose_threads
 
 if TYPE_CHECKING:
     from vista.store.layout import StoreUrl
@@ -649,21 +650,21 @@ def check_threads(config: DoctorConfig) -> Iterator[Finding]:
     cores, quota = usable_cores(), cpu_quota()
     yield Finding("cores", f"{cores} of {os.cpu_count() or cores}")
     yield Finding("quota", "none" if quota is None else f"{quota:g} cores (cgroup)")
-    yield Finding("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "not set"))
-    yield thread_finding(torch.get_num_threads(), cores if quota is None else min(cores, quota))
+    threads = choose_threads(0, torch.get_num_threads())
+    yield thread_finding(threads, cores if quota is None else min(cores, quota))
 
 
-def thread_finding(threads: int, cores: float) -> Finding:
-    """Compare torch's threads with the cores that this process may use; `cores` need not be whole."""
-    most = max(1, int(cores))
+def thread_finding(threads: ThreadChoice, cores: float) -> Finding:
+    """Compare the threads of a command with the cores that this process may use; `cores` need not be whole."""
+    most, number = max(1, int(cores)), threads.number
     remedy, advice = f"set OMP_NUM_THREADS={most}, or num_threads={most} of a command", ""
-    if threads > cores and threads > 1:
-        advice = f"{threads} threads share {cores:g} cores and wait for one another; {remedy}"
-    elif 2 * threads <= cores:
-        advice = f"training and refresh use {threads} of {most} cores; {remedy}"
+    if number > cores and number > 1:
+        advice = f"{number} threads share {cores:g} cores and wait for one another; {remedy}"
+    elif 2 * number <= cores:
+        advice = f"training and refresh use {number} of {most} cores; {remedy}"
     elif most == 1:
         advice = "training and refresh use one core, and vista serve one worker; use a machine with more cores"
-    return _judged("torch threads", str(threads), not advice, advice)
+    return _judged("threads", str(threads), not advice, advice)
 
 
 CHECKS: dict[str, Callable[[DoctorConfig], Iterator[Finding]]] = {

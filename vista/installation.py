@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import json
 import shlex
-import subprocess
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +63,8 @@ def install_command(extra: str = "") -> str:
 
 def _origin() -> str:
     """URL of the folder, archive, or repository that vista was installed from; "" if pip recorded none."""
+    from importlib.metadata import PackageNotFoundError, distribution  # slow to import
+
     try:
         record = json.loads(distribution(DISTRIBUTION).read_text("direct_url.json") or "{}")
     except PackageNotFoundError:
@@ -94,13 +93,17 @@ def source_commit() -> str:
         changes = _git(root, "status", "--porcelain", "--", *_SOURCES)
         if short is not None and changes is not None:
             return short + ("+dirty" if changes else "")
+    from importlib.metadata import PackageNotFoundError, version  # slow to import
+
     try:
-        return "v" + importlib.metadata.version("vista-recsys")
-    except importlib.metadata.PackageNotFoundError:
+        return "v" + version(DISTRIBUTION)
+    except PackageNotFoundError:
         return "unknown"
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
+    import subprocess  # slow to import
+
     command = ["git", "--no-optional-locks", *arguments]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=30)

@@ -35,6 +35,7 @@ from vista.doctor import (
     thread_finding,
 )
 from vista.machine import cpu_quota, memory_limit_bytes
+from vista.threads import ThreadChoice
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
@@ -82,7 +83,7 @@ def test_a_version_out_of_range(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_threads(threads: int, cores: float, advice: str) -> None:
-    found = thread_finding(threads, cores)
+    found = thread_finding(ThreadChoice(threads, "one per core"), cores)
     assert advice in found.advice and (found.verdict is Verdict.fine) == (not advice)
 
 

@@ -19,7 +19,6 @@ from vista.config import (
 )
 from vista.config.checks import to_dict
 from vista.config.train_config import RunsCompareConfig, RunsConfig
-from vista.doctor import Verdict
 from vista.errors import SweepError, UnfitSetupError
 from vista.files import replace_text, writable_file
 from vista.text_table import hanging, two_columns
@@ -37,12 +36,14 @@ if TYPE_CHECKING:
 
 def run_train(config: TrainConfig) -> None:
     """`vista train`; errors as of `train_model`."""
-    from vista.device import keep_freed_memory
     from vista.log.event_log import EventLog
+
+    log = EventLog.open(config.data.path)  # A wrong path fails before torch is loaded, which takes a second.
+    from vista.device import keep_freed_memory
     from vista.training.trainer import train_model
 
     keep_freed_memory()
-    train_model(config, EventLog.open(config.data.path))
+    train_model(config, log)
 
 
 def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
@@ -177,10 +178,6 @@ def run_plan(config: PlanConfig) -> CapacityPlan:
     return plan
 
 
-_MARKS = {Verdict.fine: " ", Verdict.limited: "!", Verdict.broken: "x"}
-_LISTS = {Verdict.limited: "! Slow or limited here, and why:", Verdict.broken: "x Broken:"}
-
-
 def run_doctor(config: DoctorConfig) -> None:
     """`vista doctor`: print the diagnosis, and write it to `out`.
 
@@ -188,7 +185,7 @@ def run_doctor(config: DoctorConfig) -> None:
         ConfigError: `out` cannot be written.
         UnfitSetupError: something is broken.
     """
-    from vista.doctor import diagnose
+    from vista.doctor import Verdict, diagnose
 
     if config.out is not None:
         writable_file(Path(config.out), "out")
@@ -203,11 +200,15 @@ def run_doctor(config: DoctorConfig) -> None:
 
 def diagnosis_text(diagnosis: Diagnosis) -> str:
     """All findings in a table, then what is slow and what is broken, each with what to do."""
+    from vista.doctor import Verdict
+
+    marks = {Verdict.fine: " ", Verdict.limited: "!", Verdict.broken: "x"}
+    lists = {Verdict.limited: "! Slow or limited here, and why:", Verdict.broken: "x Broken:"}
     parts = []
     for section in diagnosis.sections:
-        rows = [(f"{_MARKS[finding.verdict]} {finding.name}", finding.value) for finding in section.findings]
+        rows = [(f"{marks[finding.verdict]} {finding.name}", finding.value) for finding in section.findings]
         parts += [section.title, two_columns(rows, 24), ""]
-    for verdict, title in _LISTS.items():
+    for verdict, title in lists.items():
         if findings := diagnosis.having(verdict):
             parts += [hanging(title, 2), *(hanging(_line(finding), 4) for finding in findings), ""]
     if not diagnosis.having(Verdict.broken):

@@ -38,9 +38,9 @@ def run_refresh(config: RefreshConfig) -> RefreshReport:
     from vista.store.record_encoding import read_key
 
     keep_freed_memory()
-    with cpu_settings(config.num_threads):
+    with cpu_settings(config.num_threads) as threads:
         device = resolve_device(config.device)
-        announce(device)
+        announce(device, threads)
         model, log = VistaModel.from_pretrained(config.model, device), EventLog.open(config.data)
         shard = None if config.shard is None else Shard.parse(config.shard)
         key = read_key(config.authentication_key_file)
@@ -78,8 +78,8 @@ def run_watch(config: WatchConfig) -> WatchReport:
     keep_freed_memory()
     if config.report_file is not None:
         writable_file(Path(config.report_file), "report_file")
-    with cpu_settings(config.num_threads):
-        announce(resolve_device(config.device))
+    with cpu_settings(config.num_threads) as threads:
+        announce(resolve_device(config.device), threads)
         with closing(Watch(config)) as watching:
             while True:
                 try:
@@ -115,7 +115,7 @@ def run_score(config: ScoreConfig) -> str:
             model's ids are integers, or the model does not read a feature of `request` as it is given.
     """
     from vista.cli.item_commands import INDEX_SUFFIX
-    from vista.device import cpu_settings
+    from vista.device import cpu_settings, set_threads
     from vista.log.splits import parse_time
     from vista.log.vocabulary import ids_of_words
     from vista.model.ranking_model import UNKNOWN_ITEM
@@ -140,6 +140,7 @@ def run_score(config: ScoreConfig) -> str:
     ):
         users = ids_of_words(config.users, "users", scorer.store.manifest.user_kind)
         candidates = ids_of_words(config.candidates, "candidates", scorer.model.items.kind)
+        set_threads(config.num_threads, (len(candidates) or len(scorer.model.items)) * scorer.model.config.dim)
         lines = [f"task {scorer.task}, generation {scorer.store.generation}"]
         known = (scorer.model.item_rows(candidates) != UNKNOWN_ITEM).tolist() if candidates else []
         items = [str(item) if known[i] else f"{item} (unknown)" for i, item in enumerate(candidates)]

@@ -165,9 +165,9 @@ def run_store_merge(config: StoreMergeConfig) -> RefreshReport:
             f"data: names {len(config.data)} logs for {len(config.parts)} parts; name one log, or one per part"
         )
     keep_freed_memory()
-    with cpu_settings(config.num_threads):
+    with cpu_settings(config.num_threads) as threads:
         device = resolve_device(config.device)
-        announce(device)
+        announce(device, threads)
         model, key = VistaModel.from_pretrained(config.model, device), read_key(config.authentication_key_file)
         logs = [EventLog.open(path) for path in config.data]
         parts = list(zip(config.parts, logs * (len(config.parts) if len(logs) == 1 else 1), strict=True))

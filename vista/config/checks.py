@@ -592,7 +592,8 @@ class Threads(Checked):
 
     __slots__ = ()
     num_threads: int = 0
-    """Number of CPU threads. 0 leaves the choice to PyTorch."""
+    """Number of CPU threads. 0 uses OMP_NUM_THREADS if it is set; else one per core, at most the quota of the control
+    group (container), and one for small batches or requests."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

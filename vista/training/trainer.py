@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import save
 
 from vista.config import TrainConfig
-from vista.config.checks import Architecture, Precision, TableKind, to_dict
+from vista.config.checks import Architecture, Precision, TableKind, planned, to_dict
 from vista.config.composition import to_yaml
 from vista.config.train_config import without_places
-from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device
+from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device, set_threads
 from vista.errors import ConfigError, NonFiniteLossError
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchPrefetcher, BatchSource
@@ -230,7 +230,9 @@ class Trainer:
             with typed_errors(self.run_dir / "config.yaml"):
                 replace_text(self.run_dir / "config.yaml", to_yaml(config))
             metrics.rewind(self.progress.step, {int(row["step"]) for row in self.progress.history})
-        announce(self.device)
+        activations = planned(config.data.tokens_per_batch, "data.tokens_per_batch") * config.model.dim
+        on_cpu = self.device.type == "cpu"
+        announce(self.device, set_threads(config.num_threads, activations if on_cpu else None))
         shape = self.model.table_shape
         logger.info(
             "%s; %d parameters, %d of them in a table of %d x %d; %s",
@@ -352,8 +354,8 @@ class Trainer:
             seconds = time.perf_counter() - began
         self.progress.seconds += self._clock.lap()
         batches = self.source.num_batches(self.progress.epoch)
-        planned = budget.planned_steps(self.progress, seconds, batches, self.config.optim)
-        self.progress.planned_steps = self._ranks.from_first(planned)
+        steps = budget.planned_steps(self.progress, seconds, batches, self.config.optim)
+        self.progress.planned_steps = self._ranks.from_first(steps)
         warn_of_few_steps(self.config.optim, self.progress.planned_steps)
         self._save()
 
