@@ -1,0 +1,91 @@
+"""Benchmark commands on a machine whose cores are busy: with another process per core, against the same without.
+
+    python -m scripts.benchmarks.bench_neighbors
+
+README.md's first example, `vista train`, and `vista score` run in processes of their own, alone and next to one endless
+loop per core, in alternation. No thread settings are given. The fair share of each command is then half of the cores,
+so twice the time is the goal. Other processes on the machine make the ratio smaller than it is: their load is printed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from scripts.benchmarks.benchmark import interleaved, recording
+from vista.machine import usable_cores
+from vista.threads import NUM_THREADS, WAIT_POLICY
+
+ROOT = Path(__file__).resolve().parents[2]
+BAR = "value <= 2.5 * baseline"
+SPLIT = ("data.split=time", "data.validation_from=2024-04-01", "data.test_from=2024-04-06")
+TRAIN = ("train", "data.path=data/first", *SPLIT, "run_dir=runs/second", "resume=false", "data.tokens_per_batch=2048")
+SCORE = ("score", "model=runs/first/best", "store=stores/first", "users=[0]", "now=2024-04-12")
+CANDIDATES = "candidates=[garden-11,music-12,travel-13]"
+
+
+def first_example(epochs: int | None) -> str:
+    """The first Python block of README.md, with another number of epochs if one is given."""
+    found = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    return found[1] if epochs is None else re.sub(r"\bepochs=\d+", f"epochs={epochs}", found[1])
+
+
+def run(folder: Path, *words: str) -> None:
+    """Run Python in a folder, with the thread settings of a user who has none."""
+    environment = {name: value for name, value in os.environ.items() if name not in (NUM_THREADS, WAIT_POLICY)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+
+
+def run_first_example(folder: Path, code: str) -> None:
+    """Run the first example from the start: it does not replace a log or a finished run."""
+    for name in ("data", "runs", "stores"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    run(folder, "-c", code)
+
+
+@contextmanager
+def busy_cores() -> Iterator[None]:
+    """One endless loop per core while a block runs."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(usable_cores())]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all cases; returns the exit status."""
+    with recording("neighbors", __doc__, arguments) as recorder:
+        print(f"load average of this machine: {os.getloadavg()[0]:.1f} on {usable_cores()} cores")
+        folder, code = recorder.folder, first_example(1 if recorder.quick else None)
+        cases = {  # The first one leaves the log, the model, and the store of the others.
+            "README.md's first example": partial(run_first_example, folder, code),
+            "vista train, two epochs": partial(run, folder, "-m", "vista.cli", *TRAIN, "optim.epochs=2"),
+            "vista score, three candidates": partial(run, folder, "-m", "vista.cli", *SCORE, CANDIDATES),
+        }
+        for case, alone in cases.items():
+            times = interleaved(
+                {"alone": alone, "busy": busy_cores()(alone)},
+                rounds=3 if recorder.quick else 7,
+                warmup=1,
+                max_seconds=600,
+            )
+            recorder.add_time(f"{case}, busy cores", times["busy"], "s", baseline=times["alone"], bar=BAR)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
