@@ -4,7 +4,8 @@
 
 README.md's first example, `vista train`, and `vista score` run in processes of their own, alone and next to one endless
 loop per core, in alternation. No thread settings are given. The fair share of each command is then half of the cores,
-so twice the time is the goal. Other processes on the machine make the ratio smaller than it is: their load is printed.
+so twice the time is the goal. Run it on an idle machine: the load average is printed, because every other process that
+computes brings the ratio closer to 1.
 """
 
 from __future__ import annotations
@@ -56,14 +57,19 @@ def run_first_example(folder: Path, code: str) -> None:
 
 @contextmanager
 def busy_cores() -> Iterator[None]:
-    """One endless loop per core while a block runs."""
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(usable_cores())]
+    """One endless loop per core while a block runs.
+
+    Each has a session of its own: Linux shares the time of cores among sessions first (autogroup), so loops in the
+    session of the command would take less from it than processes of other users do, or more on a crowded machine.
+    """
+    loop = [sys.executable, "-c", "while True: pass"]
+    loops = [subprocess.Popen(loop, start_new_session=True) for _ in range(usable_cores())]
     try:
         yield
     finally:
-        for loop in loops:
-            loop.kill()
-            loop.wait()
+        for process in loops:
+            process.kill()
+            process.wait()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
