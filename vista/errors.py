@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 import threading
 from typing import Any
 
@@ -28,6 +29,22 @@ def shown(value: object, limit: int = 80) -> str:
     # Passwords are removed before the value is shortened, because the @ after one may be in the part that is left out.
     # The first cut is at a length that no password has, so that a value of millions of characters takes no time.
     return shortened(without_password(shortened(text, MAX_MESSAGE)), limit, len(text))
+
+
+def shell_word(key: str, value: str | list[str]) -> str:
+    """A `key=value` word of a command line, ready to paste into a shell."""
+    if isinstance(value, list):
+        return shlex.quote(f"{key}=[{','.join(map(_in_grammar, value))}]")
+    return shlex.quote(f"{key}={_in_grammar(value)}")
+
+
+def _in_grammar(text: str) -> str:
+    """Text in Hydra's grammar, in quotes if it has other characters than those of words and formats."""
+    if re.fullmatch(r"[\w./%:+@-]+( [\w./%:+@-]+)*", text, re.ASCII) and text != "null":
+        return text
+    # Backslashes count as such unless a quote follows.
+    escaped = re.sub(r"\\+(?='|\Z)", lambda match: 2 * match[0], text).replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 _STORE = re.compile(r"(rediss?:/+[^/:]*):(?!\S*:\s).*(?=@)", re.IGNORECASE | re.DOTALL)

@@ -61,8 +61,15 @@ COMMANDS: dict[str, Command] = {
         ),
         first=(
             *("out", "append", "on_bad_rows", "events.kind", "events.paths", "events.user", "events.item"),
-            *("events.timestamp", "events.time_unit", "events.action", "events.rating", "events.separator"),
-            *("events.categories", "events.numbers", "impressions.paths", "impressions.labels", "items.paths"),
+            *("events.timestamp", "events.time_unit", "events.time_format", "events.action", "events.rating"),
+            *(
+                "events.separator",
+                "events.categories",
+                "events.numbers",
+                "impressions.paths",
+                "impressions.labels",
+                "items.paths",
+            ),
             *("items.item", "items.categories", "items.numbers", "items.vectors", "users.paths", "users.user"),
             *("users.categories", "users.numbers", "filter.actions", "filter.min_item_events"),
             "filter.min_user_events",
@@ -140,8 +147,23 @@ COMMANDS: dict[str, Command] = {
         resumes=True,
         first=(
             *("data", "model", "store", "folder", "source", "settle_s", "poll_s", "once", "report_file"),
-            *("on_bad_rows", "events.user", "events.item", "events.timestamp", "events.time_unit", "events.action"),
-            *("events.rating", "stream.client_file", "stream.start", "stream.max_messages", "device", "num_threads"),
+            *(
+                "on_bad_rows",
+                "events.user",
+                "events.item",
+                "events.timestamp",
+                "events.time_unit",
+                "events.time_format",
+            ),
+            *(
+                "events.action",
+                "events.rating",
+                "stream.client_file",
+                "stream.start",
+                "stream.max_messages",
+                "device",
+                "num_threads",
+            ),
         ),
     ),
     "evaluate": Command(

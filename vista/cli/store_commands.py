@@ -333,7 +333,7 @@ def run_log_forget(config: LogForgetConfig) -> DeletionReport:
     """`vista log forget`; errors as of `forget_file`."""
     from vista.log.deletions import forget_file
 
-    return forget_file(config.data, config.events, config.time_unit)
+    return forget_file(config.data, config.events, config.time_unit, config.time_format)
 
 
 def run_log_erase(config: LogEraseConfig) -> DeletionReport:

@@ -85,7 +85,22 @@ class TimeUnit(Checked):
     __slots__ = ()
     time_unit: str | None = None
     """Unit of numeric times (s, ms, us, or ns), or iso for ISO 8601 text. null for Parquet columns of dates and
-    times."""
+    times, and for text whose format is in time_format or is to be inferred."""
+    time_format: str | None = None
+    """strptime format of times that are text, such as '%m/%d/%Y %H:%M'. They are in UTC unless the format has an offset
+    (%z). null infers a common format from all values of the column."""
+
+    def __post_init__(self) -> None:
+        Checked.__post_init__(self)
+        unit, form = self.time_unit, self.time_format
+        require(unit is None or "%" not in unit, "time_unit", f"{unit!r} is a format; set it as time_format instead")
+        require(unit is None or form is None, "time_format", "text in a format has no time_unit; set one of the two")
+        require(form is None or "%" in form, "time_format", f"must be a strptime format such as %d/%m/%Y, got {form!r}")
+
+    @property
+    def time_form(self) -> str | None:
+        """What times are: a unit, iso, a strptime format, or None if this follows from the column."""
+        return self.time_format or self.time_unit
 
 
 @dataclass(kw_only=True)
@@ -226,7 +241,7 @@ class SourceConfig(TimeUnit, TableFiles, SourceColumns):
     not be infinite."""
 
     def __post_init__(self) -> None:
-        SourceColumns.__post_init__(self)
+        TimeUnit.__post_init__(self)
         check_max_values(self.max_values, "max_values")
         features = [*self.categories, *self.numbers]
         single = [self.user, self.item, self.timestamp, self.action, self.rating, self.sequence]

@@ -77,21 +77,23 @@ def forget_events(path: str | os.PathLike[str], events: Any) -> DeletionReport:
     return _forget(checked_path(path, LogFormatError), frame_source(frame, config, "events"))
 
 
-def forget_file(path: str | os.PathLike[str], file: str, time_unit: str | None) -> DeletionReport:
+def forget_file(
+    path: str | os.PathLike[str], file: str, time_unit: str | None, time_format: str | None = None
+) -> DeletionReport:
     """Delete single events like `forget_events`, from a CSV or Parquet file with the same columns.
 
     Args:
         time_unit: unit of numeric or text timestamps, s | ms | us | ns | iso; None in a log without times.
+        time_format: strptime format of text timestamps.
 
     Raises:
         ConfigError: if the timestamps have no unit.
         DataError: like `forget_events`, or if the file cannot be read or lacks a column.
     """
     log = EventLog.open(path)
-    if not log.has_time and time_unit is not None:
-        raise ConfigError(
-            f"time_unit={time_unit}: {path} has no times, so `timestamp` is an event number; leave time_unit out"
-        )
+    if not log.has_time and (form := time_format or time_unit) is not None:
+        key = "time_format" if time_format else "time_unit"
+        raise ConfigError(f"{key}={form}: {path} has no times, so `timestamp` is an event number; leave {key} out")
     if checked_path(file, DataError).is_dir():
         raise DataError(f"{file}: is a folder; name a single CSV or Parquet file")
     if not Path(file).is_file():
@@ -104,9 +106,11 @@ def forget_file(path: str | os.PathLike[str], file: str, time_unit: str | None) 
                     f"{file}: column {name!r} is missing, the file has: {', '.join(types)}; rename the columns to "
                     "user, item, timestamp, and optionally action"
                 )
-        if log.has_time and time_unit is None and not types["timestamp"].startswith("Date"):
-            raise ConfigError(f"time_unit: set the unit of column 'timestamp' of {file} ({', '.join(TIME_UNITS)})")
-        config = _config([file], "action" in types, time_unit if log.has_time else "ms")
+        if log.has_time and not (time_unit or time_format or types["timestamp"].startswith("Date")):
+            raise ConfigError(
+                f"time_unit: set the unit of column 'timestamp' of {file} ({', '.join(TIME_UNITS)}), or time_format"
+            )
+        config = _config([file], "action" in types, time_unit if log.has_time else "ms", time_format)
         (source,) = open_sources(config, "events", parser)
         return _forget(Path(path), source)
 
@@ -157,9 +161,9 @@ def erase_users(path: str | os.PathLike[str], user_ids: Sequence[int] | Sequence
     )
 
 
-def _config(paths: list[str], has_action: bool, time_unit: str | None) -> SourceConfig:
+def _config(paths: list[str], has_action: bool, time_unit: str | None, time_format: str | None = None) -> SourceConfig:
     action = "action" if has_action else None
-    return SourceConfig(paths=paths, timestamp="timestamp", action=action, time_unit=time_unit)
+    return SourceConfig(paths=paths, timestamp="timestamp", action=action, time_unit=time_unit, time_format=time_format)
 
 
 def _forget(path: Path, source: Source) -> DeletionReport:

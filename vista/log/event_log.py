@@ -74,6 +74,7 @@ class EventLog:
         path: str | os.PathLike[str],
         *,
         time_unit: str | None = None,
+        time_format: str | None = None,
         columns: SourceColumns | None = None,
         impressions: Any = None,
         items: Any = None,
@@ -90,7 +91,8 @@ class EventLog:
         Args:
             frame: one row per event. With `append`, None adds only features of `items` or `users`.
             path: folder to make, or with `append` the log to extend by a segment.
-            time_unit: s | ms | us | ns | iso; required if the timestamp column is numeric or text.
+            time_unit: s | ms | us | ns | iso; required if the timestamp column is numeric.
+            time_format: strptime format of times that are text; None infers a common one from all of them.
             columns: names of the columns; by default user, item, and timestamp. A log whose columns have no `timestamp`
                 (None) is ordered as the frame.
             impressions: a second frame with the same user, item, and timestamp columns, and the labels in `columns`.
@@ -116,7 +118,7 @@ class EventLog:
             raise ConfigError(
                 "request_categories, request_numbers: name columns of impressions; give these, or no columns"
             )
-        own = to_dict(columns or SourceColumns()) | {"time_unit": time_unit}
+        own = to_dict(columns or SourceColumns()) | {"time_unit": time_unit, "time_format": time_format}
         tables: dict[str, tuple[Any, SourceConfig | FeatureTableConfig]] = {}
         if items is not None:
             tables["items"] = items, ItemTableConfig(item=own["item"])

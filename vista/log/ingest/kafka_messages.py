@@ -134,7 +134,7 @@ def message_rows(
     """Decode and check the messages of a batch.
 
     Args:
-        config: names of the columns, and the unit of times.
+        config: names of the columns, and what times are.
         kinds: kinds of ids, "int" or "str", of "user" and "item".
         on_bad_rows: raise refuses the batch at its first invalid message; quarantine makes such messages dead letters.
 
@@ -161,14 +161,14 @@ def message_rows(
     frame = pl.DataFrame(values, schema=dict.fromkeys(columns, pl.String)).with_row_index(ROW, 1)
     if wrong:
         frame = frame.filter(~pl.col(ROW).is_in(list(wrong)))
-    bad = wrong | _broken_rules(batch.source, frame, columns, config.time_unit, kinds)
+    bad = wrong | _broken_rules(batch.source, frame, columns, config.time_form, kinds)
     letters += [DeadLetter(messages[row - 1], reason) for row, reason in bad.items()]
     letters.sort(key=lambda letter: letter.message[:3])
     if letters and on_bad_rows is OnBadRows.error:
         more = f" (invalid messages: {len(letters)})" if len(letters) > 1 else ""
         raise DataError(f"{letters[0]}; on_bad_rows=quarantine sets invalid messages aside instead{more}")
     good = frame.filter(~pl.col(ROW).is_in(list(bad))).drop(ROW) if bad else frame.drop(ROW)
-    return MessageRows(batch, _source(batch, good, columns, config.time_unit) if good.height else None, letters)
+    return MessageRows(batch, _source(batch, good, columns, config.time_form) if good.height else None, letters)
 
 
 def _decoded(value: bytes | None) -> dict[str, Any] | str:
@@ -210,11 +210,11 @@ def _is_unicode(text: str) -> bool:
 
 
 def _broken_rules(
-    path: str, frame: pl.DataFrame, columns: dict[str, str], time_unit: str | None, kinds: Mapping[str, str]
+    path: str, frame: pl.DataFrame, columns: dict[str, str], time_form: str | None, kinds: Mapping[str, str]
 ) -> dict[int, str]:
     """By row, the first rule for source files that it breaks."""
     source = ScannedSource(
-        path=path, name=path, digest="", size=0, columns=columns, is_text=False, time_unit=time_unit, frame=frame.lazy()
+        path=path, name=path, digest="", size=0, columns=columns, is_text=False, time_form=time_form, frame=frame.lazy()
     )
     parsed, rules = parse(source, kinds, "events")
     broken = parsed.select(ROW, PROBLEM).filter(pl.col(PROBLEM) > 0).collect()
@@ -228,9 +228,9 @@ def _broken_rules(
     return reasons
 
 
-def _source(batch: MessageBatch, frame: pl.DataFrame, columns: dict[str, str], time_unit: str | None) -> ScannedSource:
+def _source(batch: MessageBatch, frame: pl.DataFrame, columns: dict[str, str], time_form: str | None) -> ScannedSource:
     """The events as a source. Its digest covers their offsets too, because equal messages are different events."""
-    source = source_of_frame(frame, columns, "events", time_unit)
+    source = source_of_frame(frame, columns, "events", time_form)
     place = json.dumps([offset_entries(batch.stored), offset_entries(batch.offsets), source.digest])
     digest = hashlib.sha256(place.encode()).hexdigest()
     return replace(source, path=batch.source, name=batch.source, digest=digest, size=batch.num_bytes)

@@ -23,6 +23,7 @@ from vista.installation import require_module
 from vista.log.ingest.feature_sources import scan_features
 from vista.log.ingest.rows import id_kind, read_part
 from vista.log.ingest.sources import CONFIGS, ScannedSource, column_types, scan_source
+from vista.log.ingest.times import FormCount, count_forms
 
 if TYPE_CHECKING:
     import polars as pl
@@ -62,11 +63,23 @@ class ParserProcess:
         """`rows.id_kind` of an open source."""
         return id_kind(self._sources[table, path][0], column, "auto")
 
+    def count_forms(self, path: str, table: str) -> list[FormCount] | None:
+        """`times.count_forms` of an open source."""
+        return count_forms(self._sources[table, path][0])
+
     def read_part(
-        self, path: str, kinds: Mapping[str, str], table: str, folder: str, number: int, on_bad_rows: str
+        self,
+        path: str,
+        kinds: Mapping[str, str],
+        table: str,
+        folder: str,
+        number: int,
+        on_bad_rows: str,
+        time_form: str | None,
     ) -> tuple[int, int]:
         """`rows.read_part` of an open source, which is then closed; returns the numbers of good and of bad rows."""
         source, version = self._sources.pop((table, path))
+        source = replace(source, time_form=time_form)
         part = read_part(source, kinds, table, Path(folder), number, OnBadRows(on_bad_rows))
         if _version(path) != version:
             raise DataError(f"{path}: changed while it was read; wait until its writer is done, then try again")

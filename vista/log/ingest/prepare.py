@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ from vista.log.ingest.sources import (
     open_sources,
     with_kind,
 )
+from vista.log.ingest.times import infer_form
 from vista.log.segment import Segment, features_of, read_segments, read_vocabularies, segment_name
 from vista.log.segment_files import (
     DEAD_LETTERS_FILE,
@@ -277,6 +278,8 @@ class _Ingest:
     items: Vocabulary = field(init=False)
     actions: list[str] = field(init=False, default_factory=list)
     tasks: list[str] = field(init=False, default_factory=list)
+    inferred: list[str] = field(init=False, default_factory=list)
+    """What was inferred of times, and why."""
     time_range_ms: tuple[int | None, int | None] = (None, None)
     """Oldest and newest time of the events; (None, None) in a log without times."""
 
@@ -320,6 +323,7 @@ class _Ingest:
                 self._open_log()
             _check_sources(self.sources, self.before)
             self._fix_id_kinds()
+            self._fix_times()
             name = segment_name(self.number)
             self.times.lap("open")
             # A new log appears together with its first segment, by one rename.
@@ -392,6 +396,20 @@ class _Ingest:
                 raise ConfigError(
                     f"events.ids={wanted}: the {name} ids of the log are {known.kind}; leave events.ids out"
                 )
+
+    def _fix_times(self) -> None:
+        """Infer the form of times that are text and have none.
+
+        Raises:
+            ConfigError: if day and month cannot be told apart.
+        """
+        for table, files in self.sources.items():
+            if table in OWNERS or "timestamp" not in files[0].columns or files[0].time_form is not None:
+                continue
+            if (inferred := infer_form(files, table)) is not None:
+                self.sources[table] = [replace(source, time_form=inferred.form) for source in files]
+                if inferred.why:
+                    self.inferred.append(f"{table}: {inferred.why}")
 
     def _read_parts(self, scratch: Path) -> dict[str, list[Part]]:
         """Parse and check every source."""
@@ -526,7 +544,7 @@ class _Ingest:
 
     def _warnings(self, features: Sequence[NewFeatures]) -> list[str]:
         """What is allowed, but is probably a mistake or needs another step."""
-        warnings = []
+        warnings = list(self.inferred)
         newest = self.time_range_ms[1]
         chooses_unit = self.events is not None and self.events.kind in ("table", "recbole")
         if chooses_unit and newest is not None and newest < YEAR_1971_MS:

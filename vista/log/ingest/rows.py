@@ -2,8 +2,8 @@
 
 user, item: int64 or text, one kind for the whole log; floats must be whole numbers. Bad: missing or empty; for integer
     ids, other text, leading zeros (007 and 7 would be the same id), or beyond int64; text longer than 500 bytes.
-timestamp: numbers in the given unit, ISO text with time_unit=iso, or dates and datetimes (UTC unless they have a zone).
-    Bad: missing, text, NaN, before 1970, after 2100.
+timestamp: numbers in the given unit, text in ISO 8601 or in a strptime format (times.py), or dates and datetimes (UTC
+    unless they have a zone). Bad: missing, other text, NaN, before 1970, after 2100.
 rating: finite float; sequence: int64. Bad: missing, text, NaN, infinite.
 action: text, or numbers that are used as names. Bad: missing.
 label:*: 0, 1, or missing (or NaN), which means unknown. probability:*: in [0, 1], or missing. Bad: anything else.
@@ -33,6 +33,7 @@ from vista.log.features import code_type
 from vista.log.histories import LATEST_MS
 from vista.log.ingest.source_files import EXTRA, ROW
 from vista.log.ingest.sources import FileSource, ScannedSource, Source, collected, unreadable
+from vista.log.ingest.times import ms_of_text
 from vista.log.segment_files import OWNERS
 from vista.log.vocabulary import Vocabulary
 
@@ -48,7 +49,6 @@ BLANK = 65_535
 PROBLEM = "problem"
 _MS_PER_UNIT = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 TIME_UNITS = (*_MS_PER_UNIT, "iso")
-_ISO_FORMATS = ("%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d", "%Y-%m-%dT%H:%M")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +182,8 @@ def _ids(column: str, dtype: pl.DataType, kind: str, table: str) -> tuple[pl.Exp
 
 
 def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> tuple[pl.Expr, list[RowRule]]:
-    unit, raw, rules = _time_unit(column, dtype, source, table), pl.col(column), list[RowRule]()
-    default = f"correct it, or check {table}.time_unit (now {source.time_unit})"
+    unit, raw, rules = _time_form(column, dtype, source, table), pl.col(column), list[RowRule]()
+    default = f"correct it, or check {table}.time_{'format' if '%' in unit else 'unit'} (now {source.time_form})"
 
     def refuse(bad: pl.Expr, reason: str, remedy: str = default) -> None:
         rules.append(RowRule(column, bad, reason, remedy))
@@ -193,11 +193,11 @@ def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> t
     if dtype in (pl.Datetime, pl.Date):
         ms = given = (raw.cast(pl.Datetime("ms")) if dtype == pl.Date else raw).dt.timestamp("ms")
     elif unit == "iso":
-        text = raw.str.replace(" ", "T", literal=True)
-        zoned = text.str.to_datetime("%+", strict=False, time_unit="ms", time_zone="UTC").dt.timestamp("ms")
-        naive = (text.str.to_datetime(f, strict=False, time_unit="ms").dt.timestamp("ms") for f in _ISO_FORMATS)
-        ms = given = pl.coalesce(*naive, zoned)
+        ms = given = ms_of_text(raw, unit)
         refuse(ms.is_null(), "is not an ISO 8601 time", "write 2024-05-01T12:00:00Z or 2024-05-01")
+    elif "%" in unit:
+        ms = given = ms_of_text(raw, unit)
+        refuse(ms.is_null(), "is not a time in this format")
     else:
         whole = raw.cast(pl.Int64, strict=False)
         truncated = whole * int(factor) if factor >= 1 else whole // round(1 / factor)
@@ -217,14 +217,16 @@ def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> t
     return ms, rules
 
 
-def _time_unit(column: str, dtype: pl.DataType, source: Source, table: str) -> str:
-    """The unit of a column of times; dates and datetimes have "iso".
+def _time_form(column: str, dtype: pl.DataType, source: Source, table: str) -> str:
+    """What a column of times is: a unit, iso, or a strptime format; dates and datetimes have "iso".
 
     Raises:
-        ConfigError: if no unit is set or it does not fit the column's type.
+        ConfigError: if nothing is set or it does not fit the column's type.
     """
-    key, unit, name = f"{table}.time_unit", source.time_unit, source.columns[column]
-    if unit is not None and unit not in TIME_UNITS:
+    key, unit, name = f"{table}.time_unit", source.time_form, source.columns[column]
+    if unit is not None and "%" in unit:
+        key = f"{table}.time_format"
+    elif unit is not None and unit not in TIME_UNITS:
         raise ConfigError(f"{key}: unknown unit {unit!r}; use one of {', '.join(TIME_UNITS)}")
     if dtype in (pl.Datetime, pl.Date):
         if unit not in (None, "iso"):
@@ -232,11 +234,14 @@ def _time_unit(column: str, dtype: pl.DataType, source: Source, table: str) -> s
         return "iso"
     if unit is None:
         raise ConfigError(
-            f"{key}: set the unit of column {name!r} of {source.path} ({', '.join(TIME_UNITS)}); "
-            "seconds that are read as milliseconds would silently corrupt the log"
+            f"{key}: set the unit of column {name!r} of {source.path} ({', '.join(TIME_UNITS)}), or "
+            f"{table}.time_format of its text, such as '%d.%m.%Y %H:%M'; seconds that are read as milliseconds would "
+            "silently corrupt the log"
         )
-    if unit == "iso" and dtype != pl.String:
-        raise ConfigError(f"{key}=iso: column {name!r} of {source.path} has type {dtype}, not text; set its unit")
+    if (unit == "iso" or "%" in unit) and dtype != pl.String:
+        raise ConfigError(
+            f"{key}={unit}: column {name!r} of {source.path} has type {dtype}, not text; set {table}.time_unit"
+        )
     return unit
 
 
@@ -433,7 +438,9 @@ def read_part(
     file = folder.absolute() / f"{table}-{number:06d}.arrow"
     if isinstance(source, FileSource):
         settings = {"kinds": dict(kinds), "folder": str(file.parent), "on_bad_rows": on_bad_rows.value}
-        counts, _ = source.parser.call("read_part", source.path, table=table, number=number, **settings)
+        counts, _ = source.parser.call(
+            "read_part", source.path, table=table, number=number, time_form=source.time_form, **settings
+        )
         return Part(source, file, *counts)
     assert isinstance(source, ScannedSource)
     frame, rules = parse(source, kinds, table)

@@ -33,13 +33,13 @@ class FileScan:
     """The rows of a file as a lazy frame.
 
     frame: columns with raw values, ROW, and (of a text file) EXTRA; columns: their names to those in the file; is_text:
-    whether values are text to parse; time_unit: unit of numeric and text timestamps.
+    whether values are text to parse; time_form: what times are, as in `TimeUnit`.
     """
 
     frame: pl.LazyFrame
     columns: Mapping[str, str]
     is_text: bool
-    time_unit: str | None = None
+    time_form: str | None = None
 
 
 MAX_LINE_BYTES = 1 << 20

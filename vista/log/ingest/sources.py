@@ -60,7 +60,7 @@ class Source:
     """A source file or frame, ready to be read.
 
     path: name in errors; name: name in the manifest; digest: hex SHA-256; size: bytes; columns: canonical column names
-    to those of the source; is_text: whether values are text to parse; time_unit: unit of numeric and text timestamps;
+    to those of the source; is_text: whether values are text to parse; time_form: what times are, as in `TimeUnit`;
     max_values: distinct values that a category may have.
     """
 
@@ -70,7 +70,7 @@ class Source:
     size: int
     columns: dict[str, str]
     is_text: bool
-    time_unit: str | None
+    time_form: str | None
     max_values: int = MAX_VALUES
 
 
@@ -111,10 +111,9 @@ def open_sources(config: SourceConfig, table: str, parser: SourceParser) -> list
             raise ConfigError("impressions.labels: name at least one column of 0/1 labels")
         if config.timestamp is None:
             raise ConfigError("impressions.timestamp: impressions need times; name the column of times")
-    if config.kind == "table" and config.timestamp is None and config.time_unit is not None:
-        raise ConfigError(
-            f"{table}.time_unit: no column of times is set; set {table}.timestamp=..., or leave {table}.time_unit out"
-        )
+    if config.kind == "table" and config.timestamp is None and config.time_form is not None:
+        key = f"{table}.{'time_format' if config.time_format else 'time_unit'}"
+        raise ConfigError(f"{key}: no column of times is set; set {table}.timestamp=..., or leave {key} out")
     if config.probabilities and len(config.probabilities) != len(config.labels):
         raise ConfigError(f"{table}.probabilities: name one column per label, or none")
     return [_open(file, config, table, parser) for file in _files(config, table)]
@@ -288,7 +287,7 @@ def frame_source(frame: pl.DataFrame, config: SourceConfig, table: str) -> Scann
     """A frame from `to_polars` as a source. Its digest covers the columns that are used."""
     columns = needed_columns(config)
     used = frame.select(pl.col(own).alias(canonical) for canonical, own in columns.items())
-    return replace(source_of_frame(used, columns, table, config.time_unit), max_values=config.max_values)
+    return replace(source_of_frame(used, columns, table, config.time_form), max_values=config.max_values)
 
 
 def file_source(file: Path, scan: FileScan) -> ScannedSource:
@@ -305,13 +304,13 @@ def file_source(file: Path, scan: FileScan) -> ScannedSource:
         size=size,
         columns=dict(scan.columns),
         is_text=scan.is_text,
-        time_unit=scan.time_unit,
+        time_form=scan.time_form,
         frame=scan.frame,
     )
 
 
 def source_of_frame(
-    frame: pl.DataFrame, columns: dict[str, str], table: str, time_unit: str | None = None
+    frame: pl.DataFrame, columns: dict[str, str], table: str, time_form: str | None = None
 ) -> ScannedSource:
     """A frame of canonical columns as a source.
 
@@ -328,7 +327,7 @@ def source_of_frame(
         size=hasher.size,
         columns=columns,
         is_text=False,
-        time_unit=time_unit,
+        time_form=time_form,
         frame=used.lazy().with_row_index(ROW, 1),
     )
 
@@ -441,7 +440,7 @@ def _scan(file: Path, config: SourceConfig, table: str, max_bytes: int) -> FileS
         columns = needed_columns(config)
         check_columns(str(file), columns, names, table, remedy_of_kind(config.kind))
         chosen = lazy.select(pl.col(own).alias(canonical) for canonical, own in columns.items())
-        return FileScan(chosen.with_row_index(ROW, 1), columns, False, config.time_unit)
+        return FileScan(chosen.with_row_index(ROW, 1), columns, False, config.time_form)
     separator = text_separator(file, config.separator, table)
     return _scan_delimited(file, config, needed_columns(config), table, separator, '"')
 
@@ -487,7 +486,7 @@ def _scan_recbole(file: Path, config: SourceConfig, table: str) -> FileScan:
         item=by_field.get(item, f"{item}:token"),
         timestamp=by_field.get(config.timestamp or "timestamp"),
         rating=by_field.get(config.rating or "rating"),
-        time_unit=config.time_unit or "s",
+        time_unit=config.time_unit or (None if config.time_format else "s"),
     )
     columns = needed_columns(replace(named, categories=[], numbers=[]))
     columns |= {canonical: by_field.get(own, own) for canonical, own in feature_columns(config).items()}
@@ -504,7 +503,7 @@ def _scan_delimited(
     if len(canonical) < len(columns):
         raise ConfigError(f"{table}: a column is named twice in {sorted(columns.values())}; name each column once")
     layout = [canonical.get(name, "") for name in header]
-    return FileScan(scan_text(file, layout, separator, quote, 1), columns, True, config.time_unit)
+    return FileScan(scan_text(file, layout, separator, quote, 1), columns, True, config.time_form)
 
 
 def _npz_arrays(file: Path, max_bytes: int) -> dict[str, NDArray[Any]]:

@@ -56,7 +56,7 @@ def read_sequences(file: Path) -> FileScan:
         start = pl.when(pl.col("place") >= pl.col(part)).then(PART_START_S[part]).otherwise(start)
     frame = items.select("user", "item", (start + pl.col("place")).alias("timestamp")).with_row_index(ROW, 1)
     columns = {"user": "user_index", **column, "timestamp": "full_item_seq"}
-    return FileScan(frame, columns, is_text=False, time_unit="s")
+    return FileScan(frame, columns, is_text=False, time_form="s")
 
 
 def read_shown(file: Path) -> FileScan:
@@ -71,7 +71,7 @@ def read_shown(file: Path) -> FileScan:
     columns = _SHOWN | {f"label:{LABELS[0]}": label}
     frame = rows.select(pl.col(own).alias(name) for name, own in columns.items())
     frame = frame.with_columns(pl.col("timestamp").cast(pl.Int64) + PART_START_S[file.stem]).with_row_index(ROW, 1)
-    return FileScan(frame, columns, is_text=False, time_unit="s")
+    return FileScan(frame, columns, is_text=False, time_form="s")
 
 
 def read_item_info(file: Path) -> FileScan:

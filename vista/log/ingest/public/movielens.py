@@ -52,7 +52,7 @@ def read_u_data(file: Path) -> FileScan:
 
 def _ratings(file: Path, layout: list[str | None] | list[str], separator: str) -> FileScan:
     columns = {name: name for name in RATING_FIELDS}
-    return FileScan(scan_text(file, layout, separator, None, 0), columns, is_text=True, time_unit="s")
+    return FileScan(scan_text(file, layout, separator, None, 0), columns, is_text=True, time_form="s")
 
 
 def read_movies_dat(file: Path) -> FileScan:

@@ -34,7 +34,7 @@ def read_reviews(file: Path) -> FileScan:
     """
     rows = scan_json_lines(file, list(_REVIEW_FIELDS.values()), "events", AMAZON_REVIEWS.remedy)
     frame = rows.rename({own: canonical for canonical, own in _REVIEW_FIELDS.items()})
-    return FileScan(frame, _REVIEW_FIELDS, is_text=False, time_unit="ms")
+    return FileScan(frame, _REVIEW_FIELDS, is_text=False, time_form="ms")
 
 
 def read_products(file: Path) -> FileScan:
@@ -144,7 +144,7 @@ def read_plays(file: Path, features: Mapping[str, str]) -> FileScan:
     action = pl.coalesce(*flagged, pl.when(pl.col("is_click").is_not_null()).then(pl.lit(VIEW)))
     values = [pl.col(own).alias(name) for name, own in columns.items()]
     frame = rows.filter(is_event).select(ROW, *values, action.alias("action"), EXTRA)
-    return FileScan(frame, columns | {"action": "is_click"}, is_text=True, time_unit="ms")
+    return FileScan(frame, columns | {"action": "is_click"}, is_text=True, time_form="ms")
 
 
 KUAIRAND = PublicSet(
@@ -262,7 +262,7 @@ def _read(file: Path, more: dict[str, str], features: Mapping[str, str], action:
         rows = rows.filter(pl.col(lists[0]).list.len() > 0).explode(lists)
     columns = _YAMBDA_COLUMNS | {"action": more.get("action", "played_ratio_pct")} | dict(features)
     frame = rows.with_columns(action.alias("action")).select(*columns).with_row_index(ROW, 1)
-    return FileScan(frame, columns, is_text=False, time_unit="s")
+    return FileScan(frame, columns, is_text=False, time_form="s")
 
 
 YAMBDA = PublicSet(

@@ -62,7 +62,7 @@ def read_domain(file: Path) -> FileScan:
         canonical[f"category:{name}"] = (pl.col(name) if name in types else pl.lit(None)).cast(pl.String)
     frame = rows.select(value.alias(name) for name, value in canonical.items()).with_row_index(ROW, 1)
     own = {name: columns.get(name, name.removeprefix("category:")) for name in canonical}
-    return FileScan(frame, own, is_text=False, time_unit="ms")
+    return FileScan(frame, own, is_text=False, time_form="ms")
 
 
 def read_catalog(file: Path) -> FileScan:
