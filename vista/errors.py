@@ -31,11 +31,16 @@ def shown(value: object, limit: int = 80) -> str:
     return shortened(without_password(shortened(text, MAX_MESSAGE)), limit, len(text))
 
 
+def key_word(key: str, value: str | list[str]) -> str:
+    """A `key=value` word, as `compose_config` reads it."""
+    text = f"[{','.join(map(_in_grammar, value))}]" if isinstance(value, list) else _in_grammar(value)
+    return f"{key}={text}"
+
+
 def shell_word(key: str, value: str | list[str]) -> str:
     """A `key=value` word of a command line, ready to paste into a shell."""
-    if isinstance(value, list):
-        return shlex.quote(f"{key}=[{','.join(map(_in_grammar, value))}]")
-    return shlex.quote(f"{key}={_in_grammar(value)}")
+    word = key_word(key, value)
+    return f'"{word}"' if "'" in word and not set(word) & set('"$`\\!') else shlex.quote(word)
 
 
 def _in_grammar(text: str) -> str:

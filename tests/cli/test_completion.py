@@ -137,6 +137,7 @@ def test_words_that_shells_are_given(folder: Path, capsys: pytest.CaptureFixture
         (["train", "data.split=l"], ["data.split=leave-last-out "]),
         (["train", "model=fuxi"], ["model=fuxi_linear "]),
         (["train", "data.path=so"], ["data.path=source/"]),
+        (["prepare", "out=data/mine", "so"], ["source/"]),
         (["refresh", "incremental=f"], ["incremental=false "]),
         (["completion", "z"], ["zsh "]),
         (["log", "st"], ["stats "]),

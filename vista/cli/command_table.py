@@ -24,7 +24,7 @@ class Command:
     rest: str | None = None
     """The key that takes all words of keys that the config lacks; None refuses such words."""
     positional: str = ""
-    """The key of a word without =; empty if all words need keys."""
+    """The key of a word without =, or of all such words if it is a list; empty if all words need keys."""
     first: tuple[str, ...] = ()
     """The keys that its help shows, if these are not all."""
 
@@ -51,6 +51,7 @@ COMMANDS: dict[str, Command] = {
         _handler("store_commands", "run_prepare"),
         "Convert source tables (Parquet, CSV, MovieLens, ...) into an EventLog, or append them to one.",
         (
+            "vista prepare clicks.csv out=data/mine",
             "vista prepare out=data/ml-1m events.kind=auto events.paths=[path/to/ml-1m]",
             "vista prepare set=kuairand events.paths=[path/to/KuaiRand-27K/data]",
             "vista prepare out=data/mine events.paths=[clicks.csv] events.user=customer events.item=product "
@@ -59,8 +60,9 @@ COMMANDS: dict[str, Command] = {
             "vista prepare out=data/mine items.paths=[items.csv] append=true items.categories=[brand] "
             "items.numbers=[price]",
         ),
+        positional="files",
         first=(
-            *("out", "append", "on_bad_rows", "events.kind", "events.paths", "events.user", "events.item"),
+            *("out", "files", "append", "on_bad_rows", "events.kind", "events.paths", "events.user", "events.item"),
             *("events.timestamp", "events.time_unit", "events.time_format", "events.action", "events.rating"),
             *(
                 "events.separator",

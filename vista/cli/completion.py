@@ -116,7 +116,7 @@ def _candidates(before: list[str], current: str) -> Iterator[tuple[str, str]]:
         yield from ((f"{key}={option} ", summary) for option, summary in options_of(key).items())
     elif equals and key in keys:
         yield from ((f"{key}={one} ", "") for one in _values(keys[key]))
-        if keys[key].is_text and _PATH.search(keys[key].doc):
+        if _is_path(keys[key]):
             path = re.split(r"[\[,]", value)[-1]
             yield from _files(current.removesuffix(path), path)
     else:
@@ -125,6 +125,13 @@ def _candidates(before: list[str], current: str) -> Iterator[tuple[str, str]]:
         positional = COMMANDS[named].positional
         words = [*(_values(keys[positional]) if positional else []), *_OPTIONS]
         yield from ((f"{word} ", "") for word in words)
+        if positional and _is_path(keys[positional]):
+            yield from _files("", current)
+
+
+def _is_path(key: ConfigKey) -> bool:
+    """Whether the values of a key are files or folders."""
+    return key.is_text and _PATH.search(key.doc) is not None
 
 
 def _values(key: ConfigKey) -> list[str]:

@@ -76,7 +76,8 @@ def command_help(name: str, command: Command, part: str = "") -> str:
     first = command.first if not part else ()
     lines = []
     if part in ("", "all"):
-        usage = f"Usage: vista {name} [KEY=VALUE ...]" + (" [GROUP=OPTION ...]" if groups else "")
+        bare = f" [{command.positional.upper()} ...]" if command.positional else ""
+        usage = f"Usage: vista {name}{bare} [KEY=VALUE ...]" + (" [GROUP=OPTION ...]" if groups else "")
         options = [*OPTIONS, *([("--help PART", f"print one of {', '.join(known)}")] if first else [])]
         lines += [hanging(f"{usage} [--config FILE] [--cfg] [--quiet]", 4), "", hanging(command.summary, 0), ""]
         lines += ["Options:", two_columns(options, 20), ""]

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from vista.cli.command_table import COMMANDS
-from vista.errors import ConfigError, LogFormatter, VistaError, log_to_stderr, shortened, without_password
+from vista.errors import ConfigError, LogFormatter, VistaError, key_word, log_to_stderr, shortened, without_password
 from vista.installation import __version__, install_command
 
 CORE_MODULES = ("hydra", "lmdb", "numpy", "omegaconf", "packaging", "safetensors", "torch", "tqdm", "xxhash", "yaml")
@@ -45,12 +45,16 @@ def _run_command(name: str, words: Sequence[str]) -> None:
 
         print(command_help(name, command, "" if "=" in arguments.help else arguments.help))
         return
-    from vista.config.composition import compose_config
+    from vista.config.composition import ConfigKeys, compose_config
     from vista.progress_bar import progress_shown
 
     words, rest = arguments.overrides, []
     if command.positional:
-        words = [word if "=" in word else f"{command.positional}={word}" for word in words]
+        words, bare = [word for word in words if "=" in word], [word for word in words if "=" not in word]
+        if ConfigKeys.of(command.schema).keys[command.positional].default == [] and bare:
+            words.insert(0, key_word(command.positional, bare))
+        else:
+            words = [*(f"{command.positional}={word}" for word in bare), *words]
     if command.rest is not None:
         rest = [word for word in words if not _is_own(word, command.schema)]
         words = [word for word in words if word not in rest]

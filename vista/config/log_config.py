@@ -261,6 +261,9 @@ class PrepareConfig(ReadsRows):
 
     out: str = "data/log"
     """Folder of the EventLog to make, or with `append` to extend."""
+    files: list[str] = field(default_factory=list)
+    """Files of events whose columns are guessed and printed, or folders of public data sets. These are the words of the
+    command without a key, as in `vista prepare events.csv`. Keys of `events` that are set are not guessed."""
     events: SourceConfig = field(default_factory=SourceConfig)
     """Files of events."""
     impressions: SourceConfig | None = None
@@ -277,6 +280,8 @@ class PrepareConfig(ReadsRows):
 
     def __post_init__(self) -> None:
         check_types(self)
+        both = self.files and self.events.paths
+        require(not both, "files", "names files of events, and so does events.paths; set one of the two")
         require(
             not (self.append and self.filter.counts),
             "filter",

@@ -20,6 +20,7 @@ from vista.config import SourceConfig
 from vista.config.checks import OnBadRows
 from vista.errors import ConfigError, DataError, LogWriteError, VistaError
 from vista.installation import require_module
+from vista.log.ingest.column_guess import guess_columns
 from vista.log.ingest.feature_sources import scan_features
 from vista.log.ingest.rows import id_kind, read_part
 from vista.log.ingest.sources import CONFIGS, ScannedSource, column_types, scan_source
@@ -62,6 +63,12 @@ class ParserProcess:
     def id_kind(self, path: str, table: str, column: str) -> str:
         """`rows.id_kind` of an open source."""
         return id_kind(self._sources[table, path][0], column, "auto")
+
+    def guess_columns(
+        self, path: str, config: Mapping[str, Any], required: list[str]
+    ) -> tuple[dict[str, str], list[str]] | None:
+        """`column_guess.guess_columns`."""
+        return guess_columns(Path(path), SourceConfig(**config), required)
 
     def count_forms(self, path: str, table: str) -> list[FormCount] | None:
         """`times.count_forms` of an open source."""

@@ -29,6 +29,7 @@ from vista.files import checked_path
 from vista.log.event_keys import obey_deletions
 from vista.log.features import declared_columns, values_of
 from vista.log.histories import YEAR_1971_MS, rows_that_fit
+from vista.log.ingest.column_guess import with_guesses
 from vista.log.ingest.feature_sources import features_of_frame
 from vista.log.ingest.kafka_messages import MessageRows, write_dead_letters
 from vista.log.ingest.new_features import NewFeatures, NewRowFeatures, write_features
@@ -189,9 +190,10 @@ def prepare(
         for table in (config.items, config.users):
             if table is not None:
                 run.add_features(table.table, open_feature_tables(table, files), is_inferred=table.is_inferred)
-        if run.sources and config.append and not config.events.paths and config.impressions is None:
+        given = with_guesses(config.events, config.files, files) if config.files else config.events
+        if run.sources and config.append and not given.paths and config.impressions is None:
             return run.write()
-        events = run.events = with_kind(config.events)
+        events = run.events = with_kind(given)
         run.sources["events"] = open_sources(events, "events", files)
         for owner, given in (("items", config.items), ("users", config.users)):
             if given is None and (features := open_set_features(events, owner, files)):

@@ -1,0 +1,175 @@
+"""`vista prepare events.csv`: columns are guessed and said, and asked for when they are uncertain."""
+
+import re
+import shlex
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from tests.log.conftest import PARSER
+from vista.cli.main import main
+from vista.config import PrepareConfig
+from vista.config.composition import compose_config
+from vista.errors import ConfigError
+from vista.log.event_log import EventLog
+from vista.log.ingest.prepare import prepare
+
+RETAIL = """InvoiceNo,StockCode,Description,Quantity,InvoiceDate,CustomerID
+1,85123A,"light, white",6,01/02/2017 11:53,17850
+2,71053,lamp,6,01/25/2017 09:01,17850
+3,71053,lamp,2,01/26/2017 10:00,13047
+"""
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*words: str) -> None:
+    """`vista prepare` with these words, in the parser that tests share."""
+    prepare(compose_config(PrepareConfig, words), parser=PARSER)
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> str:
+    return "\n".join(record.message for record in caplog.records)
+
+
+def test_a_bare_file_is_prepared_and_the_guess_can_be_pasted(caplog: pytest.LogCaptureFixture) -> None:
+    Path("retail.csv").write_text(RETAIL)
+    with caplog.at_level("INFO", "vista.prepare"):
+        assert main(["prepare", "retail.csv", "out=guessed"]) == 0
+    said = messages(caplog)
+    assert "retail.csv: guessed events.user=CustomerID events.item=StockCode events.timestamp=InvoiceDate" in said
+    assert "retail.csv: not read: InvoiceNo, Description, Quantity;" in said
+    (confirming,) = (line for line in said.splitlines() if line.startswith("to confirm: vista prepare "))
+    assert main(["prepare", *shlex.split(confirming.removeprefix("to confirm: vista prepare ")), "out=named"]) == 0
+    for name in ("guessed", "named"):
+        log = EventLog.open(name)
+        assert (log.num_users, log.num_items) == (2, 2)
+        assert log[17850].timestamp.tolist() == [1483357980000, 1485334860000]
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "guess"),
+    [
+        ("userId,movieId,rating,timestamp", "1,2,4.0,1112486027", "userId movieId timestamp time_unit=s"),
+        ("visitorid,itemid,timestamp,event", "1,2,1433221332117,view", "visitorid itemid timestamp time_unit=ms"),
+        (
+            "event_time,product_id,product_price,user_id,user_session",
+            "2019-10-01 00:00:00 UTC,1,1.5,2,a",
+            "user_id product_id event_time",
+        ),
+        (
+            "reviewerID,asin,reviewTime,unixReviewTime",
+            "A1,B2,09x,1362096000",
+            "reviewerID asin unixReviewTime time_unit=s",
+        ),
+        ("CUSTOMER_ID,PRODUCT,ORDER_DATE", "1,2,2017-01-02", "CUSTOMER_ID PRODUCT ORDER_DATE"),
+        ("player,user_name,track_id,track_name,ts", "p,n,1,x,2017-01-02T10:00:00Z", "player track_id ts"),
+        ("customer;sku;date;updated", "1;2;25.12.2017;26.12.2017", "separator=; customer sku date"),
+    ],
+)
+def test_names_of_well_known_logs(header: str, row: str, guess: str, caplog: pytest.LogCaptureFixture) -> None:
+    Path("log.csv").write_text(f"{header}\n{row}\n")
+    with caplog.at_level("INFO", "vista.prepare"):
+        run("files=[log.csv]")
+    (line,) = (line for line in messages(caplog).splitlines() if "guessed" in line)
+    chosen = compose_config(PrepareConfig, shlex.split(line.split("guessed ")[1])).events
+    given = {word.partition("=")[0]: word.partition("=")[2] for word in guess.split() if "=" in word}
+    assert [chosen.user, chosen.item, chosen.timestamp] == [word for word in guess.split() if "=" not in word]
+    assert (chosen.separator, chosen.time_unit) == (given.get("separator", ","), given.get("time_unit"))
+    log = EventLog.open("data/log")
+    assert log.has_time and log.num_events == 1
+
+
+def test_parquet_columns_are_guessed_by_their_types() -> None:
+    frame = pl.DataFrame({"buyer": ["a"], "offer": [7], "paid": [1.5]}).with_columns(bought=pl.date(2017, 1, 25))
+    frame.write_parquet("log.parquet")
+    run("files=[log.parquet]")
+    log = EventLog.open("data/log")
+    assert log["a"].timestamp.tolist() == [1485302400000] and log.items.ids([0]).tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "message"),
+    [
+        (
+            "user_id,client_id,item,time",
+            "1,2,3,1112486027",
+            "log.csv: several columns are named like users; add events.user=user_id or events.user=client_id",
+        ),
+        (
+            "a,b,time",
+            "1,2,1112486027",
+            "no column is named like users; add events.user=... and one of a, b; no column is named like items; add "
+            "events.item=... and one of a, b",
+        ),
+        (
+            "user,item,created,date",
+            "1,2,2017-01-02,2017-01-02",
+            "several columns are named like times; add events.timestamp=created or events.timestamp=date",
+        ),
+        (
+            "user,item,time",
+            "1,2,35",
+            "column 'time' is named like times, but '35' is not a time that is recognized; add events.timestamp=time "
+            "and events.time_unit=... or events.time_format=...",
+        ),
+    ],
+)
+def test_what_is_uncertain_is_asked_for(header: str, row: str, message: str) -> None:
+    """Nothing waits for an answer: the command ends, and the words of the message decide."""
+    Path("log.csv").write_text(f"{header}\n{row}\n")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        run("files=[log.csv]")
+    assert not Path("data/log").exists()
+
+
+def test_keys_that_are_set_are_not_guessed() -> None:
+    Path("log.csv").write_text("user_id,client_id,item,time\n1,2,3,1112486027\n")
+    run("files=[log.csv]", "events.user=client_id", "events.time_unit=ms")
+    assert EventLog.open("data/log")[2].timestamp.tolist() == [1112486027]
+
+
+def test_a_log_without_times(caplog: pytest.LogCaptureFixture) -> None:
+    Path("log.csv").write_text("user,item\n1,2\n")
+    run("files=[log.csv]")
+    assert "no column of times was found, so events are in the order of the rows" in messages(caplog)
+    assert not EventLog.open("data/log").has_time
+
+
+def test_several_files_and_an_append() -> None:
+    for number in range(3):
+        Path(f"{number}.csv").write_text(f"customer,sku,time\n1,{number},{1112486027 + number}\n")
+    run("files=[0.csv,1.csv]")
+    run("files=[2.csv]", "append=true")
+    log = EventLog.open("data/log")
+    assert log.items.ids(log[1].item).tolist() == [0, 1, 2]
+
+
+def test_known_formats_are_recognized(caplog: pytest.LogCaptureFixture) -> None:
+    Path("set").mkdir()
+    Path("set/u.data").write_text("1\t2\t5\t881250949\n")
+    with caplog.at_level("INFO", "vista.prepare"):
+        run("files=[set]")
+    assert "set: read as events.kind=ml-100k" in messages(caplog)
+
+
+def test_a_file_that_only_has_the_name_of_a_known_format_is_guessed() -> None:
+    Path("ratings.csv").write_text("customer,product,stars,time\n1,2,5,1112486027\n")
+    run("files=[ratings.csv]", "events.rating=stars")
+    log = EventLog.open("data/log")
+    assert log.has_rating and log[1].timestamp.tolist() == [1112486027000]
+    Path("ml").mkdir()
+    Path("ml/ratings.csv").write_text("userId,movieId,rating,timestamp\n1,2,4.5,1112486027\n")
+    run("files=[ml/ratings.csv]", "out=ml/log")
+    assert EventLog.open("ml/log").has_rating
+
+
+def test_files_are_named_once() -> None:
+    with pytest.raises(
+        ConfigError, match=r"files: names files of events, and so does events\.paths; set one of the two"
+    ):
+        run("files=[a.csv]", "events.paths=[b.csv]")
