@@ -14,6 +14,7 @@ import polars as pl
 
 from vista.cli.item_commands import run_items_embed, run_items_tokenize
 from vista.config import (
+    ImpressionsConfig,
     ItemsEmbedConfig,
     ItemsTokenizeConfig,
     ItemTableConfig,
@@ -144,6 +145,8 @@ def prepare_simulation(config: SimulateConfig, out: Path, *, calendar: bool) -> 
     if calendar:
         for name in (EVENTS_FILE, IMPRESSIONS_FILE):
             pl.read_parquet(source / name).with_columns(**CALENDAR).write_parquet(source / name)
-    read = SourceConfig(kind="simulated", paths=[str(source)], categories=list(CALENDAR) if calendar else [])
+    paths, categories = [str(source)], list(CALENDAR) if calendar else []
+    events = SourceConfig(kind="simulated", paths=paths, categories=categories)
+    impressions = ImpressionsConfig(kind="simulated", paths=paths, categories=categories)
     topics = ItemTableConfig(paths=[str(source / ITEMS_FILE)], categories=["topic"])
-    prepare(PrepareConfig(out=str(out), events=read, impressions=read, items=topics))
+    prepare(PrepareConfig(out=str(out), events=events, impressions=impressions, items=topics))

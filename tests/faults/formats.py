@@ -24,7 +24,7 @@ from tests.conftest import small_frame
 from tests.faults import operations
 from tests.faults.operations import USERS, served_users
 from tests.log.ingest.public.samples import SAMPLES
-from vista.config import PrepareConfig, SourceColumns, SourceConfig, TrainConfig
+from vista.config import ImpressionsConfig, PrepareConfig, SourceColumns, SourceConfig, TrainConfig
 from vista.config.composition import compose_config, to_yaml
 from vista.evaluation.comparison import PerUserMetrics
 from vista.log import deletions
@@ -171,8 +171,10 @@ def read_log(folder: Path, world: Path) -> str:
 
 def make_log_with_impressions(folder: Path) -> None:
     operations.simulate_small(folder)
-    events = SourceConfig(kind="simulated", paths=[str(folder / "simulated" / "new")])
-    both = PrepareConfig(out=str(folder / "shown"), events=events, impressions=events)
+    source = {"kind": "simulated", "paths": [str(folder / "simulated" / "new")]}
+    both = PrepareConfig(
+        out=str(folder / "shown"), events=SourceConfig(**source), impressions=ImpressionsConfig(**source)
+    )
     prepare(both, parser=operations.parser())
     log = EventLog.open(folder / "shown")
     ids = log.items.ids(range(6))

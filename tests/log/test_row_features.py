@@ -23,7 +23,7 @@ from tests.log.log_oracle import (
     values_of,
     write,
 )
-from vista.config import EventFilterConfig, PrepareConfig, SourceColumns, SourceConfig
+from vista.config import EventFilterConfig, ImpressionsConfig, PrepareConfig, SourceColumns, SourceConfig
 from vista.errors import ConfigError, DataError, LogFormatError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
@@ -427,7 +427,7 @@ def add_impressions(folder: Path, num: int, **columns: Any) -> PrepareReport:
     pl.DataFrame(shown | columns).write_parquet(folder / "impressions.parquet")
     source: dict[str, Any] = {"timestamp": "timestamp", "time_unit": "s"}
     numbers = [name for name in columns if name in ("load", "watched")]
-    requests = SourceConfig(
+    requests = ImpressionsConfig(
         paths=[str(folder / "impressions.parquet")],
         labels=["click"],
         categories=[name for name in columns if name not in numbers],

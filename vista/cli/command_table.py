@@ -57,6 +57,7 @@ COMMANDS: dict[str, Command] = {
             "vista prepare out=data/mine events.paths=[clicks.csv] events.user=customer events.item=product "
             "events.timestamp=time events.time_unit=s",
             "vista prepare out=data/mine events.paths=[new.csv] append=true on_bad_rows=quarantine --config mine.yaml",
+            "vista prepare clicks.csv out=data/mine impressions.from_events.again_days=30",
             "vista prepare out=data/mine items.paths=[items.csv] append=true items.categories=[brand] "
             "items.numbers=[price]",
         ),
@@ -64,14 +65,8 @@ COMMANDS: dict[str, Command] = {
         first=(
             *("out", "files", "append", "on_bad_rows", "events.kind", "events.paths", "events.user", "events.item"),
             *("events.timestamp", "events.time_unit", "events.time_format", "events.action", "events.rating"),
-            *(
-                "events.separator",
-                "events.categories",
-                "events.numbers",
-                "impressions.paths",
-                "impressions.labels",
-                "items.paths",
-            ),
+            *("events.separator", "events.categories", "events.numbers", "impressions.paths", "impressions.labels"),
+            *("impressions.from_events.again_days", "impressions.from_events.min_rating", "items.paths"),
             *("items.item", "items.categories", "items.numbers", "items.vectors", "users.paths", "users.user"),
             *("users.categories", "users.numbers", "filter.actions", "filter.min_item_events"),
             "filter.min_user_events",

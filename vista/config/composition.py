@@ -589,9 +589,9 @@ def _as_written(key: str, value: Any, written: Any) -> Any:
 
 
 def _assign(config: DictConfig, key: str, value: Any, keys: ConfigKeys) -> None:
-    section = key.rpartition(".")[0]
-    if section and OmegaConf.select(config, section) is None:
-        OmegaConf.update(config, section, OmegaConf.structured(keys.sections[section].schema), merge=False)
+    for section in accumulate(key.split(".")[:-1], "{}.{}".format):
+        if OmegaConf.select(config, section) is None:
+            OmegaConf.update(config, section, OmegaConf.structured(keys.sections[section].schema), merge=False)
     if key in keys.sections:  # null: an optional section is omitted
         OmegaConf.update(config, key, value, merge=False)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import ClassVar
@@ -256,6 +257,57 @@ class SourceConfig(TimeUnit, TableFiles, SourceColumns):
 
 
 @dataclass(kw_only=True, slots=True)
+class FromEventsConfig(Checked):
+    """Impressions made from the events of a log that has none: one per event, at its time, with the labels set here.
+
+    So what the model sees of the user is strictly before the event.
+    """
+
+    actions: list[str] = field(default_factory=list)
+    """Actions whose events become impressions. Empty takes all events."""
+    again_days: float | None = None
+    """Makes the label `again`: 1 if the user has another event with the item after this one and at most so many days
+    later, otherwise 0. It is unknown where these days end after the last event of the log. null makes no such label."""
+    again_action: str | None = None
+    """Action that the later event of `again` must have, such as buy. null counts any."""
+    min_rating: float | None = None
+    """Makes the label `liked`: 1 if the rating of the event is at least this, otherwise 0. null makes no such label."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        key = "impressions.from_events"
+        require(bool(self.tasks), key, "makes no label; set again_days or min_rating")
+        is_number = self.min_rating is None or math.isfinite(self.min_rating)
+        require(is_number, f"{key}.min_rating", f"must be finite, got {self.min_rating}")
+        if self.again_days is not None:
+            in_range = 0 < self.again_days <= MAX_DAYS
+            require(in_range, f"{key}.again_days", f"must be above 0 and at most {MAX_DAYS:,}, got {self.again_days}")
+        require(self.again_action is None or self.again_days is not None, f"{key}.again_action", "needs again_days")
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the labels."""
+        return [name for name, value in (("again", self.again_days), ("liked", self.min_rating)) if value is not None]
+
+
+@dataclass(kw_only=True, slots=True)
+class ImpressionsConfig(SourceConfig):
+    """Files of impressions and the names of their columns, or how impressions are made from events."""
+
+    from_events: FromEventsConfig | None = None
+    """Labels of impressions that are made from the events, in place of files of impressions."""
+
+    def __post_init__(self) -> None:
+        SourceConfig.__post_init__(self)
+        both = self.from_events is not None and self.paths
+        require(not both, "impressions.from_events", "makes the impressions; leave impressions.paths out")
+
+    def files(self) -> SourceConfig:
+        """The files of impressions."""
+        return SourceConfig(**{name: getattr(self, name) for name in SourceConfig.__dataclass_fields__})
+
+
+@dataclass(kw_only=True, slots=True)
 class PrepareConfig(ReadsRows):
     """Ingest of source tables into an EventLog."""
 
@@ -266,8 +318,9 @@ class PrepareConfig(ReadsRows):
     command without a key, as in `vista prepare events.csv`. Keys of `events` that are set are not guessed."""
     events: SourceConfig = field(default_factory=SourceConfig)
     """Files of events."""
-    impressions: SourceConfig | None = None
-    """Files of impressions with labels; null for those of the data set of the events, or for none."""
+    impressions: ImpressionsConfig | None = None
+    """Impressions with labels, from files or made from the events; null for those of the data set of the events, or for
+    none."""
     items: ItemTableConfig | None = None
     """Files of item features; null for those that a public data set has next to its events, or for none."""
     users: UserTableConfig | None = None
@@ -287,6 +340,12 @@ class PrepareConfig(ReadsRows):
             "filter",
             "min_item_events and min_user_events would count the events of the new files alone; prepare all files "
             "together without append, or leave these out",
+        )
+        made = self.impressions.from_events if self.impressions is not None else None
+        require(
+            not (self.append and made is not None and made.again_days is not None),
+            "impressions.from_events.again_days",
+            "looks from each event to later ones, which append adds; prepare all files together without append",
         )
 
 

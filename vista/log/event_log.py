@@ -14,7 +14,14 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from vista.arrays import Int
-from vista.config import FeatureTableConfig, ItemTableConfig, SourceColumns, SourceConfig, UserTableConfig
+from vista.config import (
+    FeatureTableConfig,
+    FromEventsConfig,
+    ItemTableConfig,
+    SourceColumns,
+    SourceConfig,
+    UserTableConfig,
+)
 from vista.config.checks import OnBadRows, to_dict
 from vista.errors import ConfigError, LogFormatError, UnknownUserError, shown
 from vista.files import checked_path
@@ -77,6 +84,7 @@ class EventLog:
         time_format: str | None = None,
         columns: SourceColumns | None = None,
         impressions: Any = None,
+        from_events: FromEventsConfig | None = None,
         items: Any = None,
         users: Any = None,
         categories: Sequence[str] = (),
@@ -96,6 +104,7 @@ class EventLog:
             columns: names of the columns; by default user, item, and timestamp. A log whose columns have no `timestamp`
                 (None) is ordered as the frame.
             impressions: a second frame with the same user, item, and timestamp columns, and the labels in `columns`.
+            from_events: makes impressions from the events, in place of `impressions`, with these labels.
             items: a frame of item features with the item column of `columns` and one row per item. Text, booleans, and
                 lists of text are categories, floats are numbers, and lists of floats are vectors; integers are refused.
             users: a frame of user features with the user column of `columns`, likewise, but without lists.
@@ -118,6 +127,11 @@ class EventLog:
             raise ConfigError(
                 "request_categories, request_numbers: name columns of impressions; give these, or no columns"
             )
+        if from_events is not None and (impressions is not None or (append and from_events.again_days is not None)):
+            raise ConfigError(
+                "from_events: makes impressions from events that are given together; leave out impressions, and with "
+                "again_days also append"
+            )
         own = to_dict(columns or SourceColumns()) | {"time_unit": time_unit, "time_format": time_format}
         tables: dict[str, tuple[Any, SourceConfig | FeatureTableConfig]] = {}
         if items is not None:
@@ -132,7 +146,7 @@ class EventLog:
             of_requests = own | {"action": None, "rating": None, "sequence": None}
             of_requests |= {"categories": list(request_categories), "numbers": list(request_numbers)}
             tables["impressions"] = impressions, SourceConfig(**of_requests)
-        prepare_frames(tables, path, on_bad_rows=on_bad_rows, append=append)
+        prepare_frames(tables, path, on_bad_rows=on_bad_rows, append=append, from_events=from_events)
         return cls.open(path)
 
     def verify(self, *, newer_than: int = 0) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.log.conftest import PARSER, write_csv
 from tests.log.ingest.set_logs import events_of
-from vista.config import EventFilterConfig, PrepareConfig, SourceConfig
+from vista.config import EventFilterConfig, ImpressionsConfig, PrepareConfig, SourceConfig
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import PrepareReport, prepare
@@ -79,7 +79,7 @@ def test_impressions_of_what_is_left_out_are_left_out(tmp_path: Path) -> None:
     write_csv(
         tmp_path / "shown.csv", [(1, 7, 5, 0), (1, 8, 6, 1), (2, 7, 7, 1), (1, 9, 8, 0)], "user,item,timestamp,click"
     )
-    impressions = SourceConfig(
+    impressions = ImpressionsConfig(
         paths=[str(tmp_path / "shown.csv")], timestamp="timestamp", time_unit="ms", labels=["click"]
     )
     events = [(1, 7, 1, "view"), (1, 7, 2, "view"), (2, 7, 3, "view"), (1, 8, 4, "view")]
@@ -93,7 +93,7 @@ def test_impressions_of_what_is_left_out_are_left_out(tmp_path: Path) -> None:
 
 def test_impressions_may_all_be_left_out(tmp_path: Path) -> None:
     write_csv(tmp_path / "shown.csv", [(1, 9, 8, 0)], "user,item,timestamp,click")
-    impressions = SourceConfig(
+    impressions = ImpressionsConfig(
         paths=[str(tmp_path / "shown.csv")], timestamp="timestamp", time_unit="ms", labels=["click"]
     )
     events = [(1, 7, 1, "view"), (1, 7, 2, "view")]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.conftest import run_python
 from tests.log.conftest import COLUMNS, PARSER, run, write_csv
 from tests.log.log_oracle import values_of
-from vista.config import PrepareConfig, SourceColumns, SourceConfig
+from vista.config import ImpressionsConfig, PrepareConfig, SourceColumns, SourceConfig
 from vista.config.checks import IdType
 from vista.errors import ConfigError, DataError
 from vista.log import segment_writer
@@ -414,7 +414,7 @@ def test_impressions_from_files(tmp_path: Path) -> None:
     config = PrepareConfig(
         out=str(tmp_path / "log"),
         events=SourceConfig(paths=[str(write_csv(tmp_path / "a.csv", [(1, 10, 1), (1, 20, 2)]))], **COLUMNS),
-        impressions=SourceConfig(
+        impressions=ImpressionsConfig(
             paths=[str(seen)], user="who", item="what", timestamp="when", time_unit="s", labels=["click", "like"]
         ),
     )
@@ -453,7 +453,7 @@ def test_impressions_need_labels_and_times(tmp_path: Path, change: dict, message
     config = PrepareConfig(
         out=str(tmp_path / "log"),
         events=SourceConfig(paths=[file], **COLUMNS),
-        impressions=SourceConfig(**given_),
+        impressions=ImpressionsConfig(**given_),
     )
     with pytest.raises(ConfigError, match=message):
         prepare(config, parser=PARSER)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from vista.arrays import Int
-from vista.config import EventFilterConfig, FeatureTableConfig, PrepareConfig, SourceConfig
+from vista.config import EventFilterConfig, FeatureTableConfig, FromEventsConfig, PrepareConfig, SourceConfig
 from vista.config.checks import OnBadRows, choice_of
 from vista.errors import ConfigError, DataError, LogBusyError, TakenError
 from vista.files import checked_path
@@ -32,6 +32,7 @@ from vista.log.histories import YEAR_1971_MS, rows_that_fit
 from vista.log.ingest.column_guess import with_guesses
 from vista.log.ingest.feature_sources import features_of_frame
 from vista.log.ingest.kafka_messages import MessageRows, write_dead_letters
+from vista.log.ingest.made_impressions import MadeImpressions, check_actions, check_labels
 from vista.log.ingest.new_features import NewFeatures, NewRowFeatures, write_features
 from vista.log.ingest.packer import (
     BUCKET_EVENTS,
@@ -93,8 +94,9 @@ class PrepareReport:
 
     num_users and num_items count the whole log, the other numbers only the new segment. kept: how many rows a filter
     kept, as text; empty without one. first_ms, last_ms: oldest and newest time of the events, None in a log without
-    times. features: a line per column of features of items and users. stages: seconds for open (with digests), read
-    (parse, check, and filter), vocabularies, sort (join and sort), write, and sync (fsync and rename).
+    times. features: a line per column of features of items and users. labels: a line per label of impressions that were
+    made from events. stages: seconds for open (with digests), read (parse, check, and filter), vocabularies, sort (join
+    and sort), write, and sync (fsync and rename).
     """
 
     path: Path
@@ -109,6 +111,7 @@ class PrepareReport:
     first_ms: int | None
     last_ms: int | None
     features: list[str]
+    labels: list[str]
     stages: dict[str, float]
     warnings: list[str] = field(default_factory=list)
 
@@ -141,6 +144,7 @@ class PrepareReport:
             f"{self.seconds:.2f} s, {self.rows_per_second:,.0f} rows/s: "
             + ", ".join(f"{stage} {share:.0%}" for stage, share in self.shares.items()),
             *([self.kept] if self.kept else []),
+            *self.labels,
             *(f"feature {line}" for line in self.features),
         ]
         if self.quarantine is not None:
@@ -190,16 +194,18 @@ def prepare(
         for table in (config.items, config.users):
             if table is not None:
                 run.add_features(table.table, open_feature_tables(table, files), is_inferred=table.is_inferred)
-        given = with_guesses(config.events, config.files, files) if config.files else config.events
-        if run.sources and config.append and not given.paths and config.impressions is None:
+        table_of_events = with_guesses(config.events, config.files, files) if config.files else config.events
+        if run.sources and config.append and not table_of_events.paths and config.impressions is None:
             return run.write()
-        events = run.events = with_kind(given)
+        events = run.events = with_kind(table_of_events)
         run.sources["events"] = open_sources(events, "events", files)
         for owner, given in (("items", config.items), ("users", config.users)):
             if given is None and (features := open_set_features(events, owner, files)):
                 run.add_features(owner, features, is_inferred=False)
         if config.impressions is not None:
-            run.sources["impressions"] = open_sources(config.impressions, "impressions", files)
+            run.from_events = config.impressions.from_events
+            if run.from_events is None:
+                run.sources["impressions"] = open_sources(config.impressions.files(), "impressions", files)
         elif shown := open_set_impressions(events, files):
             run.sources["impressions"] = shown
         return run.write()
@@ -211,6 +217,7 @@ def prepare_frames(
     *,
     on_bad_rows: OnBadRows | str = OnBadRows.error,
     append: bool = False,
+    from_events: FromEventsConfig | None = None,
     bucket_events: int = BUCKET_EVENTS,
 ) -> PrepareReport:
     """Ingest frames in memory as `prepare` ingests files.
@@ -218,12 +225,14 @@ def prepare_frames(
     Args:
         tables: by table (items, users, events, impressions), a frame (pandas, Polars, or a mapping of columns), and its
             columns. Without events, features are appended to a log.
+        from_events: labels of impressions that are made from the events.
         bucket_events: see `prepare`.
     """
     run = _Ingest(
         target=checked_path(path, ConfigError),
         append=append,
         on_bad_rows=choice_of(OnBadRows, on_bad_rows, "on_bad_rows"),
+        from_events=from_events,
         bucket_events=bucket_events,
     )
     for table, (frame, config) in tables.items():
@@ -264,6 +273,8 @@ class _Ingest:
     append: bool
     on_bad_rows: OnBadRows
     event_filter: EventFilterConfig = field(default_factory=EventFilterConfig)
+    from_events: FromEventsConfig | None = None
+    """Labels of impressions that are made from the events."""
     bucket_events: int = BUCKET_EVENTS
     messages: MessageRows | None = None
     """The messages that `sources` come from."""
@@ -282,6 +293,8 @@ class _Ingest:
     tasks: list[str] = field(init=False, default_factory=list)
     inferred: list[str] = field(init=False, default_factory=list)
     """What was inferred of times, and why."""
+    made: MadeImpressions | None = field(init=False, default=None)
+    """Impressions that were made from the events."""
     time_range_ms: tuple[int | None, int | None] = (None, None)
     """Oldest and newest time of the events; (None, None) in a log without times."""
 
@@ -310,7 +323,9 @@ class _Ingest:
         return self.before[-1].last + 1 if self.before else 1
 
     def num_rows(self, table: str) -> int:
-        """Good rows of a table; 0 without the table."""
+        """Good rows of a table, or impressions that were made; 0 without the table."""
+        if table == "impressions" and self.made is not None:
+            return self.made.num_rows
         return sum(part.num_rows for part in self.parts.get(table, ()))
 
     @property
@@ -324,6 +339,8 @@ class _Ingest:
             if self.append:
                 self._open_log()
             _check_sources(self.sources, self.before)
+            if self.from_events is not None:
+                check_labels(self.from_events, self.sources.get("events", ()), self.tasks)
             self._fix_id_kinds()
             self._fix_times()
             name = segment_name(self.number)
@@ -353,6 +370,7 @@ class _Ingest:
             first_ms=self.time_range_ms[0],
             last_ms=self.time_range_ms[1],
             features=[line for written in features for line in written.lines],
+            labels=self.made.lines() if self.made is not None else [],
             stages=dict(self.times),
             warnings=self._warnings(features),
         )
@@ -437,6 +455,8 @@ class _Ingest:
         self.items = extended(items, [of_table["item"] for _, of_table in ids.values()])
         if "impressions" in self.parts:
             self.tasks = _tasks_of(self.parts["impressions"][0].source)
+        elif self.from_events is not None:
+            self.tasks = self.from_events.tasks
         of_rows: list[NewFeatures] = []
         if events is not None:
             self.actions = actions_of(events, self.actions)
@@ -490,6 +510,11 @@ class _Ingest:
         """
         active_users, of_rows = {}, {}
         num_rows = sum(self.num_rows(table) for table in ids)
+        if self.from_events is not None:
+            source, end = self.parts["events"][0].source, self.time_range_ms[1]
+            assert end is not None  # `check_labels` has checked
+            check_actions(self.from_events, source, self.actions)
+            self.made = MadeImpressions(self.from_events, source, end, scratch)
         with progress_bar(total=num_rows, desc="write", unit="row", unit_scale=True) as bar:
             for table in ids:
                 parts = self.parts[table]
@@ -515,11 +540,15 @@ class _Ingest:
                     self.times.lap("sort")
                     rows.append(block[USER_ROW].to_numpy(), columns_of(block))
                     features.append(block)
+                    if self.made is not None:
+                        self.made.add(block)
                     self.times.lap("write")
                     bar.update(block.height)
                 features.close()
                 active_users[table] = rows.close()
                 of_rows[table] = features.written()
+        if self.made is not None:
+            active_users["impressions"] = self.made.write(writer)
         has_time = self.time_range_ms != (None, None)
         return {
             "first_segment": self.number,

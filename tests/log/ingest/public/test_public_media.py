@@ -14,7 +14,7 @@ from tests.log.conftest import PARSER, write_csv
 from tests.log.feature_tables import features_of, user_features_of
 from tests.log.ingest.set_logs import events_of, load, load_real
 from tests.log.log_oracle import values_of
-from vista.config import PrepareConfig, SourceConfig
+from vista.config import ImpressionsConfig, PrepareConfig, SourceConfig
 from vista.errors import DataError
 from vista.evaluation.cases import impression_cases
 from vista.log.event_log import EventLog
@@ -269,12 +269,14 @@ def test_columns_of_plays_can_be_features_of_events(tmp_path: Path) -> None:
 def test_impressions_may_have_more_columns_and_files(tmp_path: Path) -> None:
     folder = write_kuairand(tmp_path / "data", KUAIRAND_NAMES["pure"])
     events = SourceConfig(kind="kuairand", paths=[str(folder)])
-    more = SourceConfig(kind="kuairand", paths=[str(folder)], categories=["tab", "is_rand"], numbers=["duration_ms"])
+    more = ImpressionsConfig(
+        kind="kuairand", paths=[str(folder)], categories=["tab", "is_rand"], numbers=["duration_ms"]
+    )
     prepare(PrepareConfig(out=str(tmp_path / "log"), events=events, impressions=more), parser=PARSER)
     assert list(EventLog.open(tmp_path / "log").request_features) == ["tab", "is_rand", "duration_ms"]
     file = folder / "log_random_4_22_to_5_08_pure.csv"
     write_csv(file, [shown(7, 12, 90, "0100000", 100)], ",".join(KUAIRAND_COLUMNS))
-    both = SourceConfig(kind="kuairand", paths=[str(folder), str(file)])
+    both = ImpressionsConfig(kind="kuairand", paths=[str(folder), str(file)])
     settings = PrepareConfig(out=str(tmp_path / "other"), events=events, impressions=both)
     report = prepare(settings, parser=PARSER)
     assert (report.num_events, report.num_impressions) == (5, 8)
@@ -372,7 +374,7 @@ def test_impressions_in_a_file_of_another_name(tmp_path: Path) -> None:
     folder = write_longctr(tmp_path / "data")
     other = (folder / "test.parquet").rename(folder / "late.parquet")
     source = SourceConfig(kind="longctr", paths=[str(folder)])
-    shown = SourceConfig(kind="longctr", paths=[str(other)])
+    shown = ImpressionsConfig(kind="longctr", paths=[str(other)])
     settings = PrepareConfig(out=str(tmp_path / "log"), events=source, impressions=shown)
     with pytest.raises(
         DataError, match=r"late\.parquet: is not named after a part, train, valid, test; name the folder"

@@ -1,0 +1,170 @@
+"""Impressions that are made from the events of a log: one per event, with labels from later events or from its rating.
+
+An impression has the time of its event, so that what comes before it excludes the event itself. They are made from
+blocks of whole users, which bound the memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vista.config import FromEventsConfig
+from vista.errors import ConfigError, DataError, shown
+from vista.installation import require_module
+from vista.log.histories import DAY_MS
+from vista.log.ingest.packer import ITEM_ROW, USER_ROW, impression_columns
+from vista.log.ingest.sources import Source
+from vista.log.segment_files import IMPRESSIONS
+from vista.log.segment_writer import SegmentWriter, TableWriter
+
+if TYPE_CHECKING:
+    import polars as pl
+else:
+    pl = require_module("polars", "data")
+
+
+def check_labels(config: FromEventsConfig, events: Sequence[Source], tasks: Sequence[str]) -> None:
+    """Refuse events without what the labels are made from, and labels that are not those of the log.
+
+    Args:
+        events: the sources of events.
+        tasks: the labels that the log has so far.
+
+    Raises:
+        ConfigError: naming the key.
+        DataError: if the log has other labels.
+    """
+    keys = "impressions.from_events"
+    if not events:
+        raise ConfigError(f"{keys}: there are no events to make impressions from; name their files")
+    needed = {"timestamp": keys}
+    if config.actions or config.again_action is not None:
+        needed["action"] = f"{keys}.{'actions' if config.actions else 'again_action'}"
+    if config.min_rating is not None:
+        needed["rating"] = f"{keys}.min_rating"
+    for column, key in needed.items():
+        if column not in events[0].columns:
+            raise ConfigError(f"{key}: {events[0].path} has no {column}s; name their column with events.{column}=...")
+    if tasks and config.tasks != tasks:
+        raise DataError(
+            f"{events[0].path}: the log has the labels {tasks}, but {keys} makes {config.tasks}; make the same labels, "
+            "or none"
+        )
+
+
+def check_actions(config: FromEventsConfig, events: Source, actions: Sequence[str]) -> None:
+    """Refuse actions that no event has.
+
+    Raises:
+        DataError: naming the key, and the actions of the events.
+    """
+    again = [] if config.again_action is None else [config.again_action]
+    for key, names in (("actions", config.actions), ("again_action", again)):
+        for name in names:
+            if name not in actions:
+                raise DataError(
+                    f"{events.path}: no event has the action {shown(name)} of impressions.from_events.{key}; name some "
+                    f"of its actions: {', '.join(actions)}"
+                )
+
+
+def make_impressions(block: pl.DataFrame, config: FromEventsConfig, end_ms: int) -> pl.DataFrame:
+    """The impressions of a block of events.
+
+    Args:
+        block: all events of some users, sorted by user and time.
+        end_ms: time of the last event of the log.
+
+    Returns:
+        A row per event of `config.actions`, in their order: USER_ROW, ITEM_ROW, timestamp, and uint8 labels, which are
+        null where `again_days` ends after `end_ms`.
+    """
+    keys = [USER_ROW, ITEM_ROW, "timestamp"]
+    shown_events = block.filter(pl.col("action").is_in(config.actions)) if config.actions else block
+    labels = []
+    if config.again_days is not None:
+        later = block if config.again_action is None else block.filter(pl.col("action") == config.again_action)
+        # The first of these events that is strictly later; `later` is sorted by time within each user and item.
+        shown_events = shown_events.join_asof(
+            later.select(*keys, next=pl.col("timestamp")),
+            on="timestamp",
+            by=keys[:2],
+            strategy="forward",
+            allow_exact_matches=False,
+            check_sortedness=False,
+        )
+        within = round(config.again_days * DAY_MS)
+        is_again = (pl.col("next") - pl.col("timestamp") <= within).fill_null(False)
+        labels.append(pl.when(pl.col("timestamp") + within <= end_ms).then(is_again).alias("label:again"))
+    if config.min_rating is not None:
+        labels.append((pl.col("rating") >= pl.lit(config.min_rating, pl.Float32)).alias("label:liked"))
+    return shown_events.select(*keys, *(label.cast(pl.UInt8) for label in labels))
+
+
+class MadeImpressions:
+    """The impressions of a segment: `add` takes its events block by block, `write` writes the table.
+
+    Args:
+        config: which events become impressions, and their labels.
+        events: one of the sources of events.
+        end_ms: time of the last event.
+        scratch: folder for the impressions before they are counted.
+    """
+
+    def __init__(self, config: FromEventsConfig, events: Source, end_ms: int, scratch: Path) -> None:
+        self._config, self._events, self._end_ms = config, events, end_ms
+        self._scratch = scratch
+        self._blocks: list[Path] = []
+        self.num_rows = 0
+        """Impressions with a known label; the others are left out."""
+        self._num_events = 0
+        self._known = dict.fromkeys(config.tasks, 0)
+        self._positive = dict.fromkeys(config.tasks, 0)
+
+    def add(self, block: pl.DataFrame) -> None:
+        """Make the impressions of the next block of events."""
+        made = make_impressions(block, self._config, self._end_ms)
+        labels = [pl.col(f"label:{task}") for task in self._config.tasks]
+        self._num_events += made.height
+        made = made.filter(pl.any_horizontal(label.is_not_null() for label in labels))
+        for task in self._config.tasks:
+            self._known[task] += made[f"label:{task}"].count()
+            self._positive[task] += int(made[f"label:{task}"].cast(pl.Int64).sum())
+        if made.height:
+            self._blocks.append(self._scratch / f"made-{len(self._blocks):06d}.arrow")
+            made.write_ipc(self._blocks[-1])
+        self.num_rows += made.height
+
+    def write(self, writer: SegmentWriter) -> int:
+        """Write the table; returns the number of users with impressions.
+
+        Raises:
+            ConfigError: if no label is known.
+        """
+        if not self.num_rows:
+            raise ConfigError(
+                f"impressions.from_events.again_days={self._config.again_days:g}: the log ends less than so many days "
+                "after its first event, so no label is known; set fewer days"
+            )
+        types, columns_of = impression_columns(self._events, self._config.tasks)
+        table = TableWriter(writer, IMPRESSIONS.prefix or "", self.num_rows, types)
+        for file in self._blocks:
+            block = pl.read_ipc(file)
+            table.append(block[USER_ROW].to_numpy(), columns_of(block))
+        return table.close()
+
+    def lines(self) -> list[str]:
+        """A line per label for the report, and what was left out."""
+        lines = [
+            f"label {task}: {known:,} impressions made from events, {self._positive[task]:,} of them positive"
+            for task, known in self._known.items()
+        ]
+        unknown = self._num_events - self._known.get("again", self._num_events)
+        if unknown:
+            left_out = "are masked in these impressions" if self._config.min_rating is not None else "are left out"
+            lines.append(
+                f"{unknown:,} labels again {left_out}: their {self._config.again_days:g} days end after the last event"
+            )
+        return lines
