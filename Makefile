@@ -37,7 +37,7 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 REQUIRE_GPU = $(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: torch finds no GPU on this machine; nothing was run (see vista doctor)")'
 ON_CPU := CUDA_VISIBLE_DEVICES= $(PYTEST)
 
-.PHONY: help setup test test-nightly nightly test-recipes test-research test-processors test-torchrec test-rectools test-browser test-gpu test-aot test-faults lint docs demo bench bench-gpu soak-serve clean
+.PHONY: help setup test test-nightly nightly test-recipes test-research test-processors test-torchrec test-rectools test-browser test-gpu test-aot test-faults lint docs wheel demo bench bench-gpu soak-serve clean
 
 help: ## list targets and variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -134,6 +134,12 @@ lint: setup ## check format, style and types
 
 docs: setup ## build the documentation site into build/site and check every link
 	$(BIN)/python -m docs.build_site
+
+# The wheel is built from the source distribution, which shows that this is complete. Neither needs a network.
+wheel: setup ## build a source distribution and a wheel into dist/
+	rm -rf dist
+	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")' > /dev/null
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-index --no-build-isolation --wheel-dir dist dist/*.tar.gz
 
 demo: setup ## train, refresh, score and write an HTML report on simulated data, or on DATA=path/to/ml-1m (or another MovieLens folder)
 	$(BIN)/python -m scripts.demo $(if $(DATA),--data "$(DATA)")

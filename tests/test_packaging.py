@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -17,12 +19,13 @@ import pytest
 
 import vista
 from tests.conftest import run_python
+from vista.cli.command_table import COMMANDS
 from vista.config import TrainConfig
 from vista.config.composition import compose_config, to_yaml
 from vista.installation import install_command, source_commit
 
 REPOSITORY = Path(__file__).parents[1]
-SOURCES = ("vista", "kernels", "conf", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("vista", "kernels", "conf", "pyproject.toml", "README.md", "LICENSE", "Makefile")
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +53,12 @@ def pip(*words: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def wheel(source_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    pip("wheel", str(source_tree), "--wheel-dir", str(folder))
-    (path,) = folder.glob("*.whl")
+def wheel(source_tree: Path) -> Path:
+    """The wheel that `make wheel` builds."""
+    command = ["make", "--assume-old=setup", "wheel", f"VENV={sys.prefix}"]
+    done = subprocess.run(command, cwd=source_tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (source_tree / "dist").glob("*.whl")
     return path
 
 
@@ -142,6 +147,36 @@ def test_installed_wheel_runs_from_another_directory(wheel: Path, tmp_path: Path
     assert list(cwd.iterdir()) == []
 
 
+@pytest.mark.nightly
+def test_an_installed_wheel_prepares_a_log(wheel: Path, tmp_path: Path) -> None:
+    """Without a network: the program tells its version, and reads ten rows and a configuration that is in the wheel."""
+    site = tmp_path / "site"
+    pip("install", "--no-index", str(wheel), "--target", str(site))
+    done = subprocess.run(
+        [sys.executable, str(site / "bin" / "vista"), "--version"],
+        env=os.environ | {"PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"vista {vista.__version__}\n", done.stderr
+    rows = "".join(f"{row % 3},{row},{1_700_000_000 + row}\n" for row in range(10))
+    (tmp_path / "clicks.csv").write_text("user,item,time\n" + rows)
+    code = (
+        "import vista, vista_kernels; from vista.cli.main import main\n"
+        "assert main(['prepare', 'clicks.csv']) == 0 and main(['plan', '--cfg']) == 0\n"
+    )
+    printed = run_installed(site, tmp_path, code + PRINT_ORIGIN)
+    assert "data/log: segment 1 with 10 events" in printed and f"# {site}" in printed
+
+
+@pytest.mark.nightly
+def test_the_source_distribution_is_next_to_the_wheel(wheel: Path) -> None:
+    (archive,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "conf/train.yaml", "kernels/vista_kernels/__init__.py"} <= names
+
+
 @pytest.mark.research
 def test_editable_install_runs_from_another_directory(source_tree: Path, tmp_path: Path) -> None:
     site, cwd = tmp_path / "site", tmp_path / "elsewhere"
@@ -151,6 +186,35 @@ def test_editable_install_runs_from_another_directory(source_tree: Path, tmp_pat
     assert text == to_yaml(compose_config(TrainConfig, ["experiment=ml-1m"]))
     folders = ("vista", "kernels/vista_kernels")
     assert origin.split() == [str(source_tree / folder / "__init__.py") for folder in folders]
+
+
+def test_the_container_copies_what_exists_and_starts_the_service(pyproject: dict[str, Any]) -> None:
+    """What can be checked without a builder: the files, the extra, the command, its words, and the user."""
+    lines = (REPOSITORY / "Dockerfile").read_text().splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    assert {name for name, _ in steps} <= {"FROM", "WORKDIR", "COPY", "RUN", "USER", "EXPOSE", "ENTRYPOINT", "CMD"}
+    copied = {source for name, words in steps if name == "COPY" for source in words.split()[:-1]}
+    packages = {folder.partition("/")[0] for folder in pyproject["tool"]["setuptools"]["package-dir"].values()}
+    assert copied == packages | {"pyproject.toml", "README.md", "LICENSE"}
+    allowed = (REPOSITORY / ".dockerignore").read_text().splitlines()
+    assert copied == {line[1:] for line in allowed if line.startswith("!")}
+    (extra,) = re.findall(r"'\.\[(\w+)\]'", "".join(words for name, words in steps if name == "RUN"))
+    assert extra == "serve" and extra in pyproject["project"]["optional-dependencies"]
+    last = dict(steps)
+    assert json.loads(last["ENTRYPOINT"]) == ["vista", "serve"] and last["USER"] != "root"
+    config = compose_config(COMMANDS["serve"].schema, json.loads(last["CMD"]))
+    assert (config.host, str(config.port)) == ("0.0.0.0", last["EXPOSE"])
+    assert f"Programming Language :: Python :: {last['FROM'][7:11]}" in pyproject["project"]["classifiers"]
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(shutil.which("docker") is None, reason="needs docker and a network")
+def test_the_container_is_built() -> None:
+    subprocess.run(["docker", "build", "--tag", "vista-test", str(REPOSITORY)], check=True)
+    done = subprocess.run(
+        ["docker", "run", "--rm", "--entrypoint", "vista", "vista-test", "version"], capture_output=True, text=True
+    )
+    assert done.stdout == f"vista {vista.__version__}\n", done.stderr
 
 
 def test_in_a_checkout() -> None:

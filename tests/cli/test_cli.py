@@ -33,6 +33,7 @@ from vista.config.composition import (
     to_yaml,
 )
 from vista.errors import ConfigError, DataError
+from vista.installation import __version__
 from vista.log.vocabulary import ids_of_words
 
 REPOSITORY = Path(__file__).parents[2]
@@ -52,6 +53,12 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def composed(schema: type, *words: str) -> Any:
     """A configuration, which takes a tenth of a second to compose; tests must not change it."""
     return compose_config(schema, list(words))
+
+
+@pytest.mark.parametrize("word", ["--version", "-V", "version"])
+def test_the_version(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([word]) == 0
+    assert capsys.readouterr().out == f"vista {__version__}\n"
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str, code: int = 2) -> str:

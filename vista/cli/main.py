@@ -95,7 +95,7 @@ def _dispatch(words: Sequence[str]) -> int:
         _run_command(name, words[len(name.split()) :])
         return 0
     first, second = [*words[:2], None, None][:2]
-    if first in ("--version", "-V"):
+    if first in ("--version", "-V", "version"):
         print(f"vista {__version__}")
         return 0
     if first in (None, "--help", "-h", "help"):
