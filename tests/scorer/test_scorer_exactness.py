@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch import nn
 from tests.conftest import DAY, ROUNDING, draw_counter_weights, small_config
 from tests.counters.counter_histories import category
 from vista.config.checks import TargetAttentionKind
+from vista.errors import DeadlineError
 from vista.log.event_log import EventLog
 from vista.model.inference import ROW_TILE
 from vista.model.layers import HIDDEN, FrozenLinear
@@ -26,6 +28,8 @@ from vista.model.ranking_model import NEXT_TASK
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
+from vista.scorer.request import Request
+from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.training.log_schema import schema_of
 
 """If products do not compute rows independently: a few float32 rounding errors of values around 1."""
@@ -151,6 +155,39 @@ def test_a_ranking_has_the_bits_of_the_scores(opened: Scorer, ids: Known) -> Non
         own = slice(offsets[index], offsets[index + 1])
         same(scores[own], next_scores[index, [place[item] for item in counted[own].tolist()]])
     assert (np.diff(offsets) == 10 * opened.model.config.counters).all()
+
+
+@pytest.mark.processor
+@pytest.mark.parametrize("tile", [1, 7, 16])
+def test_a_catalog_is_ranked_in_tiles(opened: Scorer, ids: Known, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranking is that of all items at once, and no call scores more items than a tile has."""
+    users, items, now = ids
+    asked = {"top_k": 11, "exclude": items[:5], "now": now}
+    whole = opened.rank(users[3], **asked)
+    sizes = []
+    scores = ServingSnapshot.scores
+
+    def scores_of_tile(self: ServingSnapshot, request: Request, rows: torch.Tensor, tasks: list[str]) -> Any:
+        sizes.append(len(rows))
+        return scores(self, request, rows, tasks)
+
+    monkeypatch.setattr(ServingSnapshot, "scores", scores_of_tile)
+    monkeypatch.setattr("vista.scorer.ranking.CATALOG_TILE", tile)
+    tiled = opened.rank(users[3], **asked)
+    assert max(sizes) == tile and sum(sizes) == len(opened.model.items) + 1
+    same(tiled.scores, whole.scores)
+    assert (tiled.num_scored, tiled.num_dropped) == (whole.num_scored, whole.num_dropped)
+    score = dict(zip(items.tolist(), opened.score(users[3:4], items, now=now)[0].tolist(), strict=True))
+    same(tiled.scores, np.float32([score[item] for item in tiled.items.tolist()]))
+    assert not {*items[:5].tolist()} & {*tiled.items.tolist()}
+
+
+def test_a_ranking_gives_up_after_its_time(opened: Scorer, ids: Known, monkeypatch: pytest.MonkeyPatch) -> None:
+    users, _, now = ids
+    monkeypatch.setattr("vista.scorer.ranking.CATALOG_TILE", 4)
+    monkeypatch.setattr("vista.scorer.ranking.time", Mock(perf_counter=Mock(side_effect=range(100))))
+    with pytest.raises(DeadlineError, match=r"the ranking took longer than 3 s; rank fewer candidates, or use"):
+        opened.rank(users[3], now=now, timeout_s=3.0)
 
 
 @pytest.mark.processor

@@ -98,8 +98,8 @@ class ServeConfig(Scores, Multiplies, ServedModel):
     """Maximum size of the body of a request. Larger requests get status 413. The bodies of all unanswered requests of a
     worker can take 16 times as much; beyond that, requests get status 429."""
     max_candidates: int = 10_000
-    """Maximum number of pairs of a user and a candidate per request. If the model has more items, requests to rank must
-    name candidates; use retrieve to search the whole catalog."""
+    """Maximum number of pairs of a user and a candidate per request, and of items in an answer. Requests that rank the
+    whole catalog are limited by their deadline instead; retrieve searches a large one faster."""
     max_users: int = 256
     """Maximum number of users per request."""
 

@@ -6,6 +6,8 @@ tail.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from vista.arrays import Int, offsets_of
 from vista.config.checks import OnMissing
+from vista.errors import DeadlineError
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.attribution import Attribution, attribute
@@ -76,15 +79,23 @@ class Ranking:
     """Candidates that the model scored: with `retrieve`, also the user's own items."""
 
 
-def ranked(call: Call, task: str, top_k: int, candidates: Any, features: Any, wanted: ItemFilter) -> Ranking:
+CATALOG_TILE = 1 << 16
+"""Items of the catalog that are ranked at once, which bounds the memory and the time between checks of a time limit."""
+
+
+def ranked(
+    call: Call, task: str, top_k: int, candidates: Any, features: Any, wanted: ItemFilter, timeout_s: float | None
+) -> Ranking:
     """The best items for the one user of a request; arguments, result and errors are those of `Scorer.rank`."""
+    deadline = None if timeout_s is None else time.perf_counter() + timeout_s
     require_top_k(top_k, "top_k")
     snapshot, items = call.snapshot, call.snapshot.model.items
     left_out = np.zeros(len(items) + 1, bool)
     left_out[UNKNOWN_ITEM] = True
-    num_unknown, rows = 0, None
+    num_unknown = 0
     if candidates is None:
         request = call.asked(features, None)
+        parts: Iterable[Int] = _catalog_tiles(len(left_out))
     else:
         chosen = call.rows(candidates)
         num_unknown = int((chosen == UNKNOWN_ITEM).sum())
@@ -92,37 +103,54 @@ def ranked(call: Call, task: str, top_k: int, candidates: Any, features: Any, wa
         rows, first = np.unique(chosen, return_index=True)
         if request.features is not None:
             request = replace(request, features=request.features.of_candidates(first))
+        parts = [rows]
     left_out[wanted.excluded(snapshot)] = True
     if wanted.exclude_tail:
         left_out[request.tail.item[request.tail.valid]] = True
-    given = None if rows is None else torch.from_numpy(rows)
-    scores = snapshot.scores(request, given, [task])[task][0].numpy()
-    if call.on_missing is OnMissing.nan and request.missing[0]:
-        scores[:] = np.nan
-    kept = ~(left_out if rows is None else left_out[rows])
-    rows = np.flatnonzero(kept) if rows is None else rows[kept]
-    scores = scores[kept]
-    ranking = best_items(items, rows, scores, top_k, num_unknown)
-    num_scored = len(scores) + num_unknown
-    call.tally(candidates=num_scored, unknown_candidates=num_unknown, dropped=ranking.num_dropped)
-    return ranking
+    best_rows, best_scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    num_dropped, num_scored = num_unknown, 0
+    for rows in parts:
+        if deadline is not None and time.perf_counter() > deadline:
+            raise DeadlineError(f"the ranking took longer than {timeout_s:g} s; rank fewer candidates, or use retrieve")
+        given = None if len(rows) == len(left_out) else torch.from_numpy(rows)
+        scores = snapshot.scores(request, given, [task])[task][0].numpy()
+        if call.on_missing is OnMissing.nan and request.missing[0]:
+            scores[:] = np.nan
+        kept = ~left_out[rows]
+        finite = kept & np.isfinite(scores)
+        num_scored += int(kept.sum())
+        num_dropped += int(kept.sum() - finite.sum())
+        best_rows, best_scores = _best(
+            np.concatenate([best_rows, rows[finite]]), np.concatenate([best_scores, scores[finite]]), top_k
+        )
+    call.tally(candidates=num_scored + num_unknown, unknown_candidates=num_unknown, dropped=num_dropped)
+    return Ranking(items.ids(best_rows - 1), best_scores, num_dropped, num_scored)
 
 
-def best_items(items: Vocabulary, rows: Int, scores: NDArray[np.float32], top_k: int, num_unknown: int = 0) -> Ranking:
+def _catalog_tiles(num_rows: int) -> Iterator[Int]:
+    """All model rows, int64, in ascending tiles."""
+    for low in range(0, num_rows, CATALOG_TILE):
+        yield np.arange(low, min(low + CATALOG_TILE, num_rows))
+
+
+def best_items(items: Vocabulary, rows: Int, scores: NDArray[np.float32], top_k: int) -> Ranking:
     """The best of some items for a user, without those whose score is not finite.
 
     Args:
         items: of the model.
-        rows: int64 [C] model rows, ascending and distinct, so that equal scores always have the same order.
+        rows: int64 [C] model rows, ascending and distinct.
         scores: [C].
         top_k: at least 1.
-        num_unknown: candidates that the caller left out because the model does not know them.
     """
     finite = np.isfinite(scores)
-    num_dropped = num_unknown + int((~finite).sum())
-    rows, scores = rows[finite], scores[finite]
+    best, of_best = _best(rows[finite], scores[finite], top_k)
+    return Ranking(items.ids(best - 1), of_best, int((~finite).sum()), len(rows))
+
+
+def _best(rows: Int, scores: NDArray[np.float32], top_k: int) -> tuple[Int, NDArray[np.float32]]:
+    """The rows with the best finite scores, and these scores, best first."""
     best = torch.from_numpy(scores).topk(min(top_k, len(scores))).indices.numpy()
-    return Ranking(items.ids(rows[best] - 1), scores[best], num_dropped, len(finite))
+    return rows[best], scores[best]
 
 
 def require_top_k(value: Any, name: str) -> None:

@@ -343,6 +343,7 @@ class Scorer:
         tail: Tail | None = None,
         now: int | None = None,
         request: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
     ) -> Ranking:
         """The best items for a user; unknown candidates and those without a finite score are left out and counted.
 
@@ -354,12 +355,15 @@ class Scorer:
             exclude_tail: leave out the items of the user's tail.
             tail: as in `predict`, like `now`.
             request: as in `predict`; features with one value per candidate, [1, C], need `candidates`.
+            timeout_s: give up after so many seconds. It is checked before each tile of 65,536 items, which are ranked
+                at once; None sets no limit.
 
         Raises:
+            DeadlineError: the ranking takes longer than `timeout_s`.
             ValueError: `top_k` is below 1. Others as in `predict`.
         """
         with self._call([user], tail, now) as call:
-            return ranked(call, self.task, top_k, candidates, request, ItemFilter(exclude, exclude_tail))
+            return ranked(call, self.task, top_k, candidates, request, ItemFilter(exclude, exclude_tail), timeout_s)
 
     def retrieve(
         self,

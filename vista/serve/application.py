@@ -119,6 +119,9 @@ def make_application(
         finally:
             batches[name].leave(entry)
 
+    async def rank(name: str, body: bytes, media_type: str, deadline: float) -> Answer:
+        return await run(name, lambda one: one.rank(body, media_type, deadline - time.perf_counter()), deadline)
+
     def queued(compute: Callable[[ScoringService, bytes, str], Answer]) -> Computation:
         return lambda name, body, media_type, deadline: run(
             name, lambda service: compute(service, body, media_type), deadline
@@ -169,7 +172,7 @@ def make_application(
     for name, compute, kind, summary in (
         ("score", score, ScoreBody, "Scores of one task."),
         ("predict", queued(ScoringService.predict), ScoreBody, "Scores of all tasks."),
-        ("rank", queued(ScoringService.rank), RankBody, "The best items for a user."),
+        ("rank", rank, RankBody, "The best items for a user."),
         (
             "retrieve",
             queued(ScoringService.retrieve),

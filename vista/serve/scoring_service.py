@@ -305,23 +305,19 @@ class ScoringService:
         scores = self.scorer.predict(asked.users, candidates, **self._arguments(asked))
         return _answer(self._sourced({"scores": scores}), media_type, candidates, next(iter(scores.values())).size)
 
-    def rank(self, body: bytes, media_type: str) -> Answer:
-        """The best items for a user."""
+    def rank(self, body: bytes, media_type: str, timeout_s: float) -> Answer:
+        """The best items for a user, found within `timeout_s` seconds."""
         asked = decoded(body, RankBody, media_type)
         candidates = None if asked.candidates is None else item_ids(asked.candidates, "candidates")
         num_candidates = len(self.scorer.model.items) if candidates is None else len(candidates)
-        if candidates is None and num_candidates > self.config.max_candidates:
-            raise BodyTooLargeError(
-                f"the catalog has {num_candidates:,} items, but at most {self.config.max_candidates:,} can be ranked "
-                "(max_candidates); send candidates, or use /v1/retrieve"
-            )
-        self._require_most(num_candidates, 1)
+        self._require_most(min(asked.top_k, num_candidates) if candidates is None else num_candidates, 1)
         ranking = self.scorer.rank(
             asked.user,
             top_k=asked.top_k,
             candidates=candidates,
             exclude=asked.exclude,
             exclude_tail=asked.exclude_tail,
+            timeout_s=timeout_s,
             **self._of_one(asked),
         )
         return _answer(self._sourced({"task": self.scorer.task, **_ranking(ranking)}), media_type, None, num_candidates)

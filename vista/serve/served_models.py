@@ -425,14 +425,6 @@ def open_warm_scorer(config: ServeConfig) -> Scorer:
         if isinstance(error, VistaError):
             raise
         raise ConfigError(str(error)) from error  # The message names the argument, which has the name of the key.
-    num_items = len(scorer.model.items)
-    if num_items > config.max_candidates:
-        logger.warning(
-            "rank without candidates is refused: %s has %d items, but max_candidates is %d",
-            config.model,
-            num_items,
-            config.max_candidates,
-        )
     try:
         _warm_up(scorer, retrieves=config.index is not None)
         scorer.follow(config.reload_s)
