@@ -92,6 +92,25 @@ def test_parquet_columns_are_guessed_by_their_types() -> None:
     assert log["a"].timestamp.tolist() == [1485302400000] and log.items.ids([0]).tolist() == [7]
 
 
+def test_columns_of_other_types_are_not_taken_for_ids() -> None:
+    frame = pl.DataFrame(
+        {
+            "user_price": [1.5],
+            "user_list": [[1]],
+            "user_blob": [b"x"],
+            "user_flag": [True],
+            "user_name": pl.Series(["a"], dtype=pl.Categorical),
+            "item_span": pl.Series([1], dtype=pl.Duration("ms")),
+            "item_code": [7],
+            "time": [1.7e9],
+        }
+    )
+    frame.write_parquet("log.parquet")
+    run("files=[log.parquet]")
+    log = EventLog.open("data/log")
+    assert log["a"].timestamp.tolist() == [1_700_000_000_000] and log.items.ids([0]).tolist() == [7]
+
+
 @pytest.mark.parametrize(
     ("header", "row", "message"),
     [

@@ -207,8 +207,11 @@ def _time_candidates(left: Sequence[str], times: Mapping[str, str]) -> list[str]
 
 def _id_candidates(role: str, left: Sequence[str], times: Mapping[str, str], rows: pl.DataFrame) -> list[str]:
     def can_be_ids(name: str) -> bool:
-        numbers = rows[name].cast(pl.Float64, strict=False).drop_nulls() if not rows[name].dtype.is_nested() else None
-        return numbers is not None and times.get(name) != "" and bool((numbers == numbers.floor()).all())
+        values = rows[name]
+        if not (values.dtype.is_integer() or values.dtype.is_float() or values.dtype == pl.String):
+            return values.dtype in (pl.Categorical, pl.Enum)
+        numbers = values.cast(pl.Float64, strict=False).drop_nulls()
+        return times.get(name) != "" and bool((numbers == numbers.floor()).all())
 
     return _best(role, [name for name in left if can_be_ids(name)])
 

@@ -81,17 +81,20 @@ def count_forms(source: ScannedSource) -> list[FormCount] | None:
     sample = collected(source, source.frame.select(text).drop_nulls().head(_SAMPLE))
     met = sample.select(fits(text, form).any().alias(form) for form in FORMS)
     forms = [form for form in FORMS if met[form][0]]
-    counts = list[FormCount]()
+    rows = pl.col(ROW)
+    statistics = []
     for form in forms:
-        is_in = fits(text, form)
-        other = swapped(form)
-        rows = pl.col(ROW)
+        is_in, other = fits(text, form), swapped(form)
         own = is_in if other is None else is_in & fits(text, other).not_()
-        found = source.frame.select(is_in.sum(), row=rows.filter(own).min(), first=rows.filter(is_in).min())
-        num_rows, row, first = collected(source, found).row(0)
-        value = collected(source, source.frame.filter(rows == (row or first)).select(text)).item()
-        counts.append(FormCount(form, num_rows, row or 0, value))
-    return counts
+        of_form = (is_in.sum(), rows.filter(own).min(), rows.filter(is_in).min())
+        statistics += [expression.alias(f"{len(statistics)} {place}") for place, expression in enumerate(of_form)]
+    if not forms:
+        return []
+    found = collected(source, source.frame.select(statistics)).row(0)
+    by_form = [(form, *found[3 * place : 3 * place + 3]) for place, form in enumerate(forms)]
+    shows = [row or first for _, _, row, first in by_form]
+    values = dict(collected(source, source.frame.filter(rows.is_in(shows)).select(rows, text)).rows())
+    return [FormCount(form, count, row or 0, values[row or first]) for form, count, row, first in by_form]
 
 
 @dataclass(frozen=True, slots=True)
