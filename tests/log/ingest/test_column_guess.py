@@ -11,7 +11,7 @@ from tests.log.conftest import PARSER
 from vista.cli.main import main
 from vista.config import PrepareConfig
 from vista.config.composition import compose_config
-from vista.errors import ConfigError
+from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 
@@ -185,6 +185,12 @@ def test_a_file_that_only_has_the_name_of_a_known_format_is_guessed() -> None:
     Path("ml/ratings.csv").write_text("userId,movieId,rating,timestamp\n1,2,4.5,1112486027\n")
     run("files=[ml/ratings.csv]", "out=ml/log")
     assert EventLog.open("ml/log").has_rating
+
+
+def test_text_that_is_not_utf8_is_named() -> None:
+    Path("log.csv").write_bytes("user,item,title\n1,2,a\n1,3,£5\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"log\.csv: line 3: .* is not UTF-8; convert the file to UTF-8"):
+        run("files=[log.csv]")
 
 
 def test_files_are_named_once() -> None:

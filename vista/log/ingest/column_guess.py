@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from vista.config import SourceConfig
 from vista.config.checks import to_dict
-from vista.errors import ConfigError, shell_word, shown
+from vista.errors import ConfigError, DataError, shell_word, shown
 from vista.files import checked_path
 from vista.installation import require_module
 from vista.log.histories import LATEST_MS
 from vista.log.ingest.public.public_sets import PUBLIC_SETS
-from vista.log.ingest.source_files import read_header, scan_text
+from vista.log.ingest.source_files import read_header, scan_text, text_fault
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import detect_kind, is_parquet, text_separator
 from vista.log.ingest.times import FORMS, fits
@@ -152,7 +152,12 @@ def _first_rows(file: Path, config: SourceConfig) -> tuple[str, pl.DataFrame]:
         separator = max(headers, key=lambda other: len(headers[other]))
         header = headers[separator]
     fields = [f"column {number}" for number in range(len(header))]
-    rows = scan_text(file, fields, separator, '"', 1).head(_SAMPLE).select(fields).collect()
+    try:
+        rows = scan_text(file, fields, separator, '"', 1).head(_SAMPLE).select(fields).collect()
+    except pl.exceptions.PolarsError as error:
+        if fault := text_fault(file, str(error)):
+            raise DataError(f"{file}: {fault}") from error
+        raise
     is_given = separator == text_separator(file, config.separator, "events")
     return config.separator if is_given else separator, pl.DataFrame(
         [rows[field].alias(name) for field, name in zip(fields, header, strict=True) if header.count(name) == 1]

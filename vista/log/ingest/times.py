@@ -82,7 +82,7 @@ def count_forms(source: ScannedSource) -> list[FormCount] | None:
     met = sample.select(fits(text, form).any().alias(form) for form in FORMS)
     forms = [form for form in FORMS if met[form][0]]
     rows = pl.col(ROW)
-    statistics = []
+    statistics = list[pl.Expr]()
     for form in forms:
         is_in, other = fits(text, form), swapped(form)
         own = is_in if other is None else is_in & fits(text, other).not_()
