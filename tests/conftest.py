@@ -194,7 +194,6 @@ def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainCon
             temperature=0.05,
             item_start=ItemStart.random,
             counters=False,
-            popularity=False,
             mean_token=False,
         ),
         data=DataConfig(
@@ -236,12 +235,13 @@ def untrained(log: EventLog, seed: int = 0, **changes: Any) -> VistaModel:
 
 
 def draw_counter_weights(model: VistaModel | SequenceModel, seed: int = 0) -> None:
-    """Give the parts of a model that read counters and popularity the weights of a trained model; they start at 0."""
+    """Give the parts of a model that read counters and statistics the values of a trained model; they start at 0."""
     generator = torch.Generator().manual_seed(seed)
-    for part, std in ((model.counted, 0.3), (model.candidate_counters, 0.2), (model.popularity, 0.3)):
+    for part, std in ((model.counted, 0.3), (model.candidate_counters, 0.2), (model.statistics, 0.3)):
         for weight in [] if part is None else part.parameters():
             weight.data.copy_(torch.randn(weight.shape, generator=generator) * std)
-    model.set_item_frequency(np.arange(1 + len(model.items)))
+    if model.statistics is not None:
+        model.item_statistics[1:] = torch.randn(model.item_statistics[1:].shape, generator=generator)
 
 
 def run_python(code: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:

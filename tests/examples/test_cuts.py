@@ -265,7 +265,7 @@ def test_the_labels_of_an_anchor_are_the_events_from_its_place_on(
 def test_anchors_change_no_other_draw() -> None:
     chunks = coded_chunks([400, 30, 300], [(0, 3), (2, 9)], trail=7)
     without, batch = cut(chunks, 1), cut(chunks, 1, anchors=anchor_plan())
-    added = {f"anchors.{name}" for name in ("window", "position", "gap", "item", "next_item")}
+    added = {f"anchors.{name}" for name in ("window", "position", "gap", "item", "next_item", "time")}
     assert batch.tensors().keys() - without.tensors().keys() == added
     in_trail = batch.rows >= 20_000
     assert in_trail.any() and not in_trail[batch.events.item].any(), "the trail holds labels only"

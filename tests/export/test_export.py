@@ -68,7 +68,6 @@ def drawn_model(
         counters=counters,
         counter_keys=10,
         counter_categories=["brand"] if categories else [],
-        popularity=counters,
         mean_token=mean_token,
     )
     columns = COLUMNS if features else []

@@ -71,6 +71,7 @@ def model(
             parameter.add_(torch.randn_like(parameter) * 0.1)
         if built.config.num_interests:
             built.item_interest[1:] = torch.arange(len(built.items)) % (1 + built.config.num_interests)
+        draw_statistics(built)
     built.event_features = None if num_tail_features is None else READER
     built.request_features = READER if request_features else None
     built.user_features = READER if user_features else None
@@ -99,8 +100,15 @@ def of_architecture(
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        draw_statistics(built)
     built.event_features = built.request_features = built.user_features = READER if features else None
     return built
+
+
+def draw_statistics(built: RankingModel) -> None:
+    """Draw the statistics of items, in models that read them."""
+    if built.statistics is not None:
+        built.item_statistics[1:].normal_()
 
 
 def drawn_features(count: int, seed: int = 0) -> RowFeatures:

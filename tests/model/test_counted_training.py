@@ -7,7 +7,7 @@ advances them by the events of the tail that the record lacks, as the scorer doe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,19 +23,21 @@ from tests.model.test_sequence_baselines import LIMIT
 from vista.arrays import Int
 from vista.config import OptimConfig
 from vista.counters.counters import MAX_CODE, CounterSpec, ItemKeys, UserCounters
-from vista.examples.batch import Batch
+from vista.examples.batch import Batch, BatchStatistics
+from vista.examples.item_statistics import num_statistics
 from vista.log.histories import Histories
 from vista.model import inference
-from vista.model.layers import CandidateCounters, CountedItemHead, PopularityTerm
+from vista.model.layers import CandidateCounters, CountedItemHead, StatisticsTerm
 from vista.model.losses import CountedSlots, log_others, window_loss
+from vista.model.ranking_model import RankingModel
 
 
 def asked(rows: int, slots: int) -> dict[str, torch.Tensor]:
-    """Arguments of the head for F = 4 and M' = 8."""
+    """Arguments of the head for 4 codes, 3 statistics, and M = 8."""
     return {
         "codes": torch.randint(0, 64, (rows, slots, 4), dtype=torch.uint8),
         "score": torch.randn(rows, slots) * 5,
-        "popularity": torch.randn(rows, slots),
+        "statistics": torch.randn(rows, slots, 3),
         "num_events": torch.randint(0, 1000, (rows,)),
         "user": nn.functional.normalize(torch.randn(rows, 8), dim=-1),
     }
@@ -52,7 +54,7 @@ def test_before_training_counted_items_have_the_share_of_returns(temperature: fl
     item = item[:, :60].masked_fill(torch.arange(60) >= torch.randint(1, 61, (num_users, 1)), -1)
     negatives = torch.randperm(num_items)[:num_negatives].sort().values
     log_weight = torch.full((num_negatives,), math.log(num_items / num_negatives))
-    head = CountedItemHead(4, 64)
+    head = CountedItemHead(4, 64, 3)
     head.start(0.3, (item >= 0).sum(1), log_others(users, items, item, negatives, log_weight, temperature))
 
     inputs = asked(num_users, 60) | {"user": users}
@@ -67,7 +69,7 @@ def test_before_training_counted_items_have_the_share_of_returns(temperature: fl
 
 def test_a_logit_depends_on_its_own_inputs_only() -> None:
     torch.manual_seed(1)
-    head = CountedItemHead(4, 8)
+    head = CountedItemHead(4, 8, 3)
     for parameter in head.parameters():
         nn.init.normal_(parameter)
     inputs = asked(3, 5)
@@ -81,7 +83,7 @@ def test_a_logit_depends_on_its_own_inputs_only() -> None:
 
 def test_training_leaves_out_the_cosines_of_some_requests() -> None:
     torch.manual_seed(3)
-    head = CountedItemHead(4, 8, dropout=0.5)
+    head = CountedItemHead(4, 8, 3, dropout=0.5)
     for weight in head.parameters():
         nn.init.normal_(weight)
     inputs = asked(400, 5)
@@ -92,39 +94,36 @@ def test_training_leaves_out_the_cosines_of_some_requests() -> None:
     assert torch.equal(trained[~dropped], with_cosine[~dropped]) and 150 < dropped.sum() < 250
 
 
-def test_popularity_is_one_more_dimension() -> None:
+def test_the_weights_of_statistics_are_linear_in_the_user_vector() -> None:
     torch.manual_seed(2)
-    term = PopularityTerm(8, temperature=0.05)
-    nn.init.normal_(term.weight.weight)
-    nn.init.constant_(term.weight.bias, 0.7)
+    term = StatisticsTerm(8, 3)
     unit = nn.functional.normalize(torch.randn(3, 8), dim=-1)
-    users = term(unit)
-    strength = unit @ term.weight.weight[0] * math.sqrt(8) + 0.7
-    torch.testing.assert_close(users, torch.cat([unit, 0.05 * strength[:, None]], 1))
+    started = term(unit)
+    torch.testing.assert_close(started, torch.cat([unit, torch.tensor([[1.0, 0.0, 0.0]]).expand(3, -1)], 1))
+    nn.init.normal_(term.weight.weight)
+    nn.init.normal_(term.weight.bias)
+    strength = unit @ term.weight.weight.t() * math.sqrt(8) + term.weight.bias
+    torch.testing.assert_close(term(unit), torch.cat([unit, strength], 1))
 
 
-@pytest.mark.parametrize("counters", [False, True])
-def test_users_and_items_have_the_popularity(make: SimpleNamespace, counters: bool) -> None:
-    """Scores with the term minus scores without it are β(u) times the standardized log frequency."""
-    model = make.model(popularity=True, counters=counters)
-    frequency = np.arange(make.num_items + 1) ** 2
-    model.set_item_frequency(frequency)
-    log_frequency = np.log(frequency[1:])
-    expected = (log_frequency - log_frequency.mean()) / log_frequency.std()
-    torch.testing.assert_close(model.item_popularity[1:], torch.from_numpy(expected).float())
-
+@pytest.mark.parametrize("has_time", [True, False])
+def test_scores_follow_the_statistics(make: SimpleNamespace, has_time: bool) -> None:
+    """Scores with the term minus scores without it are the products of β(u) and the statistics."""
+    model = make.model(counters=True, temperature=0.3, has_time=has_time)
+    width = num_statistics(has_time=has_time)
+    assert model.item_statistics.shape == (1 + make.num_items, width)
     packed = make.histories([9, 0, 4], 3)
     context = inference.request_context(model, inference.summarize(model, packed), make.tail(model, packed))
     users, items = inference.user_vectors(model, context, None), inference.item_vectors(model)
-    assert users.shape == (3, model.retrieval_dim) and items.shape == (make.num_items, model.config.dim + 1)
-    cosine, scores = (users[:, :-1] @ items[:, :-1].t(), users @ items.t())
+    assert users.shape == (3, model.retrieval_dim) and items.shape == (make.num_items, model.config.dim + width)
+    cosine = users[:, :-width] @ items[:, :-width].t() / 0.3
     with torch.inference_mode():
-        strength = model.popularity(users[:, :-1])[:, -1:]
-    torch.testing.assert_close(scores - cosine, strength * items[:, -1], atol=1e-6, rtol=1e-5)
-    assert (model.counted is not None) == counters
+        strength = model.statistics(users[:, :-width])[:, -width:]
+    expected = cosine + strength @ model.item_statistics[1:].t()
+    torch.testing.assert_close(inference.catalog_scores(model, users, items), expected, atol=1e-5, rtol=1e-5)
     retrieval, _ = model.project_items(torch.arange(make.num_items + 1))
     torch.testing.assert_close(retrieval[1:], items)
-    assert retrieval[0, -1] == 0
+    assert not retrieval[0, -width:].any()
 
 
 WIDTH, NUM_TASKS = 6, 2
@@ -239,6 +238,12 @@ def anchor_requests(
     return found
 
 
+def with_served_statistics(batch: Batch, model: RankingModel) -> Batch:
+    """A batch whose questions read the statistics that serving reads."""
+    values = model.item_statistics[batch.rows].unsqueeze(0)
+    return replace(batch, statistics=BatchStatistics(torch.zeros(1, dtype=torch.int64), values))
+
+
 def served_losses(scores: list[torch.Tensor], batch: Batch) -> dict[str, float]:
     """The losses of anchors whose scores of all items are [V]."""
     anchors, window, following = batch.anchors, [], []
@@ -257,18 +262,15 @@ def served_losses(scores: list[torch.Tensor], batch: Batch) -> dict[str, float]:
 def test_losses_are_those_of_served_scores(make: SimpleNamespace, data: st.DataObject) -> None:
     """All items are negatives, so the losses are exact: log shares of what serving scores, counted items included."""
     drawn = drawn_setting(data)
-    seeds, popularity = data.draw(st.sampled_from([0, 2])), data.draw(st.booleans())
     model = make.model(
         seed=3,
         counters=True,
         counter_keys=3,
-        num_seeds=seeds,
-        popularity=popularity,
+        num_seeds=data.draw(st.sampled_from([0, 2])),
         tail_len=drawn["tail_len"],
         temperature=0.5,
         **drawn["categories"],
     )
-    model.set_item_frequency(np.arange(make.num_items + 1))
     packed = make.histories(drawn["lengths"], drawn["seed"])
     chunks, _ = make.chunks(packed, drawn["seed"], chunk_len=drawn["chunk_len"], keys=model.item_keys)
     anchors = make.anchor_plan(timeless_share=float(not drawn["is_timed"]), keeps_other_windows=False)
@@ -276,6 +278,9 @@ def test_losses_are_those_of_served_scores(make: SimpleNamespace, data: st.DataO
         model, label_spacing=min(4, drawn["tail_len"]), staleness_share=drawn["staleness"], anchors=anchors
     )
     batch = make.batch(chunks, plan, drawn["seed"])
+    batch = replace(
+        batch, statistics=BatchStatistics(torch.zeros(1, dtype=torch.int64), model.item_statistics[batch.rows][None])
+    )
     with torch.no_grad():
         trained = model.losses(batch, model.item_vectors(batch.rows), OPTIM)
 
@@ -339,14 +344,16 @@ def test_impressions_have_the_counters_of_their_items(make: SimpleNamespace, dat
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
 def test_baselines_count_all_events_before_a_request(make: SimpleNamespace, name: str) -> None:
     """They have no record, in training and in evaluation."""
-    options = {"temperature": 0.5, "counters": True, "counter_keys": 3, "popularity": True}
+    options = {"temperature": 0.5, "counters": True, "counter_keys": 3}
     model = make.architecture(name, dtype=torch.float32, tasks=(), history_limit=LIMIT, **options)
-    model.set_item_frequency(np.arange(make.num_items + 1))
     packed = make.histories([LIMIT, 9, 1], 2)
     chunks, _ = make.chunks(packed, 2, keys=model.item_keys)
     anchors = make.anchor_plan(spacing=2, keeps_other_windows=False)
     plan = make.plan(model, staleness_share=0.5, anchors=anchors, exact_counters=True)
     batch = make.batch(chunks, plan, 2)
+    batch = replace(
+        batch, statistics=BatchStatistics(torch.zeros(1, dtype=torch.int64), model.item_statistics[batch.rows][None])
+    )
     with torch.no_grad():
         trained = model.losses(batch, model.item_vectors(batch.rows), OPTIM)
 

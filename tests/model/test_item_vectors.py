@@ -112,14 +112,14 @@ def test_more_than_all_items(index: ItemIndex, table: Tensor, users: Tensor) -> 
     assert len(rows) <= NUM_ITEMS and 0 not in rows and len(set(rows.tolist())) == len(rows)
 
 
-def test_the_popularity_is_scaled(vectors: Float32s, users: Tensor) -> None:
-    """The last entry of items is large, and that of users small, as with `model.popularity`."""
+def test_items_with_statistics_are_found(vectors: Float32s, users: Tensor) -> None:
+    """As with `model.counters`: the last entries of items are statistics times the temperature."""
     pytest.importorskip("faiss")
-    popularity = np.random.default_rng(3).normal(size=(NUM_ITEMS, 1)).astype(np.float32)
-    table = table_of(np.concatenate([vectors, popularity], 1))
-    queries = torch.cat([users, torch.full((len(users), 1), 0.05)], 1)
+    statistics = 0.3 * np.random.default_rng(3).normal(size=(NUM_ITEMS, 5)).astype(np.float32)
+    table = table_of(np.concatenate([vectors, statistics], 1))
+    queries = torch.cat([users, torch.tensor([[1.0, 0.3, -0.2, 0.1, 0.0]]).expand(len(users), -1)], 1)
     for kind in (IndexKind.hnsw, IndexKind.ivfpq):
-        index = ItemIndex.build(table[1:].numpy(), kind, last_scale=0.05)
+        index = ItemIndex.build(table[1:].numpy(), kind)
         found = [np.isin(nearest_rows(table, user, 50), index.nearest(table, user, 50)).mean() for user in queries]
         assert np.mean(found) >= 0.9
 
@@ -217,9 +217,8 @@ def test_damage_is_a_typed_error(index: ItemIndex, tmp_path: Path) -> None:
         ({"num_items": 3999}, "holds"),
         ({"dim": 16}, "holds|index"),
         ({"kind": "tree"}, "kind"),
-        ({"last_scale": 0.0}, "last_scale"),
         ({"files": {}}, "files"),
-        ({"format_version": 2}, "format 2"),
+        ({"format_version": 1}, "format 1"),
     ],
 )
 def test_a_manifest_that_does_not_fit_its_files_is_refused(

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vista.examples.batch_source import NegativeSampler
-from vista.model.losses import CountedSlots, sampled_softmax, task_losses, window_loss
+from vista.model.losses import (
+    AskedStatistics,
+    CountedSlots,
+    log_others,
+    sampled_softmax,
+    task_losses,
+    window_loss,
+)
 
 
 def problem(count: int, items: int, dim: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,6 +167,8 @@ class WindowProblem:
     slot: Tensor
     logit: Tensor
 
+    statistics: AskedStatistics | None
+
     @property
     def leaves(self) -> list[Tensor]:
         return [leaf.requires_grad_() for leaf in (self.user, self.items, self.logit)]
@@ -169,7 +178,7 @@ class WindowProblem:
         return CountedSlots(self.slot, self.logit)
 
 
-def window_problem(count: int, *, num_items: int = NUM_ITEMS) -> WindowProblem:
+def window_problem(count: int, *, num_items: int = NUM_ITEMS, num_statistics: int = 0) -> WindowProblem:
     torch.manual_seed(count)
 
     def distinct(width: int, least: int) -> Tensor:
@@ -178,12 +187,18 @@ def window_problem(count: int, *, num_items: int = NUM_ITEMS) -> WindowProblem:
         rank = torch.rand(count, width).argsort(1)
         return torch.where(rank < torch.randint(least, width + 1, (count, 1)), drawn, -1)
 
+    user = F.normalize(torch.randn(count, 5, dtype=torch.float64), dim=-1)
+    statistics = None
+    if num_statistics:
+        user = torch.cat([user, torch.randn(count, num_statistics, dtype=torch.float64)], 1)
+        statistics = AskedStatistics(torch.randn(4, num_items, num_statistics), torch.randint(0, 4, (count,)))
     return WindowProblem(
-        F.normalize(torch.randn(count, 5, dtype=torch.float64), dim=-1),
+        user,
         F.normalize(torch.randn(num_items, 5, dtype=torch.float64), dim=-1),
         distinct(NUM_LABELS, 1),
         distinct(NUM_SLOTS, 0),
         torch.randn(count, NUM_SLOTS, dtype=torch.float64) * 3,
+        statistics,
     )
 
 
@@ -196,7 +211,10 @@ def window_formula(
         own = {}
         if counts:
             own = {item: asked.logit[row, k] for k, item in enumerate(asked.slot[row].tolist()) if item >= 0}
-        cosine = asked.items @ asked.user[row] / temperature + adjustment
+        cosine = asked.items @ asked.user[row, :5] / temperature + adjustment
+        if asked.statistics is not None:
+            values = asked.statistics.values[int(asked.statistics.time[row])].double()
+            cosine = cosine + values @ asked.user[row, 5:]
         labels = [item for item in asked.label[row].tolist() if item >= 0]
         logits = [own.get(item, cosine[item]) for item in labels]
         terms = [*own.values(), *(cosine[item] for item in labels if item not in own)]
@@ -208,18 +226,32 @@ def window_formula(
 
 
 @pytest.mark.parametrize("counts", [False, True], ids=["cosines", "counted"])
+@pytest.mark.parametrize("num_statistics", [0, 3])
 @pytest.mark.parametrize("count", [1, 7, 257])
-def test_window_loss_equals_its_formula(count: int, counts: bool) -> None:
-    asked = window_problem(count)
+def test_window_loss_equals_its_formula(count: int, num_statistics: int, counts: bool) -> None:
+    asked = window_problem(count, num_statistics=num_statistics)
     negatives, log_weight = torch.arange(0, NUM_ITEMS, 2), torch.linspace(-1, 3, 20, dtype=torch.float64)
     adjustment = torch.linspace(-2, 0, NUM_ITEMS, dtype=torch.float64)
     leaves = asked.leaves if counts else asked.leaves[:2]
     counted = asked.counted if counts else None
-    loss = window_loss(asked.user, asked.items, asked.label, negatives, log_weight, 0.3, adjustment, counted)
+    loss = window_loss(
+        asked.user, asked.items, asked.label, negatives, log_weight, 0.3, adjustment, counted, asked.statistics
+    )
     exact = window_formula(asked, negatives, log_weight, 0.3, adjustment, counts=counts)
     torch.testing.assert_close(loss, exact)
     for mine, theirs in zip(torch.autograd.grad(loss * 3, leaves), torch.autograd.grad(exact * 3, leaves), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_log_others_equals_its_formula() -> None:
+    asked = window_problem(300, num_statistics=3)
+    negatives, log_weight = torch.arange(NUM_ITEMS), torch.zeros(NUM_ITEMS, dtype=torch.float64)
+    others = log_others(asked.user, asked.items, asked.slot, negatives, log_weight, 0.3, statistics=asked.statistics)
+    assert asked.statistics is not None
+    values = asked.statistics.values.double()[asked.statistics.time]
+    logits = asked.user[:, :5] @ asked.items.t() / 0.3 + (values @ asked.user[:, 5:, None])[:, :, 0]
+    is_slot = (asked.slot[:, :, None] == torch.arange(NUM_ITEMS)).any(1)
+    torch.testing.assert_close(others, logits.masked_fill(is_slot, -torch.inf).logsumexp(1))
 
 
 def test_window_loss_of_low_precision_is_computed_in_float32() -> None:

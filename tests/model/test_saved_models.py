@@ -63,7 +63,7 @@ def test_loading_keeps_the_callers_random_state_and_a_shorter_tail_shares_the_we
         {"rating_range": None, "has_time": False},
         {"request_features": True},
         {"embedding_rows": 11},
-        {"popularity": True, "counters": True},
+        {"counters": True},
     ],
     ids=str,
 )
@@ -187,7 +187,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (without("config.json"), "no readable model"),
     "no vocabulary": (without("items.ids.npy"), r"no readable model .*items\.ids\.npy"),
     "no folder": (shutil.rmtree, "no readable model .*vista train"),
-    "another format": (edited(lambda d: d.update(format_version=99)), "format 99, but this version of vista reads 9"),
+    "another format": (edited(lambda d: d.update(format_version=99)), "format 99, but this version of vista reads 10"),
     "not a description": (lambda folder: (folder / "config.json").write_text('["a list"]'), "format None"),
     "no schema": (edited(lambda d: d.pop("schema")), r"config\.json: the field 'schema' is missing"),
     "no data": (
@@ -402,20 +402,21 @@ def drawn_items(count: int, seed: int) -> Columns:
     return columns
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "popularity"])
+@pytest.fixture(params=[False, True], ids=["plain", "counters"])
 def featured(request: pytest.FixtureRequest) -> VistaModel:
     """With drawn weights."""
     torch.manual_seed(0)
     features = drawn_items(NUM_ITEMS, 0)
     columns = [FeatureSpec.of(name, column) for name, column in features.items()]
     schema = Schema(["view"], True, None, ["click"], True, columns)
-    config = ModelConfig(dim=8, num_heads=2, num_seeds=2, tail_len=4, counters=request.param, popularity=request.param)
+    config = ModelConfig(dim=8, num_heads=2, num_seeds=2, tail_len=4, counters=request.param)
     made = VistaModel(config, schema, Vocabulary.from_ids(np.arange(NUM_ITEMS)), DataConfig())
     made.set_item_features(ItemFeatureTable.of(features, columns))
     with torch.no_grad():
         for weight in made.features.parameters():  # type: ignore[union-attr]
             weight.normal_()
-    made.set_item_frequency(np.arange(1 + NUM_ITEMS))
+    if made.statistics is not None:
+        made.item_statistics[1:] = torch.randn(NUM_ITEMS, made.item_statistics.shape[1])
     return made.eval()
 
 
@@ -441,9 +442,9 @@ def test_added_items_are_their_features(featured: VistaModel) -> None:
     added = grown.item_vectors(torch.arange(3) + 1 + NUM_ITEMS)
     assert featured.features is not None
     assert torch.equal(added, featured.features(torch.tensor([5, 1, 12])))
-    assert featured.popularity is None or torch.equal(
-        grown.item_popularity[-3:], grown.item_popularity[1:].min().expand(3)
-    )
+    if featured.statistics is not None:  # those of the rarest items
+        least = featured.item_statistics[1:].amin(0)
+        assert torch.equal(grown.item_statistics, torch.cat([featured.item_statistics, least.expand(3, -1)]))
 
 
 def test_the_id_covers_the_features_of_trained_items(featured: VistaModel) -> None:

@@ -103,12 +103,12 @@ def untrained(log: EventLog, items: Vocabulary, **changes: Any) -> VistaModel:
     return model
 
 
-@pytest.fixture(scope="module", params=["summary", "no summary, popularity", "categories"])
+@pytest.fixture(scope="module", params=["summary", "no summary", "categories"])
 def model(request: pytest.FixtureRequest, impression_log: EventLog) -> VistaModel:
     """Knows 36 of the log's 40 items."""
     changes: dict[str, Any] = {
         "summary": {},
-        "no summary, popularity": {"model__num_seeds": 0, "model__popularity": True},
+        "no summary": {"model__num_seeds": 0},
         "categories": {"model__counter_categories": ["brand"]},
     }[request.param]
     items = Vocabulary.from_ids(impression_log.items.ids(np.arange(4, impression_log.num_items)))
@@ -312,14 +312,10 @@ def test_counters_have_a_share_of_the_score(opened: Opened, task: str, now: Any)
     assert model.counted is not None and model.task_head is not None
     if task != "next":
         expected = np.full(len(items), model.task_head.bias[TASKS.index(task)].item())
-    elif model.popularity is None:
-        expected = np.where(is_counted, model.counted.gate.bias.item(), 0.0)
-    else:  # The popularity term has a bias too, which is multiplied by what follows it.
-        bias, temperature = model.popularity.weight.bias.item(), model.config.softmax_temperature
-        gate = model.counted.gate.weight[0, -1].item() * temperature * (model.config.dim + 1) ** 0.5
-        expected = np.where(
-            is_counted, model.counted.gate.bias.item() + gate * bias, model.item_popularity[1:].numpy() * bias
-        )
+    else:  # The weights of the statistics have a bias too.
+        assert model.statistics is not None
+        of_all_users = (model.item_statistics[1:] @ model.statistics.weight.bias).detach().numpy()
+        expected = np.where(is_counted, model.counted.gate.bias.item(), of_all_users)
     np.testing.assert_allclose(explanation.remainder, expected, atol=5e-5)
 
 

@@ -77,12 +77,12 @@ def same(actual: Any, expected: Any) -> None:
 def opened(
     request: pytest.FixtureRequest, impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scorer]:
-    """A scorer for each kind of layers, and two with counters and popularity, with three tasks and the next item."""
+    """A scorer for each kind of layers, and two with counters, with three tasks and the next item."""
     folder = tmp_path_factory.mktemp("exact")
     kind, tail_len, counted = request.param
     config = small_config(impression_log, "unused", model__dim=DIM, model__num_seeds=16, model__tail_len=tail_len)
     config.model.target_attention = kind
-    config.model.counters = config.model.popularity = bool(counted)
+    config.model.counters = bool(counted)
     config.model.counter_keys = 10
     schema, table = schema_of(impression_log, config), None
     if "category" in counted:

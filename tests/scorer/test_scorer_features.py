@@ -270,7 +270,7 @@ def opened(
     folder = tmp_path_factory.mktemp("pairs")
     config = small_config(impression_log, "unused", model__dim=32, model__num_seeds=16, model__tail_len=16)
     config.model.target_attention, has_counters = request.param
-    config.model.counters = config.model.popularity = has_counters
+    config.model.counters = has_counters
     config.model.counter_keys = 10
     schema = replace(schema_of(impression_log, config), request_features=READER.columns)
     torch.manual_seed(3)

@@ -139,7 +139,7 @@ def test_tables_on_other_devices_are_counted_but_not_shared() -> None:
 
 @pytest.fixture(scope="module")
 def rich(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model with counters, popularity, features of items, and a labeled task; and its store."""
+    """A model with counters, features of items, and a labeled task; and its store."""
     folder, frame = tmp_path_factory.mktemp("rich"), small_frame()
     shown = {**frame, "click": np.arange(len(frame["user"])) % 2}
     items = {"item": np.unique(frame["item"]), "brand": [f"brand {number % 5}" for number in range(40)]}
@@ -152,7 +152,7 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         impressions={name: shown[name] for name in ("user", "item", "timestamp", "click")},
     )
     times = {"data__validation_from": str(START + 20 * DAY), "data__test_from": str(START + 30 * DAY)}
-    model = untrained(log, 5, model__counters=True, model__popularity=True, data__split=Split.time, **times)
+    model = untrained(log, 5, model__counters=True, data__split=Split.time, **times)
     features = log.item_features
     assert model.features is not None
     columns = [FeatureSpec.of(name, column) for name, column in features.items()]

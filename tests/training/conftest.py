@@ -67,7 +67,6 @@ def earlier(feature_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> 
         optim__learning_rate=2e-2,
         optim__window_weight=0.5,
         model__counters=True,
-        model__popularity=True,
         model__counter_keys=5,
     )
     return config, train(config, feature_log)

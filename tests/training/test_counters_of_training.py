@@ -30,6 +30,7 @@ from vista.errors import CheckpointError, ConfigError
 from vista.evaluation.cases import NextItemCases
 from vista.examples.batch import Batch
 from vista.examples.batch_source import MEASURED_BATCHES
+from vista.examples.item_statistics import num_statistics
 from vista.explore.user_page import counter_rows
 from vista.explore.workspace import Places, Workspace
 from vista.log.event_log import EventLog
@@ -55,7 +56,6 @@ def counting_config(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig
     options = {
         "model__counters": True,
         "model__counter_keys": 5,
-        "model__popularity": True,
         "optim__window_weight": 1.0,
         "data__horizon_events": 5,
         "data__exclude_seen": False,
@@ -83,15 +83,16 @@ def test_the_heads_start_from_the_training_part_and_have_their_own_rate(event_lo
 
     visible = visible_counts(event_log, split_until(made.config.data, "train"))
     seen = np.concatenate([np.asarray(event_log.slice(u, 0, int(n)).item) for u, n in enumerate(visible)])
-    frequency = np.maximum(np.bincount(seen, minlength=event_log.num_items), 1)
-    expected = (np.log(frequency) - np.log(frequency).mean()) / np.log(frequency).std()
-    np.testing.assert_allclose(made.model.item_popularity[1:], expected, rtol=1e-5, atol=1e-5)
+    number = np.log1p(np.bincount(seen, minlength=event_log.num_items))
+    expected = (number - number[number > 0].mean()) / number[number > 0].std()
+    np.testing.assert_allclose(made.model.item_statistics[1:, 0], expected, rtol=1e-4, atol=1e-5)
+    assert made.model.item_statistics.shape == (1 + event_log.num_items, num_statistics(has_time=True))
 
     rate = made.optimizers.schedule(10, 0.5, 4)
     rates = {id(p): group["lr"] for group in made.optimizers.dense.param_groups for p in group["params"]}
     for name, parameter in made.model.named_parameters():
         if name != "item_table":
-            factor = COUNTED_RATE if name.startswith(("counted.", "popularity.")) else 1.0
+            factor = COUNTED_RATE if name.startswith(("counted.", "statistics.")) else 1.0
             assert rates[id(parameter)] == pytest.approx(rate * factor), name
 
 
@@ -129,12 +130,16 @@ def test_the_gate_starts_by_the_first_batch_with_a_question(
 def counted_share(model: RankingModel, batch: Batch) -> float:
     """Mean probability that the items of users who have counters are counted items, in a softmax of the catalog."""
     assert model.counted is not None and batch.anchors is not None and batch.anchors.counters is not None
-    vectors = model.item_vectors(batch.rows)
-    logits = model.anchor_users(batch, vectors) @ inference.item_vectors(model).t() / model.config.softmax_temperature
+    assert batch.statistics is not None and (batch.rows > 0).sum() == len(model.items)
+    vectors, dim = model.item_vectors(batch.rows), model.config.dim
+    users, unit = model.anchor_users(batch, vectors), torch.nn.functional.normalize(vectors, dim=-1)
     shares = []
-    for logit, slots in zip(logits, batch.anchors.counters.item, strict=True):
-        own = batch.rows[slots[slots >= 0]] - 1
+    for user, time, slots in zip(users, batch.anchors.time, batch.anchors.counters.item, strict=True):
+        own = slots[slots >= 0]
         if len(own):
+            statistics = batch.statistics.values[int((batch.statistics.time <= time).sum()) - 1]
+            logit = unit @ user[:dim] / model.temperature + statistics @ user[dim:]
+            logit[batch.rows == 0] = -torch.inf
             logit[own] = model.counted.gate.bias
             shares.append(float(logit.softmax(0)[own].sum()))
     return float(np.mean(shares))
@@ -243,11 +248,11 @@ def test_tasks_read_the_counters_of_candidates(served_tasks: Served, tmp_path: P
 
 def test_a_log_with_returns_trains_counters_without_being_asked(event_log: EventLog, tmp_path: Path) -> None:
     """From the settings that are null to scores from a store, and resumed without a change."""
-    null = {f"model__{key}": None for key in ("counters", "popularity", "mean_token", "temperature")}
+    null = {f"model__{key}": None for key in ("counters", "mean_token", "temperature")}
     config = small_config(event_log, tmp_path / "run", data__exclude_seen=None, optim__window_weight=None, **null)
     model = train(config, event_log, metrics_every=1)
     found = model.config
-    assert (found.counters, found.popularity, found.mean_token, found.temperature) == (True, True, True, 0.3)
+    assert (found.counters, found.mean_token, found.temperature) == (True, True, 0.3)
     assert '"window"' in (tmp_path / "run" / "metrics.jsonl").read_text()
     weights = (tmp_path / "run" / "best" / "model.safetensors").read_bytes()
     train(config, event_log)

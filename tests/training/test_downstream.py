@@ -98,13 +98,13 @@ def test_the_base_stays_as_it_is(served_tasks: Served, liked: tuple[TrainConfig,
 
 
 def test_null_settings_are_those_of_the_base(served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
-    null = {f"model__{key}": None for key in ("counters", "mean_token", "popularity", "temperature")}
+    null = {f"model__{key}": None for key in ("counters", "mean_token", "temperature")}
     unread = {"model__counter_days": [3.0], "model__counter_keys": 7}  # without counters
     config = downstream_config(served_tasks, past_store, tmp_path, **null, **unread, optim__window_weight=None)
     base = served_tasks.model.config
     with Downstream.open(config, served_tasks.log) as downstream:
         found = downstream.config.model
-        assert (found.counters, found.mean_token, found.popularity) == (False, False, False)
+        assert (found.counters, found.mean_token) == (False, False)
         assert found.temperature == base.temperature
         assert Trainer(downstream.config, served_tasks.log, downstream).config.optim.window_weight == 0
 

@@ -65,7 +65,6 @@ LONG = {
     "checkpoint_every": 2,
     "data__unknown_share": 0.2,
     "model__counters": True,
-    "model__popularity": True,
     "optim__window_weight": 1.0,
 }
 """Changes of the run that is killed at any point and must end with the same bits."""

@@ -443,9 +443,7 @@ def run_index(config: IndexConfig) -> ItemsIndexed:
             )
         began = time.perf_counter()
         vectors = table[UNKNOWN_ITEM + 1 :].numpy()
-        # The popularity is about 1 / temperature times as large as what user vectors multiply it with.
-        last_scale = 1.0 if model.popularity is None else model.temperature
-        index = ItemIndex.build(vectors, config.kind, last_scale=last_scale)
+        index = ItemIndex.build(vectors, config.kind)
         index.save(out)
         seconds = time.perf_counter() - began
         queries = vectors[np.linspace(0, len(vectors) - 1, min(NUM_QUERIES, len(vectors)), dtype=np.int64)]

@@ -225,7 +225,8 @@ class NextItemConfig(AttentionConfig):
     """Temperature by which the retrieval head divides its cosines. null: 0.05, or 0.3 with counters."""
     counters: bool | None = None
     """Score the items that a user had before by counters: how often and how recently the user had each of them. The
-    store holds the counters of the user's most frequent items with each summary. null: if items are ranked, users
+    store holds the counters of the user's most frequent items with each summary. Other items are scored by how popular
+    they are and how many users discover them, too, by a learned amount per user. null: if items are ranked, users
     return to them (`data.exclude_seen` is false), and no task is trained. Over a base (`base`), null takes this and
     the settings that follow from it from the base."""
     counter_keys: int = 64
@@ -241,9 +242,6 @@ class NextItemConfig(AttentionConfig):
     counted_dropout: float = 0.5
     """With counters, share of training questions, in [0, 1), in which counted items are scored without their cosine to
     the user vector, so that training does not rely on cosines that were fitted to the same labels."""
-    popularity: bool | None = None
-    """Let each user's next items follow the items' popularity in the training events by a learned amount. Retrieval
-    vectors then have dim + 1 entries. null: with counters."""
 
     def __post_init__(self) -> None:
         AttentionConfig.__post_init__(self)

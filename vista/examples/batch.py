@@ -261,10 +261,22 @@ class BatchAnchors:
     """int64 [NA, P] distinct labels, indices into `Batch.rows`; -1 pads."""
     next_item: Tensor
     """int64 [NA] the next item, an index into `Batch.rows`; -1 if it is unknown."""
+    time: Tensor
+    """int64 [NA] of the requests, ms, also of those whose callers do not pass it."""
     counters: BatchCounters | None
     """Counted items of the users; None without counters."""
     mean_labels: float
     """Mean number of labels per anchor in training."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStatistics:
+    """How popular the items of a batch are as of some times (`ItemStatistics.as_of`)."""
+
+    time: Tensor
+    """int64 [T'] ms, ascending. An anchor reads the newest that is not later than its request."""
+    values: Tensor
+    """float32 [T', R, S]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +308,8 @@ class Batch:
     reconstruction: BatchReconstruction
     anchors: BatchAnchors | None = None
     """None without the window loss."""
+    statistics: BatchStatistics | None = None
+    """Of the items `rows`, at the times of the anchors; None without counters."""
     user_features: EncodedRows | None = None
     """[B] of the chunks' users; None for a model that reads none."""
     logit_adjustment: Tensor | None = None

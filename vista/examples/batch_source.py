@@ -24,6 +24,7 @@ from vista.counters.counters import ItemKeys
 from vista.errors import ConfigError, DataError
 from vista.examples.batch import (
     Batch,
+    BatchStatistics,
     ChunkCounters,
     ChunkImpressions,
     Chunks,
@@ -31,7 +32,7 @@ from vista.examples.batch import (
     decay_clock,
 )
 from vista.examples.cuts import CutPlan, cut_batch
-from vista.examples.item_statistics import HistoryCounters, item_frequency
+from vista.examples.item_statistics import HistoryCounters, ItemStatistics, item_frequency
 from vista.log.event_keys import Impressions
 from vista.log.event_log import EventLog
 from vista.log.histories import RowFeatures, gap_bucket, history_gaps, ranges, token_groups
@@ -303,6 +304,10 @@ class BatchSource:
         self._plan = CutPlan.of(config, has_time=log.has_time)
         if self._plan.anchors is not None and config.data.horizon_days > 0 and not log.has_time:
             raise ConfigError(f"data.horizon_days: {log.path} has no times; set it to 0 and use data.horizon_events")
+        self.statistics: ItemStatistics | None = None
+        """Of the model rows; None for a model that does not read them, as it ranks no items or has no counters."""
+        if self._plan.anchors is not None and reads.keys is not None:
+            self.statistics = ItemStatistics(log, reads.item_rows, self.counts)
         self._chunk_len = chunk_len(config)
         self._epoch = -1
         self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
@@ -330,6 +335,9 @@ class BatchSource:
             is_hidden, drawn = batch.rows[batch.events.item] > self._num_known, batch.events.hidden
             is_hidden = is_hidden if drawn is None else drawn | is_hidden
             batch = replace(batch, events=replace(batch.events, hidden=is_hidden))
+        if self.statistics is not None and batch.anchors is not None:
+            statistics = self.statistics.as_of(batch.anchors.time.numpy(), batch.rows.numpy())
+            batch = replace(batch, statistics=BatchStatistics(*map(torch.from_numpy, statistics)))
         if self._adjustment is not None:
             batch = replace(batch, logit_adjustment=torch.from_numpy(self._adjustment[batch.rows.numpy()]))
         return batch

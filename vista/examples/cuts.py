@@ -619,6 +619,7 @@ def _anchors(
         gap=_tensor(anchors.gap),
         item=_tensor(np.where(anchors.item > 0, label.reshape(anchors.item.shape), -1)),
         next_item=_tensor(np.where(anchors.next_item > 0, next_item, -1)),
+        time=_tensor(anchors.time),
         counters=counters,
         mean_labels=plan.anchors.mean_labels,
     )

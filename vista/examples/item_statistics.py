@@ -1,4 +1,4 @@
-"""What is counted in a log: frequencies of items, factors from which training starts, and counters of histories."""
+"""What is counted in a log: events and users of items, factors from which training starts, counters of histories."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from vista.arrays import Float32s, Int, offsets_of
 from vista.counters.counters import CounterCodes, ItemKeys, OccurrenceIndex, UserCounters
 from vista.log.event_log import EventLog
-from vista.log.histories import Histories, ranges
+from vista.log.histories import DAY_MS, Histories, ranges
 from vista.log.splits import EVENTS_PER_BLOCK, random_users_counts, visible_blocks
 
 if TYPE_CHECKING:
@@ -68,6 +68,138 @@ def item_counts(
     for block in visible_blocks(log, log.lengths if counts is None else counts, block_events):
         total += np.bincount(block.item, minlength=log.num_items)
     return total
+
+
+# How popular items are as of a time: what the retrieval head reads of an item besides its vector.
+#
+# There is a statistic for all events of an item and, in a log with times, two for each of RECENT_DAYS: events in these
+# days, and users whose first event of the item lies in them. A statistic is log(1 + count), standardized at each time
+# over the items with an event before it. So its scale is the same early in a log, late in it, and in serving.
+#
+# A training question must not see what came after it, so statistics are known as of at most MOST_TIMES times, and a
+# question reads those of the newest one that is not later. Between two of these times the counts of most items do not
+# change, so only changes are stored.
+#
+# Letters: T times, S statistics, C changes, R rows.
+
+RECENT_DAYS = (30, 7)
+MOST_TIMES = 64
+"""Most times before the end of the training part as of which statistics are known. They are at least a day apart."""
+LEAST_DEVIATION = 0.2
+"""Least standard deviation that statistics are divided by. Early in a log, most of its items have one event. Without a
+limit, items without events would be arbitrarily far from them."""
+ROWS_AT_ONCE = 8192
+
+
+def num_statistics(*, has_time: bool) -> int:
+    """S, the number of statistics of an item in a log with or without times."""
+    return 1 + 2 * len(RECENT_DAYS) * has_time
+
+
+class ItemStatistics:
+    """Statistics of items as of some times of the training part of a log."""
+
+    def __init__(self, log: EventLog, item_rows: Int, counts: Int, *, block_events: int = EVENTS_PER_BLOCK) -> None:
+        """
+        Args:
+            item_rows: int64 [log.num_items], the model row of each of the log's items; 0 is the unknown item.
+            counts: int64 [num_users], visible events per user. Nothing after them is read.
+            block_events: events that are read at once.
+        """
+        self._has_time = log.has_time
+        self._width = int(item_rows.max(initial=0)) + 1
+        self.time = np.full(1, np.iinfo(np.int64).min)
+        """int64 [T] ms, ascending: as of each, statistics are those of the events before it. The first is the smallest
+        int64, and the last the end of the training part. A log without times has one, which has all events."""
+        if log.has_time and counts.any():
+            blocks = (block.timestamp for block in visible_blocks(log, counts, block_events) if block.num_events)
+            first, last = zip(*((int(times.min()), int(times.max())) for times in blocks), strict=True)
+            begin, end = min(first), max(last) + 1
+            step = max(DAY_MS, -(-(end - begin) // MOST_TIMES))
+            self.time = np.concatenate([self.time, np.arange(begin + step, end, step), [end]])
+
+        size, num_times = num_statistics(has_time=log.has_time), len(self.time)
+        keys = (self._changes(block, item_rows) for block in visible_blocks(log, counts, block_events))
+        key, number = distinct_counts(keys)
+        cell, leaves = np.divmod(key, 2)
+        self._place, change = np.unique(cell // size, return_inverse=True)
+        """int64 [C] row * T + time of the changes."""
+        total = np.zeros((1 + len(self._place), size), np.int64)
+        np.add.at(total, (1 + change, cell % size), (1 - 2 * leaves) * number)
+        np.cumsum(total, axis=0, out=total)
+        # The sums run over all rows, so those of the rows before are subtracted.
+        begin_of_row = np.searchsorted(self._place, self._place // num_times * num_times)
+        self._logs = np.log1p(np.append(total[1:] - total[begin_of_row], total[:1], axis=0)).astype(np.float32)
+        """float32 [C + 1, S] after each change; the last row is that of items before their first event."""
+        self._mean, self._deviation = self._moments()
+        """float32 [T, S] each."""
+
+    def latest(self, num_rows: int) -> Float32s:
+        """float32 [num_rows, S] as of the end of the training part; 0 for the unknown item."""
+        values: Float32s = self._standardized(np.arange(num_rows), np.array([len(self.time) - 1]))[0]
+        values[0] = 0
+        return values
+
+    def as_of(self, asked: Int, rows: Int) -> tuple[Int, Float32s]:
+        """Statistics for questions at any times.
+
+        Args:
+            asked: int64 [n] ms of the questions.
+            rows: int64 [R] model rows.
+
+        Returns:
+            int64 [T'] ms, ascending: a question reads the statistics of the newest time that is not later; and float32
+            [T', R, S] the statistics as of each.
+        """
+        times = np.unique(np.searchsorted(self.time, asked, side="right") - 1)
+        return self.time[times], self._standardized(rows, times)
+
+    def _changes(self, histories: Histories, item_rows: Int) -> Int:
+        """Keys ((row * T + time) * S + statistic) * 2 + 1 if an event leaves the statistic, + 0 if it enters it."""
+        row, size, num_times = item_rows[histories.item], num_statistics(has_time=self._has_time), len(self.time)
+        known = np.flatnonzero(row > 0)
+        first = known[np.unique((histories.owner * self._width + row)[known], return_index=True)[1]]
+        place = row * num_times  # of a log without times
+        if self._has_time:
+            place = place + np.searchsorted(self.time, histories.timestamp, side="right")
+        keys = [place[known] * size * 2]
+        for index, days in enumerate(RECENT_DAYS if self._has_time else ()):
+            until = np.searchsorted(self.time, histories.timestamp + days * DAY_MS, side="right")
+            for statistic, events in ((1 + 2 * index, known), (2 + 2 * index, first)):
+                leaving = events[until[events] < num_times]
+                keys.append((place[events] * size + statistic) * 2)
+                keys.append(((row[leaving] * num_times + until[leaving]) * size + statistic) * 2 + 1)
+        return np.concatenate(keys)
+
+    def _logs_at(self, rows: Int, times: Int) -> Float32s:
+        """float32 [T', R, S] log(1 + count) of model rows int64 [R] as of the times with indices int64 [T']."""
+        num_times = len(self.time)
+        begin, end = (np.searchsorted(self._place, row * num_times) for row in (rows, rows + 1))
+        changes = np.zeros((len(rows), num_times), np.int32)
+        changes[np.repeat(np.arange(len(rows)), end - begin), self._place[ranges(begin, end - begin)] % num_times] = 1
+        number = changes.cumsum(1)[:, times]
+        logs: Float32s = self._logs[np.where(number > 0, begin[:, None] + number - 1, -1).T]
+        return logs
+
+    def _moments(self) -> tuple[Float32s, Float32s]:
+        """Mean and standard deviation, at least LEAST_DEVIATION, over the items with events: float32 [T, S] each."""
+        every, shape = np.arange(len(self.time)), (len(self.time), self._logs.shape[1])
+        number, total, squares = np.zeros((shape[0], 1)), np.zeros(shape), np.zeros(shape)
+        for first in range(1, self._width, ROWS_AT_ONCE):
+            logs = self._logs_at(np.arange(first, min(first + ROWS_AT_ONCE, self._width)), every)
+            number += (logs[..., :1] > 0).sum(1)
+            logs = logs * (logs[..., :1] > 0)
+            total, squares = total + logs.sum(1, np.float64), squares + np.square(logs).sum(1, np.float64)
+        mean = total / np.maximum(number, 1)
+        deviation = np.sqrt(np.maximum(squares / np.maximum(number, 1) - mean**2, 0))
+        return mean.astype(np.float32), np.maximum(deviation, LEAST_DEVIATION).astype(np.float32)
+
+    def _standardized(self, rows: Int, times: Int) -> Float32s:
+        """float32 [T', R, S] of model rows int64 [R] as of the times with indices int64 [T']."""
+        values = self._logs_at(rows, times)
+        values -= self._mean[times, None]
+        values /= self._deviation[times, None]
+        return values
 
 
 # How often two items lie close together in the histories of a log, counted in blocks of users.

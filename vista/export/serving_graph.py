@@ -186,8 +186,8 @@ class ServingGraph(nn.Module):
             users = self.heads.user_vectors(request, seen, context)[:, 0]
             score = (F.embedding(candidates, self.retrieval_table) * users.unsqueeze(1)).sum(-1) / self.temperature
             if codes is not None and self.heads.counted is not None:
-                popularity = F.embedding(candidates, self.heads.item_popularity.unsqueeze(1)).squeeze(-1)
-                counted = self.heads.counted(codes, score, popularity, num_events, users)
+                statistics, unit = F.embedding(candidates, self.heads.item_statistics), users[:, : self.dim]
+                counted = self.heads.counted(codes, score, statistics, num_events, unit)
                 score = torch.where(codes[..., 0] > 0, counted, score)
             out.append(score)
         return tuple(out)
@@ -217,13 +217,13 @@ class ServingGraph(nn.Module):
 def _heads(model: VistaModel, stage: TargetAttention) -> VistaModel:
     """A copy of the model over `stage`, without its item table, stage 1, and encoders, so that no file holds these."""
     heads = copy.copy(model)
-    kept = "task_head", "candidate_counters", "counted", "popularity"
+    kept = "task_head", "candidate_counters", "counted", "statistics"
     heads._parameters = {
         name: None if own is None else nn.Parameter(own.detach().clone())
         for name, own in model._parameters.items()
         if name != "item_table"
     }
-    heads._buffers = {name: own for name, own in model._buffers.items() if name == "item_popularity"}
+    heads._buffers = {name: own for name, own in model._buffers.items() if name == "item_statistics"}
     heads._modules = {name: copy.deepcopy(own) if name in kept else None for name, own in model._modules.items()}
     heads._modules["target_attention"] = stage
     return heads

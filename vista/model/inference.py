@@ -337,9 +337,9 @@ def counted_scores(model: RankingModel, users: Tensor, items: Tensor, counters: 
     # In float64, because in float32 the last bit depends on where the row lies in memory.
     product = vectors.double().mul_(users.double().index_select(0, owner)).sum(-1)
     score = (product / model.temperature).float()
-    popularity = model.item_popularity.index_select(0, key)
-    logit = model.counted.from_counters(codes.unsqueeze(1), score.unsqueeze(1), popularity.unsqueeze(1), num_events)
-    return (logit[:, 0] + model.counted.from_user(users).index_select(0, owner))[: len(counters.codes.key)]
+    statistics, unit = model.item_statistics.index_select(0, key), users[:, : model.config.dim]
+    logit = model.counted.from_counters(codes.unsqueeze(1), score.unsqueeze(1), statistics.unsqueeze(1), num_events)
+    return (logit[:, 0] + model.counted.from_user(unit).index_select(0, owner))[: len(counters.codes.key)]
 
 
 def counter_logits(model: VistaModel, codes: NDArray[np.uint8]) -> Tensor:

@@ -23,7 +23,6 @@ from vista.config.checks import IndexKind
 from vista.errors import ItemIndexError, ItemIndexMismatchError
 from vista.files import (
     TABLE,
-    FieldRule,
     check_fields,
     checked_path,
     hexadecimal,
@@ -39,7 +38,7 @@ from vista.progress_bar import elapsed_time, progress_bar, ticking
 
 # index.json of an item index: what it is, and the digests of its files.
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE, CHECK_FILE, FAISS_FILE = "index.json", "item_check.npy", "items.faiss"
 MAX_BYTES = 1 << 16
 """Of index.json."""
@@ -48,7 +47,6 @@ _RULES = {
     "kind": one_of(*(kind.value for kind in IndexKind)),
     "num_items": whole(),
     "dim": whole(least=1, most=1 << 20),
-    "last_scale": FieldRule("a positive number", lambda value: type(value) is float and 0 < value < math.inf),
     "files": TABLE,
     "checksum": hexadecimal(16),
 }
@@ -63,8 +61,6 @@ class ItemIndexManifest:
     """Items of the index, which come first in the model's vocabulary."""
     dim: int
     """Numbers per vector."""
-    last_scale: float
-    """What the last entry of the vectors was multiplied with."""
     files: dict[str, FileEntry] = field(default_factory=dict)
     """By name: those of the folder. Empty if the index is not saved."""
 
@@ -76,7 +72,6 @@ class ItemIndexManifest:
             "kind": self.kind.value,
             "num_items": self.num_items,
             "dim": self.dim,
-            "last_scale": self.last_scale,
             "files": {name: asdict(entry) for name, entry in files.items()},
         }
         text = json.dumps(fields | {"checksum": checksum_of(fields)}, indent=2)
@@ -113,7 +108,7 @@ class ItemIndexManifest:
                     raise ValueError(f"the content of {name} is not what was written")
         except (OSError, TypeError, ValueError, RecursionError) as error:
             raise unreadable_index(folder, error) from error
-        return cls(kind, fields["num_items"], fields["dim"], fields["last_scale"], entries)
+        return cls(kind, fields["num_items"], fields["dim"], entries)
 
     @staticmethod
     def require_replaceable(folder: Path) -> None:
@@ -175,26 +170,24 @@ class ItemIndex:
         return self.manifest.num_items
 
     @classmethod
-    def build(cls, vectors: Float32s, kind: IndexKind | None = None, *, last_scale: float = 1.0) -> ItemIndex:
+    def build(cls, vectors: Float32s, kind: IndexKind | None = None) -> ItemIndex:
         """Build an index in memory, in one thread. The same vectors give the same index.
 
         Args:
             vectors: [N, M'] of the items, in the order of the vocabulary.
             kind: None chooses by N; without items, it is flat.
-            last_scale: the last entry of vectors is multiplied by this, and that of user vectors is divided by it. It
-                leaves inner products as they are, but for the popularity it makes items comparable with users.
 
         Raises:
             MissingDependencyError: faiss is not installed, and the kind is not flat.
         """
         count, dim = vectors.shape
         kind = kind_for(count) if kind is None or not count else kind
-        manifest = ItemIndexManifest(kind, count, dim, last_scale)
+        manifest = ItemIndexManifest(kind, count, dim)
         check = _check_values(torch.from_numpy(vectors)).numpy()
         if kind is IndexKind.flat:
             return cls(manifest, check, None)
-        scaled = _with_last_times(vectors, last_scale)
-        return cls(manifest, check, (_hnsw if kind is IndexKind.hnsw else _ivfpq)(scaled))
+        vectors = np.ascontiguousarray(vectors)
+        return cls(manifest, check, (_hnsw if kind is IndexKind.hnsw else _ivfpq)(vectors))
 
     def save(self, folder: str | Path) -> None:
         """Write the index atomically; an index in the folder is replaced.
@@ -289,8 +282,7 @@ class ItemIndex:
             num_allowed = int(allowed[: self.num_items + 1].sum())
             if num_allowed <= max(count, self._least_searched()):
                 return _best(table, user, torch.from_numpy(np.flatnonzero(allowed)), count)
-        query = _with_last_times(user.cpu().numpy()[None], 1 / self.manifest.last_scale)
-        found = self._search(query, count, allowed)
+        found = self._search(user.cpu().numpy()[None], count, allowed)
         return _best(table, user, torch.from_numpy(np.concatenate([found, later])), count)
 
     def _least_searched(self) -> int:
@@ -352,15 +344,6 @@ def _check_values(vectors: Tensor) -> Tensor:
     direction = torch.arange(1, vectors.shape[1] + 1, dtype=torch.float64).sqrt().frac() - 0.5
     direction = (direction / direction.norm()).float().to(vectors.device)
     return torch.mv(vectors, direction)
-
-
-def _with_last_times(vectors: Float32s, scale: float) -> Float32s:
-    """Vectors [N, M'] whose last entries are multiplied by `scale`."""
-    if scale == 1.0:
-        return np.ascontiguousarray(vectors)
-    scaled = vectors.copy()
-    scaled[:, -1] *= np.float32(scale)
-    return scaled
 
 
 def _hnsw(vectors: Float32s) -> Any:

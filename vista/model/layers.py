@@ -11,10 +11,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -244,17 +242,16 @@ class CausalConvolution(nn.Module):
 
 # Scores of counted items, which are the items that a user's counters hold.
 #
-# Items that are not counted have the score cos(u, v_i)/T, or with popularity (`vista.model.layers`) a little
-# more. A counted item i has the logit
+# Items that are not counted have the score c_i = cos(u, v_i)/T + β(u)·z_i, where z_i are the item's statistics
+# (`StatisticsTerm`). A counted item i has the logit
 #
-#     s_i = h(x_i, cos(u, v_i)/T, popularity_i, log n) + g(u)
+#     s_i = h(x_i, c_i, z_i, log n) + g(u)
 #
 # where x_i are the codes of its counters and of those of its categories, and n is the number of the user's events. Both
 # kinds share one softmax: h ranks the counted items among themselves, and the gate g says how much of what this user
-# does
-# next is a return. The cosine is an input of h and not a term, so that item vectors need not explain returns.
+# does next is a return. The score is an input of h and not a term, so that item vectors need not explain returns.
 #
-# Letters: B requests, S counted slots, F' values per item: F per field (`CounterSpec`), M' width of retrieval vectors.
+# Letters: B requests, S counted slots, F' values per item: F per field (`CounterSpec`), M model dim, Z statistics.
 
 HIDDEN = 64
 
@@ -265,54 +262,56 @@ class CountedItemHead(nn.Module):
     Before training, all counted items of a user have the same logit, the gate's bias.
     """
 
-    def __init__(self, num_values: int, retrieval_dim: int, dropout: float = 0.0) -> None:
+    def __init__(self, num_values: int, dim: int, num_statistics: int, dropout: float = 0.0) -> None:
         """
         Args:
             num_values: F'.
-            retrieval_dim: M'.
+            dim: M.
+            num_statistics: Z.
             dropout: share of the requests that training scores without `score`. Item vectors are fitted to the labels
                 that this head learns from, so it would trust cosines more than later windows justify.
         """
         super().__init__()
         self.dropout = dropout
         last = nn.Linear(HIDDEN, 1, bias=False)  # the gate has the bias
-        self.network = nn.Sequential(nn.Linear(num_values + 3, HIDDEN), SiLU(), nn.Linear(HIDDEN, HIDDEN), SiLU(), last)
-        self.gate = nn.Linear(retrieval_dim, 1)
+        first = nn.Linear(num_values + num_statistics + 2, HIDDEN)
+        self.network = nn.Sequential(first, SiLU(), nn.Linear(HIDDEN, HIDDEN), SiLU(), last)
+        self.gate = nn.Linear(dim, 1)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
 
-    def forward(self, codes: Tensor, score: Tensor, popularity: Tensor, num_events: Tensor, user: Tensor) -> Tensor:
+    def forward(self, codes: Tensor, score: Tensor, statistics: Tensor, num_events: Tensor, user: Tensor) -> Tensor:
         """Logits of counted items.
 
         Args:
             codes: uint8 [B, S, F'] from `UserCounters.of_counted_items`, as of the requests.
             score: [B, S] what the items would score without counters: the inner product of the user's and the item's
                 retrieval vectors, divided by the temperature.
-            popularity: [B, S] `RankingModel.item_popularity` of the items.
+            statistics: [B, S, Z] of the items (`ItemStatistics`), as of the requests.
             num_events: int64 [B] events that the counters cover: those of the record, and the newer ones that were
                 added to them.
-            user: [B, M'] retrieval vectors.
+            user: [B, M] unit vectors, with which retrieval vectors begin.
 
         Returns:
             float32 [B, S] (or the dtype of the weights if that is wider), on the scale of `score`.
         """
         if self.training and self.dropout:
             score = score * (torch.rand(len(score), 1, device=score.device) >= self.dropout)
-        return self.from_counters(codes, score, popularity, num_events) + self.from_user(user).unsqueeze(1)
+        return self.from_counters(codes, score, statistics, num_events) + self.from_user(user).unsqueeze(1)
 
-    def from_counters(self, codes: Tensor, score: Tensor, popularity: Tensor, num_events: Tensor) -> Tensor:
+    def from_counters(self, codes: Tensor, score: Tensor, statistics: Tensor, num_events: Tensor) -> Tensor:
         """[B, S]: the network h. Arguments as in `forward`."""
         dtype = self.gate.weight.dtype
         # In float64, so that the bits do not depend on the other users of a request.
-        size = (num_events.double().log1p() - 6).to(dtype).unsqueeze(1).expand_as(score)
+        size = (num_events.double().log1p() - 6).unsqueeze(1).expand_as(score)
         # Constants that bring typical values near 0 ± 1.
-        inputs = [codes.to(dtype) / 8 - 2, *(x.to(dtype).unsqueeze(-1) for x in (score / 5, popularity, size))]
-        logit: Tensor = self.network(torch.cat(inputs, -1)).squeeze(-1)
+        inputs = codes.to(dtype) / 8 - 2, (score / 5).unsqueeze(-1), statistics, size.unsqueeze(-1)
+        logit: Tensor = self.network(torch.cat([x.to(dtype) for x in inputs], -1)).squeeze(-1)
         return logit
 
     def from_user(self, user: Tensor) -> Tensor:
-        """[B]: the gate g. user: [B, M']."""
+        """[B]: the gate g. user: [B, M] unit vectors."""
         # User vectors have length 1; this brings their entries near 0 ± 1, like the network's inputs.
         entries = user.double() * math.sqrt(user.shape[-1])
         # In float64, so that the bits do not depend on the other users of a request.
@@ -394,43 +393,30 @@ class CandidateCounters(nn.Module):
         return rows.flatten(0, 1)
 
 
-# How much a user's next items follow the items' overall popularity.
+# How much a user's next items follow what all users do: how popular items are, and which of them are on the rise.
 #
 # Cosines to one user vector can hardly say "popular items" and "these similar items" at once. With this term the score
-# of item i is (cos(u, v_i) + T β(u) popularity_i) / T, an inner product of vectors with one more dimension. So rankings
-# and nearest-neighbor indexes need no change.
+# of item i is (cos(u, v_i) + β(u)·T z_i) / T, where z_i are the Z statistics of the item. That is an inner product of
+# longer vectors, so rankings and nearest-neighbor indexes need no change. T multiplies the items' part and not the
+# users', so that an index does not take items for neighbors by their statistics alone.
 
 
-class PopularityTerm(nn.Module):
-    """β(u), a linear function of the unit user vector. It starts at 1: where cosines say nothing, items have the
-    probability of their popularity."""
+class StatisticsTerm(nn.Module):
+    """β(u), a linear function of the unit user vector. It starts at 1 for the first statistic, the events of all time,
+    and at 0 for others: where cosines say nothing, items have the probability of their popularity."""
 
-    def __init__(self, dim: int, temperature: float) -> None:
+    def __init__(self, dim: int, num_statistics: int) -> None:
         super().__init__()
-        self.temperature = temperature
-        self.weight = nn.Linear(dim, 1)
+        self.weight = nn.Linear(dim, num_statistics)
         nn.init.zeros_(self.weight.weight)
-        nn.init.ones_(self.weight.bias)
+        nn.init.zeros_(self.weight.bias[1:])
+        nn.init.ones_(self.weight.bias[:1])
 
     def forward(self, unit: Tensor) -> Tensor:
-        """Unit user vectors [..., M] -> retrieval vectors [..., M + 1], which end with T β(u)."""
+        """Unit user vectors [..., M] -> retrieval vectors [..., M + Z], which end with β(u)."""
         with torch.autocast(unit.device.type, enabled=False):
             unit = unit.to(self.weight.weight.dtype)
-            strength = self.weight(unit * math.sqrt(unit.shape[-1]))  # entries near 0 ± 1
-            return torch.cat([unit, self.temperature * strength], -1)
-
-
-def standardized_popularity(frequency: NDArray[np.int64], num_items: int) -> NDArray[np.float64]:
-    """float64 [num_items] log frequencies with mean 0 and standard deviation 1.
-
-    Args:
-        frequency: int64 [at most num_items] events of each item; items beyond have none.
-    """
-    log_frequency = np.zeros(num_items)
-    log_frequency[: len(frequency)] = np.log(np.maximum(frequency, 1))
-    centered = log_frequency - log_frequency.mean()
-    standardized: NDArray[np.float64] = centered / max(float(centered.std()), 1e-6)
-    return standardized
+            return torch.cat([unit, self.weight(unit * math.sqrt(unit.shape[-1]))], -1)  # entries near 0 ± 1
 
 
 # Tables with drawn values, unless they are about to be read from a file.

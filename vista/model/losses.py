@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -211,8 +211,8 @@ def reconstruction_loss(predicted: Tensor, target: Tensor, *, stop_gradient: boo
 
 # The loss of anchors: a softmax over the catalog whose labels are all items of the window after a question.
 #
-# Letters: NA anchors, P labels and S counted slots per anchor, J shared negatives, R item rows, M width of retrieval
-# vectors.
+# Letters: NA anchors, P labels and S counted slots per anchor, J shared negatives, R item rows, M model dim, T times, F
+# statistics of items.
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +225,32 @@ class CountedSlots:
     """[NA, S]; ignored in the padding."""
 
 
+@dataclass(frozen=True, slots=True)
+class AskedStatistics:
+    """Statistics of items as of the questions of anchors, which are inputs of logits in addition to item vectors."""
+
+    values: Tensor
+    """float32 [T, R, F]."""
+    time: Tensor
+    """int64 [NA] which of the T times each anchor reads."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> AskedStatistics | None:
+        """Those of a batch's anchors; None without counters."""
+        statistics, anchors = batch.statistics, batch.anchors
+        if statistics is None or anchors is None:
+            return None
+        return cls(statistics.values, torch.searchsorted(statistics.time, anchors.time, right=True) - 1)
+
+    def select(self, anchors: Tensor) -> AskedStatistics:
+        """Those of some anchors, int64 [n]."""
+        return AskedStatistics(self.values, self.time[anchors])
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """[NA, P, F] of item rows int64 [NA, P], where -1 pads."""
+        return self.values[self.time.unsqueeze(1), rows.clamp(min=0)]
+
+
 def window_loss(
     user: Tensor,
     items: Tensor,
@@ -234,6 +260,7 @@ def window_loss(
     temperature: float,
     adjustment: Tensor | None = None,
     counted: CountedSlots | None = None,
+    statistics: AskedStatistics | None = None,
 ) -> Tensor:
     """Mean over anchors of the summed cross-entropy of an anchor's labels.
 
@@ -246,14 +273,16 @@ def window_loss(
     anchor with many labels weighs more: callers divide by a constant, not by an anchor's own |P|.
 
     Args:
-        user: [NA, M] user vectors (`RankingModel.retrieval_users`).
-        items: [R, M] vectors of `RankingModel.retrieval_items`.
+        user: [NA, M] unit vectors, or [NA, M + F] with statistics (`RankingModel.retrieval_users`).
+        items: [R, M] unit vectors.
         label: int64 [NA, P] rows of `items`, distinct within an anchor; -1 pads. Every anchor has at least one.
         negatives: int64 [J] distinct sorted rows of `items`.
         negative_log_weight: float32 [J], added to the negatives' logits (logQ correction, `NegativeSampler.draw`).
-        temperature: divides the inner products, which are the logits of items that are not counted.
+        temperature: divides the cosines. Plus the products with statistics, they are the logits of items that are not
+            counted.
         adjustment: float32 [R], added to the logits of items that are not counted; see `sampled_softmax`.
         counted: the items that have logits of their own; None without counters.
+        statistics: of the items, as of each question; None without counters.
 
     Returns:
         scalar of at least float32; 0 if NA = 0.
@@ -265,7 +294,7 @@ def window_loss(
     if adjustment is not None:
         negative_log_weight = negative_log_weight + adjustment[negatives]
     with torch.autocast(user.device.type, enabled=False):
-        positive = products(user, items, label) / temperature
+        positive = logits_of(user, items, label, temperature, statistics)
         if adjustment is not None:
             positive = positive + adjustment[label.clamp(min=0)]
         exact, slots = positive.masked_fill(label < 0, -torch.inf), label
@@ -276,10 +305,15 @@ def window_loss(
             positive = torch.where(found, slot_logit.gather(1, is_counted.int().argmax(2)), positive)
             exact = torch.cat([slot_logit, exact.masked_fill(found, -torch.inf)], 1)
             slots = torch.cat([counted.item, slots], 1)
-        own = _columns(negatives, slots)
-        weight = (label >= 0).sum(1).to(full) / len(label)
+        own, weight = _columns(negatives, slots), (label >= 0).sum(1).to(full) / len(label)
+        values, time = _of_negatives(user, negatives, statistics)
+        order = time.argsort(stable=True)  # anchors that read the same statistics then lie together
         partition: Tensor = _WeightedPartition.apply(  # type: ignore[no-untyped-call]
-            user, exact, items[negatives], negative_log_weight.to(full), own, weight, temperature
+            *(part[order] for part in (user, exact, own, weight, time)),
+            items[negatives],
+            negative_log_weight.to(full),
+            temperature,
+            values,
         )
     return partition - positive.masked_fill(label < 0, 0.0).sum() / len(label)
 
@@ -292,6 +326,7 @@ def log_others(
     negative_log_weight: Tensor,
     temperature: float,
     adjustment: Tensor | None = None,
+    statistics: AskedStatistics | None = None,
 ) -> Tensor:
     """[NA]: log of the sum of e^s over the catalog less some items, estimated by the negatives as in `window_loss`.
 
@@ -301,16 +336,48 @@ def log_others(
     full = torch.promote_types(user.dtype, torch.float32)
     if adjustment is not None:
         negative_log_weight = negative_log_weight + adjustment[negatives]
+    user, log_weight = user.to(full), negative_log_weight.to(full)
     own, transposed = _columns(negatives, left_out), items.to(full)[negatives].t() / temperature
+    values, time = _of_negatives(user, negatives, statistics)
     sums = []
     for begin in range(0, len(user), ROWS_PER_TILE):
         tile = slice(begin, begin + ROWS_PER_TILE)
         with torch.autocast(user.device.type, enabled=False):
-            logits = torch.addmm(negative_log_weight.to(full), user[tile].to(full), transposed)
+            logits = _negative_logits(user[tile], transposed, log_weight, values, time[tile])
         row, place = (own[tile] >= 0).nonzero(as_tuple=True)
         logits[row, own[tile][row, place]] = -torch.inf
         sums.append(logits.logsumexp(1))
     return torch.cat(sums)
+
+
+def _of_negatives(user: Tensor, negatives: Tensor, statistics: AskedStatistics | None) -> tuple[Tensor, Tensor]:
+    """Statistics [T, F, J] of the negatives, and int64 [NA], which of the times each anchor reads; F = 0 if None."""
+    if statistics is None:
+        return user.new_zeros(1, 0, len(negatives)), torch.zeros(len(user), dtype=torch.int64, device=user.device)
+    return statistics.values[:, negatives].transpose(1, 2).to(user.dtype).contiguous(), statistics.time
+
+
+def _negative_logits(user: Tensor, transposed: Tensor, log_weight: Tensor, values: Tensor, time: Tensor) -> Tensor:
+    """[N, J] logits of negatives: inner products with N user vectors [N, M + F], plus log_weight [J].
+
+    Args:
+        transposed: [M, J] item vectors divided by the temperature.
+        values: [T, F, J] statistics; time: int64 [N], fastest if equal times lie together.
+    """
+    dim = len(transposed)
+    logits = torch.addmm(log_weight, user[:, :dim], transposed)
+    for rows, each in _runs(time):
+        logits[rows].addmm_(user[rows, dim:], values[each])
+    return logits
+
+
+def _runs(time: Tensor) -> Iterator[tuple[slice, int]]:
+    """The ranges of equal values in int64 [N], with the value."""
+    value, count = torch.unique_consecutive(time, return_counts=True)
+    end = 0
+    for each, size in zip(value.tolist(), count.tolist(), strict=True):
+        yield slice(end, end + size), each
+        end += size
 
 
 def _columns(negatives: Tensor, slots: Tensor) -> Tensor:
@@ -319,20 +386,27 @@ def _columns(negatives: Tensor, slots: Tensor) -> Tensor:
     return torch.where((negatives[column] == slots) & (slots >= 0), column, -1)
 
 
-def products(user: Tensor, items: Tensor, label: Tensor) -> Tensor:
-    """[NA, P] inner products of user vectors [NA, M] and rows int64 [NA, P] of items [R, M].
+def logits_of(
+    user: Tensor, items: Tensor, label: Tensor, temperature: float, statistics: AskedStatistics | None
+) -> Tensor:
+    """[NA, P] logits of rows int64 [NA, P] of items [R, M], without counters. Arguments as in `window_loss`.
 
     Padding is -1, and has any finite number.
     """
+    dim = items.shape[1]
     labeled = items.index_select(0, label.clamp(min=0).flatten()).view(*label.shape, -1)
-    return torch.bmm(labeled, user.unsqueeze(2)).squeeze(2)
+    logits = torch.bmm(labeled, user[:, :dim].unsqueeze(2)).squeeze(2) / temperature
+    if statistics is None:
+        return logits
+    return logits + torch.bmm(statistics.of_rows(label).to(user.dtype), user[:, dim:].unsqueeze(2)).squeeze(2)
 
 
 class _WeightedPartition(torch.autograd.Function):
     """Sum over anchors of weight * log Z, and gradients, in one pass over tiles, without a whole [NA, J] matrix.
 
-    user [NA, M], exact [NA, E] logits that count once (-inf in the padding), negatives [J, M], log_weight [J], own
-    int64 [NA, E] (columns of negatives that are among an anchor's exact items, or -1), weight [NA].
+    user [NA, M + F], exact [NA, E] logits that count once (-inf in the padding), own int64 [NA, E] (columns of
+    negatives that are among an anchor's exact items, or -1), weight [NA], time int64 [NA], negatives [J, M], log_weight
+    [J], values [T, F, J].
     """
 
     @staticmethod
@@ -340,19 +414,22 @@ class _WeightedPartition(torch.autograd.Function):
         ctx: Any,
         user: Tensor,
         exact: Tensor,
-        negatives: Tensor,
-        log_weight: Tensor,
         own: Tensor,
         weight: Tensor,
+        time: Tensor,
+        negatives: Tensor,
+        log_weight: Tensor,
         temperature: float,
+        values: Tensor,
     ) -> Tensor:
+        dim = negatives.shape[1]
         grad_user, grad_exact = torch.empty_like(user), torch.empty_like(exact)
         grad_negatives = torch.zeros_like(negatives)
         scaled, transposed = negatives / temperature, negatives.t() / temperature
         loss = user.new_zeros(())
         for begin in range(0, len(user), ROWS_PER_TILE):
             tile = slice(begin, begin + ROWS_PER_TILE)
-            logits = torch.addmm(log_weight, user[tile], transposed)
+            logits = _negative_logits(user[tile], transposed, log_weight, values, time[tile])
             row, place = (own[tile] >= 0).nonzero(as_tuple=True)
             logits[row, own[tile][row, place]] = -torch.inf
             top = torch.maximum(logits.amax(-1), exact[tile].amax(-1)).unsqueeze(-1)
@@ -362,53 +439,65 @@ class _WeightedPartition(torch.autograd.Function):
             scale = (weight[tile] / total).unsqueeze(-1)
             grad_exact[tile] = exact_shares * scale
             shares *= scale
-            torch.mm(shares, scaled, out=grad_user[tile])
-            grad_negatives.addmm_(shares.t(), user[tile], alpha=1 / temperature)
+            grad_user[tile, :dim] = shares @ scaled
+            for rows, each in _runs(time[tile]):
+                grad_user[tile][rows, dim:] = shares[rows] @ values[each].t()
+            grad_negatives.addmm_(shares.t(), user[tile, :dim], alpha=1 / temperature)
         ctx.save_for_backward(grad_user, grad_exact, grad_negatives)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_user, grad_exact, grad_negatives = ctx.saved_tensors
-        return grad_user * grad, grad_exact * grad, grad_negatives * grad, None, None, None, None
+        of_inputs = grad_user * grad, grad_exact * grad, None, None, None, grad_negatives * grad
+        return *of_inputs, None, None, None
 
 
 # The losses at anchors: of the window that follows, and with counters also of the next item.
 #
-# Letters: NA anchors, S counted items per anchor, R item rows, M' width of retrieval vectors.
+# Letters: NA anchors, S counted items per anchor, R item rows, M model dim, F statistics of items.
 
 
 def anchor_losses(
-    model: RankingModel, batch: Batch, users: Tensor, items: Tensor, optim: OptimConfig
+    model: RankingModel, batch: Batch, users: Tensor, item_vectors: Tensor, optim: OptimConfig
 ) -> dict[str, LossPart]:
     """The losses of a batch's anchors, by name: "window", and "next" if the model has counters.
 
     Args:
         model: scores counted items.
         batch: with anchors.
-        users: [NA, M'] user vectors, in the order of the anchors.
-        items: [R, M'] vectors of the items `batch.rows`.
+        users: [NA, M + F] user vectors (`RankingModel.retrieval_users`), in the order of the anchors.
+        item_vectors: [R, M] of the items `batch.rows`.
         optim: says which losses are trained.
     """
     anchors, negatives = batch.anchors, batch.negatives
     assert anchors is not None
-    counted = _counted_slots(model, batch, anchors, users, items)
+    items, statistics = F.normalize(item_vectors, dim=-1), AskedStatistics.of(batch)
+    counted = _counted_slots(model, anchors, users, items, statistics)
     parts: dict[str, LossPart] = {}
 
-    def loss(users: Tensor, label: Tensor, counted: CountedSlots | None) -> Tensor:
-        temperature = model.temperature
+    def loss(users: Tensor, label: Tensor, counted: CountedSlots | None, statistics: AskedStatistics | None) -> Tensor:
         return window_loss(
-            users, items, label, negatives.item, negatives.log_weight, temperature, batch.logit_adjustment, counted
+            users,
+            items,
+            label,
+            negatives.item,
+            negatives.log_weight,
+            model.temperature,
+            batch.logit_adjustment,
+            counted,
+            statistics,
         )
 
     if counted is not None and planned(optim.next_weight, "optim.next_weight"):
         known = (anchors.next_item >= 0).nonzero().squeeze(-1)
-        label = anchors.next_item[known].unsqueeze(1)
-        mean = loss(users[known], label, CountedSlots(counted.item[known], counted.logit[known]))
-        parts["next"] = LossPart(mean, len(known))
+        label, slots = anchors.next_item[known].unsqueeze(1), CountedSlots(counted.item[known], counted.logit[known])
+        of_known = None if statistics is None else statistics.select(known)
+        parts["next"] = LossPart(loss(users[known], label, slots, of_known), len(known))
     if planned(optim.window_weight, "optim.window_weight"):
         # Labels are summed. Their mean number is a constant, so that anchors with many labels weigh more.
-        parts["window"] = LossPart(loss(users, anchors.item, counted) / anchors.mean_labels, len(users))
+        mean = loss(users, anchors.item, counted, statistics) / anchors.mean_labels
+        parts["window"] = LossPart(mean, len(users))
     return parts
 
 
@@ -417,7 +506,7 @@ def start_counted(model: RankingModel, batch: Batch, vectors: Tensor, returning_
     """Start the head of counted items: before training, they have their share of the labels as their probability.
 
     Args:
-        model: untrained, with the popularity of items that training starts from.
+        model: untrained.
         batch: with at least one anchor. The logits of other items are measured by its anchors.
         vectors: [R, M] vectors of the items `batch.rows` as the first step reads them.
         returning_share: `BatchSource.returning_share`.
@@ -427,12 +516,13 @@ def start_counted(model: RankingModel, batch: Batch, vectors: Tensor, returning_
     counted = anchors.counters.item
     others = log_others(
         model.anchor_users(batch, vectors),
-        model.retrieval_items(vectors, batch.rows),
+        F.normalize(vectors, dim=-1),
         counted,
         negatives.item,
         negatives.log_weight,
         model.temperature,
         batch.logit_adjustment,
+        AskedStatistics.of(batch),
     )
     num_counted = (counted >= 0).sum(1)
     measured = (num_counted > 0) & others.isfinite()  # it is -inf if all items are counted
@@ -441,15 +531,17 @@ def start_counted(model: RankingModel, batch: Batch, vectors: Tensor, returning_
 
 
 def _counted_slots(
-    model: RankingModel, batch: Batch, anchors: BatchAnchors, users: Tensor, items: Tensor
+    model: RankingModel, anchors: BatchAnchors, users: Tensor, items: Tensor, statistics: AskedStatistics | None
 ) -> CountedSlots | None:
     """The counted items of anchors and their logits; None without counters."""
     slots = anchors.counters
-    if model.counted is None or slots is None:
+    if model.counted is None:
         return None
+    assert slots is not None and statistics is not None
     full = torch.promote_types(users.dtype, torch.float32)
     with torch.autocast(users.device.type, enabled=False):
-        score = products(users.to(full), items.to(full), slots.item) / model.temperature
-        popularity = model.item_popularity[batch.rows][slots.item.clamp(min=0)]
-        logit = model.counted(slots.codes, score, popularity, slots.num_events, users.to(full))
+        users = users.to(full)
+        score = logits_of(users, items.to(full), slots.item, model.temperature, statistics)
+        of_slots, unit = statistics.of_rows(slots.item), users[:, : items.shape[1]]
+        logit = model.counted(slots.codes, score, of_slots, slots.num_events, unit)
     return CountedSlots(slots.item, logit)

@@ -22,6 +22,7 @@ from vista.config.model_config import EMBEDDING_HASHES, NextItemConfig, RankingC
 from vista.counters.counters import CounterSpec, ItemKeys
 from vista.errors import CheckpointError
 from vista.examples.batch import Batch, BatchEvents
+from vista.examples.item_statistics import num_statistics
 from vista.files import checked_path
 from vista.log.features import Columns
 from vista.log.histories import NUM_GAPS, ColumnValues, RowFeatures
@@ -32,12 +33,11 @@ from vista.model.layers import (
     CountedItemHead,
     EmbeddingFeature,
     HashedEmbedding,
-    PopularityTerm,
+    StatisticsTerm,
     drawn_table,
     gather,
     hashed_rows,
     read_together,
-    standardized_popularity,
 )
 from vista.model.losses import Losses
 from vista.model.saved_model import ROW_FEATURES, ModelDescription, opened_model, write_model
@@ -149,8 +149,8 @@ class RankingModel(nn.Module):
     id_mask: Tensor | None
     """[1 + V] 0 for items with only features, else 1; None unless a table of shared rows (unified) has features."""
     config: RankingConfig
-    item_popularity: Tensor
-    """[1 + V] standardized log training frequencies; 0 for the unknown item. Only with counters or popularity."""
+    item_statistics: Tensor
+    """[1 + V, Z] of each model row as of the end of the training part (`ItemStatistics`). Only with `counted`."""
 
     def __init__(self, config: RankingConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__()
@@ -183,22 +183,19 @@ class RankingModel(nn.Module):
         """How features of events are read, set before the first use; None for a model without them."""
         self.request_features: RowFeatureReader | None = None
         self.user_features: RowFeatureReader | None = None
-        self.popularity: PopularityTerm | None = None
-        """Lets next items follow popularity; None without `model.popularity`."""
-        counts = config if isinstance(config, NextItemConfig) and retrieval else None
-        if counts is not None and counts.popularity:
-            self.popularity = PopularityTerm(config.dim, self.temperature)
         self.item_keys: ItemKeys | None = None
         """What items are counted as; their categories are set with their features. None without counters."""
         self.counted: CountedItemHead | None = None
-        """Scores items that the user had before; None without counters."""
+        """Scores items that the user had before; None without counters, or if no items are ranked."""
+        self.statistics: StatisticsTerm | None = None
+        """Lets the scores of other items follow the items' statistics; None without `counted`."""
         if (spec := self.stage1.counters) is not None:
             self.item_keys = item_keys(spec, schema, None, 1 + len(items))
-            if counts is not None:
-                num_codes = spec.num_fields * spec.num_columns
-                self.counted = CountedItemHead(num_codes, self.retrieval_dim, counts.counted_dropout)
-        if self.popularity is not None or self.counted is not None:
-            self.register_buffer("item_popularity", torch.zeros(1 + len(items)))
+            if isinstance(config, NextItemConfig) and retrieval:
+                num_codes, width = spec.num_fields * spec.num_columns, num_statistics(has_time=schema.has_time)
+                self.counted = CountedItemHead(num_codes, config.dim, width, config.counted_dropout)
+                self.statistics = StatisticsTerm(config.dim, width)
+                self.register_buffer("item_statistics", torch.zeros(1 + len(items), width))
 
     def _drawn_shards(self) -> ShardedTable | None:
         """The item table, divided among the ranks of the job; None for a plain one."""
@@ -252,34 +249,25 @@ class RankingModel(nn.Module):
         return self.item_vectors(torch.arange(UNKNOWN_ITEM + 1, len(self.items) + 1, device=self.device))
 
     def retrieval_items(self, vectors: Tensor, rows: Tensor) -> Tensor:
-        """What user vectors are multiplied with: [N, M'], which is M, or M + 1 with popularity.
+        """What user vectors are multiplied with: [N, M'], unit vectors and, with counters, T z of the statistics z.
 
         Args:
             vectors: [N, M] item vectors.
             rows: int64 [N] their model rows.
         """
         unit = F.normalize(vectors, dim=-1)
-        if self.popularity is None:
+        if self.statistics is None:
             return unit
-        return torch.cat([unit, self.item_popularity[rows].unsqueeze(-1)], -1)
+        return torch.cat([unit, self.temperature * self.item_statistics[rows]], -1)
 
     def retrieval_users(self, outputs: Tensor) -> Tensor:
-        """User vectors of outputs [..., M]: unit vectors [..., M], and one entry more with popularity.
+        """User vectors [..., M'] of outputs [..., M]: unit vectors and, with counters, weights of the statistics.
 
         Their inner products with `retrieval_items`, divided by the temperature, are the scores of items that are not
         counted.
         """
         unit = F.normalize(outputs, dim=-1)
-        return unit if self.popularity is None else self.popularity(unit)
-
-    def set_item_frequency(self, frequency: NDArray[np.int64]) -> None:
-        """Tell the model how popular items are; without counters and popularity, nothing happens.
-
-        Args:
-            frequency: int64 [at most 1 + V] events of each model row in the training part, from `item_frequency`.
-        """
-        if self.popularity is not None or self.counted is not None:
-            self.item_popularity[1:] = torch.from_numpy(standardized_popularity(frequency[1:], len(self.items)))
+        return unit if self.statistics is None else self.statistics(unit)
 
     @property
     def feature_table(self) -> ItemFeatureTable | None:
@@ -436,7 +424,7 @@ class RankingModel(nn.Module):
     @property
     def retrieval_dim(self) -> int:
         """M', the width of user and item vectors of the retrieval head."""
-        return self.config.dim + (self.popularity is not None)
+        return self.config.dim + (0 if self.statistics is None else self.item_statistics.shape[1])
 
     def replicated(self) -> Iterator[Tensor]:
         """Parameters and buffers that all ranks hold: all but a sharded table."""

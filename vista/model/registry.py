@@ -56,9 +56,9 @@ def with_items(model: VistaModel, ids: Ids, features: Columns) -> VistaModel:
         weights["id_mask"] = F.pad(model.id_mask, (0, count))
     if "item_interest" in weights:  # stage 1 does not know them
         weights["item_interest"] = F.pad(weights["item_interest"], (0, count))
-    if "item_popularity" in weights:
-        least = model.item_popularity[1:].min()  # that of the rarest items
-        weights["item_popularity"] = torch.cat([model.item_popularity, least.expand(count)])
+    if "item_statistics" in weights:
+        least = model.item_statistics[1:].amin(0)  # those of the rarest items
+        weights["item_statistics"] = torch.cat([model.item_statistics, least.expand(count, -1)])
     made.load_state_dict(weights)
     made.set_item_features(model.feature_table.extended(features, model.schema.item_features))
     for name in ROW_FEATURES:

@@ -172,8 +172,7 @@ class VistaModel(RankingModel):
         if planned(optim.next_weight, "optim.next_weight") and self.counted is None:
             parts["next"] = self._next_loss(batch, item_vectors, context)
         if batch.anchors is not None:
-            users, items = self._users_at_anchors(batch, context), self.retrieval_items(item_vectors, batch.rows)
-            parts |= anchor_losses(self, batch, users, items, optim)
+            parts |= anchor_losses(self, batch, self._users_at_anchors(batch, context), item_vectors, optim)
         if self.task_head is not None and optim.task_weight > 0 and impressions.item.shape[1]:
             logits = self.window_logits(batch, item_vectors, context)
             parts |= task_parts(self.schema.tasks, logits, impressions.label, impressions.mask)
@@ -274,7 +273,7 @@ class VistaModel(RankingModel):
         users = self.window_users(batch, context)
         label = batch.labels.item.flatten()
         known = (label >= 0).nonzero().squeeze(-1)
-        items = self.retrieval_items(item_vectors, batch.rows)
+        items = F.normalize(item_vectors, dim=-1)
         mean = next_loss(batch, items, users.flatten(0, 1)[known], label[known], self.temperature)
         return LossPart(mean, len(known))
 

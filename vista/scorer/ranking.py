@@ -322,17 +322,18 @@ def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -
     if counters is not None:
         assert model.counted is not None
         codes = torch.from_numpy(counters.of_items(rows.cpu().numpy())[:, :-1]).to(model.device)
-        is_counted, popularity = codes[:, 0] > 0, model.item_popularity[rows]
+        is_counted, statistics = codes[:, 0] > 0, model.item_statistics[rows]
         num_events = torch.from_numpy(counters.num_events).to(model.device)
-        counted = model.counted.from_counters(codes[None], value[None], popularity[None], num_events)[0]
+        counted = model.counted.from_counters(codes[None], value[None], statistics[None], num_events)[0]
         of_counters = torch.where(is_counted, counted, 0.0)
-        value = torch.where(is_counted, counted + model.counted.from_user(user), value)
-        items = torch.where(is_counted[:, None], model.counted.gate.weight * user.shape[-1] ** 0.5, items)
+        dim, gate = model.config.dim, model.counted.gate.weight
+        value = torch.where(is_counted, counted + model.counted.from_user(user[:, :dim]), value)
+        items = torch.where(is_counted[:, None], F.pad(gate * dim**0.5, (0, items.shape[1] - dim)), items)
 
     def head(out: Tensor) -> Tensor:
         length = out.detach().square().sum(-1, keepdim=True).sqrt()
         unit = out / length
-        return ((unit if model.popularity is None else model.popularity(unit)) * items).sum(-1)
+        return ((unit if model.statistics is None else model.statistics(unit)) * items).sum(-1)
 
     parts = [part.reshape(1, -1).expand(len(rows), -1) for part in model.request_parts(seen, context)]
     shares = attribute(model.target_attention, parts, None if gap is None else gap[0], context, head)

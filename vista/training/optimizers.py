@@ -27,7 +27,7 @@ WEIGHT_DECAY = 0.01
 GRADIENT_CLIP = 1.0
 """Largest global norm of a gradient."""
 COUNTED_RATE = 5.0
-"""Learning rate of the heads of counters and popularity, as a multiple of the network's."""
+"""Learning rate of the heads of counters and statistics, as a multiple of the network's."""
 FINAL_RATE = 0.01
 """Share of the learning rate that remains at the end."""
 FACTOR = "rate_factor"
@@ -68,7 +68,7 @@ class Optimizers:
         self._tables = [table for table, _ in tables]
         is_table = {id(p) for p in self._tables}
         self._dense: list[Tensor] = [p for p in model.parameters() if p.requires_grad and id(p) not in is_table]
-        heads: list[nn.Module] = [part for part in (model.counted, model.popularity) if part is not None]
+        heads: list[nn.Module] = [part for part in (model.counted, model.statistics) if part is not None]
         heads += [part.network for part in model.modules() if isinstance(part, CandidateCounters)]
         counted: list[Tensor] = [p for head in heads for p in head.parameters()]
         is_counted = {id(p) for p in counted}

@@ -98,8 +98,6 @@ def _plan_counters(config: TrainConfig, model: RankingConfig, optim: OptimConfig
         if model.counters is None:
             ranks_items = optim.next_weight != 0 or optim.window_weight != 0
             model.counters = returns and ranks_items and config.base is None
-        if model.popularity is None:
-            model.popularity = model.counters
         model.temperature = model.softmax_temperature
     if isinstance(model, ModelConfig) and model.mean_token is None:
         model.mean_token = model.counters and model.can_have_mean_token
@@ -113,7 +111,7 @@ def _plan_counters(config: TrainConfig, model: RankingConfig, optim: OptimConfig
     }
     asked, planned = flat_settings(config), flat_settings(resolved)
     keys = (
-        *("model.counters", "model.popularity", "model.mean_token", "model.temperature"),
+        *("model.counters", "model.mean_token", "model.temperature"),
         *("optim.window_weight", "optim.next_weight"),
     )
     nulls = [key for key in keys if asked.get(key, "absent") is None]

@@ -129,7 +129,7 @@ def _check_log(config: TrainConfig, base: RankingModel, log: EventLog) -> None:
 
 
 logger = logging.getLogger(__name__)
-MEASURED_WEIGHTS = ("item_popularity", "category")
+MEASURED_WEIGHTS = ("item_statistics", "category")
 """Names of buffers that training makes from the log, or reads from a file."""
 ENCODERS = {
     "item_features": "features",
@@ -523,13 +523,14 @@ def start_model(
     frozen: FrozenItems | None,
     warm: WarmStart | None,
 ) -> None:
-    """Give a model what it takes from the training part: the popularity of items, their vectors, and its gate.
+    """Give a model what it takes from the training part: the statistics of items, their vectors, and its gate.
 
     Args:
         frozen: `FrozenItems.of` the run.
         warm: the warm start, if there is one; only its new items and heads are initialized.
     """
-    model.set_item_frequency(source.frequency)
+    if source.statistics is not None:
+        model.item_statistics.copy_(torch.from_numpy(source.statistics.latest(1 + len(model.items))))
     if config.base is None:  # a base contains what is read here
         model.read_item_table(features_of(model.items, log))
         if frozen is not None:

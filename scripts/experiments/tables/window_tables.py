@@ -30,9 +30,9 @@ LOSS = ("optim.window_weight=1", "optim.next_weight=0.2")
 NEXT = ("optim.window_weight=0", "optim.next_weight=1")
 COUNTERS = (
     *("optim.window_weight=1", "optim.next_weight=0"),
-    *("model.counters=true", "model.popularity=true", "data.anchor_spacing=16"),
+    *("model.counters=true", "data.anchor_spacing=16"),
 )
-"""Counters, and the loss and the start from popularity that go with them."""
+"""Counters, and the loss that goes with them."""
 MEAN, NO_MEAN = ("model.mean_token=true",), ("model.mean_token=false",)
 CHOSEN = {
     "complete-journey": (

@@ -179,13 +179,12 @@ class SequenceModel(HistoryModel):
                 logits.append(logit[valid])
                 places.append(shown.place[index][valid])
         parts: dict[str, LossPart] = {}
-        items = self.retrieval_items(item_vectors, batch.rows)
         if users:
-            label = torch.cat(labels)
+            label, items = torch.cat(labels), F.normalize(item_vectors, dim=-1)
             mean = next_loss(batch, items, torch.cat(users), label, self.temperature)
             parts["next"] = LossPart(mean, len(label))
         if askers:
-            parts |= anchor_losses(self, batch, _in_order(askers), items, optim)
+            parts |= anchor_losses(self, batch, _in_order(askers), item_vectors, optim)
         if logits:
             shown_logits = in_place(torch.cat(logits), torch.cat(places), batch)
             parts |= task_parts(self.schema.tasks, shown_logits, batch.impressions.label, batch.impressions.mask)
