@@ -50,6 +50,7 @@ from vista.config import (
 )
 from vista.config.checks import Architecture, ItemStart, Split, to_dict
 from vista.config.model_config import CONFIGS, RankingConfig
+from vista.examples.neighbors import Neighbors
 from vista.log.event_log import EventLog
 from vista.model.baselines.sequence_models import SequenceModel
 from vista.model.saved_model import FileEntry, checksum_of
@@ -235,13 +236,29 @@ def untrained(log: EventLog, seed: int = 0, **changes: Any) -> VistaModel:
 
 
 def draw_counter_weights(model: VistaModel | SequenceModel, seed: int = 0) -> None:
-    """Give the parts of a model that read counters and statistics the values of a trained model; they start at 0."""
+    """Give the parts of a model that read counters and statistics the values of a trained model; they start at 0.
+
+    What these parts read of items is drawn, too.
+    """
     generator = torch.Generator().manual_seed(seed)
     for part, std in ((model.counted, 0.3), (model.candidate_counters, 0.2), (model.statistics, 0.3)):
         for weight in [] if part is None else part.parameters():
             weight.data.copy_(torch.randn(weight.shape, generator=generator) * std)
     if model.statistics is not None:
         model.item_statistics[1:] = torch.randn(model.item_statistics[1:].shape, generator=generator)
+    if model.neighbors is not None:
+        draw_neighbors(model.neighbors, seed)
+
+
+def draw_neighbors(neighbors: Neighbors, seed: int = 0) -> None:
+    """Give all items different neighbors with weights, fewer than there is place for."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds, num_rows, size = neighbors.item.shape
+    count = min(size, num_rows // 2)
+    for kind in range(kinds):
+        for row in range(1, num_rows):
+            neighbors.item[kind, row, :count] = 1 + torch.randperm(num_rows - 1, generator=generator)[:count]
+            neighbors.weight[kind, row, :count] = torch.rand(count, generator=generator)
 
 
 def run_python(code: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:

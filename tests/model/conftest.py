@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import model_config
+from tests.conftest import draw_neighbors, model_config
 from tests.counters.counter_histories import category
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
@@ -106,9 +106,11 @@ def of_architecture(
 
 
 def draw_statistics(built: RankingModel) -> None:
-    """Draw the statistics of items, in models that read them."""
+    """Draw the statistics and the neighbors of items, in models that read them."""
     if built.statistics is not None:
         built.item_statistics[1:].normal_()
+    if built.neighbors is not None:
+        draw_neighbors(built.neighbors)
 
 
 def drawn_features(count: int, seed: int = 0) -> RowFeatures:

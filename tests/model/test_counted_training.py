@@ -25,6 +25,7 @@ from vista.config import OptimConfig
 from vista.counters.counters import MAX_CODE, CounterSpec, ItemKeys, UserCounters
 from vista.examples.batch import Batch, BatchStatistics
 from vista.examples.item_statistics import num_statistics
+from vista.examples.neighbors import NUM_SUMS, anchor_sums
 from vista.log.histories import Histories
 from vista.model import inference
 from vista.model.layers import CandidateCounters, CountedItemHead, StatisticsTerm
@@ -115,15 +116,16 @@ def test_scores_follow_the_statistics(make: SimpleNamespace, has_time: bool) -> 
     packed = make.histories([9, 0, 4], 3)
     context = inference.request_context(model, inference.summarize(model, packed), make.tail(model, packed))
     users, items = inference.user_vectors(model, context, None), inference.item_vectors(model)
-    assert users.shape == (3, model.retrieval_dim) and items.shape == (make.num_items, model.config.dim + width)
-    cosine = users[:, :-width] @ items[:, :-width].t() / 0.3
+    dim = model.config.dim
+    assert users.shape == (3, model.retrieval_dim) and items.shape == (make.num_items, dim + width + NUM_SUMS)
+    cosine = users[:, :dim] @ items[:, :dim].t() / 0.3
     with torch.inference_mode():
-        strength = model.statistics(users[:, :-width])[:, -width:]
+        strength = model.statistics(users[:, :dim])[:, dim : dim + width]
     expected = cosine + strength @ model.item_statistics[1:].t()
     torch.testing.assert_close(inference.catalog_scores(model, users, items), expected, atol=1e-5, rtol=1e-5)
     retrieval, _ = model.project_items(torch.arange(make.num_items + 1))
     torch.testing.assert_close(retrieval[1:], items)
-    assert not retrieval[0, -width:].any()
+    assert not retrieval[0, dim:].any() and not retrieval[:, dim + width :].any()
 
 
 WIDTH, NUM_TASKS = 6, 2
@@ -239,9 +241,18 @@ def anchor_requests(
 
 
 def with_served_statistics(batch: Batch, model: RankingModel) -> Batch:
-    """A batch whose questions read the statistics that serving reads."""
-    values = model.item_statistics[batch.rows].unsqueeze(0)
-    return replace(batch, statistics=BatchStatistics(torch.zeros(1, dtype=torch.int64), values))
+    """A batch whose questions read the statistics and the neighbors that serving reads."""
+    values, neighbors, anchors = model.item_statistics[batch.rows].unsqueeze(0), model.neighbors, batch.anchors
+    assert neighbors is not None and anchors is not None
+    sums = anchor_sums(batch, neighbors, torch.zeros_like(batch.user), len(model.items))
+    statistics = BatchStatistics(torch.zeros(1, dtype=torch.int64), values)
+    return replace(batch, statistics=statistics, anchors=replace(anchors, neighbors=sums))
+
+
+def newest_items(history: Histories, model: RankingModel) -> Int:
+    """int64 [1, L] the newest `tail_len` items of a history, right-aligned; 0 pads."""
+    length = model.config.tail_len
+    return np.concatenate([np.zeros(length, np.int64), history.item])[None, -length:]
 
 
 def served_losses(scores: list[torch.Tensor], batch: Batch) -> dict[str, float]:
@@ -278,9 +289,7 @@ def test_losses_are_those_of_served_scores(make: SimpleNamespace, data: st.DataO
         model, label_spacing=min(4, drawn["tail_len"]), staleness_share=drawn["staleness"], anchors=anchors
     )
     batch = make.batch(chunks, plan, drawn["seed"])
-    batch = replace(
-        batch, statistics=BatchStatistics(torch.zeros(1, dtype=torch.int64), model.item_statistics[batch.rows][None])
-    )
+    batch = with_served_statistics(batch, model)
     with torch.no_grad():
         trained = model.losses(batch, model.item_vectors(batch.rows), OPTIM)
 
@@ -296,7 +305,8 @@ def test_losses_are_those_of_served_scores(make: SimpleNamespace, data: st.DataO
         context = inference.request_context(model, summary, tail)
         users = inference.user_vectors(model, context, inference.request_gap(model, asked.now, tail))
         counters = asked.counters(model.item_keys)
-        scores.append(inference.catalog_scores(model, users, items, counters)[0])
+        newest = newest_items(asked.history.slice(0, asked.covered - covered, asked.seen), model)  # of the chunk
+        scores.append(inference.catalog_scores(model, users, items, counters, newest)[0])
         assert len(counters.codes.key) <= 3 + drawn["tail_len"]
     expected = served_losses(scores, batch)
     # Scores are float32 sums of 16 products divided by the temperature 0.5, so a loss is off by a few units of 1e-6.
@@ -351,9 +361,7 @@ def test_baselines_count_all_events_before_a_request(make: SimpleNamespace, name
     anchors = make.anchor_plan(spacing=2, keeps_other_windows=False)
     plan = make.plan(model, staleness_share=0.5, anchors=anchors, exact_counters=True)
     batch = make.batch(chunks, plan, 2)
-    batch = replace(
-        batch, statistics=BatchStatistics(torch.zeros(1, dtype=torch.int64), model.item_statistics[batch.rows][None])
-    )
+    batch = with_served_statistics(batch, model)
     with torch.no_grad():
         trained = model.losses(batch, model.item_vectors(batch.rows), OPTIM)
 
@@ -362,7 +370,8 @@ def test_baselines_count_all_events_before_a_request(make: SimpleNamespace, name
     for asked in anchor_requests(packed, batch, places, is_timed=True, exact=True):
         assert asked.covered == asked.seen
         users = model.user_vectors(asked.history.slice(0, 0, asked.seen), asked.now)
-        scores.append(inference.catalog_scores(model, users, catalog, asked.counters(model.item_keys))[0])
+        newest, counters = newest_items(asked.history.slice(0, 0, asked.seen), model), asked.counters(model.item_keys)
+        scores.append(inference.catalog_scores(model, users, catalog, counters, newest)[0])
     expected = served_losses(scores, batch)
     assert {part: float(value) for part, value in trained.parts.items()} == pytest.approx(expected, rel=1e-4)
     assert len(scores) == 12

@@ -178,7 +178,9 @@ class WindowProblem:
         return CountedSlots(self.slot, self.logit)
 
 
-def window_problem(count: int, *, num_items: int = NUM_ITEMS, num_statistics: int = 0) -> WindowProblem:
+def window_problem(
+    count: int, *, num_items: int = NUM_ITEMS, num_statistics: int = 0, num_sums: int = 0
+) -> WindowProblem:
     torch.manual_seed(count)
 
     def distinct(width: int, least: int) -> Tensor:
@@ -190,8 +192,9 @@ def window_problem(count: int, *, num_items: int = NUM_ITEMS, num_statistics: in
     user = F.normalize(torch.randn(count, 5, dtype=torch.float64), dim=-1)
     statistics = None
     if num_statistics:
-        user = torch.cat([user, torch.randn(count, num_statistics, dtype=torch.float64)], 1)
-        statistics = AskedStatistics(torch.randn(4, num_items, num_statistics), torch.randint(0, 4, (count,)))
+        user = torch.cat([user, torch.randn(count, num_statistics + num_sums, dtype=torch.float64)], 1)
+        sums = torch.randn(count, num_sums, num_items) if num_sums else None
+        statistics = AskedStatistics(torch.randn(4, num_items, num_statistics), torch.randint(0, 4, (count,)), sums)
     return WindowProblem(
         user,
         F.normalize(torch.randn(num_items, 5, dtype=torch.float64), dim=-1),
@@ -214,7 +217,9 @@ def window_formula(
         cosine = asked.items @ asked.user[row, :5] / temperature + adjustment
         if asked.statistics is not None:
             values = asked.statistics.values[int(asked.statistics.time[row])].double()
-            cosine = cosine + values @ asked.user[row, 5:]
+            cosine = cosine + values @ asked.user[row, 5 : 5 + values.shape[1]]
+            if asked.statistics.sums is not None:
+                cosine = cosine + asked.user[row, 5 + values.shape[1] :] @ asked.statistics.sums[row].double()
         labels = [item for item in asked.label[row].tolist() if item >= 0]
         logits = [own.get(item, cosine[item]) for item in labels]
         terms = [*own.values(), *(cosine[item] for item in labels if item not in own)]
@@ -226,10 +231,10 @@ def window_formula(
 
 
 @pytest.mark.parametrize("counts", [False, True], ids=["cosines", "counted"])
-@pytest.mark.parametrize("num_statistics", [0, 3])
+@pytest.mark.parametrize(("num_statistics", "num_sums"), [(0, 0), (3, 0), (3, 2)])
 @pytest.mark.parametrize("count", [1, 7, 257])
-def test_window_loss_equals_its_formula(count: int, num_statistics: int, counts: bool) -> None:
-    asked = window_problem(count, num_statistics=num_statistics)
+def test_window_loss_equals_its_formula(count: int, num_statistics: int, num_sums: int, counts: bool) -> None:
+    asked = window_problem(count, num_statistics=num_statistics, num_sums=num_sums)
     negatives, log_weight = torch.arange(0, NUM_ITEMS, 2), torch.linspace(-1, 3, 20, dtype=torch.float64)
     adjustment = torch.linspace(-2, 0, NUM_ITEMS, dtype=torch.float64)
     leaves = asked.leaves if counts else asked.leaves[:2]
@@ -244,12 +249,13 @@ def test_window_loss_equals_its_formula(count: int, num_statistics: int, counts:
 
 
 def test_log_others_equals_its_formula() -> None:
-    asked = window_problem(300, num_statistics=3)
+    asked = window_problem(300, num_statistics=3, num_sums=2)
     negatives, log_weight = torch.arange(NUM_ITEMS), torch.zeros(NUM_ITEMS, dtype=torch.float64)
     others = log_others(asked.user, asked.items, asked.slot, negatives, log_weight, 0.3, statistics=asked.statistics)
-    assert asked.statistics is not None
+    assert asked.statistics is not None and asked.statistics.sums is not None
     values = asked.statistics.values.double()[asked.statistics.time]
-    logits = asked.user[:, :5] @ asked.items.t() / 0.3 + (values @ asked.user[:, 5:, None])[:, :, 0]
+    logits = asked.user[:, :5] @ asked.items.t() / 0.3 + (values @ asked.user[:, 5:8, None])[:, :, 0]
+    logits = logits + (asked.user[:, None, 8:] @ asked.statistics.sums.double())[:, 0]
     is_slot = (asked.slot[:, :, None] == torch.arange(NUM_ITEMS)).any(1)
     torch.testing.assert_close(others, logits.masked_fill(is_slot, -torch.inf).logsumexp(1))
 

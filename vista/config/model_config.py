@@ -37,6 +37,7 @@ MAX_HORIZONS = 8
 """Most time constants of counters, so that the codes of an item fit into 64 bits."""
 MIN_COUNTER_DAYS = 1 / 24
 MAX_COUNTER_EVENTS = 1_000_000
+MAX_NEIGHBORS = 1000
 EMBEDDING_HASHES = 2
 """Hash functions per value of a table that features share (`embedding_rows`)."""
 IGNORABLE = ("times", "item_features", "event_features", "request_features", "user_features")
@@ -125,6 +126,11 @@ class RankingConfig:
         return part not in self.ignore
 
     # Answers for code that takes any architecture; those that have the setting override it.
+
+    @property
+    def num_neighbors(self) -> int:
+        """Neighbors per item that scores of next items read; 0 for none."""
+        return 0
 
     @property
     def counters(self) -> bool | None:
@@ -242,16 +248,25 @@ class NextItemConfig(AttentionConfig):
     counted_dropout: float = 0.5
     """With counters, share of training questions, in [0, 1), in which counted items are scored without their cosine to
     the user vector, so that training does not rely on cosines that were fitted to the same labels."""
+    neighbors: int = 50
+    """With counters, number of neighbors per item that the model knows: items of the same users, and items that come
+    next. Scores read sums over the neighbors of the user's counted items and newest events. An item takes 16 bytes per
+    neighbor. 0 leaves them out."""
 
     def __post_init__(self) -> None:
         AttentionConfig.__post_init__(self)
         require_counts(self, "model.", ("num_layers",), most=64)
         require_finite(self, "model.", ("temperature",), positive=True)
         require_share(self, "model.", ("counted_dropout",), below_one=True)
+        require_counts(self, "model.", ("neighbors",), least=0, most=MAX_NEIGHBORS)
         if self.counters:
             self._check_counters()
         if self.counter_categories:
             self._check_counted_categories()
+
+    @property
+    def num_neighbors(self) -> int:
+        return self.neighbors if self.counters else 0
 
     @property
     def softmax_temperature(self) -> float:

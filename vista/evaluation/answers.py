@@ -16,6 +16,7 @@ import torch
 from vista.arrays import Float32s, Int
 from vista.errors import LeakageError
 from vista.evaluation.cases import ImpressionCases, NextItemCases, WindowCases, case_requests, request_starts
+from vista.examples.neighbors import NUM_RECENT
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, RowFeatures, token_groups
 from vista.model.baselines.history_model import HistoryModel
@@ -153,11 +154,12 @@ class RawHistoryAnswers:
             for part in self._groups(seen, np.ones_like(seen))
         ]
         assert self._items is not None
-        counters, keys = None, self._model.item_keys
+        counters, tail, keys = None, None, self._model.item_keys
         if keys is not None:
             histories, requests = case_requests(keys, self._log, self._item_rows, user, seen, now)
-            counters = histories.at(requests)
-        scores: Float32s = catalog_scores(self._model, torch.cat(users), self._items, counters).float().cpu().numpy()
+            counters, tail = histories.at(requests), self._newest(user, seen)
+        out = catalog_scores(self._model, torch.cat(users), self._items, counters, tail)
+        scores: Float32s = out.float().cpu().numpy()
         return scores
 
     def probabilities(self, cases: ImpressionCases) -> Float32s:
@@ -208,6 +210,14 @@ class RawHistoryAnswers:
         events = self._log.gather_ranges(user, np.maximum(seen - limit, 0) if limit else seen * 0, seen)
         features = self._recode(events.features, events.num_events)
         return dataclasses.replace(events, item=self._item_rows[events.item].astype(np.int32), features=features)
+
+    def _newest(self, user: Int, seen: Int) -> Int:
+        """int64 [N, at most NUM_RECENT] model rows of the newest events before each question, right-aligned; 0 pads."""
+        count = min(NUM_RECENT, self._model.config.tail_len)  # as training reads them
+        events = self._log.gather_ranges(user, np.maximum(seen - count, 0), seen, features=False)
+        index = events.offsets[1:, None] - count + np.arange(count)
+        row = np.append(self._item_rows[events.item], 0)
+        return row[np.where(index >= events.offsets[:-1, None], index, -1)]
 
     def _groups(self, seen: Int, num_shown: Int) -> Iterator[slice]:
         """Requests with about `events_per_batch` events and candidates together; num_shown: candidates of each."""

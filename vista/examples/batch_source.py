@@ -5,6 +5,8 @@ So a resumed run needs only its position in the data, and makes the same batches
 
 from __future__ import annotations
 
+import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +35,7 @@ from vista.examples.batch import (
 )
 from vista.examples.cuts import CutPlan, cut_batch
 from vista.examples.item_statistics import HistoryCounters, ItemStatistics, item_frequency
+from vista.examples.neighbors import FoldedNeighbors, anchor_sums
 from vista.log.event_keys import Impressions
 from vista.log.event_log import EventLog
 from vista.log.histories import RowFeatures, gap_bucket, history_gaps, ranges, token_groups
@@ -40,6 +43,8 @@ from vista.log.splits import EVENTS_PER_BLOCK, Until, split_until, visible_count
 
 if TYPE_CHECKING:
     from vista.model.features import EncodedRows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,6 +313,12 @@ class BatchSource:
         """Of the model rows; None for a model that does not read them, as it ranks no items or has no counters."""
         if self._plan.anchors is not None and reads.keys is not None:
             self.statistics = ItemStatistics(log, reads.item_rows, self.counts)
+        self.neighbors: FoldedNeighbors | None = None
+        """Of the model rows; None for a model that does not read them."""
+        if self.statistics is not None and (size := config.model.num_neighbors):
+            began = time.perf_counter()
+            self.neighbors = FoldedNeighbors(log, reads.item_rows, self.counts, size)
+            logger.info("%d neighbors per item (%.1f s)", size, time.perf_counter() - began)
         self._chunk_len = chunk_len(config)
         self._epoch = -1
         self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
@@ -338,6 +349,10 @@ class BatchSource:
         if self.statistics is not None and batch.anchors is not None:
             statistics = self.statistics.as_of(batch.anchors.time.numpy(), batch.rows.numpy())
             batch = replace(batch, statistics=BatchStatistics(*map(torch.from_numpy, statistics)))
+        if self.neighbors is not None and batch.anchors is not None:
+            first = self.neighbors.first_rows(batch.user)
+            sums = anchor_sums(batch, self.neighbors.of_each, first, self._num_known)
+            batch = replace(batch, anchors=replace(batch.anchors, neighbors=sums))
         if self._adjustment is not None:
             batch = replace(batch, logit_adjustment=torch.from_numpy(self._adjustment[batch.rows.numpy()]))
         return batch

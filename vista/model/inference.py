@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
 from vista.config.checks import Mixing
 from vista.counters.counters import UserCounters
+from vista.examples.neighbors import Neighbors, NeighborSources, neighbor_sums, of_candidates
 from vista.log.event_log import EventLog
 from vista.log.features import row_features
 from vista.log.histories import UNKNOWN_GAP, Histories, RowColumn, RowFeatures, gap_bucket, token_groups
@@ -299,6 +301,7 @@ def catalog_scores(
     users: Tensor,
     items: Tensor,
     counters: UserCounters | None = None,
+    tail: Int | None = None,
 ) -> Tensor:
     """Scores [B, V] that rank all items for each user: logits of the softmax that training fits.
 
@@ -307,16 +310,96 @@ def catalog_scores(
         users: [B, M'] from `user_vectors`.
         items: [V, M'] from `item_vectors`.
         counters: of the B users as of their requests; None without counters.
+        tail: int64 [B, L] model rows of the newest events, right-aligned; 0 pads. None for a model without neighbors.
     """
     scores = users @ items.t() / model.temperature
     if counters is not None:
+        neighbors = None if tail is None else UserNeighbors.of(model, counters, tail)
+        if neighbors is not None:
+            rows, step = range(UNKNOWN_ITEM + 1, UNKNOWN_ITEM + 1 + len(items)), max(1, MOST_PAIRS // (1 + len(items)))
+            for part in (slice(low, low + step) for low in range(0, len(users), step)):  # sums take more than scores
+                scores[part] += neighbor_scores(users[part], neighbors.select(part).sums(rows))
         user, row = (torch.from_numpy(part).to(scores.device) for part in (counters.codes.owner, counters.codes.key))
-        scores[user, row - UNKNOWN_ITEM - 1] = counted_scores(model, users, items, counters).to(scores.dtype)
+        counted = counted_scores(model, users, items, counters, neighbors)
+        scores[user, row - UNKNOWN_ITEM - 1] = counted.to(scores.dtype)
     return scores
 
 
+MOST_ROWS, MOST_PAIRS = 200_000, 1 << 21
+"""Most items, and most pairs of a user and an item, whose sums are all made at once. Candidates are then looked up in a
+few µs."""
+
+
+@dataclass(frozen=True, slots=True)
+class UserNeighbors:
+    """What a model knows of neighbors, and whose neighbors the scores of B users read."""
+
+    neighbors: Neighbors
+    sources: NeighborSources
+    whole: Tensor | None
+    """[B, K, 1 + V] sums of all rows, where that takes less time than a search for the candidates; else None."""
+
+    @classmethod
+    def of(cls, model: RankingModel, counters: UserCounters, tail: Int) -> UserNeighbors | None:
+        """Those of requests; None for a model that reads no neighbors.
+
+        Args:
+            counters, tail: as of `catalog_scores`.
+        """
+        if (neighbors := model.neighbors) is None:
+            return None
+        sources = NeighborSources.of(counters.codes.padded()[0], tail, model.device)
+        num_rows = neighbors.item.shape[1]
+        is_small = num_rows <= MOST_ROWS and len(tail) * num_rows <= MOST_PAIRS
+        return cls(neighbors, sources, neighbor_sums(neighbors, sources, range(num_rows)) if is_small else None)
+
+    def sums(self, wanted: Tensor | range) -> Tensor:
+        """`neighbor_sums` float32 [B, K, C] of candidates [C] or [B, C], or of a range of rows."""
+        if self.whole is None:
+            return neighbor_sums(self.neighbors, self.sources, wanted)
+        if isinstance(wanted, range):
+            return self.whole[:, :, wanted.start : wanted.stop]
+        return of_candidates(self.whole, wanted.to(self.whole.device))
+
+    def sums_of_counted(self) -> Tensor:
+        """float32 [E, K] of all counted items, in the order of the counters."""
+        wanted = self.sources.counted
+        return self.sums(wanted).transpose(1, 2)[wanted > 0]
+
+    def items(self) -> Int:
+        """Sorted model rows of the neighbors of all users' items."""
+        of_kind = self.neighbors.item[0, self.sources.counted], self.neighbors.item[1, self.sources.recent]
+        rows: Int = np.unique(np.concatenate([found.cpu().numpy().ravel() for found in of_kind])).astype(np.int64)
+        return rows[rows != UNKNOWN_ITEM]
+
+    def select(self, users: slice) -> UserNeighbors:
+        """Those of some users."""
+        whole = None if self.whole is None else self.whole[users]
+        return UserNeighbors(self.neighbors, self.sources.select(users), whole)
+
+
+def neighbor_scores(users: Tensor, sums: Tensor) -> Tensor:
+    """What sums over neighbors add to the scores of items that are not counted, float32 [B, C].
+
+    Element by element, so that the bits do not depend on other users and items.
+
+    Args:
+        users: [B, M'] from `user_vectors`; the last K entries weigh the sums.
+        sums: [B, K, C] from `neighbor_sums`.
+    """
+    weight = users[:, users.shape[1] - sums.shape[1] :]
+    parts = [weight[:, k, None] * sums[:, k] for k in range(sums.shape[1])]
+    return sum(parts[1:], parts[0])
+
+
 @torch.inference_mode()
-def counted_scores(model: RankingModel, users: Tensor, items: Tensor, counters: UserCounters) -> Tensor:
+def counted_scores(
+    model: RankingModel,
+    users: Tensor,
+    items: Tensor,
+    counters: UserCounters,
+    neighbors: UserNeighbors | None = None,
+) -> Tensor:
     """Scores of all counted items, float32 [E], in the order of `counters.codes`.
 
     Their bits do not depend on the other users, if the machine computes rows of a matrix product independently.
@@ -326,6 +409,7 @@ def counted_scores(model: RankingModel, users: Tensor, items: Tensor, counters: 
         users: [B, M'] from `user_vectors`.
         items: [V, M'] from `item_vectors`.
         counters: of the B users as of their requests; E keys.
+        neighbors: of the B users; None for a model without.
     """
     assert model.counted is not None
     key, owner, codes = (
@@ -338,6 +422,11 @@ def counted_scores(model: RankingModel, users: Tensor, items: Tensor, counters: 
     product = vectors.double().mul_(users.double().index_select(0, owner)).sum(-1)
     score = (product / model.temperature).float()
     statistics, unit = model.item_statistics.index_select(0, key), users[:, : model.config.dim]
+    if neighbors is not None:
+        sums = neighbors.sums_of_counted()
+        sums = F.pad(sums, (0, 0, 0, len(key) - len(sums)))
+        score = score + neighbor_scores(users.index_select(0, owner), sums.unsqueeze(2))[:, 0]
+        statistics = torch.cat([statistics, sums], 1)
     logit = model.counted.from_counters(codes.unsqueeze(1), score.unsqueeze(1), statistics.unsqueeze(1), num_events)
     return (logit[:, 0] + model.counted.from_user(unit).index_select(0, owner))[: len(counters.codes.key)]
 

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from vista.counters.counters import MAX_CODE, CounterSpec
 from vista.errors import CheckpointError
+from vista.examples.neighbors import NeighborSum
 from vista_kernels.processor import processor
 
 # Linear maps with constant weights: converted once, and laid out as the processor multiplies them fastest.
@@ -247,7 +248,8 @@ class CausalConvolution(nn.Module):
 #
 #     s_i = h(x_i, c_i, z_i, log n) + g(u)
 #
-# where x_i are the codes of its counters and of those of its categories, and n is the number of the user's events. Both
+# where x_i are the codes of its counters and of those of its categories, and n is the number of the user's events. If
+# the model knows neighbors, z_i ends with the user's sums over the neighbors (`vista.examples.neighbors`). Both
 # kinds share one softmax: h ranks the counted items among themselves, and the gate g says how much of what this user
 # does next is a return. The score is an input of h and not a term, so that item vectors need not explain returns.
 #
@@ -399,21 +401,36 @@ class CandidateCounters(nn.Module):
 # of item i is (cos(u, v_i) + β(u)·T z_i) / T, where z_i are the Z statistics of the item. That is an inner product of
 # longer vectors, so rankings and nearest-neighbor indexes need no change. T multiplies the items' part and not the
 # users', so that an index does not take items for neighbors by their statistics alone.
+#
+# The sums over neighbors (`vista.examples.neighbors`) have weights too, the last ones of a user vector. They are not
+# the same for all users, so they are added to the inner product, in which items have 0 in their place.
 
 
 class StatisticsTerm(nn.Module):
-    """β(u), a linear function of the unit user vector. It starts at 1 for the first statistic, the events of all time,
-    and at 0 for others: where cosines say nothing, items have the probability of their popularity."""
+    """β(u), a linear function of the unit user vector.
 
-    def __init__(self, dim: int, num_statistics: int) -> None:
+    It starts at 1 for the first statistic, the events of all time, and for what follows the newest event, and at 0 for
+    others: where cosines say nothing, items have about the probability that they have among all users.
+    """
+
+    def __init__(self, dim: int, num_statistics: int, *, num_sums: int = 0) -> None:
+        """
+        Args:
+            dim: M.
+            num_statistics: Z.
+            num_sums: sums over neighbors, NUM_SUMS or 0.
+        """
         super().__init__()
-        self.weight = nn.Linear(dim, num_statistics)
+        self.num_sums = num_sums
+        self.weight = nn.Linear(dim, num_statistics + num_sums)
         nn.init.zeros_(self.weight.weight)
-        nn.init.zeros_(self.weight.bias[1:])
-        nn.init.ones_(self.weight.bias[:1])
+        nn.init.zeros_(self.weight.bias)
+        started = [0, *([num_statistics + NeighborSum.following_newest] if num_sums else [])]
+        with torch.no_grad():
+            self.weight.bias[started] = 1.0
 
     def forward(self, unit: Tensor) -> Tensor:
-        """Unit user vectors [..., M] -> retrieval vectors [..., M + Z], which end with β(u)."""
+        """Unit user vectors [..., M] -> retrieval vectors [..., M'], which end with β(u)."""
         with torch.autocast(unit.device.type, enabled=False):
             unit = unit.to(self.weight.weight.dtype)
             return torch.cat([unit, self.weight(unit * math.sqrt(unit.shape[-1]))], -1)  # entries near 0 ± 1

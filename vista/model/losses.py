@@ -212,7 +212,7 @@ def reconstruction_loss(predicted: Tensor, target: Tensor, *, stop_gradient: boo
 # The loss of anchors: a softmax over the catalog whose labels are all items of the window after a question.
 #
 # Letters: NA anchors, P labels and S counted slots per anchor, J shared negatives, R item rows, M model dim, T times, F
-# statistics of items.
+# statistics of items, K sums over neighbors.
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +233,8 @@ class AskedStatistics:
     """float32 [T, R, F]."""
     time: Tensor
     """int64 [NA] which of the T times each anchor reads."""
+    sums: Tensor | None = None
+    """float32 [NA, K, R] sums over neighbors, which belong to a pair of anchor and item; None for a model without."""
 
     @classmethod
     def of(cls, batch: Batch) -> AskedStatistics | None:
@@ -240,15 +242,21 @@ class AskedStatistics:
         statistics, anchors = batch.statistics, batch.anchors
         if statistics is None or anchors is None:
             return None
-        return cls(statistics.values, torch.searchsorted(statistics.time, anchors.time, right=True) - 1)
+        time = torch.searchsorted(statistics.time, anchors.time, right=True) - 1
+        return cls(statistics.values, time, anchors.neighbors)
 
     def select(self, anchors: Tensor) -> AskedStatistics:
         """Those of some anchors, int64 [n]."""
-        return AskedStatistics(self.values, self.time[anchors])
+        return AskedStatistics(self.values, self.time[anchors], None if self.sums is None else self.sums[anchors])
 
     def of_rows(self, rows: Tensor) -> Tensor:
-        """[NA, P, F] of item rows int64 [NA, P], where -1 pads."""
-        return self.values[self.time.unsqueeze(1), rows.clamp(min=0)]
+        """[NA, P, F + K] of item rows int64 [NA, P], where -1 pads: statistics, then sums."""
+        rows = rows.clamp(min=0)
+        statistics = self.values[self.time.unsqueeze(1), rows]
+        if self.sums is None:
+            return statistics
+        sums = self.sums.gather(2, rows.unsqueeze(1).expand(-1, self.sums.shape[1], -1))
+        return torch.cat([statistics, sums.transpose(1, 2)], -1)
 
 
 def window_loss(
@@ -273,7 +281,7 @@ def window_loss(
     anchor with many labels weighs more: callers divide by a constant, not by an anchor's own |P|.
 
     Args:
-        user: [NA, M] unit vectors, or [NA, M + F] with statistics (`RankingModel.retrieval_users`).
+        user: [NA, M] unit vectors, or [NA, M + F + K] with statistics (`RankingModel.retrieval_users`).
         items: [R, M] unit vectors.
         label: int64 [NA, P] rows of `items`, distinct within an anchor; -1 pads. Every anchor has at least one.
         negatives: int64 [J] distinct sorted rows of `items`.
@@ -306,10 +314,10 @@ def window_loss(
             exact = torch.cat([slot_logit, exact.masked_fill(found, -torch.inf)], 1)
             slots = torch.cat([counted.item, slots], 1)
         own, weight = _columns(negatives, slots), (label >= 0).sum(1).to(full) / len(label)
-        values, time = _of_negatives(user, negatives, statistics)
+        values, time, sums = _of_negatives(user, negatives, statistics)
         order = time.argsort(stable=True)  # anchors that read the same statistics then lie together
         partition: Tensor = _WeightedPartition.apply(  # type: ignore[no-untyped-call]
-            *(part[order] for part in (user, exact, own, weight, time)),
+            *(part[order] for part in (user, exact, own, weight, time, sums)),
             items[negatives],
             negative_log_weight.to(full),
             temperature,
@@ -338,36 +346,46 @@ def log_others(
         negative_log_weight = negative_log_weight + adjustment[negatives]
     user, log_weight = user.to(full), negative_log_weight.to(full)
     own, transposed = _columns(negatives, left_out), items.to(full)[negatives].t() / temperature
-    values, time = _of_negatives(user, negatives, statistics)
+    values, time, of_pairs = _of_negatives(user, negatives, statistics)
     sums = []
     for begin in range(0, len(user), ROWS_PER_TILE):
         tile = slice(begin, begin + ROWS_PER_TILE)
         with torch.autocast(user.device.type, enabled=False):
-            logits = _negative_logits(user[tile], transposed, log_weight, values, time[tile])
+            logits = _negative_logits(user[tile], transposed, log_weight, values, time[tile], of_pairs[tile])
         row, place = (own[tile] >= 0).nonzero(as_tuple=True)
         logits[row, own[tile][row, place]] = -torch.inf
         sums.append(logits.logsumexp(1))
     return torch.cat(sums)
 
 
-def _of_negatives(user: Tensor, negatives: Tensor, statistics: AskedStatistics | None) -> tuple[Tensor, Tensor]:
-    """Statistics [T, F, J] of the negatives, and int64 [NA], which of the times each anchor reads; F = 0 if None."""
+def _of_negatives(user: Tensor, negatives: Tensor, statistics: AskedStatistics | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the negatives: statistics [T, F, J]; int64 [NA], which of the times each anchor reads; and sums over neighbors
+    [NA, K, J]. F = 0 and K = 0 without them."""
+    no_sums = user.new_zeros(len(user), 0, len(negatives))
     if statistics is None:
-        return user.new_zeros(1, 0, len(negatives)), torch.zeros(len(user), dtype=torch.int64, device=user.device)
-    return statistics.values[:, negatives].transpose(1, 2).to(user.dtype).contiguous(), statistics.time
+        no_time = torch.zeros(len(user), dtype=torch.int64, device=user.device)
+        return user.new_zeros(1, 0, len(negatives)), no_time, no_sums
+    values = statistics.values[:, negatives].transpose(1, 2).to(user.dtype).contiguous()
+    sums = no_sums if statistics.sums is None else statistics.sums[:, :, negatives].to(user.dtype)
+    return values, statistics.time, sums
 
 
-def _negative_logits(user: Tensor, transposed: Tensor, log_weight: Tensor, values: Tensor, time: Tensor) -> Tensor:
-    """[N, J] logits of negatives: inner products with N user vectors [N, M + F], plus log_weight [J].
+def _negative_logits(
+    user: Tensor, transposed: Tensor, log_weight: Tensor, values: Tensor, time: Tensor, sums: Tensor
+) -> Tensor:
+    """[N, J] logits of negatives: inner products with N user vectors [N, M + F + K], plus log_weight [J].
 
     Args:
         transposed: [M, J] item vectors divided by the temperature.
         values: [T, F, J] statistics; time: int64 [N], fastest if equal times lie together.
+        sums: [N, K, J].
     """
-    dim = len(transposed)
-    logits = torch.addmm(log_weight, user[:, :dim], transposed)
+    first, last = len(transposed), user.shape[1] - sums.shape[1]
+    logits = torch.addmm(log_weight, user[:, :first], transposed)
     for rows, each in _runs(time):
-        logits[rows].addmm_(user[rows, dim:], values[each])
+        logits[rows].addmm_(user[rows, first:last], values[each])
+    if sums.shape[1]:
+        logits.unsqueeze(1).baddbmm_(user[:, last:].unsqueeze(1), sums)
     return logits
 
 
@@ -404,9 +422,9 @@ def logits_of(
 class _WeightedPartition(torch.autograd.Function):
     """Sum over anchors of weight * log Z, and gradients, in one pass over tiles, without a whole [NA, J] matrix.
 
-    user [NA, M + F], exact [NA, E] logits that count once (-inf in the padding), own int64 [NA, E] (columns of
-    negatives that are among an anchor's exact items, or -1), weight [NA], time int64 [NA], negatives [J, M], log_weight
-    [J], values [T, F, J].
+    user [NA, M + F + K], exact [NA, E] logits that count once (-inf in the padding), own int64 [NA, E] (columns of
+    negatives that are among an anchor's exact items, or -1), weight [NA], time int64 [NA], sums [NA, K, J], negatives
+    [J, M], log_weight [J], values [T, F, J].
     """
 
     @staticmethod
@@ -417,19 +435,20 @@ class _WeightedPartition(torch.autograd.Function):
         own: Tensor,
         weight: Tensor,
         time: Tensor,
+        sums: Tensor,
         negatives: Tensor,
         log_weight: Tensor,
         temperature: float,
         values: Tensor,
     ) -> Tensor:
-        dim = negatives.shape[1]
+        dim, last = negatives.shape[1], user.shape[1] - sums.shape[1]
         grad_user, grad_exact = torch.empty_like(user), torch.empty_like(exact)
         grad_negatives = torch.zeros_like(negatives)
         scaled, transposed = negatives / temperature, negatives.t() / temperature
         loss = user.new_zeros(())
         for begin in range(0, len(user), ROWS_PER_TILE):
             tile = slice(begin, begin + ROWS_PER_TILE)
-            logits = _negative_logits(user[tile], transposed, log_weight, values, time[tile])
+            logits = _negative_logits(user[tile], transposed, log_weight, values, time[tile], sums[tile])
             row, place = (own[tile] >= 0).nonzero(as_tuple=True)
             logits[row, own[tile][row, place]] = -torch.inf
             top = torch.maximum(logits.amax(-1), exact[tile].amax(-1)).unsqueeze(-1)
@@ -441,7 +460,8 @@ class _WeightedPartition(torch.autograd.Function):
             shares *= scale
             grad_user[tile, :dim] = shares @ scaled
             for rows, each in _runs(time[tile]):
-                grad_user[tile][rows, dim:] = shares[rows] @ values[each].t()
+                grad_user[tile][rows, dim:last] = shares[rows] @ values[each].t()
+            grad_user[tile, last:] = torch.bmm(sums[tile], shares.unsqueeze(2)).squeeze(2)
             grad_negatives.addmm_(shares.t(), user[tile, :dim], alpha=1 / temperature)
         ctx.save_for_backward(grad_user, grad_exact, grad_negatives)
         return loss
@@ -449,13 +469,13 @@ class _WeightedPartition(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_user, grad_exact, grad_negatives = ctx.saved_tensors
-        of_inputs = grad_user * grad, grad_exact * grad, None, None, None, grad_negatives * grad
+        of_inputs = grad_user * grad, grad_exact * grad, None, None, None, None, grad_negatives * grad
         return *of_inputs, None, None, None
 
 
 # The losses at anchors: of the window that follows, and with counters also of the next item.
 #
-# Letters: NA anchors, S counted items per anchor, R item rows, M model dim, F statistics of items.
+# Letters: NA anchors, S counted items per anchor, R item rows, M model dim, M' width of retrieval vectors.
 
 
 def anchor_losses(
@@ -466,7 +486,7 @@ def anchor_losses(
     Args:
         model: scores counted items.
         batch: with anchors.
-        users: [NA, M + F] user vectors (`RankingModel.retrieval_users`), in the order of the anchors.
+        users: [NA, M'] user vectors (`RankingModel.retrieval_users`), in the order of the anchors.
         item_vectors: [R, M] of the items `batch.rows`.
         optim: says which losses are trained.
     """

@@ -23,6 +23,7 @@ from vista.counters.counters import CounterSpec, ItemKeys
 from vista.errors import CheckpointError
 from vista.examples.batch import Batch, BatchEvents
 from vista.examples.item_statistics import num_statistics
+from vista.examples.neighbors import NUM_SUMS, NeighborKind, Neighbors
 from vista.files import checked_path
 from vista.log.features import Columns
 from vista.log.histories import NUM_GAPS, ColumnValues, RowFeatures
@@ -151,6 +152,10 @@ class RankingModel(nn.Module):
     config: RankingConfig
     item_statistics: Tensor
     """[1 + V, Z] of each model row as of the end of the training part (`ItemStatistics`). Only with `counted`."""
+    neighbor_items: Tensor
+    """int32 [2, 1 + V, N] of `neighbors`."""
+    neighbor_weights: Tensor
+    """float32 [2, 1 + V, N]."""
 
     def __init__(self, config: RankingConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__()
@@ -193,9 +198,14 @@ class RankingModel(nn.Module):
             self.item_keys = item_keys(spec, schema, None, 1 + len(items))
             if isinstance(config, NextItemConfig) and retrieval:
                 num_codes, width = spec.num_fields * spec.num_columns, num_statistics(has_time=schema.has_time)
-                self.counted = CountedItemHead(num_codes, config.dim, width, config.counted_dropout)
-                self.statistics = StatisticsTerm(config.dim, width)
+                num_sums = NUM_SUMS if config.num_neighbors else 0
+                self.counted = CountedItemHead(num_codes, config.dim, width + num_sums, config.counted_dropout)
+                self.statistics = StatisticsTerm(config.dim, width, num_sums=num_sums)
                 self.register_buffer("item_statistics", torch.zeros(1 + len(items), width))
+                if num_sums:
+                    shape = len(NeighborKind), 1 + len(items), config.num_neighbors
+                    self.register_buffer("neighbor_items", torch.zeros(shape, dtype=torch.int32))
+                    self.register_buffer("neighbor_weights", torch.zeros(shape))
 
     def _drawn_shards(self) -> ShardedTable | None:
         """The item table, divided among the ranks of the job; None for a plain one."""
@@ -249,7 +259,8 @@ class RankingModel(nn.Module):
         return self.item_vectors(torch.arange(UNKNOWN_ITEM + 1, len(self.items) + 1, device=self.device))
 
     def retrieval_items(self, vectors: Tensor, rows: Tensor) -> Tensor:
-        """What user vectors are multiplied with: [N, M'], unit vectors and, with counters, T z of the statistics z.
+        """What user vectors are multiplied with: [N, M'], unit vectors and, with counters, T z of the statistics z, and
+        0 for each sum over neighbors.
 
         Args:
             vectors: [N, M] item vectors.
@@ -258,16 +269,26 @@ class RankingModel(nn.Module):
         unit = F.normalize(vectors, dim=-1)
         if self.statistics is None:
             return unit
-        return torch.cat([unit, self.temperature * self.item_statistics[rows]], -1)
+        return F.pad(
+            torch.cat([unit, self.temperature * self.item_statistics[rows]], -1), (0, self.statistics.num_sums)
+        )
 
     def retrieval_users(self, outputs: Tensor) -> Tensor:
-        """User vectors [..., M'] of outputs [..., M]: unit vectors and, with counters, weights of the statistics.
+        """User vectors [..., M'] of outputs [..., M]: unit vectors and, with counters, weights of the statistics and of
+        the sums over neighbors.
 
         Their inner products with `retrieval_items`, divided by the temperature, are the scores of items that are not
-        counted.
+        counted, less those of the sums (`neighbor_scores`).
         """
         unit = F.normalize(outputs, dim=-1)
         return unit if self.statistics is None else self.statistics(unit)
+
+    @property
+    def neighbors(self) -> Neighbors | None:
+        """The neighbors of the items; None for a model that reads none."""
+        if self.statistics is None or not self.statistics.num_sums:
+            return None
+        return Neighbors(self.neighbor_items, self.neighbor_weights)
 
     @property
     def feature_table(self) -> ItemFeatureTable | None:
@@ -424,7 +445,7 @@ class RankingModel(nn.Module):
     @property
     def retrieval_dim(self) -> int:
         """M', the width of user and item vectors of the retrieval head."""
-        return self.config.dim + (0 if self.statistics is None else self.item_statistics.shape[1])
+        return self.config.dim + (0 if self.statistics is None else self.statistics.weight.out_features)
 
     def replicated(self) -> Iterator[Tensor]:
         """Parameters and buffers that all ranks hold: all but a sharded table."""

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from vista.model.ranking_model import RankingModel
 
 
-FORMAT_VERSION = 10
+FORMAT_VERSION = 11
 CONFIG_FILE = "config.json"
 MAX_BYTES = 16 << 20
 """Of config.json."""
@@ -346,11 +346,13 @@ _SPARE_VALUES = 1 << 22
 
 
 def _read_weights(file: Path, tables: SharedTables | None) -> dict[str, Tensor]:
-    """The weights of a file by name, float32; errors as of `finite_weights`."""
-    weights = {name: weight.float() for name, weight in finite_weights(file).items()}
-    if tables is None:
-        return weights
-    return tables.take_tensors(weights, lambda: {name: weight.float() for name, weight in load_file(file).items()})
+    """The weights of a file by name, float32, and rows as they are; errors as of `finite_weights`."""
+    weights = _full_precision(finite_weights(file))
+    return weights if tables is None else tables.take_tensors(weights, lambda: _full_precision(load_file(file)))
+
+
+def _full_precision(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.float() if weight.is_floating_point() else weight for name, weight in weights.items()}
 
 
 def check_is_model(folder: Path) -> None:
@@ -433,6 +435,8 @@ def opened_model(kind: type[Model], folder: Path, tables: SharedTables | None = 
         with torch.random.fork_rng(devices=[]), limit, tables_from_file():
             model = kind(saved.config, saved.schema, items, saved.data)
         model.take_weights(weights)
+        if (neighbors := model.neighbors) is not None:
+            neighbors.check()
         model.set_item_features(features)
         for name, reader in readers.items():
             setattr(model, name, reader)

@@ -378,8 +378,8 @@ def plan_capacity(config: PlanConfig) -> CapacityPlan:
         request_s=request_s,
         serving_cores=max(1, math.ceil(config.requests_per_s * request_s / UTILIZATION)),
         request_bytes=config.candidates * CANDIDATE_BYTES + (sizes.record if config.remote_store else 0),
-        # Per item: its retrieval vector, and its vector with four projections (`ItemProjections`), float32.
-        item_bytes=config.items * 6 * config.model.dim * 4,
+        # Per item: its retrieval vector, its vector with four projections (`ItemProjections`), float32, and neighbors.
+        item_bytes=config.items * (6 * config.model.dim * 4 + 16 * config.model.num_neighbors),
         copied_bytes_per_s=records_per_s * sizes.record * config.replicas,
         groups=(),
         lag=_simulated(config, cost, workers) if config.burst > 1 or config.failures_per_day else None,

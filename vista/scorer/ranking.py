@@ -210,14 +210,17 @@ def _candidates(
 ) -> list[Int]:
     """Model rows of each user's candidates, ascending: the nearest items, and those of the counters and the tail.
 
+    The neighbors of the user's items are compared with the nearest items, because an index does not know of them.
+
     Args:
-        count: nearest items per user, besides their own.
+        count: nearest items and neighbors per user, besides their own.
         allowed: bool [1 + V] rows that may be returned; None allows all.
         excluded: rows that may not be returned, even if allowed.
         exclude_tail: whether to leave out the items of the user's tail too.
     """
     table, vectors = snapshot.retrieval_vectors(), snapshot.user_vectors(request)
     counters, tail, candidates = request.counters, request.tail, []
+    neighbors = snapshot.neighbors(request)
     for user in range(len(request)):
         own = own_tail = np.unique(tail.item[user][tail.valid[user]]).astype(np.int64)
         if counters is not None:
@@ -228,6 +231,12 @@ def _candidates(
         others = np.union1d(left_out, own)
         nearest = index.nearest(table, vectors[user], count + len(others), allowed)
         nearest = nearest[~np.isin(nearest, others)][:count]
+        if neighbors is not None:
+            of_user = neighbors.select(slice(user, user + 1))
+            found = np.setdiff1d(of_user.items(), others)
+            both = np.union1d(nearest, found if allowed is None else found[allowed[found]])
+            scores = snapshot.scores_of_others(vectors[user], of_user, both)
+            nearest = both[scores.topk(min(count, len(both))).indices.cpu().numpy()]
         own = own[(own != UNKNOWN_ITEM) & ~np.isin(own, left_out)]
         candidates.append(np.union1d(nearest, own if allowed is None else own[allowed[own]]))
     return candidates
@@ -267,7 +276,7 @@ class Explanation:
     counted: NDArray[np.float32]
     """[C] contribution of the user's counters of the candidate and its categories; 0 if they are not counted. For
     `next`, it is the score of a counted item except for what the user vector adds, and the other contributions are
-    shares of that."""
+    shares of that; of other items, it is that of the neighbors of the user's items."""
     counts: NDArray[np.float32]
     """[C, G * F] these counters as of the request, in the units and with the F columns of `CounterSpec`: of the item,
     then of its value of each of `model.counter_categories`; NaN where it is not counted. G is 0 for a model without
@@ -318,14 +327,18 @@ def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -
     items = snapshot.retrieval_vectors()[rows] / model.temperature
     user = inference.user_vectors(model, context, gap)
     value: Tensor = items @ user[0]
-    of_counters = torch.zeros_like(value)
+    of_counters, neighbors = torch.zeros_like(value), snapshot.neighbors(request)
+    sums = value.new_zeros(len(rows), 0) if neighbors is None else neighbors.sums(rows)[0].t()
+    if neighbors is not None:
+        of_counters = inference.neighbor_scores(user, sums.t()[None])[0]
+        value = value + of_counters
     if counters is not None:
         assert model.counted is not None
         codes = torch.from_numpy(counters.of_items(rows.cpu().numpy())[:, :-1]).to(model.device)
-        is_counted, statistics = codes[:, 0] > 0, model.item_statistics[rows]
+        is_counted, statistics = codes[:, 0] > 0, torch.cat([model.item_statistics[rows], sums], 1)
         num_events = torch.from_numpy(counters.num_events).to(model.device)
         counted = model.counted.from_counters(codes[None], value[None], statistics[None], num_events)[0]
-        of_counters = torch.where(is_counted, counted, 0.0)
+        of_counters = torch.where(is_counted, counted, of_counters)
         dim, gate = model.config.dim, model.counted.gate.weight
         value = torch.where(is_counted, counted + model.counted.from_user(user[:, :dim]), value)
         items = torch.where(is_counted[:, None], F.pad(gate * dim**0.5, (0, items.shape[1] - dim)), items)

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,14 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.arrays import Int, id_array
+from vista.arrays import Int, id_array, offsets_of
 from vista.config.checks import OnMissing, Precision
 from vista.counters.counters import MAX_CODE
 from vista.errors import ItemIndexError, RecordError, UnknownItemError, UnknownUserError, shown
 from vista.log.histories import NUM_GAPS, RowFeatures
 from vista.model import inference
 from vista.model.features import EncodedRows
-from vista.model.inference import ROW_TILE, pad_tail
+from vista.model.inference import ROW_TILE, UserNeighbors, pad_tail
 from vista.model.item_feature_table import ItemsByValue
 from vista.model.item_index import ItemIndex
 from vista.model.item_projections import ItemProjections
@@ -251,6 +252,12 @@ class ServingSnapshot:
             )
         return self._index
 
+    def neighbors(self, request: Request) -> UserNeighbors | None:
+        """Whose neighbors the scores of a request read; None for a model that reads none."""
+        if request.counters is None:
+            return None
+        return UserNeighbors.of(self.model, request.counters, request.tail.item)
+
     def context(self, request: Request) -> tuple[TargetContext, Tensor | None]:
         """Keys and values of a request, and the gap buckets of its time, int64 [B, 1] or None."""
         context = inference.request_context(self._scoring, request.summary, request.tail, self._masks, request.users)
@@ -266,29 +273,57 @@ class ServingSnapshot:
         items = self.retrieval_vectors()[UNKNOWN_ITEM + 1 :].cpu().numpy()
         vectors = self.user_vectors(request)
         scores: NDArray[np.float32] = (vectors / self.model.temperature).cpu().numpy() @ items.T
-        rows, counted, offsets = self.counted_items(request, vectors)
+        for users, part in self._portions(request):
+            if (neighbors := self.neighbors(part)) is not None:
+                sums = neighbors.sums(range(UNKNOWN_ITEM + 1, UNKNOWN_ITEM + 1 + len(items)))
+                scores[users] += inference.neighbor_scores(vectors[users], sums).cpu().numpy()
+        rows, counted, offsets = self._counted_scores(request, vectors)
         scores[np.repeat(np.arange(len(request)), np.diff(offsets)), rows - UNKNOWN_ITEM - 1] = counted
         return scores
 
-    def counted_items(
-        self, request: Request, vectors: Tensor | None = None
-    ) -> tuple[Int, NDArray[np.float32], NDArray[np.int64]]:
-        """Rows int64 [N] of the items in the users' counters, their scores of `next`, float32 [N], and offsets [B + 1].
+    def counted_items(self, request: Request) -> tuple[Int, NDArray[np.float32], NDArray[np.int64]]:
+        """Rows int64 [N] of the items in the users' counters and of the neighbors of the users' items, their scores of
+        `next`, float32 [N], and offsets [B + 1].
 
         Args:
             request: of B users.
-            vectors: [B, M'] their `user_vectors`; None computes them.
 
         Raises:
             ValueError: the model has no retrieval head.
         """
+        self.retrieval_vectors()
+        vectors, neighbors = self.user_vectors(request), self.neighbors(request)
+        rows, scores, offsets = self._counted_scores(request, vectors)
+        if neighbors is None:
+            return rows, scores, offsets
+        all_rows, all_scores, lengths = [rows[:0]], [scores[:0]], np.diff(offsets)
+        for user, (first, stop) in enumerate(pairwise(offsets.tolist())):
+            of_user = neighbors.select(slice(user, user + 1))
+            others = np.setdiff1d(of_user.items(), rows[first:stop])
+            all_rows += rows[first:stop], others
+            all_scores += scores[first:stop], self.scores_of_others(vectors[user], of_user, others).cpu().numpy()
+            lengths[user] += len(others)
+        return np.concatenate(all_rows), np.concatenate(all_scores), offsets_of(lengths)
+
+    def scores_of_others(self, user: Tensor, neighbors: UserNeighbors, rows: Int) -> Tensor:
+        """Scores of `next` [n] of items that the counters of one user do not hold.
+
+        Args:
+            user: [M'] from `user_vectors`; neighbors: of that user; rows: int64 [n].
+        """
+        table = self.retrieval_vectors()
+        wanted = torch.from_numpy(rows).to(table.device)
+        scores = torch.mv(table.index_select(0, wanted), user) / self.model.temperature
+        return scores + inference.neighbor_scores(user[None], neighbors.sums(wanted))[0]
+
+    def _counted_scores(self, request: Request, vectors: Tensor) -> tuple[Int, NDArray[np.float32], NDArray[np.int64]]:
+        """What `counted_items` returns of the items in the users' counters; vectors: [B, M'] from `user_vectors`."""
         items, scores = self.retrieval_vectors()[UNKNOWN_ITEM + 1 :], [np.zeros(0, np.float32)]
         if request.counters is None:
             return np.zeros(0, np.int64), scores[0], np.zeros(len(request) + 1, np.int64)
-        vectors = self.user_vectors(request) if vectors is None else vectors
         for users, part in self._portions(request):
             assert part.counters is not None
-            counted = inference.counted_scores(self.model, vectors[users], items, part.counters)
+            counted = inference.counted_scores(self.model, vectors[users], items, part.counters, self.neighbors(part))
             scores.append(counted.cpu().numpy())
         codes = request.counters.codes
         return codes.key.astype(np.int64), np.concatenate(scores), codes.offsets
@@ -325,7 +360,7 @@ class ServingSnapshot:
                         scores[task][users][cells] = probability[..., self.model.schema.tasks.index(task)]
             if NEXT_TASK in tasks:
                 vectors = self._user_vectors(context, bucket) if vectors is None else vectors
-                for cells, cosine in self._next_scores(vectors, part.counters, own, wanted):
+                for cells, cosine in self._next_scores(vectors, part, own, wanted):
                     scores[NEXT_TASK][users][cells] = cosine.cpu()
         return scores
 
@@ -521,20 +556,26 @@ class ServingSnapshot:
 
     @torch.inference_mode()
     def _next_scores(
-        self, vectors: Tensor, counters: RequestCounters | None, rows: Tensor | None, lengths: Int
+        self, vectors: Tensor, request: Request, rows: Tensor | None, lengths: Int
     ) -> Iterator[tuple[Cells, Tensor]]:
         """Ranges of users and columns, and scores float32 [users, columns] of the users with vectors [B, M']."""
-        table = self.items.retrieval
+        table, counters, neighbors = self.items.retrieval, request.counters, self.neighbors(request)
         assert table is not None
         counted = None
         if counters is not None:
-            counted = inference.counted_scores(self.model, vectors, table[UNKNOWN_ITEM + 1 :], counters)
-        vectors = vectors / self.model.temperature
+            counted = inference.counted_scores(self.model, vectors, table[UNKNOWN_ITEM + 1 :], counters, neighbors)
+        scaled = vectors / self.model.temperature
         for users, columns in rectangles(lengths, self._cosines_per_pass):
             items = take(table, rows, users, columns)
             # One product per user, because the bits of a joint product depend on the number of users.
-            own = [torch.mv(items if items.ndim == 2 else items[row], user) for row, user in enumerate(vectors[users])]
+            own = [torch.mv(items if items.ndim == 2 else items[row], user) for row, user in enumerate(scaled[users])]
             scores = torch.stack(own)
+            if neighbors is not None:
+                wanted: Tensor | range = range(columns.start, columns.stop)
+                if rows is not None:
+                    wanted = rows[columns] if rows.ndim == 1 else rows[users, columns]
+                added = inference.neighbor_scores(vectors[users], neighbors.select(users).sums(wanted))
+                scores[:, : added.shape[1]] += added
             if counters is not None and counted is not None:
                 user, column, place = map(torch.from_numpy, counters.find(users, rows, columns))
                 scores[user, column] = counted[place]

@@ -98,7 +98,8 @@ class SummaryAnswers:
         if model.item_keys is not None:
             histories, requests = self._requests(model.item_keys, cases.user, cases.seen, cases.now)
             counters = histories.at(requests)
-        scores: Float32s = inference.catalog_scores(model, users, self._items, counters).float().cpu().numpy()
+        out = inference.catalog_scores(model, users, self._items, counters, tail.item)
+        scores: Float32s = out.float().cpu().numpy()
         return scores
 
     def probabilities(self, cases: ImpressionCases) -> Float32s:

@@ -129,7 +129,7 @@ def _check_log(config: TrainConfig, base: RankingModel, log: EventLog) -> None:
 
 
 logger = logging.getLogger(__name__)
-MEASURED_WEIGHTS = ("item_statistics", "category")
+MEASURED_WEIGHTS = ("item_statistics", "neighbor_items", "neighbor_weights", "category")
 """Names of buffers that training makes from the log, or reads from a file."""
 ENCODERS = {
     "item_features": "features",
@@ -523,7 +523,7 @@ def start_model(
     frozen: FrozenItems | None,
     warm: WarmStart | None,
 ) -> None:
-    """Give a model what it takes from the training part: the statistics of items, their vectors, and its gate.
+    """Give a model what it takes from the training part: statistics and neighbors of items, their vectors, its gate.
 
     Args:
         frozen: `FrozenItems.of` the run.
@@ -531,6 +531,8 @@ def start_model(
     """
     if source.statistics is not None:
         model.item_statistics.copy_(torch.from_numpy(source.statistics.latest(1 + len(model.items))))
+    if source.neighbors is not None and model.neighbors is not None:
+        model.neighbors.copy_(source.neighbors.of_all(1 + len(model.items)))
     if config.base is None:  # a base contains what is read here
         model.read_item_table(features_of(model.items, log))
         if frozen is not None:
