@@ -71,7 +71,7 @@ def check_start(config: TrainConfig, base: RankingModel, log: EventLog) -> None:
 
 def _check_model(config: TrainConfig, base: RankingModel) -> None:
     asked, kept = to_dict(config.model), to_dict(base.config)
-    unread = COUNTER_KEYS[1:] if not (config.model.counters or base.config.counters) else ()
+    unread = () if config.model.counters or base.config.counters else (*COUNTER_KEYS[1:], "neighbors")
     changed = [key for key in asked if key not in (*FREE_KEYS, *unread) and asked[key] != kept.get(key)]
     if config.model.kind is not base.config.kind:  # which then also has other keys
         changed = ["architecture"]
