@@ -369,8 +369,9 @@ class UserNeighbors:
     def items(self) -> Int:
         """Sorted model rows of the neighbors of all users' items."""
         of_kind = self.neighbors.item[0, self.sources.counted], self.neighbors.item[1, self.sources.recent]
-        rows: Int = np.unique(np.concatenate([found.cpu().numpy().ravel() for found in of_kind])).astype(np.int64)
-        return rows[rows != UNKNOWN_ITEM]
+        rows = np.unique(np.concatenate([found.cpu().numpy().ravel() for found in of_kind])).astype(np.int64)
+        known: Int = rows[rows != UNKNOWN_ITEM]
+        return known
 
     def select(self, users: slice) -> UserNeighbors:
         """Those of some users."""
