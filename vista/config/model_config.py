@@ -133,6 +133,11 @@ class RankingConfig:
         return 0
 
     @property
+    def space_dim(self) -> int:
+        """Dimensions of the item space that pooled vectors lie in; 0 for a model without them."""
+        return 0
+
+    @property
     def counters(self) -> bool | None:
         """Whether it scores the items that a user had before by counters."""
         return False
@@ -363,6 +368,10 @@ class ModelConfig(NextItemConfig):
     tail_in_summary: bool = True
     """Whether the summary also covers the events of the tail. With false, stage 2 reads each event once, and training
     cuts summaries where the tails of its windows begin. Only for models with a summary."""
+    pooled_dim: int = 32
+    """Number of dimensions of the item space, but at most dim. Training fits a fixed vector per item to which users had
+    which items. Scores read the cosines of a candidate with the sums of these vectors over all of a user's events, and
+    over the newest 32 of the tail. The store holds the first sum with each summary. 0 leaves them out."""
     tail_features: list[str] | None = None
     """With features of events: those that stage 2 reads too. The store holds them for each event of a tail. null: all.
     Over a base (`base`), null takes those of the base."""
@@ -371,6 +380,7 @@ class ModelConfig(NextItemConfig):
         NextItemConfig.__post_init__(self)
         require_counts(self, "model.", ("num_seeds",), least=0, most=MAX_DIM)
         require_counts(self, "model.", ("num_interests",), least=0, most=self.dim)
+        require_counts(self, "model.", ("pooled_dim",), least=0, most=MAX_DIM)
         require_counts(self, "model.", ("num_target_layers",), most=64)
         require_counts(self, "model.", ("conv_width",), most=1024)
         features = self.tail_features or []
@@ -393,6 +403,10 @@ class ModelConfig(NextItemConfig):
     def can_have_mean_token(self) -> bool:
         """Whether a seed reads the state of separable mixing, which the mean token can take the place of."""
         return self.mixing is Mixing.separable and self.num_seeds > 0
+
+    @property
+    def space_dim(self) -> int:
+        return min(self.pooled_dim, self.dim)
 
     @property
     def num_state_layers(self) -> int:

@@ -262,17 +262,23 @@ def user_feature_vectors(model: RankingModel, users: EncodedRows | None, num_use
 
 @torch.inference_mode()
 def user_vectors(
-    model: VistaModel, context: TargetContext, gap: Tensor | None, biases: list[Tensor] | None = None
+    model: VistaModel,
+    context: TargetContext,
+    gap: Tensor | None,
+    pooled: Tensor | None = None,
+    biases: list[Tensor] | None = None,
 ) -> Tensor:
     """User vectors [B, M'] of the retrieval head. Their bits do not depend on the other users (`ROW_TILE`).
 
     Args:
         gap: [B, 1, M] from `request_gap`.
+        pooled: float32 [B, J, r] from `pooled_vectors`; None for a model without.
         biases: `TargetAttention.query_biases` of queries that see the whole tail; None computes them.
     """
     seen = torch.full((1,), model.config.tail_len, device=model.device)
     tokens = request_tokens(model, context, gap)
-    return model.retrieval_users(model.target_attention.query(*tokens, None, seen, context, biases))[:, 0]
+    outputs = model.target_attention.query(*tokens, None, seen, context, biases)
+    return model.retrieval_users(outputs, None if pooled is None else pooled.unsqueeze(1))[:, 0]
 
 
 @torch.inference_mode()
@@ -302,6 +308,7 @@ def catalog_scores(
     items: Tensor,
     counters: UserCounters | None = None,
     tail: Int | None = None,
+    pooled: Tensor | None = None,
 ) -> Tensor:
     """Scores [B, V] that rank all items for each user: logits of the softmax that training fits.
 
@@ -311,6 +318,7 @@ def catalog_scores(
         items: [V, M'] from `item_vectors`.
         counters: of the B users as of their requests; None without counters.
         tail: int64 [B, L] model rows of the newest events, right-aligned; 0 pads. None for a model without neighbors.
+        pooled: as in `user_vectors`.
     """
     scores = users @ items.t() / model.temperature
     if counters is not None:
@@ -320,7 +328,7 @@ def catalog_scores(
             for part in (slice(low, low + step) for low in range(0, len(users), step)):  # sums take more than scores
                 scores[part] += neighbor_scores(users[part], neighbors.select(part).sums(rows))
         user, row = (torch.from_numpy(part).to(scores.device) for part in (counters.codes.owner, counters.codes.key))
-        counted = counted_scores(model, users, items, counters, neighbors)
+        counted = counted_scores(model, users, items, counters, neighbors, pooled)
         scores[user, row - UNKNOWN_ITEM - 1] = counted.to(scores.dtype)
     return scores
 
@@ -400,6 +408,7 @@ def counted_scores(
     items: Tensor,
     counters: UserCounters,
     neighbors: UserNeighbors | None = None,
+    pooled: Tensor | None = None,
 ) -> Tensor:
     """Scores of all counted items, float32 [E], in the order of `counters.codes`.
 
@@ -411,6 +420,7 @@ def counted_scores(
         items: [V, M'] from `item_vectors`.
         counters: of the B users as of their requests; E keys.
         neighbors: of the B users; None for a model without.
+        pooled: as in `user_vectors`.
     """
     assert model.counted is not None
     key, owner, codes = (
@@ -428,8 +438,19 @@ def counted_scores(
         sums = F.pad(sums, (0, 0, 0, len(key) - len(sums)))
         score = score + neighbor_scores(users.index_select(0, owner), sums.unsqueeze(2))[:, 0]
         statistics = torch.cat([statistics, sums], 1)
+    if pooled is not None:
+        cosines = pooled_cosines(pooled.index_select(0, owner), model.item_space.index_select(0, key))
+        statistics = torch.cat([statistics, cosines], 1)
     logit = model.counted.from_counters(codes.unsqueeze(1), score.unsqueeze(1), statistics.unsqueeze(1), num_events)
     return (logit[:, 0] + model.counted.from_user(unit).index_select(0, owner))[: len(counters.codes.key)]
+
+
+def pooled_cosines(pooled: Tensor, items: Tensor) -> Tensor:
+    """Cosines float32 [..., J] of pooled vectors [..., J, r] with vectors [..., r] of the item space, one pair a row.
+
+    In float64, so that the bits do not depend on the other rows.
+    """
+    return (pooled.double() * items.double().unsqueeze(-2)).sum(-1).float()
 
 
 def counter_logits(model: VistaModel, codes: NDArray[np.uint8]) -> Tensor:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from vista.counters.counters import MAX_CODE, CounterSpec
 from vista.errors import CheckpointError
+from vista.examples.item_spaces import Pooled
 from vista.examples.neighbors import NeighborSum
 from vista_kernels.processor import processor
 
@@ -404,36 +405,59 @@ class CandidateCounters(nn.Module):
 #
 # The sums over neighbors (`vista.examples.neighbors`) have weights too, the last ones of a user vector. They are not
 # the same for all users, so they are added to the inner product, in which items have 0 in their place.
+#
+# The pooled vectors m_j of a user (`vista.examples.item_spaces`) have weights as well. Their cosines with the vector
+# s_i of the item add Σ_j w_j(u) m_j·s_i to the score, which is an inner product with T s_i too.
+
+START_POOLED = 2.0
+"""Weight of `Pooled.all` before training."""
 
 
 class StatisticsTerm(nn.Module):
-    """β(u), a linear function of the unit user vector.
+    """The weights β(u) and w(u), linear functions of the unit user vector.
 
-    It starts at 1 for the first statistic, the events of all time, and for what follows the newest event, and at 0 for
-    others: where cosines say nothing, items have about the probability that they have among all users.
+    They start at 1 for the first statistic, the events of all time, and for what follows the newest event, at
+    START_POOLED for the vector of all events, and at 0 for others: where cosines to the user vector say nothing, items
+    have about the probability that they have among all users with such a history.
     """
 
-    def __init__(self, dim: int, num_statistics: int, *, num_sums: int = 0) -> None:
+    def __init__(self, dim: int, num_statistics: int, *, num_sums: int = 0, num_pooled: int = 0) -> None:
         """
         Args:
             dim: M.
             num_statistics: Z.
             num_sums: sums over neighbors, NUM_SUMS or 0.
+            num_pooled: pooled vectors, J or 0.
         """
         super().__init__()
-        self.num_sums = num_sums
-        self.weight = nn.Linear(dim, num_statistics + num_sums)
+        self.num_sums, self.num_pooled = num_sums, num_pooled
+        num_others = num_statistics + num_sums
+        self.weight = nn.Linear(dim, num_others + num_pooled)
         nn.init.zeros_(self.weight.weight)
         nn.init.zeros_(self.weight.bias)
-        started = [0, *([num_statistics + NeighborSum.following_newest] if num_sums else [])]
         with torch.no_grad():
-            self.weight.bias[started] = 1.0
+            if num_statistics:
+                self.weight.bias[0] = 1.0
+            if num_sums:
+                self.weight.bias[num_statistics + NeighborSum.following_newest] = 1.0
+            if num_pooled:
+                self.weight.bias[num_others + Pooled.all] = START_POOLED
 
-    def forward(self, unit: Tensor) -> Tensor:
-        """Unit user vectors [..., M] -> retrieval vectors [..., M'], which end with β(u)."""
+    def forward(self, unit: Tensor, pooled: Tensor | None = None) -> Tensor:
+        """Retrieval vectors [..., M'] of users: the unit vector, Σ_j w_j(u) m_j, and β(u).
+
+        Args:
+            unit: [..., M] unit user vectors.
+            pooled: [..., J, r] pooled vectors; None without.
+        """
         with torch.autocast(unit.device.type, enabled=False):
             unit = unit.to(self.weight.weight.dtype)
-            return torch.cat([unit, self.weight(unit * math.sqrt(unit.shape[-1]))], -1)  # entries near 0 ± 1
+            weights = self.weight(unit * math.sqrt(unit.shape[-1]))  # inputs near 0 ± 1
+            if not self.num_pooled:
+                return torch.cat([unit, weights], -1)
+            assert pooled is not None
+            others, of_pooled = weights.split([weights.shape[-1] - self.num_pooled, self.num_pooled], -1)
+            return torch.cat([unit, (of_pooled.unsqueeze(-1) * pooled).sum(-2), others], -1)
 
 
 # Tables with drawn values, unless they are about to be read from a file.

@@ -22,6 +22,7 @@ from vista.config.model_config import EMBEDDING_HASHES, NextItemConfig, RankingC
 from vista.counters.counters import CounterSpec, ItemKeys
 from vista.errors import CheckpointError
 from vista.examples.batch import Batch, BatchEvents
+from vista.examples.item_spaces import Pooled
 from vista.examples.item_statistics import num_statistics
 from vista.examples.neighbors import NUM_SUMS, NeighborKind, Neighbors
 from vista.files import checked_path
@@ -152,6 +153,9 @@ class RankingModel(nn.Module):
     config: RankingConfig
     item_statistics: Tensor
     """[1 + V, Z] of each model row as of the end of the training part (`ItemStatistics`). Only with `counted`."""
+    item_space: Tensor
+    """float32 [1 + V, r] of all users (`ItemSpaces`), 0 for items that stage 1 was not trained on. Only with pooled
+    vectors."""
     neighbor_items: Tensor
     """int32 [2, 1 + V, N] of `neighbors`."""
     neighbor_weights: Tensor
@@ -193,19 +197,26 @@ class RankingModel(nn.Module):
         self.counted: CountedItemHead | None = None
         """Scores items that the user had before; None without counters, or if no items are ranked."""
         self.statistics: StatisticsTerm | None = None
-        """Lets the scores of other items follow the items' statistics; None without `counted`."""
+        """Lets the scores of other items follow the items' statistics and the user's pooled vectors; None without
+        both, or if no items are ranked."""
+        width = num_sums = 0
+        num_pooled = len(Pooled) if config.space_dim else 0
+        if num_pooled:
+            self.register_buffer("item_space", torch.zeros(1 + len(items), config.space_dim))
         if (spec := self.stage1.counters) is not None:
             self.item_keys = item_keys(spec, schema, None, 1 + len(items))
             if isinstance(config, NextItemConfig) and retrieval:
                 num_codes, width = spec.num_fields * spec.num_columns, num_statistics(has_time=schema.has_time)
                 num_sums = NUM_SUMS if config.num_neighbors else 0
-                self.counted = CountedItemHead(num_codes, config.dim, width + num_sums, config.counted_dropout)
-                self.statistics = StatisticsTerm(config.dim, width, num_sums=num_sums)
+                inputs = width + num_sums + num_pooled
+                self.counted = CountedItemHead(num_codes, config.dim, inputs, config.counted_dropout)
                 self.register_buffer("item_statistics", torch.zeros(1 + len(items), width))
                 if num_sums:
                     shape = len(NeighborKind), 1 + len(items), config.num_neighbors
                     self.register_buffer("neighbor_items", torch.zeros(shape, dtype=torch.int32))
                     self.register_buffer("neighbor_weights", torch.zeros(shape))
+        if retrieval and width + num_pooled:
+            self.statistics = StatisticsTerm(config.dim, width, num_sums=num_sums, num_pooled=num_pooled)
 
     def _drawn_shards(self) -> ShardedTable | None:
         """The item table, divided among the ranks of the job; None for a plain one."""
@@ -259,29 +270,32 @@ class RankingModel(nn.Module):
         return self.item_vectors(torch.arange(UNKNOWN_ITEM + 1, len(self.items) + 1, device=self.device))
 
     def retrieval_items(self, vectors: Tensor, rows: Tensor) -> Tensor:
-        """What user vectors are multiplied with: [N, M'], unit vectors and, with counters, T z of the statistics z, and
-        0 for each sum over neighbors.
+        """What user vectors are multiplied with: [N, M'], unit vectors, then T s of the vectors s of the item space,
+        T z of the statistics z, and 0 for each sum over neighbors, as far as the model has them.
 
         Args:
             vectors: [N, M] item vectors.
             rows: int64 [N] their model rows.
         """
-        unit = F.normalize(vectors, dim=-1)
-        if self.statistics is None:
-            return unit
-        return F.pad(
-            torch.cat([unit, self.temperature * self.item_statistics[rows]], -1), (0, self.statistics.num_sums)
-        )
+        parts = [F.normalize(vectors, dim=-1)]
+        if self.config.space_dim:
+            parts.append(self.temperature * self.item_space[rows])
+        if self.counted is not None:
+            parts.append(self.temperature * self.item_statistics[rows])
+        return F.pad(torch.cat(parts, -1), (0, 0 if self.statistics is None else self.statistics.num_sums))
 
-    def retrieval_users(self, outputs: Tensor) -> Tensor:
-        """User vectors [..., M'] of outputs [..., M]: unit vectors and, with counters, weights of the statistics and of
-        the sums over neighbors.
+    def retrieval_users(self, outputs: Tensor, pooled: Tensor | None = None) -> Tensor:
+        """User vectors [..., M'] of outputs [..., M]: unit vectors, then the weighted sum of the pooled vectors, and
+        weights of the statistics and of the sums over neighbors, as far as the model has them.
 
         Their inner products with `retrieval_items`, divided by the temperature, are the scores of items that are not
         counted, less those of the sums (`neighbor_scores`).
+
+        Args:
+            pooled: float32 [..., J, r] of the requests; None for a model without.
         """
         unit = F.normalize(outputs, dim=-1)
-        return unit if self.statistics is None else self.statistics(unit)
+        return unit if self.statistics is None else self.statistics(unit, pooled)
 
     @property
     def neighbors(self) -> Neighbors | None:
@@ -445,7 +459,9 @@ class RankingModel(nn.Module):
     @property
     def retrieval_dim(self) -> int:
         """M', the width of user and item vectors of the retrieval head."""
-        return self.config.dim + (0 if self.statistics is None else self.statistics.weight.out_features)
+        if (term := self.statistics) is None:
+            return self.config.dim
+        return self.config.dim + self.config.space_dim + term.weight.out_features - term.num_pooled
 
     def replicated(self) -> Iterator[Tensor]:
         """Parameters and buffers that all ranks hold: all but a sharded table."""

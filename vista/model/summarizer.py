@@ -72,6 +72,8 @@ class Stage1Config:
     """How many of a user's newest events a summary leaves to the tail."""
     num_state_rows: int
     """Rows of width dim that a record holds of the state, after the summary tokens."""
+    pooled_dim: int
+    """Dimensions of the item space that the pooled vector of a record lies in; 0 without pooled vectors."""
     has_gap: bool
     """Whether event embeddings have the gap to the previous event."""
     actions: tuple[str, ...]
@@ -91,7 +93,7 @@ class Stage1Config:
         counters = CounterSpec.of(config, has_time=schema.has_time) if isinstance(config, NextItemConfig) else None
         if not isinstance(config, ModelConfig):
             kept = {name: getattr(config, name) for name in ("dim", "history_limit", "embedding_rows", "ignore")}
-            config = ModelConfig(num_heads=1, num_seeds=0, **kept)
+            config = ModelConfig(num_heads=1, num_seeds=0, pooled_dim=0, **kept)
         return cls(
             dim=config.dim,
             num_heads=config.num_heads,
@@ -107,6 +109,7 @@ class Stage1Config:
             mean_token=bool(config.mean_token),
             summary_lag=config.summary_lag,
             num_state_rows=config.num_state_rows,
+            pooled_dim=config.space_dim,
             has_gap=config.reads("times") and schema.has_time,
             actions=tuple(schema.actions),
             rating_range=schema.rating_range,

@@ -125,7 +125,7 @@ def packed_ranges(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 MEAN_SCALE = 0.1
 """Initial scale of the mean token in a request token. Vectors of items have a root mean square of 0.05 if they start
 from factors, and of 0.02 if they start at random."""
-STAGE1_WEIGHTS = ("item_table", "id_mask", "item_interest", "features.", "encoder.", "summarizer.")
+STAGE1_WEIGHTS = ("item_table", "id_mask", "item_interest", "item_space", "features.", "encoder.", "summarizer.")
 """Prefixes of the names of the weights that a summary depends on."""
 
 
@@ -293,16 +293,19 @@ class VistaModel(RankingModel):
         mean = reconstruction_loss(predicted, target, stop_gradient=True)
         return LossPart(mean, len(target))
 
-    def user_vectors(self, gap: Tensor | None, seen: Tensor, context: TargetContext) -> Tensor:
+    def user_vectors(
+        self, gap: Tensor | None, seen: Tensor, context: TargetContext, pooled: Tensor | None = None
+    ) -> Tensor:
         """Vectors [B, Q, M'] of request tokens over contexts of B rows (`retrieval_users`).
 
         Args:
             gap: [B, Q, M] embeddings of the requests' gaps, or None.
             seen: int64 [Q] or [B, Q] tail columns that a token sees.
+            pooled: [B, Q, J, r] pooled vectors of the requests; None for a model without.
         """
         stage = self.target_attention
         x = self.request_tokens(seen, context)
-        return self.retrieval_users(stage.query(x, stage.layers[0].project(x), gap, seen, context))
+        return self.retrieval_users(stage.query(x, stage.layers[0].project(x), gap, seen, context), pooled)
 
     def request_tokens(self, seen: Tensor, context: TargetContext) -> Tensor:
         """The sums of `request_parts`, [B, Q, M]."""
@@ -424,7 +427,9 @@ class VistaModel(RankingModel):
         parts: list[bytes | memoryview] = [settings.encode() + self.items.part(0, count).digest().encode()]
         for name, tensor in sorted(self.state_dict().items()):
             if name.startswith(STAGE1_WEIGHTS):
-                if name in ("id_mask", "item_interest") or (name == "item_table" and not self.stage1.embedding_rows):
+                if name in ("id_mask", "item_interest", "item_space") or (
+                    name == "item_table" and not self.stage1.embedding_rows
+                ):
                     tensor = tensor[: 1 + count]
                 parts.append(name.encode() + str(tuple(tensor.shape)).encode())
                 parts.append(tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data)

@@ -163,7 +163,8 @@ class WarmStart:
         self._items_in = "id_mask" if config.model.embedding_rows else "item_table"
         """The weight with a row per item."""
         self._rows: dict[str, Tensor] = {self._items_in: self._item_rows()}
-        self._rows["item_interest"] = self._rows[self._items_in]
+        for name in ("item_interest", "item_space"):
+            self._rows[name] = self._rows[self._items_in]
         """By name of a weight: for each of its rows, int64, the earlier model's row, or -1. Other weights are taken
         as they are."""
         self._shapes: dict[str, torch.Size] = {}
