@@ -50,9 +50,11 @@ from vista.config import (
 )
 from vista.config.checks import Architecture, ItemStart, Split, to_dict
 from vista.config.model_config import CONFIGS, RankingConfig
+from vista.examples.item_spaces import ROUNDING
 from vista.examples.neighbors import Neighbors
 from vista.log.event_log import EventLog
 from vista.model.baselines.sequence_models import SequenceModel
+from vista.model.ranking_model import RankingModel
 from vista.model.saved_model import FileEntry, checksum_of
 from vista.model.vista_model import VistaModel
 from vista.scorer import Scorer, Tail
@@ -241,13 +243,24 @@ def draw_counter_weights(model: VistaModel | SequenceModel, seed: int = 0) -> No
     What these parts read of items is drawn, too.
     """
     generator = torch.Generator().manual_seed(seed)
-    for part, std in ((model.counted, 0.3), (model.candidate_counters, 0.2), (model.statistics, 0.3)):
+    for part, std in ((model.counted, 0.3), (model.candidate_head, 0.2), (model.statistics, 0.3)):
         for weight in [] if part is None else part.parameters():
             weight.data.copy_(torch.randn(weight.shape, generator=generator) * std)
-    if model.statistics is not None:
-        model.item_statistics[1:] = torch.randn(model.item_statistics[1:].shape, generator=generator)
+    for name in sorted({"item_statistics", "item_rates"} & dict(model.named_buffers()).keys()):
+        drawn = getattr(model, name)[1:]
+        drawn.copy_(torch.randn(drawn.shape, generator=generator))
+    if model.config.space_dim:
+        draw_space(model, seed)
     if model.neighbors is not None:
         draw_neighbors(model.neighbors, seed)
+
+
+def draw_space(model: RankingModel, seed: int = 0) -> None:
+    """Give the items of a model vectors of length 1, rounded as training rounds them; 0 for untrained items."""
+    drawn = torch.randn(model.item_space.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    drawn /= drawn.norm(dim=1, keepdim=True)
+    drawn[0] = drawn[1 + model.num_trained_items :] = 0
+    model.item_space.copy_((drawn / ROUNDING).round() * ROUNDING)
 
 
 def draw_neighbors(neighbors: Neighbors, seed: int = 0) -> None:

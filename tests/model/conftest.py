@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import draw_neighbors, model_config
+from tests.conftest import draw_neighbors, draw_space, model_config
 from tests.counters.counter_histories import category
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
 from vista.config.checks import Decay
 from vista.counters.counters import ItemKeys
-from vista.examples.batch import Batch, ChunkCounters, ChunkImpressions, Chunks, ChunkTimeline, decay_clock
+from vista.examples.batch import Batch, ChunkHistories, ChunkImpressions, Chunks, ChunkTimeline, decay_clock
 from vista.examples.cuts import AnchorPlan, CutPlan, cut_batch
+from vista.examples.item_spaces import PooledHistories
 from vista.examples.item_statistics import HistoryCounters
 from vista.log.histories import Histories, RowFeatures, gap_bucket, history_gaps, ranges
 from vista.log.vocabulary import Vocabulary
@@ -52,7 +53,8 @@ def model(
     items have the feature `brand`: 3 values, and none for every fourth item.
     """
     torch.manual_seed(seed)
-    options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0} | config
+    options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0}
+    options |= {"pooled_dim": 0} | config
     brands, table = category("brand", np.arange(num_items) % 4 - 1) if "counter_categories" in config else ([], None)
     schema = Schema(
         ACTIONS if actions is None else actions,
@@ -106,9 +108,11 @@ def of_architecture(
 
 
 def draw_statistics(built: RankingModel) -> None:
-    """Draw the statistics and the neighbors of items, in models that read them."""
-    if built.statistics is not None:
-        built.item_statistics[1:].normal_()
+    """Draw the statistics, vectors, and neighbors of items, in models that read them."""
+    for name in {"item_statistics", "item_rates"} & dict(built.named_buffers()).keys():
+        getattr(built, name)[1:].normal_()
+    if built.config.space_dim:
+        draw_space(built)
     if built.neighbors is not None:
         draw_neighbors(built.neighbors)
 
@@ -159,12 +163,13 @@ def chunks(
     decay: Decay = Decay.none,
     chunk_len: int = 10**6,
     keys: ItemKeys | None = None,
+    space: Tensor | None = None,
     requests: bool = False,
 ) -> tuple[Chunks, Int]:
     """Histories in chunks, with impressions at random positions; and the times of the impressions in ms.
 
-    Anchors may ask about the rest of a chunk's history. With keys, chunks have the counters of their users; with
-    requests, impressions have features.
+    Anchors may ask about the rest of a chunk's history. With keys, chunks have the counters of their users; with a
+    space, pooled vectors in it, as serving has them; with requests, impressions have features.
     """
     rng = np.random.default_rng([seed, 1])
     pieces = np.maximum(1, -(-packed.lengths // chunk_len))
@@ -182,7 +187,13 @@ def chunks(
     rest = packed.offsets[1:][user] - offsets[:-1]
     index = ranges(offsets[:-1], rest)
     item = packed.item.astype(np.int64)
-    start = offsets[:-1] - packed.offsets[:-1][user]
+    start, counters, pooled = offsets[:-1] - packed.offsets[:-1][user], None, None
+    if keys is not None:
+        counters = HistoryCounters(keys, item, packed.timestamp, packed.offsets)
+    if space is not None:
+        fold = np.zeros(packed.num_users, np.int64)
+        pooled = PooledHistories(space.numpy()[None], fold, item, packed.offsets)
+    whole = ChunkHistories(counters, pooled, user, start, None)
     made = Chunks(
         user=user,
         item=item,
@@ -202,9 +213,7 @@ def chunks(
             time=time,
             features=features if requests else None,
         ),
-        counters=None
-        if keys is None
-        else ChunkCounters(HistoryCounters(keys, item, packed.timestamp, packed.offsets), user, start, None),
+        histories=None if keys is None and space is None else whole,
         features=of_events,
         user_features=of_users.joined(READER.missing(1)),
     )
@@ -225,6 +234,7 @@ def plan(model: VistaModel, **changes: Any) -> CutPlan:
         "featureless_share": 0.0,
         "reconstruction_len": 6,
         "summary_lag": model.config.summary_lag,
+        "pools_labels": model.config.space_dim > 0 and not model.config.counters,
     }
     return CutPlan(**{**options, **changes})
 
@@ -271,7 +281,7 @@ def predictions(made: Chunks, cut_plan: CutPlan, seed: int = 0) -> tuple[Predict
         made,
         item=1000 + np.arange(len(made.item)),
         impressions=replace(made.impressions, item=2000 + numbers),
-        counters=None,
+        histories=None,
     )
     cut = batch(coded, cut_plan, seed)
     rows = cut.rows.numpy()
@@ -342,5 +352,6 @@ def make() -> SimpleNamespace:
         requests=lambda count: READER.encode(drawn_features(count), count),
         request_reader=READER,
         users=users,
+        space=lambda model: model.item_space if model.config.space_dim else None,
         num_items=NUM_ITEMS,
     )

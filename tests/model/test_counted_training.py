@@ -24,13 +24,16 @@ from vista.arrays import Int
 from vista.config import OptimConfig
 from vista.counters.counters import MAX_CODE, CounterSpec, ItemKeys, UserCounters
 from vista.examples.batch import Batch, BatchStatistics
+from vista.examples.item_spaces import NUM_POOLED
 from vista.examples.item_statistics import num_statistics
 from vista.examples.neighbors import NUM_SUMS, anchor_sums
 from vista.log.histories import Histories
 from vista.model import inference
-from vista.model.layers import CandidateCounters, CountedItemHead, StatisticsTerm
+from vista.model.inference import PaddedTail
+from vista.model.layers import CandidateHead, CountedItemHead, StatisticsTerm
 from vista.model.losses import CountedSlots, log_others, window_loss
 from vista.model.ranking_model import RankingModel
+from vista.model.target_attention import TargetContext
 
 
 def asked(rows: int, slots: int) -> dict[str, torch.Tensor]:
@@ -133,23 +136,23 @@ ITEMS, CATEGORIES = CounterSpec(), CounterSpec(("item", "genre"), (64, 8))
 
 
 @pytest.fixture(params=[ITEMS, CATEGORIES], ids=["items", "categories"])
-def counters(request: pytest.FixtureRequest) -> CandidateCounters:
+def counters(request: pytest.FixtureRequest) -> CandidateHead:
     """With drawn weights."""
     torch.manual_seed(0)
-    module = CandidateCounters(request.param, WIDTH, NUM_TASKS).double()
+    module = CandidateHead(request.param, WIDTH, NUM_TASKS).double()
     for weight in module.parameters():
         torch.nn.init.normal_(weight)
     return module.requires_grad_(False)
 
 
 @pytest.fixture
-def codes(counters: CandidateCounters) -> Tensor:
+def codes(counters: CandidateHead) -> Tensor:
     """uint8 [50, G * F + 1] of candidates, counted in every field."""
     shape = 50, counters.num_values + 1
     return torch.randint(1, MAX_CODE + 1, shape, generator=torch.Generator().manual_seed(1)).byte()
 
 
-def test_the_rows_of_codes_add_up_to_what_is_added(counters: CandidateCounters, codes: Tensor) -> None:
+def test_the_rows_of_codes_add_up_to_what_is_added(counters: CandidateHead, codes: Tensor) -> None:
     """Also for candidates that only some fields count."""
     codes[:10, : counters.num_columns] = 0
     codes[10:20, -1 - counters.num_columns :] = 0
@@ -158,7 +161,7 @@ def test_the_rows_of_codes_add_up_to_what_is_added(counters: CandidateCounters, 
     torch.testing.assert_close(sums, counters(codes))
 
 
-def test_only_logits_depend_on_the_number_of_events(counters: CandidateCounters, codes: Tensor) -> None:
+def test_only_logits_depend_on_the_number_of_events(counters: CandidateHead, codes: Tensor) -> None:
     other = codes.clone()
     other[:, -1] = MAX_CODE + 1 - other[:, -1]
     changed = other[:, -1] != codes[:, -1]
@@ -166,14 +169,14 @@ def test_only_logits_depend_on_the_number_of_events(counters: CandidateCounters,
     assert ((counters.logits(other) != counters.logits(codes)).any(1) == changed).all()
 
 
-def test_candidates_without_counters_get_nothing(counters: CandidateCounters) -> None:
+def test_candidates_without_counters_get_nothing(counters: CandidateHead) -> None:
     codes = torch.zeros(3, counters.num_values + 1, dtype=torch.uint8)
     assert not counters(codes).any() and not counters.logits(codes).any()
 
 
-def test_nothing_is_added_before_training(counters: CandidateCounters, codes: Tensor) -> None:
+def test_nothing_is_added_before_training(counters: CandidateHead, codes: Tensor) -> None:
     spec = ITEMS if counters.num_columns == counters.num_values else CATEGORIES
-    fresh = CandidateCounters(spec, WIDTH, NUM_TASKS)
+    fresh = CandidateHead(spec, WIDTH, NUM_TASKS)
     assert not fresh(codes).any() and not fresh.logits(codes).any()
 
 
@@ -246,7 +249,25 @@ def with_served_statistics(batch: Batch, model: RankingModel) -> Batch:
     assert neighbors is not None and anchors is not None
     sums = anchor_sums(batch, neighbors, torch.zeros_like(batch.user), len(model.items))
     statistics = BatchStatistics(torch.zeros(1, dtype=torch.int64), values)
-    return replace(batch, statistics=statistics, anchors=replace(anchors, neighbors=sums))
+    batch = replace(batch, statistics=statistics, anchors=replace(anchors, neighbors=sums))
+    return with_served_space(batch, model)
+
+
+def with_served_space(batch: Batch, model: RankingModel) -> Batch:
+    """A batch whose questions read the item space that serving reads, if the model has pooled vectors."""
+    return replace(batch, spaces=model.item_space[batch.rows]) if model.config.space_dim else batch
+
+
+def pooled_of(asked: Request, model: RankingModel) -> Tensor | None:
+    """float32 [1, J, r] pooled vectors of a request, by sums of float64 vectors; None for a model without."""
+    if not model.config.space_dim:
+        return None
+    item, space = asked.history.item.astype(np.int64), model.item_space.double().numpy()
+    known = np.concatenate([item[: asked.covered], item[asked.first : asked.seen]])
+    recent = item[max(asked.seen - min(NUM_POOLED, model.config.tail_len), 0) : asked.seen]
+    sums = np.stack([space[rows].sum(0) for rows in (known, recent)])
+    length = np.linalg.norm(sums, axis=1, keepdims=True)
+    return torch.from_numpy((sums / np.where(length > 0, length, 1))[None]).float()
 
 
 def newest_items(history: Histories, model: RankingModel) -> Int:
@@ -280,10 +301,12 @@ def test_losses_are_those_of_served_scores(make: SimpleNamespace, data: st.DataO
         num_seeds=data.draw(st.sampled_from([0, 2])),
         tail_len=drawn["tail_len"],
         temperature=0.5,
+        pooled_dim=data.draw(st.sampled_from([0, 6])),
         **drawn["categories"],
     )
     packed = make.histories(drawn["lengths"], drawn["seed"])
-    chunks, _ = make.chunks(packed, drawn["seed"], chunk_len=drawn["chunk_len"], keys=model.item_keys)
+    options = {"chunk_len": drawn["chunk_len"], "keys": model.item_keys, "space": make.space(model)}
+    chunks, _ = make.chunks(packed, drawn["seed"], **options)
     anchors = make.anchor_plan(timeless_share=float(not drawn["is_timed"]), keeps_other_windows=False)
     plan = make.plan(
         model, label_spacing=min(4, drawn["tail_len"]), staleness_share=drawn["staleness"], anchors=anchors
@@ -303,15 +326,73 @@ def test_losses_are_those_of_served_scores(make: SimpleNamespace, data: st.DataO
         summary = inference.summarize(model, asked.history.slice(0, asked.covered - covered, asked.covered))
         tail = make.tail(model, asked.history.slice(0, asked.gap_start, asked.seen))
         context = inference.request_context(model, summary, tail)
-        users = inference.user_vectors(model, context, inference.request_gap(model, asked.now, tail))
+        pooled = pooled_of(asked, model)
+        users = inference.user_vectors(model, context, inference.request_gap(model, asked.now, tail), pooled)
         counters = asked.counters(model.item_keys)
         newest = newest_items(asked.history.slice(0, asked.covered - covered, asked.seen), model)  # of the chunk
-        scores.append(inference.catalog_scores(model, users, items, counters, newest)[0])
+        scores.append(inference.catalog_scores(model, users, items, counters, newest, pooled)[0])
         assert len(counters.codes.key) <= 3 + drawn["tail_len"]
     expected = served_losses(scores, batch)
     # Scores are float32 sums of 16 products divided by the temperature 0.5, so a loss is off by a few units of 1e-6.
     assert {name: float(value) for name, value in trained.parts.items()} == pytest.approx(expected, rel=1e-4)
     assert float(trained.total) == pytest.approx(0.5 * expected["next"] + expected["window"], rel=1e-4)
+
+
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_next_items_and_impressions_read_the_pooled_vectors_of_requests(
+    make: SimpleNamespace, data: st.DataObject
+) -> None:
+    """Without counters, next items are trained at all positions."""
+    drawn = drawn_setting(data)
+    num_seeds = data.draw(st.sampled_from([0, 2]))
+    model = make.model(seed=5, num_seeds=num_seeds, tail_len=drawn["tail_len"], temperature=0.5, pooled_dim=6)
+    packed = make.histories(drawn["lengths"], drawn["seed"])
+    options = {"impressions": 12, "chunk_len": drawn["chunk_len"], "space": make.space(model)}
+    chunks, shown_at = make.chunks(packed, drawn["seed"], **options)
+    chunks.impressions = replace(chunks.impressions, measured=measured_of(chunks.impressions.item, model))
+    spacing = min(4, drawn["tail_len"])
+    plan = make.plan(model, label_spacing=spacing, staleness_share=drawn["staleness"], timeless_share=0.0)
+    batch = with_served_space(make.batch(chunks, plan, drawn["seed"]), model)
+    users, logits = make.outputs(model, batch)
+    next_items, places = make.predictions(chunks, plan, drawn["seed"])
+    for window, column in np.argwhere(next_items.number >= 0):
+        now = packed.timestamp[[next_items.number[window, column]]]
+        asked = request(packed, batch, window, int(next_items.position[window, column]), now)
+        context, tail = context_of(make, model, batch, window, asked)
+        pooled = pooled_of(asked, model)
+        one = inference.user_vectors(model, context, inference.request_gap(model, asked.now, tail), pooled)
+        # As in test_serving_path.py: float32 sums in another order.
+        torch.testing.assert_close(users[window, column], one[0], atol=2e-5, rtol=1e-4)
+    items = model.training_items(batch, model.item_vectors(batch.rows))
+    known = batch.rows > 0
+    torch.testing.assert_close(items[known], inference.item_vectors(model)[batch.rows[known] - 1])
+    for window, column in np.argwhere(places.position >= 0):
+        number = places.number[window, column]
+        asked = request(packed, batch, window, int(places.position[window, column]), shown_at[[number]])
+        context, tail = context_of(make, model, batch, window, asked)
+        row = torch.from_numpy(chunks.impressions.item[[number]])
+        cosines = inference.pooled_cosines(pooled_of(asked, model), model.item_space[row])
+        inputs = model.candidate_inputs(cosines, row)
+        gap = inference.request_gap(model, asked.now, tail)
+        one = inference.candidate_logits(model, context, gap, row[None], inputs=inputs[None])
+        torch.testing.assert_close(logits[window, column], one[0, 0], atol=2e-5, rtol=1e-4)
+
+
+def measured_of(item: Int, model: RankingModel) -> np.ndarray:
+    """float32 [N, Z + num_tasks] statistics and rates of items as serving has them."""
+    return torch.cat([model.item_statistics[item], model.item_rates[item]], 1).numpy()
+
+
+def context_of(
+    make: SimpleNamespace, model: RankingModel, batch: Batch, window: int, asked: Request
+) -> tuple[TargetContext, PaddedTail]:
+    """What stage 2 reads of a request, whose summary covers the events of its chunk only."""
+    cut = batch.windows.cut[window]
+    covered = int(batch.cuts.stop[cut] - batch.cuts.start[cut])
+    summary = inference.summarize(model, asked.history.slice(0, asked.covered - covered, asked.covered))
+    tail = make.tail(model, asked.history.slice(0, asked.gap_start, asked.seen))
+    return inference.request_context(model, summary, tail), tail
 
 
 @settings(max_examples=8, deadline=None)

@@ -240,9 +240,9 @@ def test_tasks_read_the_counters_of_candidates(served_tasks: Served, tmp_path: P
     log, data = served_tasks.log, served_tasks.config.data
     config = counting_config(log, tmp_path, **limits, data=data, optim__epochs=1)
     model = Trainer(config, log).model.eval()
-    assert isinstance(model, VistaModel | SequenceModel) and model.candidate_counters is not None
-    assert not model.candidate_counters.added.weight.any()
-    assert not model.candidate_counters.network[-1].weight.any()
+    assert isinstance(model, VistaModel | SequenceModel) and model.candidate_head is not None
+    assert not model.candidate_head.added.weight.any()
+    assert not model.candidate_head.network[-1].weight.any()
     draw_counter_weights(model)
     validation = Validation(log, model.rows_of(log.items), config)
     cut, cases = visible_counts(log, split_until(data, "validation")), validation._impressions
@@ -376,7 +376,7 @@ def test_baselines_count_categories_too(brand_log: EventLog, tmp_path: Path, arc
     options = {"model__architecture": architecture, "model__history_limit": 8, "optim__epochs": 1}
     model = train_model(config_of(brand_log, tmp_path / "run", **options), brand_log)
     assert model.item_keys is not None and len(model.item_keys.category) == 1
-    assert model.candidate_counters.added.weight.any()  # type: ignore[union-attr]
+    assert model.candidate_head.added.weight.any()  # type: ignore[union-attr]
 
 
 def test_added_items_have_the_counters_of_their_category(trained: Path, brand_log: EventLog, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from vista.arrays import Float32s, Int
 from vista.errors import LeakageError
 from vista.evaluation.cases import ImpressionCases, NextItemCases, WindowCases, case_requests, request_starts
+from vista.examples.item_statistics import HistoryCounters
 from vista.examples.neighbors import NUM_RECENT
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, RowFeatures, token_groups
@@ -156,8 +157,8 @@ class RawHistoryAnswers:
         assert self._items is not None
         counters, tail, keys = None, None, self._model.item_keys
         if keys is not None:
-            histories, requests = case_requests(keys, self._log, self._item_rows, user, seen, now)
-            counters, tail = histories.at(requests), self._newest(user, seen)
+            histories, requests = case_requests(self._log, self._item_rows, user, seen, now)
+            counters, tail = HistoryCounters.of(keys, histories).at(requests), self._newest(user, seen)
         out = catalog_scores(self._model, torch.cat(users), self._items, counters, tail)
         scores: Float32s = out.float().cpu().numpy()
         return scores
@@ -199,9 +200,9 @@ class RawHistoryAnswers:
         if keys is None:
             return None
         histories, requests = case_requests(
-            keys, self._log, self._item_rows, cases.user[own], cases.seen[own], cases.timestamp[own]
+            self._log, self._item_rows, cases.user[own], cases.seen[own], cases.timestamp[own]
         )
-        codes = histories.of_items(requests, self._item_rows[cases.item[own]])
+        codes = HistoryCounters.of(keys, histories).of_items(requests, self._item_rows[cases.item[own]])
         return torch.from_numpy(codes.reshape(*index.shape, -1)).to(self._model.device)
 
     def histories(self, user: Int, seen: Int) -> Histories:

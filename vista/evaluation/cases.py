@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int, offsets_of
-from vista.counters.counters import ItemKeys
 from vista.examples.batch_source import events_before
-from vista.examples.item_statistics import CounterRequests, HistoryCounters
+from vista.examples.item_statistics import CounterRequests, WholeHistories
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS, Histories, RowFeatures, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK
@@ -139,7 +138,6 @@ def request_starts(cases: ImpressionCases) -> Int:
 
 
 def case_requests(
-    keys: ItemKeys,
     log: EventLog,
     item_rows: Int,
     user: Int,
@@ -148,11 +146,10 @@ def case_requests(
     *,
     covered: Int | None = None,
     tail_len: int = 0,
-) -> tuple[HistoryCounters, CounterRequests]:
-    """Requests for the counters of n cases, as a store's records and a scorer's requests would have them.
+) -> tuple[WholeHistories, CounterRequests]:
+    """The histories of n cases, and requests on them as a store's records and a scorer's requests would have them.
 
     Args:
-        keys: of the model.
         log: holds the histories.
         item_rows: int64 [log.num_items], the model row of each of the log's items.
         user: int64 [n] rows of the log.
@@ -162,9 +159,9 @@ def case_requests(
         tail_len: newest events before the question that a request passes. Of these, the scorer counts those that the
             record lacks.
     """
-    histories, history = HistoryCounters.of(keys, log, item_rows, user, seen)
+    histories = WholeHistories.of(log, item_rows, user, seen)
     return histories, CounterRequests(
-        history,
+        histories.history,
         covered=seen if covered is None else covered,
         tail_start=np.maximum(seen - tail_len, 0),
         seen=seen,

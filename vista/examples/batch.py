@@ -2,8 +2,8 @@
 
 It is cut from chunks. Letters: B chunks, T packed events, NS segments between cuts, NC cuts, NW windows, W positions
 per window, L tail length, I impressions per window, J negatives, NA anchors, P labels and S counted items per anchor, G
-fields of counters, F values per key, NR reconstructed stretches, R distinct item rows, S seeds of stored summaries, M
-model dim.
+fields of counters, F values per key, J pooled vectors, r dimensions of an item space, Z statistics of items, NR
+reconstructed stretches, R distinct item rows, S seeds of stored summaries, M model dim.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vista.arrays import Int
 from vista.config.checks import Decay
+from vista.examples.item_spaces import PooledHistories
 from vista.examples.item_statistics import HistoryCounters
 
 if TYPE_CHECKING:
@@ -55,9 +56,12 @@ class ChunkImpressions:
     features: EncodedRows | None = None
     """[N + 1] of their requests; the last row is that of a request without features. None for a model that reads
     none."""
+    measured: NDArray[np.float32] | None = None
+    """float32 [N, Z + num_tasks] statistics and label rates of the items (`BatchImpressions.inputs`); None without
+    pooled vectors."""
 
     def select(self, index: Int) -> ChunkImpressions:
-        """Some of the impressions, without features."""
+        """Some of the impressions, without features and what is measured of items."""
         return ChunkImpressions(
             self.chunk[index],
             self.position[index],
@@ -85,10 +89,13 @@ class ChunkTimeline:
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkCounters:
-    """The whole histories of the chunks' users, which counters cover, and where the chunks lie in them."""
+class ChunkHistories:
+    """The whole histories of the chunks' users, which counters and pooled vectors cover, and where the chunks lie."""
 
-    histories: HistoryCounters
+    counters: HistoryCounters | None
+    """None without counters."""
+    pooled: PooledHistories | None
+    """None without pooled vectors."""
     history: Int
     """int64 [B] the history of each chunk."""
     start: Int
@@ -122,8 +129,8 @@ class Chunks:
     """int64 [B]: with stored summaries, the first events of each chunk that serve as context only."""
     summary: NDArray[np.float32] | None = None
     """float32 [B, S, M] stored summaries; None computes them from the batch's own events."""
-    counters: ChunkCounters | None = None
-    """Counters of the chunks' users; None without counters."""
+    histories: ChunkHistories | None = None
+    """None without counters and pooled vectors."""
     features: EncodedRows | None = None
     """[T] of the events; None for a model that reads none."""
     user_features: EncodedRows | None = None
@@ -202,6 +209,9 @@ class BatchLabels:
     """int64 [NW, W] indices into `Batch.rows`; -1 where a position has no label."""
     gap: Tensor
     """int64 [NW, W] log buckets of the time from the newest visible event to the label."""
+    pooled: Tensor | None = None
+    """float32 [NW, W, J, FOLDS * r] of the requests (`PooledHistories.at`); None without pooled vectors, or if next
+    items are only trained at anchors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +241,9 @@ class BatchImpressions:
     codes: Tensor | None = None
     """uint8 [NW, I, G * F + 1] from `UserCounters.of_pairs`: the user's counters of each item and of its categories, 0
     where they are not counted. None without counters."""
+    inputs: Tensor | None = None
+    """float32 [NW, I, J + Z + num_tasks]: cosines of the item and the user's pooled vectors, the item's Z statistics as
+    of the request, and its rate of each label (`ItemRates`). None without pooled vectors."""
     features: EncodedRows | None = None
     """[NW, I] of the requests; None without them."""
 
@@ -270,6 +283,8 @@ class BatchAnchors:
     neighbors: Tensor | None = None
     """float32 [NA, K, R] sums over the neighbors of the user's items, for each of the items `Batch.rows`
     (`vista.examples.neighbors`). None for a model that reads none."""
+    pooled: Tensor | None = None
+    """float32 [NA, J, FOLDS * r] of the requests (`PooledHistories.at`); None without pooled vectors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +328,9 @@ class Batch:
     """None without the window loss."""
     statistics: BatchStatistics | None = None
     """Of the items `rows`, at the times of the anchors; None without counters."""
+    spaces: Tensor | None = None
+    """float32 [R, FOLDS * r] of the items `rows` (`ItemSpaces.of_rows`); None without pooled vectors, or if no items
+    are ranked."""
     user_features: EncodedRows | None = None
     """[B] of the chunks' users; None for a model that reads none."""
     logit_adjustment: Tensor | None = None

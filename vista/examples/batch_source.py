@@ -27,14 +27,15 @@ from vista.errors import ConfigError, DataError
 from vista.examples.batch import (
     Batch,
     BatchStatistics,
-    ChunkCounters,
+    ChunkHistories,
     ChunkImpressions,
     Chunks,
     ChunkTimeline,
     decay_clock,
 )
 from vista.examples.cuts import CutPlan, cut_batch
-from vista.examples.item_statistics import HistoryCounters, ItemStatistics, item_frequency
+from vista.examples.item_spaces import ItemRates, ItemSpaces
+from vista.examples.item_statistics import HistoryCounters, ItemStatistics, WholeHistories, item_frequency
 from vista.examples.neighbors import FoldedNeighbors, anchor_sums
 from vista.log.event_keys import Impressions
 from vista.log.event_log import EventLog
@@ -309,13 +310,27 @@ class BatchSource:
         self._plan = CutPlan.of(config, has_time=log.has_time)
         if self._plan.anchors is not None and config.data.horizon_days > 0 and not log.has_time:
             raise ConfigError(f"data.horizon_days: {log.path} has no times; set it to 0 and use data.horizon_events")
+        self.spaces: ItemSpaces | None = None
+        """Of the model rows; None for a model without pooled vectors."""
+        if dim := config.model.space_dim:
+            began = time.perf_counter()
+            num_rows = 1 + largest  # those of items that histories do not know are 0
+            self.spaces = ItemSpaces(log, self._history_rows, self.counts, dim, seed=config.seed, num_rows=num_rows)
+            logger.info("item spaces of %d dimensions (%.1f s)", dim, time.perf_counter() - began)
+        self.rates: ItemRates | None = None
+        """Of the model rows; None for a model without pooled vectors or tasks."""
+        if self.spaces is not None and tasks:
+            shown = self._impressions.shown
+            self.rates = ItemRates(shown.item, shown.label, shown.mask, shown.chunk, 1 + largest)
+        self._reads_counts = self._plan.anchors is not None and reads.keys is not None
+        """Whether questions about next items read statistics."""
         self.statistics: ItemStatistics | None = None
-        """Of the model rows; None for a model that does not read them, as it ranks no items or has no counters."""
-        if self._plan.anchors is not None and reads.keys is not None:
+        """Of the model rows; None for a model that does not read them."""
+        if self._reads_counts or self.rates is not None:
             self.statistics = ItemStatistics(log, reads.item_rows, self.counts)
         self.neighbors: FoldedNeighbors | None = None
         """Of the model rows; None for a model that does not read them."""
-        if self.statistics is not None and (size := config.model.num_neighbors):
+        if self._reads_counts and (size := config.model.num_neighbors):
             began = time.perf_counter()
             self.neighbors = FoldedNeighbors(log, reads.item_rows, self.counts, size)
             logger.info("%d neighbors per item (%.1f s)", size, time.perf_counter() - began)
@@ -346,7 +361,9 @@ class BatchSource:
             is_hidden, drawn = batch.rows[batch.events.item] > self._num_known, batch.events.hidden
             is_hidden = is_hidden if drawn is None else drawn | is_hidden
             batch = replace(batch, events=replace(batch.events, hidden=is_hidden))
-        if self.statistics is not None and batch.anchors is not None:
+        if self.spaces is not None and self._config.ranks_items:
+            batch = replace(batch, spaces=torch.from_numpy(self.spaces.of_rows(batch.rows.numpy())))
+        if self._reads_counts and self.statistics is not None and batch.anchors is not None:
             statistics = self.statistics.as_of(batch.anchors.time.numpy(), batch.rows.numpy())
             batch = replace(batch, statistics=BatchStatistics(*map(torch.from_numpy, statistics)))
         if self.neighbors is not None and batch.anchors is not None:
@@ -421,9 +438,15 @@ class BatchSource:
             chunks.timeline = ChunkTimeline(item, np.asarray(timeline.timestamp), timeline.offsets)
         if stored is not None:
             chunks.lead, chunks.summary = lead, stored.read(user)
-        if reads.keys is not None:
-            histories, history = HistoryCounters.of(reads.keys, self._log, self._history_rows, user, stop)
-            chunks.counters = ChunkCounters(histories, history, start - lead, self._first[user] if stored else None)
+        if reads.keys is not None or self.spaces is not None:
+            whole = WholeHistories.of(self._log, self._history_rows, user, stop)
+            counters = pooled = None
+            if reads.keys is not None:
+                counters = HistoryCounters.of(reads.keys, whole)
+            if self.spaces is not None:
+                pooled = self.spaces.of_histories(whole)
+            covered = self._first[user] if stored else None
+            chunks.histories = ChunkHistories(counters, pooled, whole.history, start - lead, covered)
         return chunks
 
     def _impressions_of(self, user: Int, start: Int, stop: Int, lead: Int) -> ChunkImpressions:
@@ -435,8 +458,11 @@ class BatchSource:
         chunk = np.repeat(np.arange(len(user)), high - low)
         position = shown.position - (start - lead)[chunk]
         gap = np.where(position > 0, shown.gap, 0)
-        features = self._reads.encode_requests(visible.row[index])
-        return replace(shown, chunk=chunk, position=position, gap=gap, features=features)
+        features, measured = self._reads.encode_requests(visible.row[index]), None
+        if self.rates is not None and self.statistics is not None:
+            statistics = self.statistics.of_items(shown.time, shown.item)
+            measured = np.concatenate([statistics, self.rates.of_items(shown.chunk, shown.item)], 1)
+        return replace(shown, chunk=chunk, position=position, gap=gap, features=features, measured=measured)
 
 
 def chunk_len(config: TrainConfig) -> int:

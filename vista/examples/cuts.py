@@ -38,11 +38,12 @@ from vista.examples.batch import (
     BatchNegatives,
     BatchReconstruction,
     BatchWindows,
-    ChunkCounters,
+    ChunkHistories,
     ChunkImpressions,
     Chunks,
     ChunkTimeline,
 )
+from vista.examples.item_spaces import Pooled
 from vista.examples.item_statistics import CounterRequests
 from vista.log.histories import DAY_MS, UNKNOWN_GAP, gap_bucket, ranges
 
@@ -206,6 +207,8 @@ class CutPlan:
     """None draws no anchors."""
     summary_lag: int = 0
     """0, or tail_len if summaries leave the events of the tail out."""
+    pools_labels: bool = False
+    """Whether next items are trained at all positions of windows, by a model with pooled vectors."""
     exact_counters: bool = False
     """Count up to each request, as baselines do, which read the whole history. False counts up to a window's cut, and
     adds the events of its tail, as the scorer does."""
@@ -226,6 +229,7 @@ class CutPlan:
             reconstruction_len=RECONSTRUCTION_LEN,
             anchors=AnchorPlan.of(config, has_time=has_time),
             summary_lag=model.summary_lag,
+            pools_labels=model.space_dim > 0 and config.ranks_items and config.next_weight > 0 and not model.counters,
             exact_counters=model.architecture is not Architecture.vista,
         )
 
@@ -287,7 +291,7 @@ def _windows_at(
 
 
 def _window_requests(
-    counters: ChunkCounters,
+    histories: ChunkHistories,
     windows: ChunkWindows,
     covered: Int | None,
     tail_len: int,
@@ -296,16 +300,16 @@ def _window_requests(
     time: Int,
     is_timed: NDArray[np.bool_],
 ) -> CounterRequests:
-    """n requests for counters at `position` int64 [n] (events of the chunk before the request) of windows int64 [n].
+    """n requests at `position` int64 [n] (events of the chunk before the request) of windows int64 [n].
 
     covered: from `_covered`; time: int64 [n] ms; is_timed: bool [n], False where the scorer would not get the time.
     """
     chunk = windows.chunk[window]
-    start = counters.start[chunk]
+    start = histories.start[chunk]
     seen = start + position
     tail_start = start + np.maximum(windows.end[window] - tail_len, 0)
     return CounterRequests(
-        counters.history[chunk], seen if covered is None else covered[window], tail_start, seen, time, is_timed
+        histories.history[chunk], seen if covered is None else covered[window], tail_start, seen, time, is_timed
     )
 
 
@@ -362,11 +366,11 @@ def cut_batch(
     impression = _impressions_by_window(keep, impression_window, len(all_windows.chunk))
     impressed = np.where(impression >= 0, chunks.impressions.item[impression], 0)
     asked = [np.zeros(0, np.int64)] * 2 if anchors is None else [anchors.item.ravel(), anchors.next_item]
-    covered, counted = _covered(chunks, plan, windows, cuts, window_cut), None
+    covered, counted, pooled = _covered(chunks, plan, windows, cuts, window_cut), None, None
     anchor_window = np.searchsorted(keep, anchor_window)
-    if anchors is not None and chunks.counters is not None:
+    if anchors is not None and (histories := chunks.histories) is not None:
         requests = _window_requests(
-            chunks.counters,
+            histories,
             windows,
             covered,
             plan.tail_len,
@@ -375,7 +379,8 @@ def cut_batch(
             anchors.time,
             anchors.is_timed,
         )
-        counted = chunks.counters.histories.at(requests)
+        counted = None if histories.counters is None else histories.counters.at(requests)
+        pooled = None if histories.pooled is None else _tensor(histories.pooled.at(requests, plan.tail_len))
     named = [
         chunks.item,
         negatives,
@@ -391,14 +396,14 @@ def cut_batch(
     of_anchors = None
     if anchors is not None:
         slots = None if counted is None else _anchor_counters(counted, slot)
-        of_anchors = _anchors(plan, windows, anchors, anchor_window, label, next_item, slots)
+        of_anchors = _anchors(plan, windows, anchors, anchor_window, label, next_item, slots, pooled)
     return Batch(
         user=_tensor(chunks.user),
         rows=_tensor(rows),
         events=_events(chunks, item, hidden),
         cuts=cuts,
         windows=BatchWindows(_tensor(windows.chunk), _tensor(window_cut), _tail_index(chunks, plan, windows)),
-        labels=_labels(chunks, plan, windows, item, is_timeless),
+        labels=_labels(chunks, plan, windows, covered, item, is_timeless),
         negatives=BatchNegatives(_tensor(negative), _tensor(negative_log_weight)),
         impressions=_impressions(
             chunks,
@@ -508,9 +513,14 @@ def _tail_index(chunks: Chunks, plan: CutPlan, windows: ChunkWindows) -> Tensor:
 
 
 def _labels(
-    chunks: Chunks, plan: CutPlan, windows: ChunkWindows, item: Int, is_timeless: NDArray[np.bool_]
+    chunks: Chunks,
+    plan: CutPlan,
+    windows: ChunkWindows,
+    covered: Int | None,
+    item: Int,
+    is_timeless: NDArray[np.bool_],
 ) -> BatchLabels:
-    """item: int64 [T] indices into the batch's rows; is_timeless: bool [NW]."""
+    """covered: from `_covered`; item: int64 [T] indices into the batch's rows; is_timeless: bool [NW]."""
     chunk = windows.chunk
     position = (windows.end - plan.label_spacing + 1)[:, None] + np.arange(plan.label_spacing)
     is_label = (position >= windows.begin[:, None]) & (position < np.diff(chunks.offsets)[chunk][:, None])
@@ -518,9 +528,17 @@ def _labels(
     is_known = _take(chunks.item, event) > 0  # an item that the model's vocabulary lacks cannot be a label
     # The first event that a window sees has an unknown gap, and so does a label without events before it.
     has_gap = is_label & (position > 0) & ~is_timeless[:, None]
+    pooled = None
+    if plan.pools_labels and (histories := chunks.histories) is not None and histories.pooled is not None:
+        place = np.where(is_label, position, windows.begin[:, None]).ravel()
+        window = np.repeat(np.arange(len(chunk)), plan.label_spacing)
+        untimed = np.zeros_like(place), np.zeros(len(place), np.bool_)
+        requests = _window_requests(histories, windows, covered, plan.tail_len, window, place, *untimed)
+        pooled = histories.pooled.at(requests, plan.tail_len).reshape(*position.shape, len(Pooled), -1)
     return BatchLabels(
         item=_tensor(np.where(is_label & is_known, _take(item, event), -1)),
         gap=_tensor(np.where(has_gap, _take(chunks.gap, event), 0)),
+        pooled=None if pooled is None else _tensor(pooled),
     )
 
 
@@ -550,11 +568,11 @@ def _impressions(
     is_timeless and is_featureless: bool [NW]."""
     shown, is_shown = chunks.impressions, impression >= 0
     position = shown.position[impression] - windows.end[:, None] + plan.label_spacing - 1
-    codes = None
-    if (counters := chunks.counters) is not None:
+    codes = inputs = None
+    if (histories := chunks.histories) is not None:
         window, own = np.nonzero(is_shown)[0], impression[is_shown]
         requests = _window_requests(
-            counters,
+            histories,
             windows,
             covered,
             plan.tail_len,
@@ -563,9 +581,11 @@ def _impressions(
             shown.time[own],
             ~is_timeless[window],
         )
-        found = counters.histories.of_items(requests, shown.item[own])
-        codes = np.zeros((*impression.shape, found.shape[1]), np.uint8)
-        codes[is_shown] = found
+        if histories.counters is not None:
+            codes = _scattered(is_shown, histories.counters.of_items(requests, shown.item[own]))
+        if histories.pooled is not None and shown.measured is not None:
+            cosines = histories.pooled.of_items(requests, plan.tail_len, shown.item[own])
+            inputs = _scattered(is_shown, np.concatenate([cosines, shown.measured[own]], 1))
     described = np.where(is_featureless[:, None], -1, impression)  # -1 reads the last row: no features
     return BatchImpressions(
         item=_tensor(item),
@@ -573,22 +593,30 @@ def _impressions(
         gap=_tensor(np.where(is_shown & ~is_timeless[:, None], shown.gap[impression], 0)),
         label=_tensor(np.where(is_shown[..., None], shown.label[impression], np.float32(0))),
         mask=_tensor(shown.mask[impression] & is_shown[..., None]),
-        codes=None if codes is None else _tensor(codes),
+        codes=codes,
+        inputs=inputs,
         features=None if shown.features is None else shown.features.select(described).apply(_tensor),
     )
 
 
+def _scattered(is_shown: NDArray[np.bool_], values: NDArray[np.generic]) -> Tensor:
+    """[NW, I, C] with rows [N, C] of values where bool [NW, I] is True, and 0 elsewhere."""
+    out = np.zeros((*is_shown.shape, values.shape[1]), values.dtype)
+    out[is_shown] = values
+    return _tensor(out)
+
+
 def _covered(chunks: Chunks, plan: CutPlan, windows: ChunkWindows, cuts: BatchCuts, window_cut: Int) -> Int | None:
     """int64 [NW]: events of its history that each window's record counts; None if requests count all events before them
-    (or without counters). window_cut: int64 [NW] the cut that each window reads."""
-    counters, chunk = chunks.counters, windows.chunk
-    if counters is None or plan.exact_counters:
+    (or without `Chunks.histories`). window_cut: int64 [NW] the cut that each window reads."""
+    histories, chunk = chunks.histories, windows.chunk
+    if histories is None or plan.exact_counters:
         return None
-    if counters.covered is not None:
-        return counters.covered[chunk]
+    if histories.covered is not None:
+        return histories.covered[chunk]
     stop = cuts.stop.numpy()[window_cut] - chunks.offsets[:-1][chunk]
     # A record also counts the events that its summary leaves to the tail, but here none after the window's boundary.
-    covered: Int = counters.start[chunk] + np.minimum(stop + plan.summary_lag, windows.begin)
+    covered: Int = histories.start[chunk] + np.minimum(stop + plan.summary_lag, windows.begin)
     return covered
 
 
@@ -609,6 +637,7 @@ def _anchors(
     label: Int,
     next_item: Int,
     counters: BatchCounters | None,
+    pooled: Tensor | None,
 ) -> BatchAnchors:
     """window: int64 [NA] of the kept windows; label: int64 [NA * P] and next_item: int64 [NA] indices into the batch's
     rows."""
@@ -621,6 +650,7 @@ def _anchors(
         next_item=_tensor(np.where(anchors.next_item > 0, next_item, -1)),
         time=_tensor(anchors.time),
         counters=counters,
+        pooled=pooled,
         mean_labels=plan.anchors.mean_labels,
     )
 

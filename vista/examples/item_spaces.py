@@ -15,7 +15,7 @@ for its candidates. The model gets that of all users. Only inner products within
 no alignment.
 
 Letters: V1 model rows, N users, E pairs of a user and an item, r dimensions of a space, J = len(Pooled), B requests,
-L tail length.
+L tail length, T events of H histories, n requests on them, F spaces of a table.
 """
 
 from __future__ import annotations
@@ -24,15 +24,26 @@ from enum import IntEnum
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Float32s, Int
-from vista.examples.item_statistics import MIN_USERS, OVERSAMPLING, POWER_ITERATIONS, _distinct_items
+from vista.examples.item_statistics import (
+    MIN_USERS,
+    OVERSAMPLING,
+    POWER_ITERATIONS,
+    CounterRequests,
+    WholeHistories,
+    _distinct_items,
+)
 from vista.log.event_log import EventLog
 
 FOLDS = 2
 NUM_POOLED = 32
 """Newest events of the tail that `Pooled.recent` sums over, at most."""
+RATE_PRIOR = 20.0
+"""Impressions with the mean rate that are added to those of each item."""
+UNKNOWN = 0
 ROUNDING = 2.0**-24
 """Sums of up to 2^29 events are exact in float64."""
 
@@ -49,15 +60,18 @@ class Pooled(IntEnum):
 class ItemSpaces:
     """The item spaces of the training part of a log: without the users of each fold, and of all users."""
 
-    def __init__(self, log: EventLog, item_rows: Int, counts: Int, dim: int, *, seed: int) -> None:
+    def __init__(
+        self, log: EventLog, item_rows: Int, counts: Int, dim: int, *, seed: int, num_rows: int | None = None
+    ) -> None:
         """
         Args:
             item_rows: int64 [log.num_items], the model row of each of the log's items; 0 is the unknown item.
             counts: int64 [num_users], visible events per user. Nothing after them is read.
             dim: r.
+            num_rows: V1, above all rows; None takes the least.
             seed: of the SVD, and of the choice of users if all have more than MOST_EVENTS events.
         """
-        num_rows = int(item_rows.max(initial=0)) + 1
+        num_rows = int(item_rows.max(initial=0)) + 1 if num_rows is None else num_rows
         user, row = _distinct_items(log, item_rows, counts, num_rows, seed)
         others = [np.flatnonzero(user % FOLDS != fold) for fold in range(FOLDS)]
         spaces = [_space(user[kept], row[kept], num_rows, dim, seed) for kept in (*others, slice(None))]
@@ -68,6 +82,96 @@ class ItemSpaces:
         """That of all users, float32 [num_rows, r]."""
         space = self.of_each[-1]
         return torch.from_numpy(np.pad(space, ((0, num_rows - len(space)), (0, 0))))
+
+    def of_histories(self, histories: WholeHistories) -> PooledHistories:
+        """Pooled vectors of some users of the log, each in the space that does not know the user."""
+        return PooledHistories(self.of_each[:FOLDS], histories.user % FOLDS, histories.item, histories.offsets)
+
+    def of_rows(self, rows: Int) -> Float32s:
+        """What questions of all folds read of model rows int64 [R]: float32 [R, FOLDS * r]."""
+        return np.concatenate(list(self.of_each[:FOLDS, rows]), axis=1)
+
+
+class PooledHistories:
+    """Pooled vectors of H histories, at any place."""
+
+    def __init__(self, spaces: Float32s, fold: Int, item: Int, offsets: Int) -> None:
+        """
+        Args:
+            spaces: float32 [F, V1, r].
+            fold: int64 [H] which of the spaces each history reads.
+            item: int64 [T] model rows, from each history's first event on.
+            offsets: int64 [H + 1].
+        """
+        self._spaces, self._fold, self._offsets = spaces, fold, offsets
+        self._sums = np.zeros((len(item) + 1, spaces.shape[2]))
+        np.cumsum(spaces[np.repeat(fold, np.diff(offsets)), item], axis=0, out=self._sums[1:])
+
+    def at(self, requests: CounterRequests, tail_len: int) -> Float32s:
+        """The pooled vectors of requests, float32 [n, J, F * r]: in the columns of the space that is read; 0 in others.
+
+        Args:
+            tail_len: events of a tail. Those of a training window may be fewer, but its older events are read too.
+        """
+        num_spaces, _, dim = self._spaces.shape
+        out = np.zeros((len(requests.seen), len(Pooled), num_spaces, dim), np.float32)
+        out[np.arange(len(out)), :, self._fold[requests.history]] = self._vectors(requests, tail_len)
+        return out.reshape(len(out), len(Pooled), num_spaces * dim)
+
+    def of_items(self, requests: CounterRequests, tail_len: int, item: Int) -> Float32s:
+        """Cosines float32 [n, J] of the pooled vectors of `at` and one item int64 [n] (model rows) per request."""
+        vectors = self._spaces[self._fold[requests.history], item]
+        cosines: Float32s = np.einsum("njr,nr->nj", self._vectors(requests, tail_len), vectors, dtype=np.float64)
+        return cosines.astype(np.float32)
+
+    def _vectors(self, requests: CounterRequests, tail_len: int) -> Float32s:
+        """float32 [n, J, r], in the space that each request reads."""
+        begin, seen = self._offsets[requests.history], requests.seen
+        places = (requests.covered, requests.first, seen, np.maximum(seen - min(tail_len, NUM_POOLED), 0))
+        covered, first, end, recent = (self._sums[begin + place] for place in places)
+        every = covered - self._sums[begin] + (end - first)
+        return unit(torch.from_numpy(np.stack([every, end - recent], 1))).numpy()
+
+
+class ItemRates:
+    """How often items have each label: log-odds relative to those of all impressions.
+
+    As with spaces, a training question reads the rates of the users of the other folds, and the model those of all.
+    """
+
+    def __init__(self, item: Int, label: Float32s, mask: NDArray[np.bool_], user: Int, num_rows: int) -> None:
+        """
+        Args:
+            item: int64 [N] model rows of impressions.
+            label: float32 [N, num_tasks]; mask: bool [N, num_tasks], True where a label is known.
+            user: int64 [N] rows of the log.
+            num_rows: V1.
+        """
+        cell, size = user % FOLDS * num_rows + item, FOLDS * num_rows
+        counts = np.zeros((2, FOLDS, num_rows, label.shape[1]))
+        """Of labels that are known, and of those that are 1."""
+        for task in range(label.shape[1]):
+            for kind, weight in enumerate((mask[:, task], label[:, task] * mask[:, task])):
+                counts[kind, ..., task] = np.bincount(cell, weight, size).reshape(FOLDS, num_rows)
+        counts[:, :, UNKNOWN] = 0
+        every = counts.sum(1, keepdims=True)
+        scale = FOLDS / (FOLDS - 1)
+        shown, true = np.concatenate([(every - counts) * scale, every], 1)
+        mean = (true.sum(1, keepdims=True) + 1) / (shown.sum(1, keepdims=True) + 2)
+        true, false = true + RATE_PRIOR * mean, shown - true + RATE_PRIOR * (1 - mean)
+        odds = np.log(true / false) - np.log(mean / (1 - mean))
+        odds[:, UNKNOWN] = 0
+        self.of_each: Float32s = odds.astype(np.float32)
+        """float32 [FOLDS + 1, V1, num_tasks]: those without the users of each fold, and those of all users."""
+
+    def of_all(self, num_rows: int) -> Tensor:
+        """Those of all users, float32 [num_rows, num_tasks]."""
+        rates = self.of_each[-1]
+        return torch.from_numpy(np.pad(rates, ((0, num_rows - len(rates)), (0, 0))))
+
+    def of_items(self, user: Int, item: Int) -> Float32s:
+        """float32 [n, num_tasks] of items int64 [n] for questions of users int64 [n]."""
+        return self.of_each[user % FOLDS, item]
 
 
 def pooled_vectors(space: Tensor, sums: Tensor, recent: Int) -> Tensor:

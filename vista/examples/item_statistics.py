@@ -154,6 +154,15 @@ class ItemStatistics:
         times = np.unique(np.searchsorted(self.time, asked, side="right") - 1)
         return self.time[times], self._standardized(rows, times)
 
+    def of_items(self, asked: Int, rows: Int) -> Float32s:
+        """float32 [n, S]: statistics of one item per question; model rows int64 [n] and ms int64 [n]."""
+        time = np.searchsorted(self.time, asked, side="right") - 1
+        place = rows * len(self.time) + time
+        change = np.searchsorted(self._place, place, side="right") - 1  # the newest one, if it is of the same item
+        is_own = (change >= 0) & (self._place[change] // len(self.time) == rows) if len(self._place) else change >= 0
+        values: Float32s = (self._logs[np.where(is_own, change, -1)] - self._mean[time]) / self._deviation[time]
+        return values
+
     def _changes(self, histories: Histories, item_rows: Int) -> Int:
         """Keys ((row * T + time) * S + statistic) * 2 + 1 if an event leaves the statistic, + 0 if it enters it."""
         row, size, num_times = item_rows[histories.item], num_statistics(has_time=self._has_time), len(self.time)
@@ -485,6 +494,36 @@ class CounterRequests:
         return np.minimum(np.maximum(self.covered, self.tail_start), self.seen)
 
 
+class WholeHistories(NamedTuple):
+    """The first events of H users of a log, from each history's first event on."""
+
+    item: Int
+    """int64 [T] model rows."""
+    time: Int
+    """int64 [T] ms."""
+    offsets: Int
+    """int64 [H + 1]."""
+    user: Int
+    """int64 [H] distinct rows of the log, ascending."""
+    history: Int
+    """int64 [n] the history of each entry that was asked for."""
+
+    @classmethod
+    def of(cls, log: EventLog, item_rows: Int, user: Int, stop: Int) -> WholeHistories:
+        """Those of some users.
+
+        Args:
+            item_rows: int64 [log.num_items], the model row of each of the log's items.
+            user: int64 [n] rows of the log; repeats are allowed.
+            stop: int64 [n]; only the first stop[i] events of user[i] are read.
+        """
+        users, history = np.unique(user, return_inverse=True)
+        last = np.zeros(len(users), np.int64)
+        np.maximum.at(last, history, stop)
+        events = log.gather_ranges(users, np.zeros_like(last), last, features=False)
+        return cls(item_rows[events.item], np.asarray(events.timestamp), events.offsets, users, history)
+
+
 class HistoryCounters:
     """Counters of B histories, at any place."""
 
@@ -502,19 +541,9 @@ class HistoryCounters:
         self._indices = [OccurrenceIndex(keys.spec, key, time, offsets) for key in self._events]
 
     @classmethod
-    def of(cls, keys: ItemKeys, log: EventLog, item_rows: Int, user: Int, stop: Int) -> tuple[HistoryCounters, Int]:
-        """Counters of some users of a log, each user's history once, and int64 [n], the history of each entry.
-
-        Args:
-            item_rows: int64 [log.num_items], the model row of each of the log's items.
-            user: int64 [n] rows of the log; repeats are allowed.
-            stop: int64 [n]; only the first stop[i] events of user[i] are counted.
-        """
-        users, history = np.unique(user, return_inverse=True)
-        last = np.zeros(len(users), np.int64)
-        np.maximum.at(last, history, stop)
-        events = log.gather_ranges(users, np.zeros_like(last), last, features=False)
-        return cls(keys, item_rows[events.item], np.asarray(events.timestamp), events.offsets), history
+    def of(cls, keys: ItemKeys, histories: WholeHistories) -> HistoryCounters:
+        """Counters of some users of a log."""
+        return cls(keys, histories.item, histories.time, histories.offsets)
 
     def at(self, requests: CounterRequests) -> UserCounters:
         """The counters of each request."""

@@ -236,7 +236,7 @@ def _sources(keys: Tensor, new: Tensor, tail: Tensor) -> NeighborSources:
 def _heads(model: VistaModel, stage: TargetAttention) -> VistaModel:
     """A copy of the model over `stage`, without its item table, stage 1, and encoders, so that no file holds these."""
     heads = copy.copy(model)
-    kept = "task_head", "candidate_counters", "counted", "statistics"
+    kept = "task_head", "candidate_head", "counted", "statistics"
     heads._parameters = {
         name: None if own is None else nn.Parameter(own.detach().clone())
         for name, own in model._parameters.items()

@@ -453,11 +453,17 @@ def pooled_cosines(pooled: Tensor, items: Tensor) -> Tensor:
     return (pooled.double() * items.double().unsqueeze(-2)).sum(-1).float()
 
 
-def counter_logits(model: VistaModel, codes: NDArray[np.uint8]) -> Tensor:
-    """Terms that counters uint8 [n, G * F + 1] of candidates add to their logits, float32 [n, num_tasks], by row."""
-    assert model.candidate_counters is not None
-    rows = torch.from_numpy(_whole_tiles(codes)).to(model.device)
-    logits: Tensor = model.candidate_counters.logits(rows)[: len(codes)]
+def head_logits(model: VistaModel, codes: NDArray[np.uint8] | None, inputs: NDArray[np.float32] | None) -> Tensor:
+    """Terms that `candidate_head` adds to the logits of n candidates, float32 [n, num_tasks], by row.
+
+    Args:
+        codes: uint8 [n, G * F + 1]; None without counters.
+        inputs: float32 [n, I] from `VistaModel.candidate_inputs`; None without pooled vectors.
+    """
+    assert model.candidate_head is not None
+    parts = [None if p is None else torch.from_numpy(_whole_tiles(p)).to(model.device) for p in (codes, inputs)]
+    num_rows = len(next(part for part in (codes, inputs) if part is not None))
+    logits: Tensor = model.candidate_head.logits(*parts)[:num_rows]
     return logits
 
 
@@ -473,17 +479,23 @@ def _whole_tiles(values: NDArray[Any]) -> NDArray[Any]:
 
 @torch.inference_mode()
 def candidate_logits(
-    model: VistaModel, context: TargetContext, request: Tensor | None, candidates: Tensor, codes: Tensor | None = None
+    model: VistaModel,
+    context: TargetContext,
+    request: Tensor | None,
+    candidates: Tensor,
+    codes: Tensor | None = None,
+    inputs: Tensor | None = None,
 ) -> Tensor:
     """Task logits [B, C, num_tasks] of candidates int64 [B, C] (model rows).
 
     Args:
         request: [B, 1, M] from `request_vectors`.
-        codes: as in `VistaModel.candidate_logits`.
+        codes, inputs: as in `VistaModel.candidate_logits`.
     """
     seen = torch.full((1,), model.config.tail_len, device=model.device)
     request = None if request is None else request.expand(-1, candidates.shape[1], -1)
-    return model.candidate_logits(model.item_vectors(candidates), request, seen, context, codes=codes)
+    vectors = model.item_vectors(candidates)
+    return model.candidate_logits(vectors, request, seen, context, codes=codes, inputs=inputs)
 
 
 class LogUsers:

@@ -250,9 +250,10 @@ class CausalConvolution(nn.Module):
 #     s_i = h(x_i, c_i, z_i, log n) + g(u)
 #
 # where x_i are the codes of its counters and of those of its categories, and n is the number of the user's events. If
-# the model knows neighbors, z_i ends with the user's sums over the neighbors (`vista.examples.neighbors`). Both
-# kinds share one softmax: h ranks the counted items among themselves, and the gate g says how much of what this user
-# does next is a return. The score is an input of h and not a term, so that item vectors need not explain returns.
+# the model knows neighbors, the user's sums over the neighbors (`vista.examples.neighbors`) follow in z_i, and then the
+# cosines with the user's pooled vectors (`vista.examples.item_spaces`), if it has them. Both kinds of items share one
+# softmax: h ranks the counted items among themselves, and the gate g says how much of what this user does next is a
+# return. The score is an input of h and not a term, so that item vectors need not explain returns.
 #
 # Letters: B requests, S counted slots, F' values per item: F per field (`CounterSpec`), M model dim, Z statistics.
 
@@ -291,7 +292,7 @@ class CountedItemHead(nn.Module):
             codes: uint8 [B, S, F'] from `UserCounters.of_counted_items`, as of the requests.
             score: [B, S] what the items would score without counters: the inner product of the user's and the item's
                 retrieval vectors, divided by the temperature.
-            statistics: [B, S, Z] of the items (`ItemStatistics`), as of the requests.
+            statistics: [B, S, Z] of the items (`ItemStatistics`), as of the requests; and what follows them.
             num_events: int64 [B] events that the counters cover: those of the record, and the newer ones that were
                 added to them.
             user: [B, M] unit vectors, with which retrieval vectors begin.
@@ -339,46 +340,65 @@ class CountedItemHead(nn.Module):
         self.gate.bias.copy_(low)
 
 
-# How labeled tasks read the user's counters of a candidate.
+# How labeled tasks read what is known of a user and a candidate without attention: the user's counters of the
+# candidate, its cosines to the user's pooled vectors, and the statistics and label rates of the item.
 #
 # There are two maps. A linear map of the codes is added to the candidate's vector, so that the counters affect what the
 # candidate attends to. Because it is linear, serving computes it as a sum of table rows. A network adds to the logits:
 # whether an item is due depends on the ratio of its gap to its mean gap, which a linear map cannot compute. The network
-# also reads the user's number of events, because a count gives the mean gap only together with it.
+# also reads the user's number of events, because a count gives the mean gap only together with it. Of the other inputs,
+# it reads the products of each two as well.
 #
-# Letters: G fields, F values per key (`CounterSpec`). A candidate has G * F + 1 codes (`UserCounters.of_pairs`).
+# Letters: G fields, F values per key (`CounterSpec`). A candidate has G * F + 1 codes (`UserCounters.of_pairs`) and I
+# inputs (`BatchImpressions.inputs`).
 
 
-class CandidateCounters(nn.Module):
+class CandidateHead(nn.Module):
     """A linear map of a candidate's codes to vectors, and a network to logits; both are 0 before training."""
 
-    def __init__(self, spec: CounterSpec, width: int, num_tasks: int) -> None:
+    def __init__(self, spec: CounterSpec | None, width: int, num_tasks: int, num_inputs: int = 0) -> None:
         """
         Args:
-            spec: what is counted.
+            spec: what is counted; None without counters.
             width: of the vectors.
             num_tasks: number of labeled tasks.
+            num_inputs: I.
         """
         super().__init__()
-        self.num_columns = spec.num_columns
-        self.num_values = num_values = spec.num_fields * spec.num_columns
-        self.added = nn.Linear(2 * num_values + spec.num_fields, width, bias=False)
-        nn.init.zeros_(self.added.weight)
+        self.num_columns = spec.num_columns if spec else 0
+        self.num_values = num_values = spec.num_fields * spec.num_columns if spec else 0
+        self.num_inputs = num_inputs
+        self.added = nn.Linear(2 * num_values + spec.num_fields, width, bias=False) if spec else None
+        if self.added is not None:
+            nn.init.zeros_(self.added.weight)
+        size = (num_values + 1 if spec else 0) + num_inputs + num_inputs * (num_inputs + 1) // 2
         last = nn.Linear(HIDDEN, num_tasks, bias=False)  # the head of the tasks has the bias
-        self.network = nn.Sequential(nn.Linear(num_values + 1, HIDDEN), SiLU(), nn.Linear(HIDDEN, HIDDEN), SiLU(), last)
+        self.network = nn.Sequential(nn.Linear(size, HIDDEN), SiLU(), nn.Linear(HIDDEN, HIDDEN), SiLU(), last)
         nn.init.zeros_(last.weight)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Codes uint8 [..., G * F + 1], 0 for candidates that are not counted -> [..., width]; 0 for these."""
+        assert self.added is not None
         level = codes[..., :-1].to(self.added.weight.dtype) / MAX_CODE
         added: Tensor = self.added(torch.cat([level, level.square(), self._is_counted(codes).to(level.dtype)], -1))
         return added
 
-    def logits(self, codes: Tensor) -> Tensor:
-        """Codes uint8 [..., G * F + 1] -> what is added to the logits, [..., num_tasks]; 0 without counters."""
-        # Constants that bring typical values near 0 ± 1.
-        level = codes.to(self.added.weight.dtype) / 8 - 2
-        logits: Tensor = self.network(level)
+    def logits(self, codes: Tensor | None, inputs: Tensor | None = None) -> Tensor:
+        """What is added to the logits of candidates, [..., num_tasks]; 0 for one without counters if I is 0.
+
+        Args:
+            codes: uint8 [..., G * F + 1]; None without counters.
+            inputs: float32 [..., I]; None if I is 0.
+        """
+        parts = []
+        if codes is not None:  # constants that bring typical values near 0 ± 1
+            parts.append(codes.to(self.network[0].weight.dtype) / 8 - 2)
+        if inputs is not None:
+            left, right = torch.triu_indices(self.num_inputs, self.num_inputs, device=inputs.device)
+            parts += [inputs, inputs[..., left] * inputs[..., right]]
+        logits: Tensor = self.network(torch.cat(parts, -1))
+        if inputs is not None or codes is None:
+            return logits
         return logits * self._is_counted(codes).any(-1, keepdim=True)
 
     def _is_counted(self, codes: Tensor) -> Tensor:
@@ -388,6 +408,7 @@ class CandidateCounters(nn.Module):
     def of_each_code(self) -> Tensor:
         """[G * F * 64, width]: row 64 f + c is what code c of column f adds. The rows of a candidate's codes add up to
         what `forward` gives, because that is a sum over columns."""
+        assert self.added is not None
         num_values = self.num_values
         code = torch.arange(MAX_CODE + 1, dtype=torch.uint8, device=self.added.weight.device)
         codes = code.new_zeros(num_values, len(code), num_values + 1)

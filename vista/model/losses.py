@@ -281,12 +281,12 @@ def window_loss(
     anchor with many labels weighs more: callers divide by a constant, not by an anchor's own |P|.
 
     Args:
-        user: [NA, M] unit vectors, or [NA, M + F + K] with statistics (`RankingModel.retrieval_users`).
-        items: [R, M] unit vectors.
+        user: [NA, M], or [NA, M + F + K] with statistics (`RankingModel.retrieval_users`).
+        items: [R, M] of `RankingModel.training_items`.
         label: int64 [NA, P] rows of `items`, distinct within an anchor; -1 pads. Every anchor has at least one.
         negatives: int64 [J] distinct sorted rows of `items`.
         negative_log_weight: float32 [J], added to the negatives' logits (logQ correction, `NegativeSampler.draw`).
-        temperature: divides the cosines. Plus the products with statistics, they are the logits of items that are not
+        temperature: divides the products. Plus the products with statistics, they are the logits of items that are not
             counted.
         adjustment: float32 [R], added to the logits of items that are not counted; see `sampled_softmax`.
         counted: the items that have logits of their own; None without counters.
@@ -492,7 +492,7 @@ def anchor_losses(
     """
     anchors, negatives = batch.anchors, batch.negatives
     assert anchors is not None
-    items, statistics = F.normalize(item_vectors, dim=-1), AskedStatistics.of(batch)
+    items, statistics = model.training_items(batch, item_vectors), AskedStatistics.of(batch)
     counted = _counted_slots(model, anchors, users, items, statistics)
     parts: dict[str, LossPart] = {}
 
@@ -536,7 +536,7 @@ def start_counted(model: RankingModel, batch: Batch, vectors: Tensor, returning_
     counted = anchors.counters.item
     others = log_others(
         model.anchor_users(batch, vectors),
-        F.normalize(vectors, dim=-1),
+        model.training_items(batch, vectors),
         counted,
         negatives.item,
         negatives.log_weight,
@@ -562,6 +562,10 @@ def _counted_slots(
     with torch.autocast(users.device.type, enabled=False):
         users = users.to(full)
         score = logits_of(users, items.to(full), slots.item, model.temperature, statistics)
-        of_slots, unit = statistics.of_rows(slots.item), users[:, : items.shape[1]]
+        of_slots, unit = statistics.of_rows(slots.item), users[:, : model.config.dim]
+        if anchors.pooled is not None:
+            spaces = items[:, model.config.dim :].to(full) / model.temperature
+            cosines = torch.einsum("ajr,asr->asj", anchors.pooled.to(full), spaces[slots.item.clamp(min=0)])
+            of_slots = torch.cat([of_slots, cosines], -1)
         logit = model.counted(slots.codes, score, of_slots, slots.num_events, unit)
     return CountedSlots(slots.item, logit)

@@ -152,10 +152,13 @@ class RankingModel(nn.Module):
     """[1 + V] 0 for items with only features, else 1; None unless a table of shared rows (unified) has features."""
     config: RankingConfig
     item_statistics: Tensor
-    """[1 + V, Z] of each model row as of the end of the training part (`ItemStatistics`). Only with `counted`."""
+    """[1 + V, Z] of each model row as of the end of the training part (`ItemStatistics`). Only with `counted`, or
+    with pooled vectors and tasks."""
     item_space: Tensor
     """float32 [1 + V, r] of all users (`ItemSpaces`), 0 for items that stage 1 was not trained on. Only with pooled
     vectors."""
+    item_rates: Tensor
+    """float32 [1 + V, num_tasks] of all users (`ItemRates`). Only with pooled vectors and tasks."""
     neighbor_items: Tensor
     """int32 [2, 1 + V, N] of `neighbors`."""
     neighbor_weights: Tensor
@@ -203,6 +206,9 @@ class RankingModel(nn.Module):
         num_pooled = len(Pooled) if config.space_dim else 0
         if num_pooled:
             self.register_buffer("item_space", torch.zeros(1 + len(items), config.space_dim))
+        if num_pooled and schema.tasks:
+            self.register_buffer("item_rates", torch.zeros(1 + len(items), len(schema.tasks)))
+            self._register_statistics()
         if (spec := self.stage1.counters) is not None:
             self.item_keys = item_keys(spec, schema, None, 1 + len(items))
             if isinstance(config, NextItemConfig) and retrieval:
@@ -210,13 +216,17 @@ class RankingModel(nn.Module):
                 num_sums = NUM_SUMS if config.num_neighbors else 0
                 inputs = width + num_sums + num_pooled
                 self.counted = CountedItemHead(num_codes, config.dim, inputs, config.counted_dropout)
-                self.register_buffer("item_statistics", torch.zeros(1 + len(items), width))
+                self._register_statistics()
                 if num_sums:
                     shape = len(NeighborKind), 1 + len(items), config.num_neighbors
                     self.register_buffer("neighbor_items", torch.zeros(shape, dtype=torch.int32))
                     self.register_buffer("neighbor_weights", torch.zeros(shape))
         if retrieval and width + num_pooled:
             self.statistics = StatisticsTerm(config.dim, width, num_sums=num_sums, num_pooled=num_pooled)
+
+    def _register_statistics(self) -> None:
+        width = num_statistics(has_time=self.schema.has_time)
+        self.register_buffer("item_statistics", torch.zeros(1 + len(self.items), width))
 
     def _drawn_shards(self) -> ShardedTable | None:
         """The item table, divided among the ranks of the job; None for a plain one."""
@@ -284,6 +294,15 @@ class RankingModel(nn.Module):
             parts.append(self.temperature * self.item_statistics[rows])
         return F.pad(torch.cat(parts, -1), (0, 0 if self.statistics is None else self.statistics.num_sums))
 
+    def training_items(self, batch: Batch, vectors: Tensor) -> Tensor:
+        """What losses multiply user vectors with: [R, …] of the items `batch.rows`, from their vectors [R, M].
+
+        As `retrieval_items`, but with the vectors of all folds' spaces side by side, and without the statistics, which
+        depend on the question.
+        """
+        unit = F.normalize(vectors, dim=-1)
+        return unit if batch.spaces is None else torch.cat([unit, self.temperature * batch.spaces], -1)
+
     def retrieval_users(self, outputs: Tensor, pooled: Tensor | None = None) -> Tensor:
         """User vectors [..., M'] of outputs [..., M]: unit vectors, then the weighted sum of the pooled vectors, and
         weights of the statistics and of the sums over neighbors, as far as the model has them.
@@ -292,7 +311,7 @@ class RankingModel(nn.Module):
         counted, less those of the sums (`neighbor_scores`).
 
         Args:
-            pooled: float32 [..., J, r] of the requests; None for a model without.
+            pooled: float32 [..., J, r] of the requests, or [..., J, FOLDS * r] in training; None for a model without.
         """
         unit = F.normalize(outputs, dim=-1)
         return unit if self.statistics is None else self.statistics(unit, pooled)

@@ -59,8 +59,8 @@ def with_items(model: VistaModel, ids: Ids, features: Columns) -> VistaModel:
     if "item_statistics" in weights:
         least = model.item_statistics[1:].amin(0)  # those of the rarest items
         weights["item_statistics"] = torch.cat([model.item_statistics, least.expand(count, -1)])
-    if "item_space" in weights:
-        weights["item_space"] = F.pad(weights["item_space"], (0, 0, 0, count))
+    for name in {"item_space", "item_rates"} & weights.keys():
+        weights[name] = F.pad(weights[name], (0, 0, 0, count))
     for name in {"neighbor_items", "neighbor_weights"} & weights.keys():  # no user had them yet
         weights[name] = F.pad(weights[name], (0, 0, 0, count))
     made.load_state_dict(weights)

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.checks import Architecture, Mixing, Precision, planned
 from vista.examples.batch import Batch, BatchEvents
+from vista.examples.item_spaces import Pooled
 from vista.log.histories import UNKNOWN_GAP
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import EncodedRows, RowFeatureReader, Schema
 from vista.model.item_projections import save_item_projections
-from vista.model.layers import CandidateCounters, FeedForward, GatedOutput, frozen, module_list, norm, split_heads
+from vista.model.layers import CandidateHead, FeedForward, GatedOutput, frozen, module_list, norm, split_heads
 from vista.model.losses import (
     Losses,
     LossPart,
@@ -152,10 +153,11 @@ class VistaModel(RankingModel):
         """The retrieval head's query token, to which the newest event is added."""
         self.mean_scale = nn.Parameter(torch.full((dim,), MEAN_SCALE)) if self.stage1.mean_token else None
         """Scale of the mean token, which is added to it too."""
-        spec, tasks = self.counter_spec, len(schema.tasks)
+        spec, tasks, inputs = self.counter_spec, len(schema.tasks), self.num_candidate_inputs
         self.task_head = nn.Linear(dim, tasks) if tasks else None
-        self.candidate_counters = CandidateCounters(spec, 5 * dim, tasks) if spec and tasks else None
-        """Added to candidates' vectors, projections in layer 1, and logits; None without counters or tasks."""
+        self.candidate_head = CandidateHead(spec, 5 * dim, tasks, inputs) if tasks and (spec or inputs) else None
+        """Added to candidates' vectors, projections in layer 1, and logits; None without tasks, or without counters and
+        pooled vectors."""
         self._identified = b"", b""
         """Hash of the inputs that `summarizer_id` was last computed from, and the id."""
 
@@ -164,6 +166,13 @@ class VistaModel(RankingModel):
         """How stage 2 reads features of events; None if it reads none."""
         count, events = self.schema.num_tail_features, self.event_features
         return events.first(count) if events is not None and count else None
+
+    @property
+    def num_candidate_inputs(self) -> int:
+        """I, what labeled tasks read of a user and an item (`BatchImpressions.inputs`); 0 without pooled vectors."""
+        if not self.stage1.pooled_dim or not self.schema.tasks:
+            return 0
+        return len(Pooled) + self.item_statistics.shape[1] + self.item_rates.shape[1]
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         impressions = batch.impressions
@@ -252,7 +261,7 @@ class VistaModel(RankingModel):
         num_positions = labels.item.shape[1]
         seen = self.config.tail_len - num_positions + 1 + torch.arange(num_positions, device=labels.item.device)
         gap = self.encoder.gap_vectors(labels.gap)
-        return self.user_vectors(gap, seen.clamp(min=0), context)
+        return self.user_vectors(gap, seen.clamp(min=0), context, labels.pooled)
 
     def _users_at_anchors(self, batch: Batch, context: TargetContext) -> Tensor:
         """User vectors [NA, M'] of the anchors, at the times of their requests."""
@@ -260,20 +269,23 @@ class VistaModel(RankingModel):
         assert anchors is not None
         seen = self.config.tail_len - batch.labels.item.shape[1] + 1 + anchors.position
         gap = self.encoder.gap_vectors(anchors.gap.unsqueeze(1))
-        return self.user_vectors(gap, seen.clamp(min=0).unsqueeze(1), context.select(anchors.window)).squeeze(1)
+        pooled = None if anchors.pooled is None else anchors.pooled.unsqueeze(1)
+        own = context.select(anchors.window)
+        return self.user_vectors(gap, seen.clamp(min=0).unsqueeze(1), own, pooled).squeeze(1)
 
     def window_logits(self, batch: Batch, item_vectors: Tensor, context: TargetContext) -> Tensor:
         """Task logits [NW, I, num_tasks] of the windows' impressions; item_vectors [R, M]."""
         seen = self.config.tail_len - batch.labels.item.shape[1] + 1 + batch.impressions.position
         shown = batch.impressions
         vectors, requests = item_vectors[shown.item], self.request_vectors(shown.gap, shown.features)
-        return self.candidate_logits(vectors, requests, seen.clamp(min=0), context, codes=shown.codes)
+        seen = seen.clamp(min=0)
+        return self.candidate_logits(vectors, requests, seen, context, codes=shown.codes, inputs=shown.inputs)
 
     def _next_loss(self, batch: Batch, item_vectors: Tensor, context: TargetContext) -> LossPart:
         users = self.window_users(batch, context)
         label = batch.labels.item.flatten()
         known = (label >= 0).nonzero().squeeze(-1)
-        items = F.normalize(item_vectors, dim=-1)
+        items = self.training_items(batch, item_vectors)
         mean = next_loss(batch, items, users.flatten(0, 1)[known], label[known], self.temperature)
         return LossPart(mean, len(known))
 
@@ -332,6 +344,7 @@ class VistaModel(RankingModel):
         context: TargetContext,
         projections: Tensor | None = None,
         codes: Tensor | None = None,
+        inputs: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, C, num_tasks] of candidates.
 
@@ -343,17 +356,27 @@ class VistaModel(RankingModel):
             projections: [B, C, 4M] of the vectors in layer 1 (`ItemProjections`); None computes them.
             codes: uint8 [B, C, G * F + 1] the users' counters of the candidates (`UserCounters.of_pairs`). None without
                 counters, or if the caller has added what they add.
+            inputs: float32 [B, C, I] of users and candidates (`candidate_inputs`). None without pooled vectors, or if
+                the caller adds what `candidate_head` adds to logits.
         """
         assert self.task_head is not None
         stage = self.target_attention
         own = stage.layers[0].project(vectors) if projections is None else projections
-        if self.candidate_counters is not None and codes is not None:
-            of_vectors, of_projections = self.candidate_counters(codes).split([self.config.dim, own.shape[-1]], -1)
+        if self.candidate_head is not None and codes is not None:
+            of_vectors, of_projections = self.candidate_head(codes).split([self.config.dim, own.shape[-1]], -1)
             vectors, own = vectors + of_vectors, own + of_projections
         logits: Tensor = self.task_head(stage.query(vectors, own, request, seen, context))
-        if self.candidate_counters is None or codes is None:
+        if self.candidate_head is None or (codes is None and inputs is None):
             return logits
-        return logits + self.candidate_counters.logits(codes)
+        return logits + self.candidate_head.logits(codes, inputs)
+
+    def candidate_inputs(self, cosines: Tensor, rows: Tensor) -> Tensor:
+        """What labeled tasks read of users and items, float32 [..., I], with the statistics and rates of serving.
+
+        Args:
+            cosines: float32 [..., J] with the pooled vectors; rows: int64 [...] model rows.
+        """
+        return torch.cat([cosines, self.item_statistics[rows], self.item_rates[rows]], -1)
 
     @torch.inference_mode()
     def project_items(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:

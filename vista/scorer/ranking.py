@@ -380,8 +380,8 @@ def _shares_of_task(task: str, snapshot: ServingSnapshot, request: Request, rows
         return F.linear(out, weight)[:, 0]
 
     shares = attribute(model.target_attention, [vectors], asked, context, head, added)
-    if codes is not None and model.candidate_counters is not None:
-        shares = replace(shares, counters=shares.counters + model.candidate_counters.logits(codes)[0, :, index])
+    if codes is not None and model.candidate_head is not None:
+        shares = replace(shares, counters=shares.counters + model.candidate_head.logits(codes)[0, :, index])
     return value, shares
 
 

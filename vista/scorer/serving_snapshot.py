@@ -128,7 +128,7 @@ class ServingSnapshot:
             self._time_projections = None if gaps is None else torch.cat([gaps, stage.request_projection(gaps)], -1)
             """[NUM_GAPS, 5M] projections of the request's time, like those of items in `ItemProjections.candidate`."""
             self._of_features = None if model.request_encoder is None else RequestProjections(model)
-            added = model.candidate_counters
+            added = model.candidate_head
             self._code_vectors = None if added is None else added.of_each_code()
             """[G * F * 64, 5M] what each code of each column adds to the rows of `ItemProjections.candidate`."""
         # Weights are laid out at their first use. Use them here, so that forked workers share the result.
@@ -543,7 +543,7 @@ class ServingSnapshot:
         index = torch.from_numpy(user * x.shape[1] + column).to(x.device)
         x.view(-1, dim).index_add_(0, index, counted[:, :dim])
         own.view(-1, 4 * dim).index_add_(0, index, counted[:, dim:].to(own.dtype))
-        return index, inference.counter_logits(self._scoring, codes)
+        return index, inference.head_logits(self._scoring, codes, None)
 
     def _candidates(self, rows: Tensor | None, users: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """Vectors [C', M] or [users, C', M] and projections [..., 4M] of the items of some columns, in whole tiles."""

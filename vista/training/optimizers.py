@@ -16,7 +16,7 @@ from vista.config.checks import TableOptimizer
 from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work
 from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
 from vista.model.features import FeatureEncoder
-from vista.model.layers import CandidateCounters
+from vista.model.layers import CandidateHead
 from vista.model.losses import Losses, LossPart, loss_names, weighted_losses
 from vista.model.ranking_model import RankingModel
 from vista.ranks import JobRanks
@@ -69,7 +69,7 @@ class Optimizers:
         is_table = {id(p) for p in self._tables}
         self._dense: list[Tensor] = [p for p in model.parameters() if p.requires_grad and id(p) not in is_table]
         heads: list[nn.Module] = [part for part in (model.counted, model.statistics) if part is not None]
-        heads += [part.network for part in model.modules() if isinstance(part, CandidateCounters)]
+        heads += [part.network for part in model.modules() if isinstance(part, CandidateHead)]
         counted: list[Tensor] = [p for head in heads for p in head.parameters()]
         is_counted = {id(p) for p in counted}
         # Matrices of linear maps decay. Norms, biases, embeddings, seeds and position biases do not.

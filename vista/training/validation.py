@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int
 from vista.config import EvaluateConfig, TrainConfig
-from vista.counters.counters import ItemKeys
 from vista.errors import NonFiniteLossError
 from vista.evaluation.answers import RawHistoryAnswers
 from vista.evaluation.cases import (
@@ -41,6 +40,7 @@ from vista.evaluation.protocol import (
     window_metric,
 )
 from vista.examples.batch_source import trained_tasks
+from vista.examples.item_spaces import PooledHistories
 from vista.examples.item_statistics import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, rows_that_fit, token_groups
@@ -93,12 +93,13 @@ class SummaryAnswers:
         assert self._items is not None
         model, tail = self._model, self._tail(cases.user, cases.seen)
         gap = inference.request_gap(model, cases.now, tail)
-        users = inference.user_vectors(model, self._context(cases.user, tail), gap)
-        counters = None
-        if model.item_keys is not None:
-            histories, requests = self._requests(model.item_keys, cases.user, cases.seen, cases.now)
-            counters = histories.at(requests)
-        out = inference.catalog_scores(model, users, self._items, counters, tail.item)
+        counted, histories, requests = self._requests(cases.user, cases.seen, cases.now)
+        counters = None if counted is None else counted.at(requests)
+        pooled = None
+        if histories is not None:
+            pooled = torch.from_numpy(histories.at(requests, model.config.tail_len)).to(model.device)
+        users = inference.user_vectors(model, self._context(cases.user, tail), gap, pooled)
+        out = inference.catalog_scores(model, users, self._items, counters, tail.item, pooled)
         scores: Float32s = out.float().cpu().numpy()
         return scores
 
@@ -108,15 +109,18 @@ class SummaryAnswers:
         for low in range(0, len(cases.user), CASES_PER_BATCH):
             part = slice(low, low + CASES_PER_BATCH)
             user, seen, time, item = cases.user[part], cases.seen[part], cases.timestamp[part], cases.item[part]
-            tail, codes = self._tail(user, seen), None
-            if model.item_keys is not None:
-                histories, requests = self._requests(model.item_keys, user, seen, time)
-                of_items = histories.of_items(requests, self._item_rows[item])
-                codes = torch.from_numpy(of_items[:, None]).to(model.device)
-            candidates = torch.from_numpy(self._item_rows[item, None]).to(model.device)
+            tail, codes, inputs = self._tail(user, seen), None, None
+            rows = self._item_rows[item]
+            candidates = torch.from_numpy(rows[:, None]).to(model.device)
+            counted, histories, requests = self._requests(user, seen, time)
+            if counted is not None:
+                codes = torch.from_numpy(counted.of_items(requests, rows)[:, None]).to(model.device)
+            if histories is not None:
+                cosines = torch.from_numpy(histories.of_items(requests, model.config.tail_len, rows)).to(model.device)
+                inputs = model.candidate_inputs(cosines.unsqueeze(1), candidates)
             features = self._encode_requests(cases.features.select(part), len(user))
             asked = inference.request_vectors(model, time, tail, features)
-            logits = inference.candidate_logits(model, self._context(user, tail), asked, candidates, codes)
+            logits = inference.candidate_logits(model, self._context(user, tail), asked, candidates, codes, inputs)
             out[part] = logits[:, 0].sigmoid().float().cpu().numpy()
         return out
 
@@ -138,11 +142,20 @@ class SummaryAnswers:
         )
 
     def _requests(
-        self, keys: ItemKeys, user: Int, seen: Int, now: Int | None
-    ) -> tuple[HistoryCounters, CounterRequests]:
-        """Requests for counters of the events that summaries cover, and of the tail."""
-        covered, tail_len = self._covered[user], self._model.config.tail_len
-        return case_requests(keys, self._log, self._history_rows, user, seen, now, covered=covered, tail_len=tail_len)
+        self, user: Int, seen: Int, now: Int | None
+    ) -> tuple[HistoryCounters | None, PooledHistories | None, CounterRequests]:
+        """Counters and pooled vectors of histories, each None for a model without; and requests on them, which know the
+        events that summaries cover, and the tail."""
+        model, covered = self._model, self._covered[user]
+        whole, requests = case_requests(
+            self._log, self._history_rows, user, seen, now, covered=covered, tail_len=model.config.tail_len
+        )
+        counters = None if model.item_keys is None else HistoryCounters.of(model.item_keys, whole)
+        pooled = None
+        if model.stage1.pooled_dim:
+            space, fold = model.item_space.cpu().numpy()[None], np.zeros(len(whole.user), np.int64)
+            pooled = PooledHistories(space, fold, whole.item, whole.offsets)
+        return counters, pooled, requests
 
     def _model_rows(self, histories: Histories) -> Histories:
         features = self._recode(histories.features, histories.num_events)

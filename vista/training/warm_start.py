@@ -129,7 +129,7 @@ def _check_log(config: TrainConfig, base: RankingModel, log: EventLog) -> None:
 
 
 logger = logging.getLogger(__name__)
-MEASURED_WEIGHTS = ("item_statistics", "neighbor_items", "neighbor_weights", "category")
+MEASURED_WEIGHTS = ("item_statistics", "item_rates", "neighbor_items", "neighbor_weights", "category")
 """Names of buffers that training makes from the log, or reads from a file."""
 ENCODERS = {
     "item_features": "features",
@@ -143,6 +143,8 @@ RECORDED = ("user_features",)
 ACTION_WEIGHTS = ("encoder.action.weight", "action_bias.weight")
 TASK_WEIGHTS = ("task_head.weight", "task_head.bias")
 """Names of weights with a row per action, and per task."""
+HEAD_WEIGHTS = "candidate_head.network."
+"""Prefix of the names of weights that read all tasks, so they start again if the tasks change."""
 
 
 class WarmStart:
@@ -168,6 +170,7 @@ class WarmStart:
         """By name of a weight: for each of its rows, int64, the earlier model's row, or -1. Other weights are taken
         as they are."""
         self._shapes: dict[str, torch.Size] = {}
+        self._tasks_change = False
 
     @classmethod
     def open(cls, config: TrainConfig, log: EventLog) -> WarmStart:
@@ -214,10 +217,13 @@ class WarmStart:
         schema = self._joined_schema(schema, grown)
         made = ARCHITECTURES[config.model.architecture](config.model, schema, self._items, config.data)
         weights, earlier = made.state_dict(), base.state_dict()
+        self._tasks_change = base.schema.tasks != schema.tasks
         self._match(ACTION_WEIGHTS, base.schema.actions, schema.actions)
         self._match(TASK_WEIGHTS, base.schema.tasks, schema.tasks)
         self._shapes = {name: weight.shape for name, weight in weights.items()}
         for name in weights.keys() & earlier.keys() - set(MEASURED_WEIGHTS):
+            if name.startswith(HEAD_WEIGHTS) and self._tasks_change:
+                continue
             weights[name] = self._fitted(name, earlier[name], weights[name].clone())
         made.load_state_dict(weights)
         made.set_item_features(self._item_features(grown.get("item_features")))
@@ -254,6 +260,8 @@ class WarmStart:
         with checked_state(newest):
             state = unpack_state(body["run"], tensors)
             moments = moments_of(state["optimizer"]) | moments_of(state["table_optimizer"])
+            if self._tasks_change:
+                moments = {name: held for name, held in moments.items() if not name.startswith(HEAD_WEIGHTS)}
             for name, held in moments.items():
                 shape = (weights[name] if name in weights else held["exp_avg"]).shape
                 if name in self._rows:  # Rows may have been added to the model since.
@@ -532,6 +540,10 @@ def start_model(
     """
     if source.statistics is not None:
         model.item_statistics.copy_(torch.from_numpy(source.statistics.latest(1 + len(model.items))))
+    if source.rates is not None:
+        model.item_rates.copy_(source.rates.of_all(1 + len(model.items)))
+    if source.spaces is not None and config.base is None and (warm is None or not warm.freezes):
+        model.item_space.copy_(source.spaces.of_all(1 + len(model.items)))
     if source.neighbors is not None and model.neighbors is not None:
         model.neighbors.copy_(source.neighbors.of_all(1 + len(model.items)))
     if config.base is None:  # a base contains what is read here

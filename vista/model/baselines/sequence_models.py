@@ -35,7 +35,7 @@ from vista.model.baselines.history_model import (
 )
 from vista.model.features import EncodedRows, Schema
 from vista.model.inference import newest, user_feature_vectors
-from vista.model.layers import FEED_FORWARD_RATIO, CandidateCounters, Dropout, module_list, norm, split_heads
+from vista.model.layers import FEED_FORWARD_RATIO, CandidateHead, Dropout, module_list, norm, split_heads
 from vista.model.losses import Losses, LossPart, anchor_losses, next_loss, task_parts, weighted_losses
 from vista.model.target_attention import MASKED
 
@@ -112,7 +112,7 @@ class SequenceModel(HistoryModel):
         self.dropout = Dropout(config.dropout)
         spec = self.counter_spec
         tasks = len(schema.tasks)
-        self.candidate_counters = CandidateCounters(spec, dim, tasks) if spec and tasks else None
+        self.candidate_head = CandidateHead(spec, dim, tasks) if spec and tasks else None
         """Added to the vectors of candidates; None without counters or tasks."""
         if self.encoder.gap is not None:
             # A buffer, so that weights trained without it do not load.
@@ -168,14 +168,14 @@ class SequenceModel(HistoryModel):
                 vector = vector if requests is None else vector + requests[index]
                 vector = vector if events.user is None else vector + events.user[tile.rows, None]
                 codes = None
-                if self.candidate_counters is not None and batch.impressions.codes is not None:
+                if self.candidate_head is not None and batch.impressions.codes is not None:
                     codes = batch.impressions.codes.flatten(0, 1)[shown.place[index]]
-                    vector = vector + self.candidate_counters(codes)
+                    vector = vector + self.candidate_head(codes)
                 # Padding may name an impression that sees more events than the tile has.
                 seen = torch.where(valid, shown.seen[index], 0)
                 logit = self.impression_logits(states, memory, vector, seen)
-                if self.candidate_counters is not None and codes is not None:
-                    logit = logit + self.candidate_counters.logits(codes)
+                if self.candidate_head is not None and codes is not None:
+                    logit = logit + self.candidate_head.logits(codes)
                 logits.append(logit[valid])
                 places.append(shown.place[index][valid])
         parts: dict[str, LossPart] = {}
@@ -280,7 +280,7 @@ class SequenceModel(HistoryModel):
             vectors = self.item_vectors(candidates[tile.rows])
             vectors = vectors if requests is None else vectors + requests[tile.rows]
             vectors = vectors if events.user is None else vectors + events.user[tile.rows, None]
-            counted = self.candidate_counters if codes is not None else None
+            counted = self.candidate_head if codes is not None else None
             if counted is not None and codes is not None:
                 vectors = vectors + counted(codes[tile.rows])
             seen = tile.valid.sum(1, keepdim=True).expand(-1, candidates.shape[1])
