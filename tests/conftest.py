@@ -50,7 +50,7 @@ from vista.config import (
 )
 from vista.config.checks import Architecture, ItemStart, Split, to_dict
 from vista.config.model_config import CONFIGS, RankingConfig
-from vista.examples.item_spaces import ROUNDING
+from vista.examples.item_spaces import GRID
 from vista.examples.neighbors import Neighbors
 from vista.log.event_log import EventLog
 from vista.model.baselines.sequence_models import SequenceModel
@@ -260,7 +260,7 @@ def draw_space(model: RankingModel, seed: int = 0) -> None:
     drawn = torch.randn(model.item_space.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     drawn /= drawn.norm(dim=1, keepdim=True)
     drawn[0] = drawn[1 + model.num_trained_items :] = 0
-    model.item_space.copy_((drawn / ROUNDING).round() * ROUNDING)
+    model.item_space.copy_((drawn / GRID).round() * GRID)
 
 
 def draw_neighbors(neighbors: Neighbors, seed: int = 0) -> None:

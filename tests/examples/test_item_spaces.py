@@ -22,7 +22,7 @@ from vista.examples.item_spaces import (
     MIN_USERS,
     NUM_POOLED,
     RATE_PRIOR,
-    ROUNDING,
+    GRID,
     ItemRates,
     ItemSpaces,
     Pooled,
@@ -111,7 +111,7 @@ def test_spaces_are_those_of_a_dense_svd(tmp_path: Path, dim: int) -> None:
         right = np.linalg.svd(weighted, full_matrices=False)[2][:dim].T
         # The SVD is one of float32 entries, by a few iterations: its singular values decay slowly here.
         np.testing.assert_allclose(cosines(space), cosines(np.where(known[:, None], right, 0)), atol=1e-3)
-        assert (space / ROUNDING == np.round(space / ROUNDING)).all()
+        assert (space / GRID == np.round(space / GRID)).all()
     torch.testing.assert_close(spaces.of_all(NUM_ITEMS + 4)[: 1 + NUM_ITEMS], torch.from_numpy(spaces.of_each[-1]))
     assert not spaces.of_all(NUM_ITEMS + 4)[1 + NUM_ITEMS :].any()
     expected = np.concatenate([spaces.of_each[0][[5, 0]], spaces.of_each[1][[5, 0]]], 1)
@@ -160,7 +160,7 @@ def test_pooled_vectors_equal_sums_over_events(data: st.DataObject) -> None:
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     item, fold = rng.integers(0, 30, offsets[-1]), rng.integers(0, FOLDS, len(lengths))
     drawn = rng.normal(size=(FOLDS, 30, 5))
-    spaces = np.round(drawn / np.linalg.norm(drawn, axis=2, keepdims=True) / ROUNDING) * ROUNDING
+    spaces = np.round(drawn / np.linalg.norm(drawn, axis=2, keepdims=True) / GRID) * GRID
     spaces[:, ::9] = 0
     spaces = spaces.astype(np.float32)
     tail_len, history = data.draw(st.sampled_from([1, 5, 50])), rng.integers(0, len(lengths), 12)

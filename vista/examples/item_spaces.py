@@ -6,7 +6,7 @@ item i, so that neither users with long histories nor popular items dominate. It
 no vector (all 0).
 
 A request has the pooled vectors `Pooled`: sums of its user's item vectors, scaled to length 1. Scores read their inner
-products with the vector of a candidate, which are cosines. Vectors are rounded to multiples of ROUNDING, so that
+products with the vector of a candidate, which are cosines. Vectors are rounded to multiples of GRID, so that
 float64 sums of them are exact, and have the same bits in any order.
 
 A training question would find its own user's events in the space, labels included, and would learn to trust cosines too
@@ -44,7 +44,7 @@ NUM_POOLED = 32
 RATE_PRIOR = 20.0
 """Impressions with the mean rate that are added to those of each item."""
 UNKNOWN = 0
-ROUNDING = 2.0**-24
+GRID = 2.0**-24
 """Sums of up to 2^29 events are exact in float64."""
 
 
@@ -213,5 +213,5 @@ def _space(user: Int, row: Int, num_rows: int, dim: int, seed: int) -> Float32s:
     size = np.linalg.norm(vectors, axis=1, keepdims=True)
     # Where an item has no part in these dimensions, only rounding errors remain.
     vectors = np.where(size > 1e-5 * size.max(), vectors / np.maximum(size, 1e-30), 0)
-    out[:, : vectors.shape[1]] = np.round(vectors / ROUNDING) * ROUNDING
+    out[:, : vectors.shape[1]] = np.round(vectors / GRID) * GRID
     return out
