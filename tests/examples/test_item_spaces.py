@@ -19,10 +19,10 @@ from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource, ModelReads
 from vista.examples.item_spaces import (
     FOLDS,
+    GRID,
     MIN_USERS,
     NUM_POOLED,
     RATE_PRIOR,
-    GRID,
     ItemRates,
     ItemSpaces,
     Pooled,
