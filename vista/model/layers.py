@@ -346,8 +346,7 @@ class CountedItemHead(nn.Module):
 # There are two maps. A linear map of the codes is added to the candidate's vector, so that the counters affect what the
 # candidate attends to. Because it is linear, serving computes it as a sum of table rows. A network adds to the logits:
 # whether an item is due depends on the ratio of its gap to its mean gap, which a linear map cannot compute. The network
-# also reads the user's number of events, because a count gives the mean gap only together with it. Of the other inputs,
-# it reads the products of each two as well.
+# also reads the user's number of events, because a count gives the mean gap only together with it.
 #
 # Letters: G fields, F values per key (`CounterSpec`). A candidate has G * F + 1 codes (`UserCounters.of_pairs`) and I
 # inputs (`BatchImpressions.inputs`).
@@ -356,22 +355,25 @@ class CountedItemHead(nn.Module):
 class CandidateHead(nn.Module):
     """A linear map of a candidate's codes to vectors, and a network to logits; both are 0 before training."""
 
-    def __init__(self, spec: CounterSpec | None, width: int, num_tasks: int, num_inputs: int = 0) -> None:
+    input_scale: Tensor
+    """float32 [I]."""
+
+    def __init__(self, spec: CounterSpec | None, width: int, num_tasks: int, input_scale: Sequence[float] = ()) -> None:
         """
         Args:
             spec: what is counted; None without counters.
             width: of the vectors.
             num_tasks: number of labeled tasks.
-            num_inputs: I.
+            input_scale: I factors that bring typical inputs near 0 ± 1.
         """
         super().__init__()
         self.num_columns = spec.num_columns if spec else 0
         self.num_values = num_values = spec.num_fields * spec.num_columns if spec else 0
-        self.num_inputs = num_inputs
+        self.register_buffer("input_scale", torch.tensor(input_scale), persistent=False)
         self.added = nn.Linear(2 * num_values + spec.num_fields, width, bias=False) if spec else None
         if self.added is not None:
             nn.init.zeros_(self.added.weight)
-        size = (num_values + 1 if spec else 0) + num_inputs + num_inputs * (num_inputs + 1) // 2
+        size = (num_values + 1 if spec else 0) + len(input_scale)
         last = nn.Linear(HIDDEN, num_tasks, bias=False)  # the head of the tasks has the bias
         self.network = nn.Sequential(nn.Linear(size, HIDDEN), SiLU(), nn.Linear(HIDDEN, HIDDEN), SiLU(), last)
         nn.init.zeros_(last.weight)
@@ -394,8 +396,7 @@ class CandidateHead(nn.Module):
         if codes is not None:  # constants that bring typical values near 0 ± 1
             parts.append(codes.to(self.network[0].weight.dtype) / 8 - 2)
         if inputs is not None:
-            left, right = torch.triu_indices(self.num_inputs, self.num_inputs, device=inputs.device)
-            parts += [inputs, inputs[..., left] * inputs[..., right]]
+            parts.append(inputs * self.input_scale)
         logits: Tensor = self.network(torch.cat(parts, -1))
         if inputs is not None or codes is None:
             return logits

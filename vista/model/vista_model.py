@@ -153,7 +153,7 @@ class VistaModel(RankingModel):
         """The retrieval head's query token, to which the newest event is added."""
         self.mean_scale = nn.Parameter(torch.full((dim,), MEAN_SCALE)) if self.stage1.mean_token else None
         """Scale of the mean token, which is added to it too."""
-        spec, tasks, inputs = self.counter_spec, len(schema.tasks), self.num_candidate_inputs
+        spec, tasks, inputs = self.counter_spec, len(schema.tasks), self._input_scale()
         self.task_head = nn.Linear(dim, tasks) if tasks else None
         self.candidate_head = CandidateHead(spec, 5 * dim, tasks, inputs) if tasks and (spec or inputs) else None
         """Added to candidates' vectors, projections in layer 1, and logits; None without tasks, or without counters and
@@ -167,12 +167,12 @@ class VistaModel(RankingModel):
         count, events = self.schema.num_tail_features, self.event_features
         return events.first(count) if events is not None and count else None
 
-    @property
-    def num_candidate_inputs(self) -> int:
-        """I, what labeled tasks read of a user and an item (`BatchImpressions.inputs`); 0 without pooled vectors."""
+    def _input_scale(self) -> list[float]:
+        """Factors of what labeled tasks read of a user and an item (`candidate_inputs`); none without pooled vectors."""
         if not self.stage1.pooled_dim or not self.schema.tasks:
-            return 0
-        return len(Pooled) + self.item_statistics.shape[1] + self.item_rates.shape[1]
+            return []
+        sizes = len(Pooled), self.item_statistics.shape[1], self.item_rates.shape[1]
+        return [scale for scale, size in zip((4.0, 1.0, 4.0), sizes, strict=True) for _ in range(size)]
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         impressions = batch.impressions
