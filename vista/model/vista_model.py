@@ -168,11 +168,11 @@ class VistaModel(RankingModel):
         return events.first(count) if events is not None and count else None
 
     def _input_scale(self) -> list[float]:
-        """Factors of what labeled tasks read of a user and an item (`candidate_inputs`); none without pooled vectors."""
+        """Factors of the inputs that labeled tasks read (`candidate_inputs`); none without pooled vectors."""
         if not self.stage1.pooled_dim or not self.schema.tasks:
             return []
         sizes = len(Pooled), self.item_statistics.shape[1], self.item_rates.shape[1]
-        return [scale for scale, size in zip((4.0, 1.0, 4.0), sizes, strict=True) for _ in range(size)]
+        return [factor for factor, size in zip((4.0, 1.0, 4.0), sizes, strict=True) for _ in range(size)]
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         impressions = batch.impressions
