@@ -149,9 +149,8 @@ def states_of(keys: Sequence[bytes], spec: StateSpec) -> list[bytes]:
     rng = np.random.default_rng(1)
     weight = np.full((count, heads), 100, np.float32)
     whole = np.full(count, 100)
-    arrays = StateArrays(
-        rng.standard_normal(shape, dtype=np.float32), weight, 0 * weight, whole, whole, whole, whole.astype(np.uint64)
-    )
+    z, digest = rng.standard_normal(shape, dtype=np.float32), whole.astype(np.uint64)
+    arrays = StateArrays(z, weight, 0 * weight, whole, whole, whole, digest, np.zeros((count, 0)))
     return encode_states(keys, arrays, spec)
 
 

@@ -70,14 +70,16 @@ def states(users: list[int], spec: StateSpec, turn: int) -> list[bytes]:
     place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], np.diff(offsets))
     key = np.repeat(own, np.diff(offsets)) + place % 3
     counters = CounterTable.of(spec.counters, key, np.full(len(key), CREATED_AT), offsets)
-    arrays = StateArrays(z, n, n * 0, own + turn, own, np.full(count, turn), own.astype(np.uint64), (counters,))
+    pooled = np.sin(own[:, None] + np.arange(spec.pooled_dim) + 10.0 * turn)
+    digest = own.astype(np.uint64)
+    arrays = StateArrays(z, n, n * 0, own + turn, own, np.full(count, turn), digest, pooled, (counters,))
     return encode_states(user_keys(users), arrays, dataclasses.replace(spec, created_at=CREATED_AT + turn))
 
 
 def publish(say: Say, store: str, head_dim: int) -> None:
     """Publish turn 0."""
     run = Run(total=TOTAL, batch=BATCH)
-    with run.open_writer(store, state_dtype="float32", state_shape=(1, 2, head_dim)) as writer:
+    with run.open_writer(store, state_dtype="float32", state_shape=(1, 2, head_dim), pooled_dim=4) as writer:
         assert writer.state_spec is not None
         for users in run.batches(writer.cursor):
             own = states(list(users), writer.state_spec, 0)

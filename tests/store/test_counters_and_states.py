@@ -256,8 +256,10 @@ LENGTHS = [4, 0, 9]
 STATE_KEYS = user_keys([1, 2, 3])
 
 
-def state_spec(dtype: StateDtype = StateDtype.float32, counters: CounterSpec | None = COUNTED) -> StateSpec:
-    return StateSpec(bytes(range(32)), 7, 2, 2, 3, dtype, created_at=5, counters=counters)
+def state_spec(
+    dtype: StateDtype = StateDtype.float32, counters: CounterSpec | None = COUNTED, pooled_dim: int = 4
+) -> StateSpec:
+    return StateSpec(bytes(range(32)), 7, 2, 2, 3, dtype, created_at=5, counters=counters, pooled_dim=pooled_dim)
 
 
 def tables(num_keys: int) -> CounterTable:
@@ -265,7 +267,7 @@ def tables(num_keys: int) -> CounterTable:
     return CounterTable.of(COUNTED, rng.integers(0, num_keys, offsets[-1]), 10**12 + np.arange(offsets[-1]), offsets)
 
 
-def states(counters: bool = True) -> StateArrays:
+def states(counters: bool = True, pooled_dim: int = 4) -> StateArrays:
     rng, count = np.random.default_rng(0), len(LENGTHS)
     return StateArrays(
         rng.standard_normal((count, 2, 2, 3, 3)).astype(np.float32),
@@ -273,12 +275,13 @@ def states(counters: bool = True) -> StateArrays:
         rng.random((count, 2)).astype(np.float32),
         *(np.arange(count) + 10 * column for column in range(3)),
         np.arange(count).astype(np.uint64),
+        1e3 * rng.standard_normal((count, pooled_dim)),
         (tables(4), tables(2)) if counters else (),
     )
 
 
 def assert_equal(actual: StateArrays, expected: StateArrays, atol: float = 0.0) -> None:
-    for name in ("n", "removed", "clock", "num_events", "applied_segment", "history_digest"):
+    for name in ("n", "removed", "clock", "num_events", "applied_segment", "history_digest", "pooled"):
         np.testing.assert_array_equal(getattr(actual, name), getattr(expected, name))
     np.testing.assert_allclose(actual.z, expected.z, atol=atol)
     for one, other in zip(actual.counters, expected.counters, strict=True):
@@ -289,9 +292,10 @@ def assert_equal(actual: StateArrays, expected: StateArrays, atol: float = 0.0) 
 
 
 @pytest.mark.parametrize("dtype", [StateDtype.float32, StateDtype.float16])
-@pytest.mark.parametrize("counters", [True, False])
-def test_round_trip(dtype, counters):
-    spec, whole = state_spec(dtype, COUNTED if counters else None), states(counters)
+@pytest.mark.parametrize(("counters", "pooled_dim"), [(True, 4), (False, 4), (True, 0)])
+def test_round_trip(dtype, counters, pooled_dim):
+    """Counters and sums of item vectors are exact, also in states of float16."""
+    spec, whole = state_spec(dtype, COUNTED if counters else None, pooled_dim), states(counters, pooled_dim)
     encoded = encode_states(STATE_KEYS, whole, spec)
     assert len({len(state) for state in encoded}) == (3 if counters else 1)
     atol = 2e-3 if dtype is StateDtype.float16 else 0.0
@@ -304,19 +308,19 @@ def test_round_trip(dtype, counters):
     assert_equal(StateArrays.concatenated([whole[np.array([2])], whole[:2]]), whole[np.array([2, 0, 1])])
 
 
-def test_golden_bytes_of_the_counters():
-    """One user: key 3 at positions 0 and 2, key 5 at position 1; no horizon."""
+def test_golden_bytes_of_what_is_added_up():
+    """One user: item vectors with the sum [1, -1.5]; key 3 at positions 0 and 2, key 5 at position 1; no horizon."""
     spec = CounterSpec(("item",), (2,), (), ())
     table = CounterTable.of(spec, np.array([3, 5, 3]), np.array([256, 512, 768]), np.array([0, 3]))
     none = np.zeros((1, 0), np.float32)
     zero = np.zeros(1, np.int64)
-    arrays = StateArrays(
-        np.zeros((1, 0, 0, 0, 0), np.float32), none, none, zero, zero + 3, zero, zero.astype(np.uint64), (table,)
-    )
-    record = encode_states(STATE_KEYS[:1], arrays, StateSpec(bytes(32), 1, 0, 0, 0, StateDtype.float32, counters=spec))[
-        0
-    ]
+    z, digest, pooled = np.zeros((1, 0, 0, 0, 0), np.float32), zero.astype(np.uint64), np.array([[1.0, -1.5]])
+    arrays = StateArrays(z, none, none, zero, zero + 3, zero, digest, pooled, (table,))
+    whole = StateSpec(bytes(32), 1, 0, 0, 0, StateDtype.float32, counters=spec, pooled_dim=2)
+    record = encode_states(STATE_KEYS[:1], arrays, whole)[0]
     assert record[120:].hex() == (
+        "000000000000f03f"
+        "000000000000f8bf"  # 1 and -1.5
         "0003000000000000"  # clock 768
         "0300000000000000"  # three events
         "02000000"  # two keys
@@ -328,7 +332,7 @@ def test_golden_bytes_of_the_counters():
         "0100000000000000"  # key 5, once, at 512 at position 1
     )
     header = np.frombuffer(record, STATE_HEADER, 1)[0]
-    assert (header["format_version"], header["counters_length"], header["payload_length"]) == (2, 68, 68)
+    assert (header["format_version"], header["counters_length"], header["payload_length"]) == (3, 68, 84)
 
 
 def with_state_checksum(state: bytearray) -> bytes:
@@ -370,6 +374,13 @@ def test_counters_that_are_missing_or_too_many_are_refused():
         encoded = encode_states(STATE_KEYS, states(written is not None), state_spec(counters=written))
         with pytest.raises(RecordError, match="counters"):
             decode_states(encoded, STATE_KEYS, state_spec(counters=read))
+
+
+def test_sums_of_item_vectors_of_another_width_are_refused():
+    for written, read in ((4, 3), (0, 4), (4, 0)):
+        encoded = encode_states(STATE_KEYS, states(pooled_dim=written), state_spec(pooled_dim=written))
+        with pytest.raises(RecordError, match="the state of user 1 is corrupt"):
+            decode_states(encoded, STATE_KEYS, state_spec(pooled_dim=read))
 
 
 def test_another_generation_changes_only_its_number():

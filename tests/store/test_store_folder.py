@@ -303,7 +303,8 @@ def put_states(build: Any, writer: StoreWriter, users: range, salt: int = 0) -> 
     count, zeros = len(users), np.zeros(len(users), np.int64)
     weights = np.zeros((count, 2), np.float32)
     states = StateArrays(
-        np.zeros((count, 1, 2, 3, 3), np.float32), weights, weights, zeros, zeros, zeros, zeros.astype(np.uint64)
+        np.zeros((count, 1, 2, 3, 3), np.float32),
+        *(weights, weights, zeros, zeros, zeros, zeros.astype(np.uint64), np.zeros((count, 0))),
     )
     assert writer.state_spec is not None
     writer.put_batch(keys, records, users.stop, encode_states(keys, states, writer.state_spec))

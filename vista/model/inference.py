@@ -146,6 +146,46 @@ def summarize(model: VistaModel, histories: Histories, slice_len: int | None = N
     return torch.cat([torch.empty(0, model.config.num_seeds, model.config.dim, device=model.device), *parts])
 
 
+# Sums of the vectors that the item space has of events (`vista.examples.item_spaces`). A record holds the mean over all
+# of its events as a row after those of the summary, with zeros behind its r numbers. Letters: N users, r dimensions.
+
+EVENTS_AT_ONCE = 1 << 16
+"""Events whose vectors are held at once while they are added up."""
+
+
+@torch.inference_mode()
+def pooled_sums(model: VistaModel, item: NDArray[Any], offsets: Int) -> NDArray[np.float64]:
+    """Sums of the vectors of packed events, float64 [N, r]; r is 0 for a model without pooled vectors.
+
+    They are exact, so they have the same bits whichever events are added first.
+
+    Args:
+        item: int [T] model rows, as histories have them.
+        offsets: int64 [N + 1].
+    """
+    sums = torch.zeros(len(offsets) - 1, model.config.space_dim, dtype=torch.float64, device=model.device)
+    if model.config.space_dim:
+        owner, row = np.repeat(np.arange(len(sums)), np.diff(offsets)), item.astype(np.int64)
+        for first in range(0, len(row), EVENTS_AT_ONCE):
+            part = slice(first, first + EVENTS_AT_ONCE)
+            vectors = model.item_space[torch.from_numpy(row[part]).to(model.device)]
+            sums.index_add_(0, torch.from_numpy(owner[part]).to(model.device), vectors.double())
+    return sums.cpu().numpy()
+
+
+def pooled_rows(model: VistaModel, sums: NDArray[np.float64], event_count: Int) -> NDArray[np.float32]:
+    """What records hold of sums over all their events, float32 [N, 1, M], or [N, 0, M] for a model without them.
+
+    Args:
+        sums: [N, r] from `pooled_sums`.
+        event_count: int64 [N].
+    """
+    width = model.config.space_dim
+    rows = np.zeros((len(sums), int(width > 0), model.config.dim), np.float32)
+    rows[:, :, :width] = (sums / np.maximum(event_count, 1)[:, None])[:, None]
+    return rows
+
+
 def empty_summary(model: VistaModel) -> Tensor:
     """float32 [1, S, M] summary of an empty history, which is also that of unknown users."""
     none = np.zeros(0, np.int64)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from vista.arrays import Int
 from vista.config.checks import Decay, Mixing, Precision, StateDtype
 from vista.config.store_config import RefreshOptions
-from vista.counters.counters import CounterTable, ItemKeys
+from vista.counters.counters import CounterTable
 from vista.device import choose_precision
 from vista.errors import ConfigError, RecordError
 from vista.log.event_log import EventLog
@@ -58,9 +58,6 @@ MAX_FAILED_SHARE, MAX_FAILED_USERS = 0.01, 10
 """A run stops if more users fail than both limits allow, or if all of them fail."""
 NAMED_FAILURES = 20
 """A report names at most this many failed users."""
-
-Tables = tuple[CounterTable, ...]
-"""One table of exact counters per field; empty for a model without counters."""
 
 STAGES = ("read", "summarize", "encode", "wait", "write", "publish")
 """In a refresh with Ray, `wait` is the time until the actors return the next batch, and the first three are theirs."""
@@ -135,14 +132,14 @@ class BatchEncoder:
             histories = self.log.gather(users, counts)
             model_rows, digests = self.items.model_rows(histories), self.items.digests(histories)
         with clock.stage("summarize"):
-            tables = count_histories(self.model.item_keys, model_rows)
+            sums = sums_of_histories(self.model, model_rows)
             if with_states:
                 state = state_of(self.model, model_rows)
                 summary = read_summaries(self.model, state)
             else:
                 state = state_without_summary(histories.lengths)
                 summary = inference.summarize(self.model, model_rows).cpu().numpy()
-            states = to_arrays(state, self.log.last_segment, digests, tables)
+            states = to_arrays(state, self.log.last_segment, digests, sums)
         with clock.stage("encode"):
             keys, features = user_keys(self.log.users.ids(users)), self.features(users).columns
             return user_summaries(self.model, keys, model_rows, histories.lengths, summary, states, features)
@@ -278,10 +275,10 @@ def has_states(model: VistaModel) -> bool:
     """Whether new events can be added to what the model keeps of earlier ones.
 
     Models with bidirectional mixing have no states. Neither do models with a history limit, because each new event
-    pushes an old one out. Without a summarizer, states hold the counters alone.
+    pushes an old one out. Without a summarizer, states hold counters and sums of item vectors alone.
     """
     if model.summarizer is None:
-        return model.stage1.counters is not None
+        return model.stage1.counters is not None or model.stage1.pooled_dim > 0
     return model.stage1.mixing is Mixing.separable and model.stage1.history_limit == 0
 
 
@@ -301,8 +298,27 @@ def state_without_summary(num_events: Int) -> SummaryState:
     return replace(state, num_events=torch.from_numpy(num_events))
 
 
+@dataclass(frozen=True, slots=True)
+class HistorySums:
+    """What is added up over all events of N users, whichever of them summaries cover."""
+
+    counters: tuple[CounterTable, ...]
+    """Exact counters, one table per field; empty for a model without counters."""
+    pooled: NDArray[np.float64]
+    """[N, r] sums of the vectors of items (`vista.examples.item_spaces`); r is 0 for a model without pooled vectors."""
+
+
+def sums_of_histories(model: VistaModel, histories: Histories) -> HistorySums:
+    """The sums of whole histories, whose items are rows of the model."""
+    tables: tuple[CounterTable, ...] = ()
+    if (keys := model.item_keys) is not None:
+        of_fields = keys.of(histories.item.astype(np.int64))
+        tables = tuple(CounterTable.of(keys.spec, key, histories.timestamp, histories.offsets) for key in of_fields)
+    return HistorySums(tables, inference.pooled_sums(model, histories.item, histories.offsets))
+
+
 def to_arrays(
-    state: SummaryState, applied_segment: int, history_digest: NDArray[np.uint64], counters: Tables
+    state: SummaryState, applied_segment: int, history_digest: NDArray[np.uint64], sums: HistorySums
 ) -> StateArrays:
     """Convert states of the model to those of the store.
 
@@ -310,13 +326,13 @@ def to_arrays(
         state: the states of N users.
         applied_segment: newest segment of the log that they cover.
         history_digest: [N] digests of the whole histories.
-        counters: of the N users.
+        sums: of the N users.
     """
     z, n, removed, clock, num_events = (
         getattr(state, name).cpu().numpy() for name in ("z", "n", "removed", "clock", "num_events")
     )
     applied = np.full(len(n), applied_segment, np.int64)
-    return StateArrays(z, n, removed, clock, num_events, applied, history_digest, counters)
+    return StateArrays(z, n, removed, clock, num_events, applied, history_digest, sums.pooled, sums.counters)
 
 
 def from_arrays(arrays: StateArrays, device: torch.device) -> SummaryState:
@@ -332,14 +348,6 @@ def read_summaries(model: VistaModel, state: SummaryState) -> NDArray[np.float32
         return np.zeros((len(state.num_events), 0, model.config.dim), np.float32)
     summary: NDArray[np.float32] = separable_summarizer(model).read(state.z, state.n).float().cpu().numpy()
     return summary
-
-
-def count_histories(keys: ItemKeys | None, histories: Histories) -> Tables:
-    """Counters of whole histories, whose items are rows of the model."""
-    if keys is None:
-        return ()
-    events = keys.of(histories.item.astype(np.int64))
-    return tuple(CounterTable.of(keys.spec, key, histories.timestamp, histories.offsets) for key in events)
 
 
 def user_summaries(
@@ -359,12 +367,13 @@ def user_summaries(
         newest: at least the last `tail_len` events of each user, as `LogItems.model_rows` gives them.
         event_count: [N] length of each history.
         summary: [N, K, d].
-        states: of the whole histories, with their digests and counters; without sums if they are not stored.
+        states: of the whole histories, with their digests, counters, and sums of item vectors; without the sums of
+            stage 1 if they are not stored.
         features: of the users, with the model's codes, [N] by name.
     """
     return UserSummaries(
         keys=keys,
-        summary=summary,
+        summary=np.concatenate([summary, inference.pooled_rows(model, states.pooled, event_count)], 1),
         tail=stored_tail(model, newest),
         event_count=event_count,
         last_event_ts=last_times(newest),
@@ -419,7 +428,7 @@ def refresh(
         until: which events summaries may cover: None (all), "leave-last-out", "leave-last-N-out", an ISO time, ms, or
             "TIME-less-N".
         options: what is stored and how the work is batched. States are kept only where incremental refreshes can use
-            them: not with bidirectional mixing, a history limit, K = 0 without counters, or `until`.
+            them: not with bidirectional mixing, a history limit, `until`, or K = 0 without counters and pooled vectors.
         shard: write only the users of this shard, into the folder `<store>/part-i-of-n`.
         engine: encodes the batches in other processes; None encodes them in this one. A run can resume with another
             engine. The bytes of the store are the same if both compute with the same number
@@ -610,11 +619,12 @@ def new_manifest(model: VistaModel, state: StateDtype, created_at: int | None, *
     return Manifest(
         created_at=start_of_run(created_at),
         summarizer_id=model.summarizer_id().hex(),
-        num_tokens=config.num_seeds + model.stage1.num_state_rows,
+        num_tokens=config.num_rows,
         dim=config.dim,
         tail_len=config.tail_len,
         state_dtype=state.value,
         state_shape=shape if has_sums else (0, 0, 0),
+        pooled_dim=0 if state is StateDtype.none else model.stage1.pooled_dim,
         counters=counters,
         user_columns=[asdict(column) for column in user_columns(model)],
         tail_columns=[asdict(TailColumn(*column)) for column in model.schema.tail_sizes.items()],
@@ -674,8 +684,8 @@ def _stored_state(wanted: StateDtype | None, target: Path | StoreUrl, *, can_kee
     if wanted is not StateDtype.none and not can_keep:
         raise ConfigError(
             f"state={wanted.value}: no incremental refresh can add events to these states, because the model mixes "
-            "bidirectionally, has a history limit, or has neither a summary nor counters, or because `until` hides "
-            "events; leave it out"
+            "bidirectionally, has a history limit, or has neither a summary, counters, nor pooled vectors, or because "
+            "`until` hides events; leave it out"
         )
     return wanted
 

@@ -21,13 +21,14 @@ from numpy.typing import NDArray
 from vista.arrays import Int
 from vista.config.checks import Decay, Precision
 from vista.config.store_config import INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH, RefreshOptions
-from vista.counters.counters import ItemKeys
+from vista.counters.counters import CounterTable
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
 from vista.log.features import merged_features, row_features, values_of, verified_columns
 from vista.log.histories import Histories, RowFeatures, token_groups
 from vista.log.segment import features_of
 from vista.log.segment_files import EVENTS, USERS, sources_of_events
+from vista.model import inference
 from vista.model.history_states import (
     covered_events,
     covered_lengths,
@@ -43,17 +44,17 @@ from vista.model.summarizer import SummaryState, merge_states
 from vista.model.vista_model import VistaModel
 from vista.refresh.full import (
     BatchEncoder,
+    HistorySums,
     RefreshProgress,
     RefreshReport,
-    Tables,
     UserRecords,
     check_log,
-    count_histories,
     encode_users,
     from_arrays,
     read_summaries,
     state_of,
     state_without_summary,
+    sums_of_histories,
     to_arrays,
     user_columns,
     user_summaries,
@@ -396,7 +397,7 @@ class BatchRefresher:
             # The state receives the events that leave the tail, if summaries do not cover the tail.
             history, new = self._items.model_rows(covered_events(self._model, history)), self._items.model_rows(new)
         with self._run.stage("summarize"):
-            counters = _append_events(self._model.item_keys, states.counters, new)
+            sums = _with_new_events(self._model, states, new)
             if self._model.summarizer is None:
                 state = state_without_summary(old + new.lengths)
             else:
@@ -406,7 +407,7 @@ class BatchRefresher:
                     terms = range_states(self._model, history, context, start)
                 decay_rate = separable_summarizer(self._model).decay_rate
                 state = merge_states(from_arrays(states, self._model.device), terms, decay_rate)
-        return users, self._to_arrays(state, digest, counters), new.num_events
+        return users, self._to_arrays(state, digest, sums), new.num_events
 
     def _exchange(self, users: Int, states: StateArrays, segment: int) -> Iterator[Updated]:
         """Exchange the terms of one user's late and deleted events, or recompute the state if that is cheaper."""
@@ -421,14 +422,14 @@ class BatchRefresher:
             return
         deleted, late = changed
         with self._run.stage("summarize"):
-            counters = count_histories(self._model.item_keys, whole)
+            sums = sums_of_histories(self._model, whole)
             state = from_arrays(states, self._model.device)
             if len(deleted):
                 state = remove_events(self._model, state, old, deleted)
             if len(late):
                 state = insert_events(self._model, state, new, late)
         self._run.counts["exchanged"] += 1
-        yield users, self._to_arrays(state, digest, counters), len(deleted) + len(late)
+        yield users, self._to_arrays(state, digest, sums), len(deleted) + len(late)
 
     def _recompute(self, users: Int) -> Iterator[Updated]:
         """Compute states from the log."""
@@ -438,8 +439,8 @@ class BatchRefresher:
                 histories = self._log.gather(users[part])
                 model_rows, digest = self._items.model_rows(histories), self._items.digests(histories)
             with self._run.stage("summarize"):
-                counters, state = count_histories(self._model.item_keys, model_rows), state_of(self._model, model_rows)
-            yield users[part], self._to_arrays(state, digest, counters), histories.num_events
+                sums, state = sums_of_histories(self._model, model_rows), state_of(self._model, model_rows)
+            yield users[part], self._to_arrays(state, digest, sums), histories.num_events
 
     def _log_at(self, segment: int) -> EventLog:
         """The log as it was when `segment` was its newest one."""
@@ -452,16 +453,17 @@ class BatchRefresher:
         lengths = self._log_at(segment).lengths
         return np.where(users < len(lengths), lengths[np.minimum(users, len(lengths) - 1)], 0)
 
-    def _to_arrays(self, state: SummaryState, digest: NDArray[np.uint64], counters: Tables) -> StateArrays:
-        return to_arrays(state, self._update.applied_segment, digest, counters)
+    def _to_arrays(self, state: SummaryState, digest: NDArray[np.uint64], sums: HistorySums) -> StateArrays:
+        return to_arrays(state, self._update.applied_segment, digest, sums)
 
 
-def _append_events(keys: ItemKeys | None, tables: Tables, new: Histories) -> Tables:
-    """Counters with the events `new` of the same users added, which follow all earlier ones."""
-    if keys is None:
-        return ()
-    events = zip(tables, keys.of(new.item.astype(np.int64)), strict=True)
-    return tuple(table.appended(key, new.timestamp, new.offsets) for table, key in events)
+def _with_new_events(model: VistaModel, states: StateArrays, new: Histories) -> HistorySums:
+    """Sums of states with the events `new` of the same users added, which follow all earlier ones."""
+    tables: tuple[CounterTable, ...] = ()
+    if (keys := model.item_keys) is not None:
+        of_fields = zip(states.counters, keys.of(new.item.astype(np.int64)), strict=True)
+        tables = tuple(table.appended(key, new.timestamp, new.offsets) for table, key in of_fields)
+    return HistorySums(tables, states.pooled + inference.pooled_sums(model, new.item, new.offsets))
 
 
 def _user_features(model: VistaModel, log: EventLog) -> Callable[[Int], RowFeatures]:

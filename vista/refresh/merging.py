@@ -29,12 +29,12 @@ from vista.refresh.full import (
     StageClock,
     UserRecords,
     check_log,
-    count_histories,
     encode_users,
     from_arrays,
     has_states,
     new_manifest,
     read_summaries,
+    sums_of_histories,
     to_arrays,
     user_summaries,
     write_generation,
@@ -332,7 +332,7 @@ def _summarize(
     model: VistaModel, keys: list[bytes], users: Sequence[_UserState], applied_segment: int
 ) -> UserSummaries:
     names = ("z", "n", "removed", "clock", "num_events")
-    tables = count_histories(model.item_keys, concatenated([user.history for user in users]))
+    sums = sums_of_histories(model, concatenated([user.history for user in users]))
     state = SummaryState(*(torch.cat([getattr(user.state, name) for user in users]) for name in names))
     digest = np.array([user.digest for user in users], np.uint64)
     tail_len, names_of_features = model.config.tail_len, users[0].features.columns
@@ -343,6 +343,6 @@ def _summarize(
         newest,
         np.array([user.history.num_events for user in users], np.int64),
         read_summaries(model, state),
-        to_arrays(state, applied_segment, digest, tables),
+        to_arrays(state, applied_segment, digest, sums),
         {name: np.concatenate([user.features.columns[name] for user in users]) for name in names_of_features},
     )

@@ -12,15 +12,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int, id_array, offsets_of
 from vista.counters.counters import CounterCodes, ItemKeys, UserCounters, cells_of, decode_values
 from vista.errors import shown
+from vista.examples.item_spaces import pooled_vectors
 from vista.log.histories import LATEST_MS, YEAR_1971_MS, RowColumn
 from vista.model.features import EncodedRows
-from vista.model.inference import PaddedTail
+from vista.model.inference import PaddedTail, pooled_sums
 from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel
 from vista.scorer.request_features import PairFeatures, of_users
@@ -56,6 +58,8 @@ class Request:
     """Number of the store's generation from which the records come; 0 if there are none."""
     counters: RequestCounters | None = None
     """Of the B users; None without counters."""
+    pooled: Tensor | None = None
+    """float32 [B, J, r] from `pooled_vectors`; None for a model without."""
     features: PairFeatures | None = None
     """Of the B requests; None if all are missing."""
     users: EncodedRows | None = None
@@ -85,8 +89,9 @@ class Request:
         counters = None if self.counters is None else self.counters.select(users)
         features = None if self.features is None else self.features.select(users)
         own = None if self.users is None else self.users.select(users)
+        pooled = None if self.pooled is None else self.pooled[users]
         summary, tail, missing = self.summary[users], self.tail.select(users), self.missing[users]
-        return Request(summary, tail, now, missing, self.generation, counters, features, own)
+        return Request(summary, tail, now, missing, self.generation, counters, pooled, features, own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +194,23 @@ class RequestCounters(UserCounters):
         values = decode_values(spec, by_field).astype(np.float32)
         values[by_field[:, 0] == 0] = np.nan
         return values.reshape(codes.shape)
+
+
+def request_pooled(
+    model: VistaModel, stored: StoredBatch, tail: Tail, is_fresh: Bools, padded: PaddedTail
+) -> Tensor | None:
+    """Pooled vectors of requests, float32 [B, J, r]; None for a model without.
+
+    Args:
+        stored: records, of which the last row holds the mean over their events; users without a record have no events.
+        tail, is_fresh: as of `RequestCounters.of`; padded: the same tail.
+    """
+    if not (width := model.config.space_dim):
+        return None
+    fresh = np.flatnonzero(is_fresh)
+    new = pooled_sums(model, tail.items[fresh], np.searchsorted(fresh, tail.offsets))
+    sums = stored.summary[:, -1, :width].astype(np.float64) * stored.event_count[:, None] + new
+    return pooled_vectors(model.item_space, torch.from_numpy(sums), padded.item)
 
 
 def _rectangle(rows: Tensor, users: slice, columns: slice) -> Int:

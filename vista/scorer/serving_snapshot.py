@@ -24,6 +24,7 @@ from vista.arrays import Int, id_array, offsets_of
 from vista.config.checks import OnMissing, Precision
 from vista.counters.counters import MAX_CODE
 from vista.errors import ItemIndexError, RecordError, UnknownItemError, UnknownUserError, shown
+from vista.examples.item_spaces import Pooled
 from vista.log.histories import NUM_GAPS, RowFeatures
 from vista.model import inference
 from vista.model.features import EncodedRows
@@ -46,6 +47,7 @@ from vista.scorer.request import (
     length_of,
     no_tally,
     not_a_time,
+    request_pooled,
     request_times,
     require_most,
     with_fresh_events,
@@ -134,7 +136,10 @@ class ServingSnapshot:
         # Weights are laid out at their first use. Use them here, so that forked workers share the result.
         none = np.zeros(0, np.int64)
         tail = pad_tail(model, none, none, none, np.zeros(2, np.int64))
-        self.scores(Request(self.empty, tail, None, np.ones(1, bool)), torch.zeros(1, dtype=torch.int64), self.tasks)
+        width = model.config.space_dim
+        pooled = torch.zeros(1, len(Pooled), width, device=model.device) if width else None
+        request = Request(self.empty, tail, None, np.ones(1, bool), pooled=pooled)
+        self.scores(request, torch.zeros(1, dtype=torch.int64), self.tasks)
 
     def candidates(self, given: Any, on_missing: OnMissing, name: str = "candidates") -> CandidateSet:
         """Look up item ids [C] or [B, C] in the vocabulary in service.
@@ -223,14 +228,15 @@ class ServingSnapshot:
             bad = bad | wrong
         tally(hits=num_hits, stale=num_found - num_hits, misses=num_missing, bad_users=int(bad.sum()))
         padded = pad_tail(model, merged.items, merged.times, merged.actions, merged.offsets, merged.features)
-        summary = torch.from_numpy(stored.summary).to(model.device)
+        summary = torch.from_numpy(stored.summary[:, : self.empty.shape[1]]).to(model.device)
         if unknown.any():
             summary[torch.from_numpy(unknown).to(summary.device)] = self.empty
         keys = model.item_keys
         counters = None if keys is None else RequestCounters.of(keys, stored, merged, is_fresh, times)
+        pooled = request_pooled(model, stored, merged, is_fresh, padded)
         reader = model.user_features
         own = None if reader is None else reader.encode(RowFeatures(stored.features), len(unknown))
-        return Request(summary, padded, times, unknown | bad, stored.generation, counters, users=own)
+        return Request(summary, padded, times, unknown | bad, stored.generation, counters, pooled, users=own)
 
     def require_task(self, task: str) -> None:
         """Raise ValueError if the model lacks a task."""
@@ -265,7 +271,7 @@ class ServingSnapshot:
 
     def user_vectors(self, request: Request) -> Tensor:
         """User vectors of the retrieval head, float32 [B, M']."""
-        parts = [self._user_vectors(*self.context(part)) for _, part in self._portions(request)]
+        parts = [self._user_vectors(*self.context(part), part.pooled) for _, part in self._portions(request)]
         return torch.cat(parts) if parts else torch.empty(0, self.model.retrieval_dim, device=self.model.device)
 
     def catalog_scores(self, request: Request) -> NDArray[np.float32]:
@@ -323,7 +329,10 @@ class ServingSnapshot:
             return np.zeros(0, np.int64), scores[0], np.zeros(len(request) + 1, np.int64)
         for users, part in self._portions(request):
             assert part.counters is not None
-            counted = inference.counted_scores(self.model, vectors[users], items, part.counters, self.neighbors(part))
+            neighbors = self.neighbors(part)
+            counted = inference.counted_scores(
+                self.model, vectors[users], items, part.counters, neighbors, part.pooled
+            )
             scores.append(counted.cpu().numpy())
         codes = request.counters.codes
         return codes.key.astype(np.int64), np.concatenate(scores), codes.offsets
@@ -359,7 +368,7 @@ class ServingSnapshot:
                     for task in labeled:
                         scores[task][users][cells] = probability[..., self.model.schema.tasks.index(task)]
             if NEXT_TASK in tasks:
-                vectors = self._user_vectors(context, bucket) if vectors is None else vectors
+                vectors = self._user_vectors(context, bucket, part.pooled) if vectors is None else vectors
                 for cells, cosine in self._next_scores(vectors, part, own, wanted):
                     scores[NEXT_TASK][users][cells] = cosine.cpu()
         return scores
@@ -443,10 +452,9 @@ class ServingSnapshot:
             users = slice(first, min(first + step, len(request)))
             yield users, request.select(users)
 
-    def _user_vectors(self, context: TargetContext, bucket: Tensor | None) -> Tensor:
-        vectors: Tensor = inference.user_vectors(
-            self._scoring, context, self.model.encoder.gap_vectors(bucket), self._biases
-        )
+    def _user_vectors(self, context: TargetContext, bucket: Tensor | None, pooled: Tensor | None) -> Tensor:
+        gap = self.model.encoder.gap_vectors(bucket)
+        vectors: Tensor = inference.user_vectors(self._scoring, context, gap, pooled, self._biases)
         return vectors
 
     @torch.inference_mode()
@@ -502,7 +510,9 @@ class ServingSnapshot:
                 logits.view(-1, logits.shape[-1]).index_add_(0, index, of_counters)
             of_users = None
             if tokens is not None:
-                of_users, tokens = model.retrieval_users(outputs[:, -ROW_TILE:].contiguous())[:, 0], None
+                pooled = None if request.pooled is None else request.pooled[users].unsqueeze(1)
+                of_users = model.retrieval_users(outputs[:, -ROW_TILE:].contiguous(), pooled)[:, 0]
+                tokens = None
             yield (users, columns), logits[:, : columns.stop - columns.start], of_users
 
     def _of_requests(self, request: Request, bucket: Tensor | None) -> Tensor | None:
@@ -563,7 +573,8 @@ class ServingSnapshot:
         assert table is not None
         counted = None
         if counters is not None:
-            counted = inference.counted_scores(self.model, vectors, table[UNKNOWN_ITEM + 1 :], counters, neighbors)
+            items = table[UNKNOWN_ITEM + 1 :]
+            counted = inference.counted_scores(self.model, vectors, items, counters, neighbors, request.pooled)
         scaled = vectors / self.model.temperature
         for users, columns in rectangles(lengths, self._cosines_per_pass):
             items = take(table, rows, users, columns)

@@ -65,6 +65,7 @@ _RULES = {
     "format_version": one_of(FORMAT_VERSION),
     "state_dtype": one_of(*(dtype.value for dtype in StateDtype)),
     "state_shape": list_of(whole(0, 65_535), 3, 3),
+    "pooled_dim": whole(0, 65_535),
     "counters": either(TABLE, one_of(None)),
     "user_columns": list_of(TABLE),
     "tail_columns": list_of(TABLE),
@@ -131,6 +132,8 @@ class Manifest:
     state_dtype: str = StateDtype.none.value
     state_shape: tuple[int, int, int] = (0, 0, 0)
     """Layers, heads and head dim of a state."""
+    pooled_dim: int = 0
+    """Width of the sums of item vectors in a state; 0 without states or pooled vectors."""
     counters: dict[str, Any] | None = None
     """How counters are stored, from `CounterLayout.to_dict`; None if the generation has no counters."""
     user_columns: list[dict[str, Any]] = field(default_factory=list)
@@ -211,11 +214,12 @@ class Manifest:
             return None
         layout, summarizer_id = self.counter_layout(), bytes.fromhex(self.summarizer_id)
         counters = None if layout is None else layout.spec
-        return StateSpec(summarizer_id, self.generation, *self.state_shape, dtype, self.created_at, counters)
+        shape = self.state_shape
+        return StateSpec(summarizer_id, self.generation, *shape, dtype, self.created_at, counters, self.pooled_dim)
 
     def without_states(self) -> Manifest:
         """Manifest of the same records without states, for copies and imports, which are never refreshed in place."""
-        return dataclasses.replace(self, state_dtype=StateDtype.none.value, state_shape=(0, 0, 0))
+        return dataclasses.replace(self, state_dtype=StateDtype.none.value, state_shape=(0, 0, 0), pooled_dim=0)
 
     def with_records(
         self,

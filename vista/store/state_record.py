@@ -1,7 +1,8 @@
 """The bytes of one user's state, from which the summary is read (docs/reference/file-formats.md, "States").
 
-N users, L layers, H heads, D head dim. All numbers are little-endian: a header of 120 bytes; n and removed, float32
-[H]; for float16 only, scales float32 [L, H]; z [L, H, D, D]; the exact counters, if the model has counters.
+N users, L layers, H heads, D head dim, r width of pooled vectors. All numbers are little-endian: a header of 120 bytes; n
+and removed, float32 [H]; for float16 only, scales float32 [L, H]; z [L, H, D, D]; the sum of pooled vectors, float64 [r];
+the exact counters, if the model has counters.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def _entry(spec: CounterSpec) -> np.dtype[np.void]:
 
 
 MAGIC = b"VSTA"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 HEADER = np.dtype(
     [
         ("magic", "S4"),
@@ -140,13 +141,15 @@ class StateSpec:
     """Start of the refresh in ms. Written, not checked."""
     counters: CounterSpec | None = None
     """What the counters count; None without counters."""
+    pooled_dim: int = 0
+    """r; 0 without pooled vectors."""
 
     @property
     def fixed_bytes(self) -> int:
         """Bytes between the header and the counters."""
-        cells = self.num_layers * self.num_heads
+        cells, pooled = self.num_layers * self.num_heads, 8 * self.pooled_dim
         half = self.dtype is StateDtype.float16
-        return 8 * self.num_heads + (4 * cells if half else 0) + cells * self.head_dim**2 * (2 if half else 4)
+        return 8 * self.num_heads + (4 * cells if half else 0) + cells * self.head_dim**2 * (2 if half else 4) + pooled
 
     @property
     def least_bytes(self) -> int:
@@ -172,7 +175,8 @@ class StateArrays:
     """[N] newest segment of the log that each state covers."""
     history_digest: NDArray[np.uint64]
     """[N]."""
-
+    pooled: NDArray[np.float64]
+    """[N, r] sums of the vectors of the histories' items (`vista.examples.item_spaces`)."""
     counters: tuple[CounterTable, ...] = ()
     """One per field; empty without counters."""
 
@@ -192,7 +196,7 @@ class StateArrays:
 FoundStates = tuple[NDArray[Any], StateArrays]
 """Rows of the users who have a state, and these states."""
 
-_COLUMNS = ("z", "n", "removed", "clock", "num_events", "applied_segment", "history_digest")
+_COLUMNS = ("z", "n", "removed", "clock", "num_events", "applied_segment", "history_digest", "pooled")
 
 
 def encode_states(keys: Sequence[bytes], states: StateArrays, spec: StateSpec) -> list[bytes]:
@@ -217,6 +221,7 @@ def encode_states(keys: Sequence[bytes], states: StateArrays, spec: StateSpec) -
         parts += [scale, scaled.astype("<f2")]
     else:
         parts += [z]
+    parts.append(states.pooled)
     fixed, size = np.concatenate([_rows(part) for part in parts], axis=1).tobytes(), spec.fixed_bytes
     counters = encode_tables(states.counters, count)
     headers["counters_length"] = list(map(len, counters))
@@ -272,9 +277,10 @@ def decode_states(values: Sequence[bytes | memoryview], keys: Sequence[bytes], s
         z = take("<f2", L, H, D, D).astype(np.float32) * scale[..., None, None]
     else:
         z = take("<f4", L, H, D, D)
+    pooled = take("<f8", spec.pooled_dim)
     clock, num_events, applied = (headers[name].astype(np.int64) for name in ("clock", "num_events", "applied_segment"))
     digest = headers["history_digest"].astype(np.uint64)
-    return StateArrays(z, n, removed, clock, num_events, applied, digest, counters)
+    return StateArrays(z, n, removed, clock, num_events, applied, digest, pooled, counters)
 
 
 def restamp_states(values: Sequence[bytes], generation: int) -> list[bytes]:

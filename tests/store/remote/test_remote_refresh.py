@@ -250,7 +250,7 @@ def states_of(keys: list[bytes], spec: StateSpec) -> list[bytes]:
     count = len(keys)
     z = np.arange(count * 18, dtype=np.float32).reshape(count, 1, 2, 3, 3)
     weights, whole = z[:, 0, :, 0, 0], np.arange(count)
-    arrays = StateArrays(z, weights, weights, whole, whole, whole, whole.astype(np.uint64))
+    arrays = StateArrays(z, weights, weights, whole, whole, whole, whole.astype(np.uint64), np.zeros((count, 0)))
     return encode_states(keys, arrays, spec)
 
 
