@@ -238,7 +238,8 @@ def untrained(log: EventLog, seed: int = 0, **changes: Any) -> VistaModel:
 
 
 def draw_counter_weights(model: VistaModel | SequenceModel, seed: int = 0) -> None:
-    """Give the parts of a model that read counters and statistics the values of a trained model; they start at 0.
+    """Give the parts of a model that read counters, statistics, and pooled vectors the values of a trained model; they
+    start at 0.
 
     What these parts read of items is drawn, too.
     """
@@ -249,18 +250,19 @@ def draw_counter_weights(model: VistaModel | SequenceModel, seed: int = 0) -> No
     for name in sorted({"item_statistics", "item_rates"} & dict(model.named_buffers()).keys()):
         drawn = getattr(model, name)[1:]
         drawn.copy_(torch.randn(drawn.shape, generator=generator))
-    if model.config.space_dim:
-        draw_space(model, seed)
+    draw_space(model, seed)
     if model.neighbors is not None:
         draw_neighbors(model.neighbors, seed)
 
 
 def draw_space(model: RankingModel, seed: int = 0) -> None:
-    """Give the items of a model vectors of length 1, rounded as training rounds them; 0 for untrained items."""
-    drawn = torch.randn(model.item_space.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    drawn /= drawn.norm(dim=1, keepdim=True)
-    drawn[0] = drawn[1 + model.num_trained_items :] = 0
-    model.item_space.copy_((drawn / GRID).round() * GRID)
+    """Give all trained items drawn vectors of the item space, if the model has one."""
+    if (width := model.config.space_dim) == 0:
+        return
+    count = model.num_trained_items
+    drawn = torch.randn(count, width, generator=torch.Generator().manual_seed(seed)).double()
+    unit = drawn / drawn.norm(dim=1, keepdim=True)
+    model.item_space[1 : 1 + count] = ((unit / GRID).round() * GRID).float()
 
 
 def draw_neighbors(neighbors: Neighbors, seed: int = 0) -> None:

@@ -129,7 +129,7 @@ def test_words_are_choices() -> None:
         (
             ModelConfig,
             {"target_attention": "quasi_linear", "dim": 65_535, "num_heads": 1},
-            r"model\.num_layers: a record would hold 16 summary tokens and 131070 rows of the state",
+            r"model\.num_seeds: a record would hold 131087 rows",
         ),
         (
             ModelConfig,

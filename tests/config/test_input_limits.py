@@ -121,8 +121,8 @@ def test_a_reference_to_another_key_is_allowed() -> None:
     ],
 )
 def test_sizes_of_models(refused: Refused, key: str, most: int) -> None:
-    heads = {"num_heads": 1} if key == "dim" else {}
-    assert getattr(ModelConfig(**{key: most}, **heads), key) == most  # type: ignore[arg-type]
+    others = {"dim": {"num_heads": 1}, "num_seeds": {"pooled_dim": 0}}.get(key, {})
+    assert getattr(ModelConfig(**{key: most}, **others), key) == most  # type: ignore[arg-type]
     for value in (most + 1, 10**18, 10**400):
         refused(lambda value=value: ModelConfig(**{key: value}), f"model.{key}: must be at most {most}, got ")
 

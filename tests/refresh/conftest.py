@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROUNDING
+from tests.conftest import ROUNDING, draw_space
 from tests.counters.counter_histories import category
 from tests.refresh.kafka_clusters import Kafka, MockKafka, Tansu
 from tests.refresh.streams import TOPIC, watch_of
@@ -70,6 +70,7 @@ def model(seed: int = 0, num_tail_features: int | None = None, **config: Any) ->
             parameter.add_(torch.randn_like(parameter) * 0.1)
         if built.config.num_interests:
             built.item_interest[1:] = torch.arange(len(built.items)) % (1 + built.config.num_interests)
+    draw_space(built)
     built.event_features = None if num_tail_features is None else READER
     built.set_item_features(table)
     return built.eval()
@@ -162,6 +163,11 @@ def assert_same(path: str | Path, expected: Path, atol: float = ROUNDING) -> Non
             for name in ("key", "codes", "offsets", "clock"):
                 np.testing.assert_array_equal(getattr(counters, name), getattr(others, name), name)
         np.testing.assert_allclose(batch.summary, wanted.summary, atol=atol)
+        if store.manifest.pooled_dim and other.manifest.pooled_dim:  # both have states, and sums are exact
+            np.testing.assert_array_equal(batch.summary[:, -1], wanted.summary[:, -1])
+            (found, states), (others, wanted_states) = store.states(users), other.states(users)
+            np.testing.assert_array_equal(found, others)
+            np.testing.assert_array_equal(states.pooled, wanted_states.pooled)
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "no reach": {"conv_width": 1, "ignore": ["times"]},
     "a history limit": {"history_limit": 6},
-    "no summary": {"num_seeds": 0},
+    "no summary": {"num_seeds": 0, "pooled_dim": 0},
+    "pooled vectors alone": {"num_seeds": 0},
     "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},
     "quasi-linear, no tokens": {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},
     "interests, event features": {"num_interests": 7, "num_tail_features": 1},
@@ -62,7 +63,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "decay_horizons": [8.0, 0.0],
     },
     "bidirectional, tail not in the summary": {"tail_in_summary": False, "mixing": Mixing.bidirectional},
-    "counters alone": COUNTERS | {"num_seeds": 0},
+    "counters alone": COUNTERS | {"num_seeds": 0, "pooled_dim": 0},
 }
 WITHOUT_STATES = (
     *("a history limit", "no summary"),
@@ -94,6 +95,8 @@ def test_equals_a_full_refresh(tmp_path, grow, name):
         grow.assert_same(store, full(model, log, tmp_path / "expected"), atol=atol)
         if model.counter_spec is not None:
             assert_counted(store, model, log)
+        if model.config.space_dim:
+            assert_pooled(store, model, log)
 
     model, counts = grow.model(**MODELS[name]), {1: 12, 2: 3, 3: 30, 4: 1, 5: 9}
     model, log, store = stored(tmp_path, counts, model, users_per_batch=2)
@@ -373,6 +376,24 @@ def assert_counted(path: Path, model: Any, log: EventLog) -> None:
                 stored = counters.select(rows)
                 for name in ("key", "codes", "offsets", "clock"):
                     np.testing.assert_array_equal(getattr(held, name), getattr(stored, name))
+
+
+def assert_pooled(path: Path, model: VistaModel, log: EventLog) -> None:
+    """Records and states hold the sum of the vectors of all events, added up one after another."""
+    space = model.item_space.double().numpy()
+    with StoreReader.open(path) as store:
+        users = list(store.keys())
+        batch, states = store.get_many(users), store.states(users)
+    for row, user in enumerate(users):
+        history = log[user]
+        total = np.zeros(model.config.space_dim)
+        for item in model.item_rows(log.items.ids(history.item)).tolist():
+            total += space[item]
+        expected = np.zeros(model.config.dim, np.float32)
+        expected[: len(total)] = total / history.num_events
+        assert total.any() and batch.summary[row, -1].tolist() == expected.tolist()
+        if states is not None:
+            assert states[1].pooled[states[0].tolist().index(row)].tolist() == total.tolist()
 
 
 def test_a_store_with_a_limit_counts_only_what_it_covers(tmp_path, grow):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROUNDING, START, small_config, small_frame
+from tests.conftest import ROUNDING, START, draw_space, small_config, small_frame
 from tests.faults.nursery import Say
 from tests.refresh.conftest import fail_at
 from vista.cli.serving_commands import run_refresh, run_score
@@ -44,7 +44,9 @@ COLUMNS = SourceColumns(action="action", rating="rating")
 def new_model(log: EventLog, **changes: object) -> VistaModel:
     """An untrained model, which is good enough to compare what a refresh stores."""
     config = small_config(log, "unused", **{f"model__{key}": value for key, value in changes.items()})
-    return VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
+    model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
+    draw_space(model)
+    return model
 
 
 def assert_store_holds(path: Path, model: VistaModel, log: EventLog, counts: np.ndarray, atol: float) -> None:
@@ -70,6 +72,9 @@ def assert_store_holds(path: Path, model: VistaModel, log: EventLog, counts: np.
             assert stored.history_digest[row] == event_digests(item_keys(ids), seen.timestamp, seen.action).sum()
             rows = type(seen)(model.item_rows(ids), seen.timestamp, seen.action, seen.rating, seen.offsets)
             expected = inference.summarize(model, rows)[0].numpy()
+            if width := model.config.space_dim:
+                mean = model.item_space.double().numpy()[rows.item].mean(0)
+                expected = np.concatenate([expected, np.pad(mean, (0, model.config.dim - width))[None]])
             np.testing.assert_allclose(stored.summary[row], expected, atol=atol)
 
 
@@ -116,7 +121,10 @@ def test_the_manifest_keeps_until(event_log, tmp_path):
 
 
 def test_no_summary_tokens(event_log, tmp_path):
-    model = new_model(event_log, num_seeds=0)
+    model = new_model(event_log, num_seeds=0, pooled_dim=7)
+    refresh(model, event_log, tmp_path / "pooled")
+    assert_store_holds(tmp_path / "pooled", model, event_log, event_log.lengths, atol=LOST[Codec.int8])
+    model = new_model(event_log, num_seeds=0, pooled_dim=0)
     refresh(model, event_log, tmp_path / "store")
     assert_store_holds(tmp_path / "store", model, event_log, event_log.lengths, atol=0)
     with Scorer.open(model, tmp_path / "store") as scorer:
@@ -391,7 +399,8 @@ def test_summaries_without_the_tail_cover_the_events_before_it(tmp_path, grow, s
     history = replace(history, item=model.rows_of(log.items)[history.item].astype(np.int32))
     with StoreReader.open(tmp_path / "store") as store, StoreReader.open(tmp_path / "whole") as other:
         batch, of_all = (opened.get_many(log.users.ids(np.arange(4))) for opened in (store, other))
-    np.testing.assert_allclose(batch.summary, inference.summarize(whole, history).numpy(), atol=ROUNDING)
+    np.testing.assert_allclose(batch.summary[:, :-1], inference.summarize(whole, history).numpy(), atol=ROUNDING)
+    np.testing.assert_array_equal(batch.summary[:, -1], of_all.summary[:, -1])  # pooled vectors cover the tail
     assert batch.event_count.tolist() == [12, 5, 30, 1] and np.diff(batch.tail.offsets).tolist() == [5, 5, 5, 1]
     for name in ("key", "codes", "offsets", "clock"):  # counters cover the tail
         np.testing.assert_array_equal(getattr(batch.counters[0], name), getattr(of_all.counters[0], name))

@@ -60,7 +60,7 @@ def test_shards_are_read_as_one_store(tmp_path, grow):
         for counters, others in zip(batch.counters, wanted.counters, strict=True):
             for name in ("key", "codes", "offsets", "clock"):
                 np.testing.assert_array_equal(getattr(counters, name), getattr(others, name), name)
-        assert sharded.get_many([]).summary.shape == (0, 3, 16) and not sharded.reload()
+        assert sharded.get_many([]).summary.shape == (0, 4, 16) and not sharded.reload()
     with Scorer.open(model, tmp_path / "whole") as one, Scorer.open(model, tmp_path / "sharded") as many:
         np.testing.assert_allclose(many.score(users, [0, 10, 20]), one.score(users, [0, 10, 20]), atol=1e-4)
 

@@ -392,6 +392,12 @@ class ModelConfig(NextItemConfig):
         )
         if self.decay is not Decay.none:
             self._check_decay()
+        require(
+            self.num_rows <= MAX_DIM,
+            "model.num_seeds",
+            f"a record would hold {self.num_rows} rows, but at most {MAX_DIM} are allowed; use fewer summary tokens, "
+            "and with quasi_linear fewer layers or more heads",
+        )
         if self.num_state_rows:
             self._check_state_rows()
         if self.mean_token:
@@ -418,6 +424,11 @@ class ModelConfig(NextItemConfig):
         """Rows of width dim that a record holds of stage 1's state, after the summary tokens."""
         reads_state = self.target_attention is TargetAttentionKind.quasi_linear
         return self.num_layers * (self.dim // self.num_heads) if reads_state else 0
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of width dim of a record: the summary tokens, those of stage 1's state, and that of pooled vectors."""
+        return self.num_seeds + self.num_state_rows + (self.space_dim > 0)
 
     @property
     def summary_lag(self) -> int:
@@ -447,12 +458,6 @@ class ModelConfig(NextItemConfig):
             self.mixing is Mixing.separable,
             "model.target_attention",
             "quasi_linear reads the state of separable mixing; set model.mixing=separable, or another kind",
-        )
-        require(
-            self.num_seeds + self.num_state_rows <= MAX_DIM,
-            "model.num_layers",
-            f"a record would hold {self.num_seeds} summary tokens and {self.num_state_rows} rows of the state, but at "
-            f"most {MAX_DIM} rows are allowed; use fewer layers or more heads",
         )
 
     def _check_decay(self) -> None:

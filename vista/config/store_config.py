@@ -300,7 +300,8 @@ class PlanConfig(WritesJson, SummaryFormat):
             f"is {per_user:.2g} per active user, more than one per second; check users and this",
         )
         require(
-            self.model.num_seeds + self.model.num_state_rows > 0,
+            self.model.num_rows > 0,
             "model.architecture",
-            "only vista with num_seeds above 0 stores summaries; other models read the raw history in each request",
+            "only vista with num_seeds or pooled_dim above 0 stores summaries; other models read the raw history in "
+            "each request",
         )

@@ -150,7 +150,7 @@ class StoreSizes:
             record_spec = RecordSpec(
                 summarizer_id=bytes(32),
                 generation=1,
-                num_tokens=model.num_seeds + model.num_state_rows,
+                num_tokens=model.num_rows,
                 dim=model.dim,
                 codec=codec,
                 counters=layout,
@@ -168,6 +168,7 @@ class StoreSizes:
                 num_heads=model.num_heads,
                 head_dim=model.dim // model.num_heads,
                 dtype=state,
+                pooled_dim=model.space_dim,
             )
             state_bytes = state_spec.least_bytes + (
                 0 if spec is None else tables_bytes(spec, [history_events] * spec.num_fields)
@@ -378,8 +379,10 @@ def plan_capacity(config: PlanConfig) -> CapacityPlan:
         request_s=request_s,
         serving_cores=max(1, math.ceil(config.requests_per_s * request_s / UTILIZATION)),
         request_bytes=config.candidates * CANDIDATE_BYTES + (sizes.record if config.remote_store else 0),
-        # Per item: its retrieval vector, its vector with four projections (`ItemProjections`), float32, and neighbors.
-        item_bytes=config.items * (6 * config.model.dim * 4 + 16 * config.model.num_neighbors),
+        # Per item: its retrieval vector, its vector with four projections (`ItemProjections`), that of the item space,
+        # which the retrieval vector has too, float32, and neighbors.
+        item_bytes=config.items
+        * (6 * config.model.dim * 4 + 8 * config.model.space_dim + 16 * config.model.num_neighbors),
         copied_bytes_per_s=records_per_s * sizes.record * config.replicas,
         groups=(),
         lag=_simulated(config, cost, workers) if config.burst > 1 or config.failures_per_day else None,

@@ -367,8 +367,7 @@ def user_summaries(
         newest: at least the last `tail_len` events of each user, as `LogItems.model_rows` gives them.
         event_count: [N] length of each history.
         summary: [N, K, d].
-        states: of the whole histories, with their digests, counters, and sums of item vectors; without the sums of
-            stage 1 if they are not stored.
+        states: of the whole histories, with their digests and `HistorySums`; without `z` if it is not stored.
         features: of the users, with the model's codes, [N] by name.
     """
     return UserSummaries(

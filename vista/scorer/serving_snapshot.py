@@ -330,9 +330,7 @@ class ServingSnapshot:
         for users, part in self._portions(request):
             assert part.counters is not None
             neighbors = self.neighbors(part)
-            counted = inference.counted_scores(
-                self.model, vectors[users], items, part.counters, neighbors, part.pooled
-            )
+            counted = inference.counted_scores(self.model, vectors[users], items, part.counters, neighbors, part.pooled)
             scores.append(counted.cpu().numpy())
         codes = request.counters.codes
         return codes.key.astype(np.int64), np.concatenate(scores), codes.offsets

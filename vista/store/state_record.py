@@ -1,8 +1,8 @@
 """The bytes of one user's state, from which the summary is read (docs/reference/file-formats.md, "States").
 
-N users, L layers, H heads, D head dim, r width of pooled vectors. All numbers are little-endian: a header of 120 bytes; n
-and removed, float32 [H]; for float16 only, scales float32 [L, H]; z [L, H, D, D]; the sum of pooled vectors, float64 [r];
-the exact counters, if the model has counters.
+N users, L layers, H heads, D head dim, r width of pooled vectors. All numbers are little-endian: a header of 120 bytes;
+n and removed, float32 [H]; for float16 only, scales float32 [L, H]; z [L, H, D, D]; the sum of the vectors of items,
+float64 [r]; the exact counters, if the model has counters.
 """
 
 from __future__ import annotations
