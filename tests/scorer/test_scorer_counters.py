@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tests.conftest import DAY, ROUNDING, START, draw_counter_weights, small_config, tail_of
 from tests.counters.counter_histories import category, counters_of_request
 from vista.arrays import Int
+from vista.config.checks import Codec
 from vista.counters.counters import UserCounters
 from vista.evaluation.cases import case_requests
 from vista.log.event_log import EventLog
@@ -23,7 +24,7 @@ from vista.log.splits import Until
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.vista_model import VistaModel
-from vista.refresh import refresh
+from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer, Tail
 from vista.scorer.request import Request, RequestCounters
 from vista.training.log_schema import schema_of
@@ -61,6 +62,16 @@ class Opened:
     def request(self, users: list[Any], tail: Tail | None, now: Any) -> Request:
         with self.scorer._call(users, tail, now) as call:
             return call.request
+
+    def pooled(self, tail_len: int = TAIL_LEN) -> NDArray[np.float64]:
+        """Pooled vectors of a request for all users with their newest `tail_len` events, made from the log."""
+        space, pooled = self.scorer.model.item_space.double().numpy(), []
+        for user in self.users:
+            rows = self.rows[self.log[user].item]
+            known = [*rows[: len(rows) - self.num_missing], *rows[-min(self.num_missing, tail_len) :]]
+            sums = [sum(space[row] for row in chosen) for chosen in (known, rows[-tail_len:])]
+            pooled.append([total / np.linalg.norm(total) for total in sums])
+        return np.array(pooled)
 
     def counters(self, users: list[Any], tail: Tail | None, now: Any) -> RequestCounters:
         counters = self.request(users, tail, now).counters
@@ -120,7 +131,8 @@ def opened(
     request: pytest.FixtureRequest, model: VistaModel, impression_log: EventLog, tmp_path_factory: Any
 ) -> Iterator[Opened]:
     folder, num_missing = tmp_path_factory.mktemp("counters"), STALE[request.param]
-    refresh(model, impression_log, folder / "store", until=Until(held_out=num_missing))
+    options = RefreshOptions(codec=Codec.float32)
+    refresh(model, impression_log, folder / "store", until=Until(held_out=num_missing), options=options)
     with Scorer.open(model, folder / "store") as scorer:
         yield Opened(scorer, impression_log, model.rows_of(impression_log.items), num_missing)
 
@@ -151,6 +163,20 @@ def test_a_request_has_the_codes_of_the_raw_history(opened: Opened, now: Any) ->
     np.testing.assert_array_equal(counters.num_events, stored.event_count + num_new)
 
 
+def test_a_request_has_the_pooled_vectors_of_the_raw_history(opened: Opened) -> None:
+    for tail_len in (TAIL_LEN, 2):
+        with Scorer.open(opened.scorer.model.with_tail(tail_len), opened.scorer.store.path) as scorer:
+            request = replace(opened, scorer=scorer).request(opened.users, opened.tail(TAIL_LEN + 3), None)
+        assert request.pooled is not None and request.pooled.dtype is torch.float32
+        np.testing.assert_allclose(request.pooled.numpy(), opened.pooled(tail_len), atol=ROUNDING)
+        assert (request.pooled[:, 0] - request.pooled[:, 1]).abs().max() > 0.1
+    nobody = opened.request([999], None, None).pooled
+    assert nobody is not None and not nobody.any()
+    item = opened.scorer.model.items.ids(np.array([3]))
+    asked = opened.request([999], Tail(item, np.array([START]), np.zeros(1, int), np.array([0, 1])), None).pooled
+    assert asked is not None and torch.allclose(asked[0], opened.scorer.model.item_space[[4, 4]])
+
+
 def test_events_that_the_record_covers_count_once(opened: Opened, now: Any) -> None:
     """A caller sends more events than the record lacks, or some twice."""
     expected = opened.counters(opened.users, opened.tail(TAIL_LEN), now)
@@ -160,6 +186,8 @@ def test_events_that_the_record_covers_count_once(opened: Opened, now: Any) -> N
     twice = np.concatenate([rows, rows[:, ::-1]], 1).ravel()
     doubled = Tail(tail.items[twice], tail.times[twice], tail.actions[twice], 2 * tail.offsets)
     same_codes(opened.counters(opened.users, doubled, now), expected)
+    once, again = (opened.request(opened.users, sent, now).pooled for sent in (tail, doubled))
+    assert once is not None and again is not None and torch.equal(once, again)
 
 
 def test_without_fresh_events_the_stored_counters_decay(opened: Opened) -> None:
@@ -219,9 +247,9 @@ def test_next_equals_the_scores_of_the_raw_history(opened: Opened, now: Any) -> 
     scorer, tail, counters = opened.scorer, opened.tail(TAIL_LEN), opened.expected(now)
     ids, items = scorer.item_vectors()
     users = torch.from_numpy(scorer.user_vectors(opened.users, tail=tail, now=now))
-    with scorer._call(opened.users, tail, now) as call:
-        newest = call.request.tail.item
-    expected = inference.catalog_scores(scorer.model, users, torch.from_numpy(items), counters, newest).numpy()
+    request = opened.request(opened.users, tail, now)
+    asked = users, torch.from_numpy(items), counters, request.tail.item, request.pooled
+    expected = inference.catalog_scores(scorer.model, *asked).numpy()
     linear = users.numpy() @ items.T / scorer.model.config.softmax_temperature
     assert (np.abs(expected - linear) > 1e-2).mean() > 0.1
     close = {"rtol": ROUNDING, "atol": ROUNDING}
@@ -305,7 +333,7 @@ def test_counters_have_a_share_of_the_score(opened: Opened, task: str, now: Any)
     value = explanation.value if task == "next" else 1 / (1 + np.exp(-explanation.value))
     np.testing.assert_allclose(value, scores, rtol=ROUNDING, atol=ROUNDING)
     added = explanation.summary.sum(1) + explanation.state + explanation.tail.sum(1) + explanation.own
-    rest = explanation.value - added - explanation.counted
+    rest = explanation.value - added - explanation.counted - explanation.pooled - explanation.statistics
     np.testing.assert_allclose(rest, explanation.remainder, atol=1e-5)
     counts = explanation.counts[:, :1] if task == "next" else explanation.counts
     is_counted = np.isfinite(counts).any(1)
@@ -316,11 +344,15 @@ def test_counters_have_a_share_of_the_score(opened: Opened, task: str, now: Any)
     assert model.counted is not None and model.task_head is not None
     if task != "next":
         expected = np.full(len(items), model.task_head.bias[TASKS.index(task)].item())
-    else:  # The weights of the statistics have a bias too.
-        assert model.statistics is not None
-        bias = model.statistics.weight.bias[: model.item_statistics.shape[1]]
-        of_all_users = (model.item_statistics[1:] @ bias).detach().numpy()
-        expected = np.where(is_counted, model.counted.gate.bias.item(), of_all_users)
+    else:
+        expected = np.where(is_counted, model.counted.gate.bias.item(), 0.0)
+        vector = scorer.user_vectors([user], tail=tail, now=time)[0].astype(np.float64)
+        dim, width = model.config.dim, model.config.space_dim
+        of_pooled = model.item_space[1:].double().numpy() @ vector[dim : dim + width]
+        statistics = model.item_statistics[1:].double().numpy()
+        of_all_users = statistics @ vector[dim + width :][: statistics.shape[1]]
+        np.testing.assert_allclose(explanation.pooled, np.where(is_counted, 0, of_pooled), atol=1e-5)
+        np.testing.assert_allclose(explanation.statistics, np.where(is_counted, 0, of_all_users), atol=1e-5)
     np.testing.assert_allclose(explanation.remainder, expected, atol=5e-5)
 
 

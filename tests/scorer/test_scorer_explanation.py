@@ -55,6 +55,7 @@ def test_contributions_add_up_to_the_score(opened: Scorer, task: str, with_now: 
     value = explanation.value if task == "next" else 1 / (1 + np.exp(-explanation.value))
     np.testing.assert_allclose(value, scores, atol=1e-5)
     added = explanation.summary.sum(1) + explanation.state + explanation.tail.sum(1) + explanation.own
+    added = added + explanation.counted + explanation.pooled + explanation.statistics
     np.testing.assert_allclose(added + explanation.remainder, explanation.value, rtol=1e-6, atol=1e-6)
     head = opened.model.task_head
     assert head is not None

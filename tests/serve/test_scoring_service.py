@@ -83,7 +83,7 @@ def test_explanation(service: RunningService, scorer: Scorer) -> None:
     status, answer = service.fetch("/v1/explain", {"user": 103, "candidates": ITEMS, "now": NOW})
     expected = scorer.explain(103, ITEMS, now=NOW)
     assert status == 200 and answer["tail_items"] == expected.tail_items
-    for name in ("value", "summary", "state", "tail", "own", "counted", "remainder"):
+    for name in ("value", "summary", "state", "tail", "own", "counted", "pooled", "statistics", "remainder"):
         np.testing.assert_array_equal(bits(answer[name]), bits(getattr(expected, name)))
 
 

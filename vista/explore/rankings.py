@@ -20,7 +20,10 @@ from vista.store.record import Tail
 HOUR_MS = 3_600_000
 LISTED = 1_000
 """Ranks that are looked up before and after added events; items beyond have no rank."""
-PARTS = ("summary", "tail", "counters", "item and request", "state", "bias")
+PARTS = (
+    *("summary", "tail", "counters", "whole history", "popularity"),
+    *("item and request", "state", "bias"),
+)
 """What a score consists of, as the page names it: `Explanation` has the fields in another order."""
 
 
@@ -112,6 +115,8 @@ def explained_ranking(
         "summary": explanation.summary.sum(1),
         "tail": explanation.tail.sum(1),
         "counters": explanation.counted,
+        "whole history": explanation.pooled,
+        "popularity": explanation.statistics,
         "item and request": explanation.own,
         "state": explanation.state,
         "bias": explanation.remainder,
@@ -119,6 +124,8 @@ def explained_ranking(
     has = {
         "summary": scorer.model.config.num_seeds > 0,
         "counters": scorer.model.counter_spec is not None,
+        "whole history": scorer.model.config.space_dim > 0,
+        "popularity": bool(np.any(explanation.statistics)),
         "state": bool(np.any(explanation.state)),
     }
     return ExplainedRanking(

@@ -5,7 +5,7 @@ a graph.
 
 Letters: B users, T events of the tails that are given, L tail length of the model, C candidates, S summary rows,
 E counted keys, G fields of counters, F values per key (`CounterSpec`), H horizons, M model dim, M' width of retrieval
-vectors, V items of the vocabulary, A actions.
+vectors, r width and J number of pooled vectors, V items of the vocabulary, A actions.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from vista.counters.counters import (
     code_scales,
     decode_values,
 )
+from vista.examples.item_spaces import NUM_POOLED, unit
 from vista.examples.neighbors import NUM_RECENT, NeighborSources, neighbor_sums
 from vista.log.histories import NO_TIMESTAMP, NUM_GAPS, UNKNOWN_GAP
 from vista.model import inference
@@ -82,13 +83,14 @@ class ServingGraph(nn.Module):
         labeled = ["logits", "probabilities"] if schema.tasks else []
         self.outputs = [*labeled, *(["next"] if model.has_retrieval else [])]
         self.tail_len, self.temperature, self.dim = config.tail_len, config.softmax_temperature, config.dim
-        self.num_rows, self.num_trained = config.num_seeds + config.num_state_rows, model.num_trained_items
+        self.num_trained, self.space_dim = model.num_trained_items, config.space_dim
         self.stage = copy.deepcopy(model.target_attention)
         use_plain_layers(self.stage)
         table = items.candidate
         if table is None:
             table = model.item_vectors(torch.arange(count + 1))
         self._tables(candidate=table, retrieval=items.retrieval, empty=inference.empty_summary(model))
+        self._tables(space=model.item_space if config.space_dim else None)
         self.heads = _heads(model, self.stage)
         encoder = model.encoder
         self._tables(
@@ -118,6 +120,8 @@ class ServingGraph(nn.Module):
     """[NUM_GAPS, M]."""
     category_table: Tensor | None
     """int64 [G - 1, 1 + V] (`ItemKeys.category`)."""
+    space_table: Tensor | None
+    """[1 + V, r] (`RankingModel.item_space`)."""
     gap_bounds: Tensor
     """int64 ms, ascending: where buckets begin."""
 
@@ -172,6 +176,9 @@ class ServingGraph(nn.Module):
             codes = torch.cat(fields, -1)
             num_events = given["event_count"] + is_new.long().sum(1)
             of_tasks = self.counters.with_event_counts(codes, num_events)
+        pooled = None
+        if self.space_table is not None:
+            pooled = self._pooled(given, found, items, aligned("tail_is_new"))
         seen = torch.full((1,), self.tail_len)
         out = []
         if "logits" in self.outputs:
@@ -181,13 +188,19 @@ class ServingGraph(nn.Module):
             if self.request_features is not None:
                 added = self.request_features([given[name] for name in self._columns(REQUEST)])
                 shown = added if request is None else request + added
-            logits = self.heads.candidate_logits(vectors, shown, seen, context, projections, codes=of_tasks)
+            inputs = None
+            if pooled is not None:
+                inputs = self.heads.candidate_inputs(self._cosines(pooled, candidates), candidates)
+            logits = self.heads.candidate_logits(
+                vectors, shown, seen, context, projections, codes=of_tasks, inputs=inputs
+            )
             out += [logits, logits.sigmoid()]
         if "next" in self.outputs:
-            users = self.heads.user_vectors(request, seen, context)[:, 0]
+            of_request = None if pooled is None else pooled.unsqueeze(1)
+            users = self.heads.user_vectors(request, seen, context, of_request)[:, 0]
             score = (F.embedding(candidates, self.retrieval_table) * users.unsqueeze(1)).sum(-1) / self.temperature
             if codes is not None and self.heads.counted is not None:
-                statistics, unit = F.embedding(candidates, self.heads.item_statistics), users[:, : self.dim]
+                statistics = F.embedding(candidates, self.heads.item_statistics)
                 if (neighbors := self.heads.neighbors) is not None:
                     new = items.masked_fill(~aligned("tail_is_new"), 0)
                     sources = _sources(given[COUNTER_KEYS], new, items)
@@ -195,7 +208,9 @@ class ServingGraph(nn.Module):
                     sums = sums.gather(2, candidates.unsqueeze(1).expand(-1, sums.shape[1], -1))
                     score = score + inference.neighbor_scores(users, sums)
                     statistics = torch.cat([statistics, sums.transpose(1, 2)], -1)
-                counted = self.heads.counted(codes, score, statistics, num_events, unit)
+                if pooled is not None:
+                    statistics = torch.cat([statistics, self._cosines(pooled, candidates)], -1)
+                counted = self.heads.counted(codes, score, statistics, num_events, users[:, : self.dim])
                 score = torch.where(codes[..., 0] > 0, counted, score)
             out.append(score)
         return tuple(out)
@@ -207,14 +222,28 @@ class ServingGraph(nn.Module):
         assert self.category_table is not None
         return self.category_table[field - 1][rows]
 
+    def _pooled(self, given: dict[str, Tensor], found: Tensor, items: Tensor, is_new: Tensor) -> Tensor:
+        """Pooled vectors [B, J, r] (`request_pooled`), from items int64 [B, L] and bool [B, L] which of them are new."""
+        assert self.space_table is not None
+        vectors = F.embedding(items, self.space_table).double()
+        of_record = given["summary"][:, -1, : self.space_dim].double() * given["event_count"].unsqueeze(1)
+        new = (vectors * is_new.unsqueeze(-1)).sum(1)
+        return unit(torch.stack([of_record * found.unsqueeze(1) + new, vectors[:, -NUM_POOLED:].sum(1)], 1))
+
+    def _cosines(self, pooled: Tensor, candidates: Tensor) -> Tensor:
+        """Cosines [B, C, J] of the pooled vectors [B, J, r] with candidates int64 [B, C]."""
+        assert self.space_table is not None
+        return F.embedding(candidates, self.space_table) @ pooled.transpose(1, 2)
+
     def _columns(self, prefix: str) -> list[str]:
         """Names of the inputs with features of one kind."""
         return [name for name in self.names if name.startswith(f"{prefix}.")]
 
     def _summary(self, given: dict[str, Tensor], found: Tensor) -> Tensor:
-        """[B, S, M]: the records' rows, and those of an empty history for users without a record."""
-        if self.num_rows:
-            return torch.where(found[:, None, None], given["summary"], self.empty_table)
+        """[B, S, M]: the records' rows but for that of pooled vectors, and those of an empty history for users without a
+        record."""
+        if count := self.empty_table.shape[1]:
+            return torch.where(found[:, None, None], given["summary"][:, :count], self.empty_table)
         return torch.zeros_like(found[:, None, None].float()).expand(-1, -1, self.dim)[:, :0]
 
     def _bucket(self, gap_ms: Tensor) -> Tensor:
@@ -242,7 +271,7 @@ def _heads(model: VistaModel, stage: TargetAttention) -> VistaModel:
         for name, own in model._parameters.items()
         if name != "item_table"
     }
-    read = "item_statistics", "neighbor_items", "neighbor_weights"
+    read = "item_statistics", "item_rates", "neighbor_items", "neighbor_weights"
     heads._buffers = {name: own for name, own in model._buffers.items() if name in read}
     heads._modules = {name: copy.deepcopy(own) if name in kept else None for name, own in model._modules.items()}
     heads._modules["target_attention"] = stage
@@ -265,7 +294,7 @@ class GraphInput:
 def graph_inputs(model: VistaModel) -> list[GraphInput]:
     """The inputs of a model's graph, in their order. What the model does not read is left out."""
     config, schema, counted = model.config, model.schema, model.counter_spec
-    rows, reads_time = config.num_seeds + config.num_state_rows, model.encoder.gap is not None
+    rows, reads_time = config.num_rows, model.encoder.gap is not None
     inputs = [
         GraphInput("candidates", "int64", (USERS, CANDIDATES), "item rows of the candidates; 0 or less if unknown"),
         GraphInput("found", "bool", (USERS,), "whether the user has a record; if not, the summary is ignored"),
@@ -286,11 +315,14 @@ def graph_inputs(model: VistaModel) -> list[GraphInput]:
         ]
     inputs += _features(TAIL, schema.tail_features, events, "feature of the tail's events")
     inputs += _features(USER, schema.user_features, (USERS,), "feature of the user")
+    if counted is not None or config.space_dim:
+        inputs += [
+            GraphInput("tail_is_new", "bool", events, "whether the record does not cover the event"),
+            GraphInput("event_count", "int64", (USERS,), "events that the record covers"),
+        ]
     if counted is not None:
         keys = USERS, KEYS
         inputs += [
-            GraphInput("tail_is_new", "bool", events, "whether the record's counters do not include the event"),
-            GraphInput("event_count", "int64", (USERS,), "events that the record covers"),
             GraphInput("last_event_ts", "int64", (USERS,), "time of the newest of them in ms"),
             GraphInput(COUNTER_KEYS, "int64", keys, "item rows that the record counts; 0 is padding"),
             GraphInput(COUNTER_CODES, "int64", (*keys, counted.num_columns), "their codes, 0 to 63"),

@@ -23,6 +23,7 @@ from vista.export.serving_graph import Arrays, request_arrays
 from vista.log.histories import DAY_MS, YEAR_1971_MS, Histories
 from vista.model import inference
 from vista.model.features import HashedVocabulary, RowFeatureReader
+from vista.model.inference import pooled_rows, pooled_sums
 from vista.model.item_feature_table import largest_keys
 from vista.model.vista_model import VistaModel
 from vista.refresh.full import new_manifest
@@ -171,7 +172,7 @@ def write_trial_store(model: VistaModel, path: Path, seed: int = 0) -> None:
     last = np.where(lengths > 0, times[np.maximum(offsets[1:] - 1, 0)] if total else 0, np.int64(-(2**63)))
     users = UserSummaries(
         keys=user_keys(list(range(NUM_USERS))),
-        summary=np.ascontiguousarray(summary),
+        summary=np.concatenate([summary, pooled_rows(model, pooled_sums(model, items, offsets), lengths)], 1),
         tail=Tail(items[index], times[index], actions[index], offsets_of(kept), features),
         event_count=lengths,
         last_event_ts=last,

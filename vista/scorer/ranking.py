@@ -22,10 +22,12 @@ from torch import Tensor
 from vista.arrays import Int, offsets_of
 from vista.config.checks import OnMissing
 from vista.errors import DeadlineError
+from vista.examples.item_spaces import Pooled
 from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.attribution import Attribution, attribute
 from vista.model.item_index import ItemIndex
+from vista.model.layers import CandidateHead
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
@@ -255,7 +257,7 @@ def explained(call: Call, task: str, candidates: Any, features: Any) -> Explanat
 class Explanation:
     """The contributions to the scores of C candidates for one user (`vista.model.attribution`); float32.
 
-    `summary.sum(1) + state + tail.sum(1) + own + counted + remainder` equals `value`.
+    `summary.sum(1) + state + tail.sum(1) + own + counted + pooled + statistics + remainder` equals `value`.
     """
 
     value: NDArray[np.float32]
@@ -281,6 +283,12 @@ class Explanation:
     """[C, G * F] these counters as of the request, in the units and with the F columns of `CounterSpec`: of the item,
     then of its value of each of `model.counter_categories`; NaN where it is not counted. G is 0 for a model without
     counters."""
+    pooled: NDArray[np.float32]
+    """[C] contribution of the user's pooled vectors: of how similar the candidate is to all that the user had, and to
+    the newest of it; 0 without them."""
+    statistics: NDArray[np.float32]
+    """[C] contribution of how popular the candidate is among all users; 0 for a model that does not read it. The scores
+    of `next` of counted items read it, and pooled vectors, together with their counters, so `counted` has all three."""
     remainder: NDArray[np.float32]
     """[C] the task's bias, and rounding."""
 
@@ -295,11 +303,12 @@ class Explanation:
             task: one of `snapshot.tasks`.
         """
         shares_of = _shares_of_next if task == NEXT_TASK else partial(_shares_of_task, task)
-        value, shares = shares_of(snapshot, request, rows.to(snapshot.model.device))
+        value, shares, pooled, statistics = shares_of(snapshot, request, rows.to(snapshot.model.device))
         summary, tail, own, counted = shares.summary, shares.tail, shares.query[0], shares.counters
         valid = request.tail.valid[0]
         items = request.tail.item[0][valid]
         ids = snapshot.model.items.ids(np.maximum(items - 1, 0)).tolist()
+        added = summary.sum(1) + shares.state + tail[:, valid].sum(1) + own + counted + pooled + statistics
         return cls(
             value.cpu().numpy(),
             summary.cpu().numpy(),
@@ -309,24 +318,38 @@ class Explanation:
             own.cpu().numpy(),
             counted.cpu().numpy(),
             np.zeros((len(rows), 0), np.float32) if request.counters is None else request.counters.counts(rows.numpy()),
-            (value - (summary.sum(1) + shares.state + tail[:, valid].sum(1) + own + counted)).cpu().numpy(),
+            pooled.cpu().numpy(),
+            statistics.cpu().numpy(),
+            (value - added).cpu().numpy(),
         )
 
 
+_Shares = tuple[Tensor, Attribution, Tensor, Tensor]
+"""Values, the shares of what stage 2 reads and of counters, those of pooled vectors, and those of statistics."""
+
+
+def _wide_shares(products: Tensor, dim: int, width: int) -> tuple[Tensor, Tensor]:
+    """Shares of pooled vectors and of statistics, [C] each, in the products [C, M'] of retrieval vectors."""
+    _, of_pooled, of_statistics = products.split([dim, width, products.shape[1] - dim - width], -1)
+    return of_pooled.sum(1), of_statistics.sum(1)
+
+
 @torch.no_grad()
-def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -> tuple[Tensor, Attribution]:
+def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -> _Shares:
     """The scores [C] of `next`, and their contributions.
 
     What the query token starts from (`VistaModel.request_parts`) counts as its own share, or as a share of the newest
     event or of the mean token. The score of a counted item has two terms: one of its
     counters, and one of the user vector, which is broken down.
     """
-    model, counters = snapshot.model, request.counters
+    model, counters, dim = snapshot.model, request.counters, snapshot.model.config.dim
     context, seen = _inputs(model, request)
     gap = inference.request_gap(model, request.now, request.tail)
     items = snapshot.retrieval_vectors()[rows] / model.temperature
-    user = inference.user_vectors(model, context, gap)
+    user = inference.user_vectors(model, context, gap, request.pooled)
     value: Tensor = items @ user[0]
+    of_pooled, of_statistics = _wide_shares(items * user, dim, model.config.space_dim)
+    items = items[:, :dim]
     of_counters, neighbors = torch.zeros_like(value), snapshot.neighbors(request)
     sums = value.new_zeros(len(rows), 0) if neighbors is None else neighbors.sums(rows)[0].t()
     if neighbors is not None:
@@ -335,18 +358,20 @@ def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -
     if counters is not None:
         assert model.counted is not None
         codes = torch.from_numpy(counters.of_items(rows.cpu().numpy())[:, :-1]).to(model.device)
-        is_counted, statistics = codes[:, 0] > 0, torch.cat([model.item_statistics[rows], sums], 1)
+        is_counted, statistics = codes[:, 0] > 0, [model.item_statistics[rows], sums]
+        if request.pooled is not None:
+            pooled = request.pooled.expand(len(rows), -1, -1)
+            statistics.append(inference.pooled_cosines(pooled, model.item_space[rows]))
         num_events = torch.from_numpy(counters.num_events).to(model.device)
-        counted = model.counted.from_counters(codes[None], value[None], statistics[None], num_events)[0]
+        counted = model.counted.from_counters(codes[None], value[None], torch.cat(statistics, 1)[None], num_events)[0]
         of_counters = torch.where(is_counted, counted, of_counters)
-        dim, gate = model.config.dim, model.counted.gate.weight
+        of_pooled, of_statistics = of_pooled.masked_fill(is_counted, 0), of_statistics.masked_fill(is_counted, 0)
         value = torch.where(is_counted, counted + model.counted.from_user(user[:, :dim]), value)
-        items = torch.where(is_counted[:, None], F.pad(gate * dim**0.5, (0, items.shape[1] - dim)), items)
+        items = torch.where(is_counted[:, None], model.counted.gate.weight * dim**0.5, items)
 
     def head(out: Tensor) -> Tensor:
         length = out.detach().square().sum(-1, keepdim=True).sqrt()
-        unit = out / length
-        return ((unit if model.statistics is None else model.statistics(unit)) * items).sum(-1)
+        return (out / length * items).sum(-1)
 
     parts = [part.reshape(1, -1).expand(len(rows), -1) for part in model.request_parts(seen, context)]
     shares = attribute(model.target_attention, parts, None if gap is None else gap[0], context, head)
@@ -355,11 +380,12 @@ def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -
     tail[:, -1] += newest
     if mean:
         summary[:, 0] += mean[0]
-    return value, replace(shares, summary=summary, tail=tail, query=[own], counters=of_counters)
+    shares = replace(shares, summary=summary, tail=tail, query=[own], counters=of_counters)
+    return value, shares, of_pooled, of_statistics
 
 
 @torch.no_grad()
-def _shares_of_task(task: str, snapshot: ServingSnapshot, request: Request, rows: Tensor) -> tuple[Tensor, Attribution]:
+def _shares_of_task(task: str, snapshot: ServingSnapshot, request: Request, rows: Tensor) -> _Shares:
     """The logits [C] of a labeled task, and their contributions."""
     model, dim = snapshot.model, snapshot.model.config.dim
     assert model.task_head is not None
@@ -374,15 +400,37 @@ def _shares_of_task(task: str, snapshot: ServingSnapshot, request: Request, rows
         codes, added = torch.from_numpy(of_items).to(model.device)[None], (both[:, :dim], both[:, dim:])
     vectors, weight = model.item_vectors(rows), model.task_head.weight[index : index + 1]
     of_pairs = None if asked is None else asked.expand_as(vectors)[None]
-    value = model.candidate_logits(vectors[None], of_pairs, seen, context, codes=codes)[0, :, index]
+    inputs = None
+    if request.pooled is not None:
+        cosines = inference.pooled_cosines(request.pooled.expand(len(rows), -1, -1), model.item_space[rows])
+        inputs = model.candidate_inputs(cosines, rows)[None]
+    value = model.candidate_logits(vectors[None], of_pairs, seen, context, codes=codes, inputs=inputs)[0, :, index]
 
     def head(out: Tensor) -> Tensor:
         return F.linear(out, weight)[:, 0]
 
     shares = attribute(model.target_attention, [vectors], asked, context, head, added)
-    if codes is not None and model.candidate_head is not None:
-        shares = replace(shares, counters=shares.counters + model.candidate_head.logits(codes)[0, :, index])
-    return value, shares
+    if model.candidate_head is None or (codes is None and inputs is None):
+        return value, shares, torch.zeros_like(value), torch.zeros_like(value)
+    of_head = (share[0, :, index] for share in _head_shares(model.candidate_head, codes, inputs))
+    of_counters, of_statistics, of_pooled = of_head
+    return value, replace(shares, counters=shares.counters + of_counters), of_pooled, of_statistics
+
+
+def _head_shares(head: CandidateHead, codes: Tensor | None, inputs: Tensor | None) -> list[Tensor]:
+    """What counters, statistics, and pooled vectors change of what a network adds to logits, [1, C, num_tasks] each.
+
+    A network is no sum of what it reads, so a share is the change when its part joins those before it. What the network
+    gives without all three is the same for all candidates, and belongs to the remainder.
+    """
+    if inputs is None:
+        logits = head.logits(codes)
+        return [logits, torch.zeros_like(logits), torch.zeros_like(logits)]
+    of_items = inputs.clone()
+    of_items[..., : len(Pooled)] = 0
+    none = None if codes is None else codes * 0
+    given = (none, inputs * 0), (codes, inputs * 0), (codes, of_items), (codes, inputs)
+    return [after - before for before, after in pairwise([head.logits(*parts) for parts in given])]
 
 
 def _inputs(model: VistaModel, request: Request) -> tuple[TargetContext, Tensor]:

@@ -130,8 +130,8 @@ class ServingSnapshot:
             self._time_projections = None if gaps is None else torch.cat([gaps, stage.request_projection(gaps)], -1)
             """[NUM_GAPS, 5M] projections of the request's time, like those of items in `ItemProjections.candidate`."""
             self._of_features = None if model.request_encoder is None else RequestProjections(model)
-            added = model.candidate_head
-            self._code_vectors = None if added is None else added.of_each_code()
+            added, spec = model.candidate_head, model.counter_spec
+            self._code_vectors = None if added is None or spec is None else added.of_each_code()
             """[G * F * 64, 5M] what each code of each column adds to the rows of `ItemProjections.candidate`."""
         # Weights are laid out at their first use. Use them here, so that forked workers share the result.
         none = np.zeros(0, np.int64)
@@ -500,12 +500,17 @@ class ServingSnapshot:
                 x[:, count:], own[:, count:] = tokens
             counted = None
             if request.counters is not None:
-                counted = self._add_counters(x, own, *request.counters.counted_pairs(users, rows, columns))
+                counted = request.counters.counted_pairs(users, rows, columns)
+                self._add_counters(x, own, *counted)
             outputs = model.target_attention.query(x, own, None, self._seen, some, self._biases)
             logits = model.task_head(outputs)
-            if counted is not None:
-                index, of_counters = counted
-                logits.view(-1, logits.shape[-1]).index_add_(0, index, of_counters)
+            if request.pooled is not None:
+                candidates = tiles(rows, users, columns).to(model.device)
+                logits[:, :count] += self._of_head(request.pooled[users], candidates, counted)
+            elif counted is not None and len(counted[2]):
+                user, column, codes = counted
+                index = torch.from_numpy(user * shape[1] + column).to(model.device)
+                logits.view(-1, logits.shape[-1]).index_add_(0, index, inference.head_logits(model, codes, None))
             of_users = None
             if tokens is not None:
                 pooled = None if request.pooled is None else request.pooled[users].unsqueeze(1)
@@ -537,21 +542,37 @@ class ServingSnapshot:
         of_pairs = self._of_features.of(pairs, len(pairs)).view(-1, count, 5 * self.model.config.dim)
         return of_pairs if added is None else added + of_pairs
 
-    def _add_counters(
-        self, x: Tensor, own: Tensor, user: Int, column: Int, codes: NDArray[np.uint8]
-    ) -> tuple[Tensor, Tensor] | None:
-        """Add what counters say of n pairs of user and candidate to the queries x [users, Q, M] and own [users, Q, 4M].
-
-        Returns:
-            The queries of the pairs int64 [n], and what to add to their logits [n, num_tasks]; None without pairs.
-        """
+    def _add_counters(self, x: Tensor, own: Tensor, user: Int, column: Int, codes: NDArray[np.uint8]) -> None:
+        """Add what counters say of n pairs of user and candidate to the queries x [users, Q, M] and own [users, Q,
+        4M]."""
         if not len(codes):
-            return None
+            return
         dim, counted = x.shape[-1], self.added_by(codes)
         index = torch.from_numpy(user * x.shape[1] + column).to(x.device)
         x.view(-1, dim).index_add_(0, index, counted[:, :dim])
         own.view(-1, 4 * dim).index_add_(0, index, counted[:, dim:].to(own.dtype))
-        return index, inference.head_logits(self._scoring, codes, None)
+
+    def _of_head(self, pooled: Tensor, rows: Tensor, counted: tuple[Int, Int, NDArray[np.uint8]] | None) -> Tensor:
+        """What `candidate_head` adds to the logits of candidates, float32 [users, C', num_tasks].
+
+        Args:
+            pooled: [users, J, r].
+            rows: int64 [C'] or [users, C'] model rows, in whole tiles.
+            counted: as of `RequestCounters.counted_pairs`; None without counters.
+        """
+        model, head = self.model, self.model.candidate_head
+        assert head is not None
+        cosines = inference.pooled_cosines(pooled.unsqueeze(1), model.item_space[rows])
+        inputs = model.candidate_inputs(cosines, rows.expand(cosines.shape[:2])).flatten(0, 1)
+        codes = None
+        if (spec := model.counter_spec) is not None:
+            codes = np.zeros((len(inputs), spec.num_fields * spec.num_columns + 1), np.uint8)
+            if counted is not None:
+                user, column, of_pairs = counted
+                codes[user * cosines.shape[1] + column] = of_pairs
+            codes = torch.from_numpy(codes).to(model.device)
+        logits: Tensor = head.logits(codes, inputs)
+        return logits.view(*cosines.shape[:2], -1)
 
     def _candidates(self, rows: Tensor | None, users: slice, columns: slice) -> tuple[Tensor, Tensor]:
         """Vectors [C', M] or [users, C', M] and projections [..., 4M] of the items of some columns, in whole tiles."""

@@ -555,7 +555,9 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "own": [0.5],
         "counted": [0.0],
         "counts": [[]],
-        "remainder": [-0.125],
+        "pooled": [0.25],
+        "statistics": [0.0],
+        "remainder": [-0.375],
     },
 }
 """Example answers by endpoint, without `_SOURCE` and `variant`, which services with several models add."""

@@ -163,7 +163,8 @@ class Downstream:
                 f"events, the last at {stored.last_event_ts[first]}, but of this log only {self._seen[users[first]]} "
                 f"events lie before its until={self._since}; refresh the store from this log"
             )
-        return np.where(stored.found[:, None, None], stored.summary, self._empty)
+        summary = stored.summary[:, : self._empty.shape[1]]  # without the row of pooled vectors, which the log gives
+        return np.where(stored.found[:, None, None], summary, self._empty)
 
 
 def with_settings_of(base: RankingModel, config: TrainConfig) -> TrainConfig:
