@@ -223,7 +223,7 @@ class ServingGraph(nn.Module):
         return self.category_table[field - 1][rows]
 
     def _pooled(self, given: dict[str, Tensor], found: Tensor, items: Tensor, is_new: Tensor) -> Tensor:
-        """Pooled vectors [B, J, r] (`request_pooled`), from items int64 [B, L] and bool [B, L] which of them are new."""
+        """Pooled vectors [B, J, r] (`request_pooled`) with the tail's items int64 [B, L]; bool [B, L]: the new ones."""
         assert self.space_table is not None
         vectors = F.embedding(items, self.space_table).double()
         of_record = given["summary"][:, -1, : self.space_dim].double() * given["event_count"].unsqueeze(1)
@@ -240,7 +240,7 @@ class ServingGraph(nn.Module):
         return [name for name in self.names if name.startswith(f"{prefix}.")]
 
     def _summary(self, given: dict[str, Tensor], found: Tensor) -> Tensor:
-        """[B, S, M]: the records' rows but for that of pooled vectors, and those of an empty history for users without a
+        """[B, S, M]: the records' rows without that of pooled vectors, or those of an empty history for users without a
         record."""
         if count := self.empty_table.shape[1]:
             return torch.where(found[:, None, None], given["summary"][:, :count], self.empty_table)
