@@ -29,6 +29,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch import Tensor
 
 # Triton reads this when it is first imported, which any module below may do. Without a GPU, the tests of its kernels
 # run in its interpreter, and would fail if it was imported without this.
@@ -263,6 +264,15 @@ def draw_space(model: RankingModel, seed: int = 0) -> None:
     drawn = torch.randn(count, width, generator=torch.Generator().manual_seed(seed)).double()
     unit = drawn / drawn.norm(dim=1, keepdim=True)
     model.item_space[1 : 1 + count] = ((unit / GRID).round() * GRID).float()
+
+
+def candidate_inputs(model: VistaModel, pooled: Tensor | None, candidates: Tensor) -> Tensor | None:
+    """What tasks read of the requests' pooled vectors [B, J, r] and candidates int64 [B, C]; None for a model without
+    pooled vectors."""
+    if pooled is None:
+        return None
+    cosines = torch.einsum("bjr,bcr->bcj", pooled.double(), model.item_space[candidates].double())
+    return model.candidate_inputs(cosines.float(), candidates)
 
 
 def draw_neighbors(neighbors: Neighbors, seed: int = 0) -> None:

@@ -55,6 +55,7 @@ def drawn_model(
     mean_token: bool = False,
     num_layers: int = 2,
     categories: bool = False,
+    pooled_dim: int = 7,
 ) -> VistaModel:
     """A model in eval mode. No weight that training starts at 0 is 0."""
     config = ModelConfig(
@@ -69,6 +70,7 @@ def drawn_model(
         counter_keys=10,
         counter_categories=["brand"] if categories else [],
         mean_token=mean_token,
+        pooled_dim=pooled_dim,
     )
     columns = COLUMNS if features else []
     brands, table = category("brand", np.arange(100) % 8 - 1) if categories else ([], None)
@@ -111,10 +113,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "only next": {"tasks": ()},
     "only tasks": {"has_retrieval": False},
     "no counters": {"counters": False},
+    "no pooled vectors": {"pooled_dim": 0},
     "no features": {"features": False},
     "no times": {"has_time": False},
     "categories": {"categories": True},
-    "little": {"counters": False, "features": False, "has_time": False, "num_seeds": 0},
+    "little": {"counters": False, "features": False, "has_time": False, "num_seeds": 0, "pooled_dim": 0},
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.conftest import DAY, ITEMS, ROUNDING, START, USERS, Served, run_python, tail_of, untrained
+from tests.conftest import DAY, ITEMS, ROUNDING, START, USERS, Served, candidate_inputs, run_python, tail_of, untrained
 from vista.config.checks import OnMissing, Precision
 from vista.errors import (
     UnknownItemError,
@@ -43,13 +43,18 @@ def expected_scores(
         tail = pad_tail(model, rows, history.timestamp, history.action, history.offsets)
         context = inference.request_context(model, inference.summarize(model, history), tail)
         gap = inference.request_gap(model, None if now is None else np.array(now[index : index + 1]), tail)
-        vector = inference.user_vectors(model, context, gap)[0]
+        sums = [model.item_space[chosen].double().sum(0) for chosen in (rows, rows[-model.config.tail_len :])]
+        pooled = torch.nn.functional.normalize(torch.stack(sums), dim=-1)[None].float()
+        vector, dim = inference.user_vectors(model, context, gap, pooled)[0], model.config.dim
         lines: dict[str, list[float]] = {task: [] for task in scores}
         for row in model.item_rows(items).tolist():
             item = torch.nn.functional.normalize(model.item_table[row], dim=0)
-            lines["next"].append(float(vector @ item) / model.config.softmax_temperature)
+            own = float(vector[:dim] @ item) / model.config.softmax_temperature
+            lines["next"].append(own + float(vector[dim:] @ model.item_space[row]))
             if model.schema.tasks:
-                logits = inference.candidate_logits(model, context, gap, torch.tensor([[row]]))[0, 0]
+                candidates = torch.tensor([[row]])
+                inputs = candidate_inputs(model, pooled, candidates)
+                logits = inference.candidate_logits(model, context, gap, candidates, inputs=inputs)[0, 0]
                 for task, logit in zip(model.schema.tasks, logits, strict=True):
                     lines[task].append(float(logit.sigmoid()))
         for task, line in lines.items():
@@ -153,7 +158,7 @@ def test_user_and_item_vectors_rank_like_the_scores(scorer: Scorer, served: Serv
     ids, items = scorer.item_vectors()
     users = scorer.user_vectors(USERS)
     assert ids.tolist() == served.log.items.ids(np.arange(served.log.num_items)).tolist()
-    np.testing.assert_allclose(np.linalg.norm(users, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(users[:, : scorer.model.config.dim], axis=1), 1, atol=1e-5)
     scores = scorer.score(USERS, ids)
     np.testing.assert_allclose(users @ items.T / scorer.model.config.softmax_temperature, scores, atol=1e-4)
     items[:] = 0  # The array is the caller's own copy.

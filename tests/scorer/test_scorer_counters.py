@@ -12,12 +12,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.conftest import DAY, ROUNDING, START, draw_counter_weights, small_config, tail_of
+from tests.conftest import DAY, ROUNDING, START, candidate_inputs, draw_counter_weights, small_config, tail_of
 from tests.counters.counter_histories import category, counters_of_request
 from vista.arrays import Int
 from vista.config.checks import Codec
 from vista.counters.counters import UserCounters
 from vista.evaluation.cases import case_requests
+from vista.examples.item_statistics import HistoryCounters
 from vista.log.event_log import EventLog
 from vista.log.histories import NO_TIMESTAMP, Histories
 from vista.log.splits import Until
@@ -83,7 +84,6 @@ class Opened:
         seen, keys = self.log.lengths, self.scorer.model.item_keys
         assert keys is not None
         histories, requests = case_requests(
-            keys,
             self.log,
             self.rows,
             np.arange(len(seen)),
@@ -92,7 +92,7 @@ class Opened:
             covered=seen - self.num_missing,
             tail_len=self.scorer.model.config.tail_len,
         )
-        return histories.at(requests)
+        return HistoryCounters.of(keys, histories).at(requests)
 
 
 def untrained(log: EventLog, items: Vocabulary, **changes: Any) -> VistaModel:
@@ -293,9 +293,10 @@ def test_tasks_equal_those_of_the_raw_history(opened: Opened) -> None:
         item = candidates.numpy().ravel()
         user = np.repeat(np.arange(len(opened.users)), candidates.shape[1])
         codes = opened.expected(now).of_pairs(user, item).reshape(*candidates.shape, -1)
+        inputs = candidate_inputs(model, torch.from_numpy(opened.pooled()).float(), candidates)
         with_codes, without = (
-            inference.candidate_logits(model, context, gap, candidates, each).sigmoid().numpy()[:, 1:]
-            for each in (torch.from_numpy(codes), None)
+            inference.candidate_logits(model, context, gap, candidates, each, inputs).sigmoid().numpy()[:, 1:]
+            for each in (torch.from_numpy(codes), torch.zeros(codes.shape, dtype=torch.uint8))
         )
         assert (np.abs(with_codes - without).max(-1) > 1e-3).mean() > 0.1
         predicted = scorer.predict(opened.users, scorer.item_vectors()[0], tail=tail, now=now)
@@ -343,7 +344,13 @@ def test_counters_have_a_share_of_the_score(opened: Opened, task: str, now: Any)
     model = scorer.model
     assert model.counted is not None and model.task_head is not None
     if task != "next":
-        expected = np.full(len(items), model.task_head.bias[TASKS.index(task)].item())
+        assert model.candidate_head is not None
+        spec = model.counter_spec
+        assert spec is not None
+        nothing = torch.zeros(1, spec.num_fields * spec.num_columns + 1, dtype=torch.uint8)
+        of_head = model.candidate_head.logits(nothing, torch.zeros(1, model.num_candidate_inputs))
+        expected = np.full(len(items), (model.task_head.bias + of_head)[0, TASKS.index(task)].item())
+        assert np.abs(explanation.pooled).min() > 0 and np.abs(explanation.statistics).min() > 0
     else:
         expected = np.where(is_counted, model.counted.gate.bias.item(), 0.0)
         vector = scorer.user_vectors([user], tail=tail, now=time)[0].astype(np.float64)

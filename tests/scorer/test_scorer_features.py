@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.conftest import DAY, ROUNDING, draw_counter_weights, small_config
+from tests.conftest import DAY, ROUNDING, candidate_inputs, draw_counter_weights, small_config
 from tests.refresh.conftest import HOUR, START, append, events
 from tests.refresh.conftest import model as event_model
 from tests.scorer.test_scorer_exactness import same
@@ -33,7 +33,7 @@ from vista.model.features import EncodedRows, RowFeatureReader
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer, Tail
-from vista.scorer.serving_snapshot import RequestProjections
+from vista.scorer.request_features import RequestProjections
 from vista.training.log_schema import schema_of
 
 EVENT_USERS = [1, 2, 3, 4]
@@ -64,7 +64,7 @@ def log(tmp_path: Path) -> EventLog:
 @pytest.mark.parametrize("num_tail_features", [0, 1, 2])
 def test_fresh_events_are_read_as_stored_ones(tmp_path: Path, log: EventLog, num_tail_features: int) -> None:
     """Without summaries, a score depends only on the tail, which holds the fresh events once they are refreshed."""
-    made = event_model(num_seeds=0, num_tail_features=num_tail_features, dim=32, tail_len=16)
+    made = event_model(num_seeds=0, pooled_dim=0, num_tail_features=num_tail_features, dim=32, tail_len=16)
     old = refreshed(made, log, tmp_path / "old")
     later = START + 500 * HOUR
     log = append(tmp_path / "log", events({1: 2, 2: 4, 4: 9}, later))
@@ -328,7 +328,8 @@ def test_scores_are_those_of_the_model(opened: Scorer, ids: Known, drawn: Any, w
         if request.counters is not None:
             own_codes = [request.counters.select(slice(n, n + 1)).of_items(item[n].numpy()) for n in range(len(users))]
             codes = torch.from_numpy(np.stack(own_codes))
-        expected = inference.candidate_logits(model, context, asked, item, codes)[:, 0].sigmoid().numpy()
+        inputs = candidate_inputs(model, request.pooled, item)
+        expected = inference.candidate_logits(model, context, asked, item, codes, inputs)[:, 0].sigmoid().numpy()
         for index, task in enumerate(model.schema.tasks):
             np.testing.assert_allclose(whole[task][:, column], expected[:, index], atol=ROUNDING)
     plain = opened.predict(users, items, now=now, request={"device": drawn["device"]})
@@ -480,7 +481,7 @@ def request_rows() -> EncodedRows:
 def projections(request: pytest.FixtureRequest, opened: Scorer, monkeypatch: pytest.MonkeyPatch) -> RequestProjections:
     """Those of few values, which are projected once, and those of too many."""
     if request.param == "large":
-        monkeypatch.setattr("vista.scorer.serving_snapshot.MAX_PREPARED_ROWS", 3)
+        monkeypatch.setattr("vista.scorer.request_features.MAX_PREPARED_ROWS", 3)
     made = RequestProjections(opened.model)
     assert (made._table is None) == (request.param == "large")
     return made

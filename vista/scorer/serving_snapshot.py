@@ -1,8 +1,8 @@
 """What a scorer has in service: a model, its items, and a store, none of which change during a call.
 
 B users, C candidates, C' the same in whole tiles of `ROW_TILE` rows, so that their scores do not depend on each other,
-N requests or pairs, V items of the vocabulary, S seeds, L tail length, M model dim, M' width of retrieval vectors, R
-rows of the encoder of requests.
+N requests or pairs, V items of the vocabulary, S seeds, L tail length, M model dim, M' width of retrieval vectors, J
+pooled vectors of r numbers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from vista.errors import ItemIndexError, RecordError, UnknownItemError, UnknownU
 from vista.examples.item_spaces import Pooled
 from vista.log.histories import NUM_GAPS, RowFeatures
 from vista.model import inference
-from vista.model.features import EncodedRows
 from vista.model.inference import ROW_TILE, UserNeighbors, pad_tail
 from vista.model.item_feature_table import ItemsByValue
 from vista.model.item_index import ItemIndex
@@ -52,13 +51,12 @@ from vista.scorer.request import (
     require_most,
     with_fresh_events,
 )
+from vista.scorer.request_features import RequestProjections
 from vista.store.reader import ShardedReader, StoredBatch, StoreReader
 from vista.store.record import Tail
 
 CONTEXT_TOKENS_PER_PASS = 1024
 """Tokens of summaries and tails whose keys and values fit a cache."""
-MAX_PREPARED_ROWS = 1 << 14
-"""At M = 256, a table of so many rows takes 84 MB."""
 logger = logging.getLogger(__name__)
 
 Cells = tuple[slice, slice]
@@ -318,9 +316,9 @@ class ServingSnapshot:
             user: [M'] from `user_vectors`; neighbors: of that user; rows: int64 [n].
         """
         table = self.retrieval_vectors()
-        wanted = torch.from_numpy(rows).to(table.device)
-        scores = torch.mv(table.index_select(0, wanted), user) / self.model.temperature
-        return scores + inference.neighbor_scores(user[None], neighbors.sums(wanted))[0]
+        wanted = tiles(torch.from_numpy(rows), slice(0, 1), slice(0, len(rows))).to(table.device)
+        scores = torch.mv(table.index_select(0, wanted), user / self.model.temperature)
+        return (scores + inference.neighbor_scores(user[None], neighbors.sums(wanted))[0])[: len(rows)]
 
     def _counted_scores(self, request: Request, vectors: Tensor) -> tuple[Int, NDArray[np.float32], NDArray[np.int64]]:
         """What `counted_items` returns of the items in the users' counters; vectors: [B, M'] from `user_vectors`."""
@@ -635,50 +633,6 @@ class Call:
     def asked(self, features: Any, candidates: int | Int | None) -> Request:
         """The request with the features that the caller passes (`Request.with_features`)."""
         return self.request.with_features(self.snapshot.model, features, candidates)
-
-
-class RequestProjections:
-    """Computes what features of requests add to the rows of `ItemProjections.candidate`.
-
-    Encoder and projection are linear, so each value is projected once per model, and a request only adds up rows.
-    """
-
-    def __init__(self, model: VistaModel) -> None:
-        """
-        Args:
-            model: reads features of requests; its weights no longer change.
-        """
-        assert model.request_encoder is not None
-        self._model = model
-        values, dense = model.request_encoder.values, model.request_encoder.dense
-        rows = values if dense is None else torch.cat([values, dense])
-        self._dense_rows = np.arange(len(values), len(rows))
-        self._table = self._projected(rows) if len(rows) <= MAX_PREPARED_ROWS else None
-        """[R, 5M] of each value, then of each dense input; None if the encoder has too many."""
-
-    @torch.inference_mode()
-    def of(self, features: EncodedRows | None, count: int) -> Tensor:
-        """[N, 5M] float32. The bits of a row do not depend on the others.
-
-        Args:
-            features: None if all are missing.
-            count: N.
-        """
-        if features is None:
-            assert self._model.request_features is not None
-            features = self._model.request_features.missing(count)
-        if self._table is None:
-            tiles = np.arange(-(-count // ROW_TILE) * ROW_TILE) % max(count, 1)  # repeated rows fill the last one
-            assert self._model.request_encoder is not None
-            return self._projected(self._model.request_encoder(features.select(tiles)))[:count]
-        row = np.concatenate([features.entry, np.broadcast_to(self._dense_rows, features.dense.shape)], 1)
-        weight = np.concatenate([np.ones(features.entry.shape, np.float32), features.dense], 1)
-        row_, weight_ = torch.from_numpy(row).to(self._table.device), torch.from_numpy(weight).to(self._table.device)
-        return F.embedding_bag(row_, self._table, mode="sum", per_sample_weights=weight_)
-
-    def _projected(self, vectors: Tensor) -> Tensor:
-        """[N, 5M] vectors [N, M], and their projections in the first layer of stage 2."""
-        return torch.cat([vectors, self._model.target_attention.request_projection(vectors)], -1)
 
 
 def rectangles(lengths: Int, pairs: int) -> Iterator[Cells]:
