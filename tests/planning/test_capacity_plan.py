@@ -71,8 +71,8 @@ def test_a_plan_by_hand() -> None:
     """One million users, half of them active, with a day of 57.6 million events: 1,000 per s in the busiest hour."""
     plan = plan_of("users=1e6", "events_per_day=57.6e6", "requests_per_s=1000")
     event_s = 0.16e-9 * 2 * 64**2
-    assert plan.sizes.record == 128 + 16 * (64 + 8) + 32 * (4 + 8 + 1)
-    assert plan.sizes.state == 120 + 2 * 4 * 4 + 4 * 2 * 4 * 16**2
+    assert plan.sizes.record == 128 + 17 * (64 + 8) + 32 * (4 + 8 + 1)
+    assert plan.sizes.state == 120 + 2 * 4 * 4 + 4 * 2 * 4 * 16**2 + 8 * 32
     assert plan.summary_bytes == pytest.approx(1e6 * (4096 / 2) * (1 + 1 / 204), rel=1e-3)
     assert plan.changed_users == pytest.approx(5e5 * (1 - 2.718281828**-7.2), rel=1e-6)
     user_s = 16 * event_s + (plan.sizes.record_on_disk + plan.sizes.state_on_disk) / 500e6
@@ -115,8 +115,11 @@ def test_a_remote_store_needs_memory_instead_of_disks() -> None:
         (["burst=0.5"], r"burst: must lie in \[1, 1000\], got 0\.5"),
         (["refresh_every_s=0"], r"refresh_every_s: must lie in \[1, 86400\], got 0"),
         (["candidates=0"], r"candidates: must be at least 1, got 0"),
-        (["model=tail-only"], r"model\.architecture: only vista with num_seeds above 0 stores summaries"),
-        (["items=1e9"], r"machine\.memory_gb: the vectors of the items take 1\.5 TB on each machine"),
+        (
+            ["model=tail-only", "model.pooled_dim=0"],
+            r"model\.architecture: only vista with num_seeds or pooled_dim above 0 stores summaries",
+        ),
+        (["items=1e9"], r"machine\.memory_gb: the vectors of the items take 1\.8 TB on each machine"),
         (["machine.disk_tb=0"], r"machine\.disk_tb: must be positive and finite, got 0"),
     ],
 )

@@ -46,7 +46,7 @@ def products_keep_to_rows() -> bool:
     """
     torch.manual_seed(0)
     # Of the head of tasks, and of that of counted items, also with a category; then what follows both.
-    of_heads = *((size, HIDDEN) for size in (65, 70, 74, 14 + NUM_SUMS, 18 + NUM_SUMS)), (HIDDEN, HIDDEN), (HIDDEN, 1)
+    of_heads = *((size, HIDDEN) for size in (10, 15, 19, 12 + NUM_SUMS, 16 + NUM_SUMS)), (HIDDEN, HIDDEN), (HIDDEN, 1)
     for inner, outer in ((DIM, 4 * DIM), (DIM, DIM), (2 * DIM, DIM), (DIM, 3), (HIDDEN, 3), (DIM, 1), *of_heads):
         linear, rows = nn.Linear(inner, outer, bias=False), torch.randn(1024, inner)
         with torch.no_grad():
