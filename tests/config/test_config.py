@@ -28,7 +28,6 @@ from vista.config.checks import (
     Architecture,
     Codec,
     Decay,
-    ItemStart,
     Mixing,
     OnBadRows,
     Split,
@@ -209,28 +208,12 @@ TIME = DataConfig(split=Split.time, validation_from="2024-01-01", test_from="202
             {"base": "b", "store": "s", "data": TIME},
             r"base: .* set model\.table=plain, or leave this out",
         ),
-        (
-            {
-                "model": ModelConfig(table=TableKind.torchrec, item_start=ItemStart.user_factors),
-                "optim": OptimConfig(table_rate=0.0),
-            },
-            r"model\.item_start: .* or model\.item_start=factors",
-        ),
     ],
 )
 def test_what_a_sharded_table_cannot_do(changes: dict[str, Any], message: str) -> None:
     sharded = {"model": ModelConfig(table=TableKind.torchrec)}
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**(changes if "optim" in changes else sharded | changes))
-
-
-def test_user_factors_need_a_frozen_table() -> None:
-    model = ModelConfig(item_start=ItemStart.user_factors)
-    TrainConfig(model=model, optim=OptimConfig(table_rate=0.0))
-    with pytest.raises(ConfigError, match=r"model\.item_start: user_factors hold .* set optim\.table_rate=0, got 0\.1"):
-        TrainConfig(model=model, optim=OptimConfig(table_rate=0.1))
-    data = DataConfig(validation_from="2020-01-01", test_from="2020-02-01", split=Split.time)
-    TrainConfig(model=model, data=data, base="base", store="store")  # the table is the base's
 
 
 def test_numbers_become_plain_ones() -> None:

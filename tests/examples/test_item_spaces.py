@@ -140,7 +140,7 @@ def test_large_logs_read_some_users(
 ) -> None:
     log = drawn_log(tmp_path / "log")
     whole = ItemSpaces(log, ROWS, visible(log), 4, seed=1).of_each
-    monkeypatch.setattr("vista.examples.item_statistics.MOST_EVENTS", 100)
+    monkeypatch.setattr("vista.examples.item_spaces.MOST_EVENTS", 100)
     with caplog.at_level("INFO"):
         drawn = {ItemSpaces(log, ROWS, visible(log), 4, seed=seed).of_each.tobytes() for seed in range(4)}
     assert len(drawn) > 1 and whole.tobytes() not in drawn

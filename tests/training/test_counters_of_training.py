@@ -24,7 +24,7 @@ from vista.config import (
     SourceColumns,
     TrainConfig,
 )
-from vista.config.checks import Architecture, Codec, ItemStart, Precision, Split, StateDtype
+from vista.config.checks import Architecture, Codec, Split, StateDtype
 from vista.counters.counters import UserCounters
 from vista.errors import CheckpointError, ConfigError
 from vista.evaluation.cases import NextItemCases
@@ -40,7 +40,6 @@ from vista.log.splits import split_until, visible_counts
 from vista.model import inference
 from vista.model.baselines.sequence_models import SequenceModel
 from vista.model.inference import pad_tail
-from vista.model.losses import start_counted
 from vista.model.ranking_model import RankingModel
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
@@ -99,19 +98,6 @@ def test_the_heads_start_from_the_training_part_and_have_their_own_rate(event_lo
         if name != "item_table":
             factor = COUNTED_RATE if name.startswith(("counted.", "statistics.")) else 1.0
             assert rates[id(parameter)] == pytest.approx(rate * factor), name
-
-
-def test_the_gate_starts_by_the_vectors_that_training_reads(event_log: EventLog, tmp_path: Path) -> None:
-    options = {"model__item_start": ItemStart.user_factors, "optim__table_rate": 0.0, "precision": Precision.float32}
-    made = Trainer(counting_config(event_log, tmp_path, **options), event_log)
-    made._start(MetricsWriter(tmp_path))
-    batch, share = made.source.batch(0, 0), made.source.returning_share
-    assert made.model.counted is not None and made._frozen_items is not None
-    bias, started = made.model.counted.gate.bias, made.model.counted.gate.bias.item()
-    start_counted(made.model, batch, made._frozen_items.vectors(batch), share)
-    assert bias.item() == started
-    start_counted(made.model, batch, made.model.item_vectors(batch.rows), share)  # of all users
-    assert bias.item() != started
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -23,7 +23,7 @@ from tests.training.ranks_of_run import start, torchrun
 from tests.training.test_downstream import downstream_config, past_of
 from tests.training.test_trainer import assert_same_result, metrics
 from vista.config import SourceColumns, TrainConfig
-from vista.config.checks import Architecture, ItemStart, Precision, Split, TrackerKind
+from vista.config.checks import Architecture, Precision, Split, TrackerKind
 from vista.errors import RankError
 from vista.installation import __version__
 from vista.log.event_log import EventLog
@@ -96,7 +96,7 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(
 
 @pytest.mark.nightly
 def test_a_table_that_no_rank_trains(event_log: EventLog, tmp_path: Path) -> None:
-    changes = {"model__item_start": ItemStart.user_factors, "optim__table_rate": 0.0, "optim__epochs": 2}
+    changes = {"optim__table_rate": 0.0, "optim__epochs": 2}
     config = config_of(event_log, tmp_path / "two", **changes)
     done = start(config, 2)
     assert_trained(done, 2)

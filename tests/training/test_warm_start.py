@@ -247,7 +247,10 @@ def test_only_stage_2_and_new_items_train(earlier: Run, later: Run, grown_log: E
     _, made = begun(replace(later[0], run_dir=f"{later[0].run_dir}-again"), grown_log)
     start = made.model.state_dict()
     assert (after["item_table"][count:] != start["item_table"][count:]).any(1).all()
-    for name in before.keys() - {"item_table", "item_statistics", "neighbor_items", "neighbor_weights"}:
+    assert before["item_space"].any()
+    assert torch.equal(after["item_space"][:count], before["item_space"]) and not after["item_space"][count:].any()
+    per_item = {"item_table", "item_space", "item_statistics", "neighbor_items", "neighbor_weights"}
+    for name in before.keys() - per_item:
         is_kept = name.startswith((*STAGE1_WEIGHTS, "decoder."))
         assert torch.equal(after[name], before[name]) == is_kept, name
 
@@ -323,10 +326,6 @@ def test_another_shape(
         ({"init_from": None, **FROZEN}, "^init_freeze: only applies with init_from"),
         ({"model__architecture": Architecture.hstu, "model__history_limit": 8, **FROZEN}, "a baseline has no summ"),
         ({"model__embedding_rows": 8, **FROZEN}, "items share the rows of a hashed table"),
-        (
-            {"model__item_start": ItemStart.user_factors, "optim__table_rate": 0.0},
-            "^model.item_start: user_factors",
-        ),
     ],
 )
 def test_settings_that_contradict_each_other(
@@ -335,15 +334,6 @@ def test_settings_that_contradict_each_other(
     config = warm_config(earlier[0], feature_log, tmp_path, **changes)
     with pytest.raises(ConfigError, match=message):
         replace(config)
-
-
-def test_a_model_of_user_factors(event_log: EventLog, tmp_path: Path) -> None:
-    factors = {"model__item_start": ItemStart.user_factors, "optim__table_rate": 0.0, "optim__epochs": 1}
-    config = small_config(event_log, tmp_path / "first", **factors)
-    train(config, event_log)
-    config = small_config(event_log, tmp_path / "second", init_from=str(tmp_path / "first" / "best"))
-    with pytest.raises(ConfigError, match="its item vectors are user factors"):
-        train(config, event_log)
 
 
 def test_a_log_that_lacks_a_feature(feature_log: EventLog, event_log: EventLog, earlier: Run, tmp_path: Path) -> None:

@@ -355,8 +355,6 @@ class ItemStart(Enum):
     """Small normal values."""
     factors = "factors"
     """A factorization of which items lie close together in the training histories; random for items without one."""
-    user_factors = "user_factors"
-    """A factorization of which users had which items; random for items that fewer than three users had."""
 
 
 class TableKind(Enum):

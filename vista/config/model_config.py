@@ -85,9 +85,8 @@ class RankingConfig:
     """Data type of the item table in training. float16 needs table=torchrec and optim.table_optimizer=rowwise_adagrad.
     The exported table is float32."""
     item_start: ItemStart | None = None
-    """What the vectors of items are before training: random, factors of their co-occurrences in the training events, or
-    user_factors, a factorization of which users had which items, which needs table_rate=0. null: factors, or random
-    with embedding_rows."""
+    """What the vectors of items are before training: random, or factors of their co-occurrences in the training events.
+    null: factors, or random with embedding_rows."""
 
     def __post_init__(self) -> None:
         check_types(self, "model.")

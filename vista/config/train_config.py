@@ -12,7 +12,6 @@ from vista.config.checks import (
     AskedBaselines,
     Checked,
     InitFreeze,
-    ItemStart,
     Keyed,
     Precision,
     RunOrder,
@@ -267,7 +266,6 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
         self._check_data()
         self._check_stage()
         self._check_init()
-        self._check_item_start()
         self._check_table()
 
     def _check_data(self) -> None:
@@ -309,12 +307,6 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
             "init_from",
             "training starts from `base`; leave out one of the two",
         )
-        require(
-            not warm or self.model.item_start is not ItemStart.user_factors,
-            "model.item_start",
-            "user_factors of a new log do not align with the vectors of the trained model; leave out init_from, or set "
-            "model.item_start=factors",
-        )
         require(not freezes or warm, "init_freeze", "only applies with init_from; set that, or leave this out")
         require(
             not freezes or self.model.architecture is Architecture.vista,
@@ -326,15 +318,6 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
             "init_freeze",
             "items share the rows of a hashed table, so new ones cannot train while it is frozen; set "
             "init_freeze=none, or train only stage 2 with `base`",
-        )
-
-    def _check_item_start(self) -> None:
-        starts = self.base is None and self.model.item_start is ItemStart.user_factors
-        require(
-            not starts or self.optim.table_rate == 0,
-            "model.item_start",
-            f"user_factors hold the labels of the users that they are made from, so a table that starts from them is "
-            f"not trained; set optim.table_rate=0, got {self.optim.table_rate:g}, or model.item_start=factors",
         )
 
     def _check_table(self) -> None:
@@ -354,11 +337,6 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
         start = "model.table=torchrec can only train a table from scratch; set model.table=plain"
         for key in ("base", "init_from"):
             require(not sharded or getattr(self, key) is None, key, f"{start}, or leave this out")
-        require(
-            not sharded or self.model.item_start is not ItemStart.user_factors,
-            "model.item_start",
-            f"user_factors are not trained, and {start}, or model.item_start=factors",
-        )
 
     @property
     def ranks_items(self) -> bool:

@@ -29,16 +29,20 @@ from torch import Tensor
 
 from vista.arrays import Float32s, Int
 from vista.examples.item_statistics import (
-    MIN_USERS,
+    BLOCK_EVENTS,
     OVERSAMPLING,
     POWER_ITERATIONS,
     CounterRequests,
     WholeHistories,
-    _distinct_items,
 )
 from vista.log.event_log import EventLog
+from vista.log.splits import random_users_counts, visible_blocks
 
 FOLDS = 2
+MIN_USERS = 3
+"""Items with fewer users have no vector, because it would only identify those users."""
+MOST_EVENTS = 1 << 20
+"""Events that a space is fitted to: those of random users if there are more."""
 NUM_POOLED = 32
 """Newest events of the tail that `Pooled.recent` sums over, at most."""
 RATE_PRIOR = 20.0
@@ -191,6 +195,17 @@ def unit(sums: Tensor) -> Tensor:
     """float64 [..., r] -> float32 [..., r] of length 1; 0 stays 0."""
     length = sums.square().sum(-1, keepdim=True).sqrt()
     return (sums / length.masked_fill(length == 0, 1)).float()
+
+
+def _distinct_items(log: EventLog, item_rows: Int, counts: Int, num_rows: int, seed: int) -> tuple[Int, Int]:
+    """Pairs of a user and a known model row of one of the user's items, each once, sorted."""
+    counts = random_users_counts(counts, MOST_EVENTS, np.random.default_rng(seed), "items are factorized by")
+    keys, begin = [np.zeros(0, np.int64)], 0
+    for histories in visible_blocks(log, counts, BLOCK_EVENTS):
+        item = item_rows[histories.item]
+        keys.append(np.unique(((begin + histories.owner) * num_rows + item)[item > 0]))
+        begin += histories.num_users
+    return np.divmod(np.concatenate(keys), num_rows)
 
 
 def _space(user: Int, row: Int, num_rows: int, dim: int, seed: int) -> Float32s:

@@ -45,7 +45,7 @@ from vista.training.run_folder import (
 )
 from vista.training.run_plan import Progress, RunClock, TimeBudget, plan_run, warmup_steps, warn_of_few_steps
 from vista.training.validation import Validation, compare_with_baselines
-from vista.training.warm_start import FrozenItems, WarmStart, drawn_model, start_model, training_vectors
+from vista.training.warm_start import WarmStart, drawn_model, start_model, training_vectors
 
 
 def run_identity(
@@ -185,7 +185,6 @@ class Trainer:
         )
         self.progress = Progress()
         self._budget = None if config.optim.minutes is None else TimeBudget(config.optim.minutes)
-        self._frozen_items: FrozenItems | None = None
 
     def run(self) -> RankingModel:
         """Train to the end, from the newest checkpoint if there is one; returns the exported model."""
@@ -215,15 +214,11 @@ class Trainer:
             validation = self.validation
             measured = ("", "") if validation is None else (validation.metric, validation.ranking_metric)
             self.progress = restore_run(newest, config.run_dir, self.model, self.optimizers, self._identity, measured)
-        if not self.progress.finished(config.optim.epochs):
-            self._frozen_items = FrozenItems.of(self.model, self.log, self.source.counts, config)
         if newest is None:
-            start_model(self.model, self.log, self.source, config, self.precision, self._frozen_items, self._warm)
+            start_model(self.model, self.log, self.source, config, self.precision, self._warm)
             if self._warm is not None:
                 self._warm.start_optimizers(self.optimizers)
         ranks.share(self.model.replicated())
-        if self._frozen_items is not None and (newest is not None or ranks.size > 1):
-            self._frozen_items.check(newest or self.run_dir)
         if ranks.leads:
             # What is left goes, unless it belongs to the run that starts or resumes from `newest`.
             clean_folder(self.run_dir, starts_over=newest is None and not config.resume)
@@ -323,7 +318,7 @@ class Trainer:
             return weighted_losses({}, self.config.optim)
         part = part.to(self.device)
         with autocast(self.precision, self.device):
-            vectors = training_vectors(self.model, part, self._frozen_items)
+            vectors = training_vectors(self.model, part)
             return self.model.losses(part, vectors, self.config.optim)
 
     def _non_finite(self, batch: Batch, what: str, parts: dict[str, float]) -> NonFiniteLossError:

@@ -29,7 +29,7 @@ from vista.device import autocast
 from vista.errors import CheckpointError, ConfigError, LeakageError
 from vista.examples.batch import Batch
 from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
-from vista.examples.item_statistics import START_RMS, UserFactors, item_factors
+from vista.examples.item_statistics import item_factors
 from vista.log.event_log import EventLog
 from vista.log.histories import ColumnValues
 from vista.log.splits import split_until
@@ -81,11 +81,6 @@ def _check_model(config: TrainConfig, base: RankingModel) -> None:
         raise ConfigError(
             f"init_from={config.init_from}: model settings must match the earlier model, but these differ: "
             f"{differences}; set {words}"
-        )
-    if base.config.item_start is ItemStart.user_factors:
-        raise ConfigError(
-            f"init_from={config.init_from}: its item vectors are user factors, which contain the labels of its log "
-            "and cannot be extended to new items; train without init_from"
         )
 
 
@@ -371,11 +366,7 @@ def _reader(grown: GrownColumns | None, known: RowFeatureReader | None) -> RowFe
     return RowFeatureReader(grown.columns, {column.name: grown.values.get(column.name) for column in grown.columns})
 
 
-# Item vectors that training starts from, and those that it reads while they are frozen.
-
-MOST_CHANGE = 0.01
-"""Root mean square of the change of factors that are computed again, relative to START_RMS, at most: what rounding may
-do. A column with the other sign changes them by 0.35 if there are 32."""
+# Item vectors that training starts from, and those that it reads.
 
 
 def start_from_factors(model: RankingModel, log: EventLog, counts: Int, seed: int, new_rows: Int | None = None) -> None:
@@ -397,87 +388,17 @@ def start_from_factors(model: RankingModel, log: EventLog, counts: Int, seed: in
     _log_start(len(rows), len(model.items), began)
 
 
-class FrozenItems:
-    """Item vectors of a model whose table is frozen `UserFactors`. Training reads factors without a batch's own users.
-
-    Factors of all users are fitted to all of their items, labels included. With them, the items of a training window
-    have far larger cosines than those of a later window, and training would learn to trust cosines too much. Leaving
-    out a batch's users gives the factors of the other users approximately: in simulations of pure noise, it removes 69
-    to 88 % of the difference (`vista.examples.item_statistics`).
-    """
-
-    def __init__(self, table: Tensor, factors: UserFactors) -> None:
-        """
-        Args:
-            table: [V1, M] the model's table, for items without factors.
-            factors: those that the table starts from.
-        """
-        self._table, self._factors = table.detach(), factors
-
-    @classmethod
-    def of(cls, model: RankingModel, log: EventLog, counts: Int, config: TrainConfig) -> FrozenItems | None:
-        """Those of a run; None if its table starts from something else, or belongs to a base.
-
-        Args:
-            counts: int64 [log.num_users], visible events per user.
-        """
-        if config.base is not None or config.model.item_start is not ItemStart.user_factors:
-            return None
-        began, table = time.perf_counter(), model.item_table
-        factors = UserFactors(log, model.rows_of(log.items), counts, table.shape[1], seed=config.seed)
-        _log_start(int(factors.has_vector.sum()), len(model.items), began)
-        return cls(table, factors)
-
-    def start(self) -> None:
-        """Replace the drawn vectors in the table by the factors of all users."""
-        rows = np.flatnonzero(self._factors.has_vector)
-        _write(self._table, rows, torch.from_numpy(self._factors.vectors(rows)))
-
-    def change(self) -> float:
-        """Root mean square of the difference between the table and the factors of all users, relative to START_RMS."""
-        rows = np.flatnonzero(self._factors.has_vector)
-        if not len(rows):
-            return 0.0
-        found = self._table[torch.from_numpy(rows).to(self._table.device)].cpu().numpy()
-        return float(np.sqrt(np.mean((found - self._factors.vectors(rows)) ** 2)) / START_RMS)
-
-    def check(self, place: Path) -> None:
-        """Refuse to train if rounding gave other factors than those in the table, such as rotated ones.
-
-        Args:
-            place: where the table comes from, for the message.
-
-        Raises:
-            CheckpointError: if they differ by more than MOST_CHANGE.
-        """
-        if (change := self.change()) > MOST_CHANGE:
-            raise CheckpointError(
-                f"{place}: its item vectors are factors that come out {change:.0%} different here, perhaps because the "
-                "number of threads, the processor, or the version of torch differs; resume where the run began, or set "
-                "resume=false to start a new run"
-            )
-
-    def vectors(self, batch: Batch) -> Tensor:
-        """[R, M] of the items `batch.rows`."""
-        known, rows = self._factors.has_vector, batch.rows.cpu().numpy()
-        places = np.flatnonzero(known[np.minimum(rows, len(known) - 1)] & (rows < len(known)))
-        own = self._factors.vectors(rows[places], np.unique(batch.user.cpu().numpy()))
-        out = self._table[batch.rows]
-        _write(out, places, torch.from_numpy(own))
-        return out
-
-
 ID_DROPOUT = 0.1
 """With features of items: share of the items of a batch whose ID embeddings are left out, so that their features stand
 in for them."""
 
 
-def training_vectors(model: RankingModel, batch: Batch, frozen: FrozenItems | None) -> Tensor:
+def training_vectors(model: RankingModel, batch: Batch) -> Tensor:
     """[R, M] vectors of the items `batch.rows` as training reads them.
 
-    Those of `frozen`, or the table's; with features, which at random stand alone, unless model.dropout is 0.
+    With features, these stand alone at random, unless model.dropout is 0.
     """
-    vectors = model.id_vectors(batch.rows) if frozen is None else frozen.vectors(batch)
+    vectors = model.id_vectors(batch.rows)
     if model.features is not None and model.training and model.config.dropout > 0:
         dropped = torch.rand(len(vectors), 1, device=vectors.device) < ID_DROPOUT
         vectors = vectors.masked_fill(dropped, 0.0)
@@ -499,11 +420,6 @@ def _fitted_factors(model: RankingModel, rows: Int, factors: Tensor, is_new: NDA
     features = model.with_features(torch.zeros_like(model.id_vectors(places)), places).cpu().double()
     fitted: Tensor = scale * factors.double() @ (left @ right) - features
     return fitted[~known].float()
-
-
-def _write(table: Tensor, rows: Int, vectors: Tensor) -> None:
-    with torch.no_grad():
-        table[torch.from_numpy(rows).to(table.device)] = vectors.to(table.device)
 
 
 def _log_start(num_rows: int, num_items: int, began: float) -> None:
@@ -529,13 +445,11 @@ def start_model(
     source: BatchSource,
     config: TrainConfig,
     precision: Precision,
-    frozen: FrozenItems | None,
     warm: WarmStart | None,
 ) -> None:
     """Give a model what it takes from the training part: statistics and neighbors of items, their vectors, its gate.
 
     Args:
-        frozen: `FrozenItems.of` the run.
         warm: the warm start, if there is one; only its new items and heads are initialized.
     """
     if source.statistics is not None:
@@ -548,9 +462,7 @@ def start_model(
         model.neighbors.copy_(source.neighbors.of_all(1 + len(model.items)))
     if config.base is None:  # a base contains what is read here
         model.read_item_table(features_of(model.items, log))
-        if frozen is not None:
-            frozen.start()
-        elif config.model.item_start is not ItemStart.random:
+        if config.model.item_start is not ItemStart.random:
             start_from_factors(model, log, source.counts, config.seed, None if warm is None else warm.new_rows)
         if model.features is not None:
             unseen = np.setdiff1d(np.arange(UNKNOWN_ITEM + 1, 1 + len(model.items)), np.flatnonzero(source.frequency))
@@ -567,7 +479,7 @@ def start_model(
             return
         asked = asked.to(model.device)
         with autocast(precision, model.device):
-            start_counted(model, asked, training_vectors(model, asked, frozen), source.returning_share)
+            start_counted(model, asked, training_vectors(model, asked), source.returning_share)
 
 
 @torch.no_grad()

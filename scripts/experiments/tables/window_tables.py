@@ -36,7 +36,7 @@ COUNTERS = (
 MEAN, NO_MEAN = ("model.mean_token=true",), ("model.mean_token=false",)
 CHOSEN = {
     "complete-journey": (
-        *("model.temperature=0.4", "optim.table_rate=0", "model.item_start=user_factors"),
+        "model.temperature=0.4",
         *("data.tokens_per_batch=2048", "data.num_negatives=2048", "optim.epochs=3"),
         "model.counted_dropout=0",  # these rows were measured before this setting existed
     ),
