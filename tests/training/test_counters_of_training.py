@@ -30,6 +30,7 @@ from vista.errors import CheckpointError, ConfigError
 from vista.evaluation.cases import NextItemCases
 from vista.examples.batch import Batch
 from vista.examples.batch_source import MEASURED_BATCHES
+from vista.examples.item_spaces import pooled_vectors
 from vista.examples.item_statistics import num_statistics
 from vista.examples.neighbors import FoldedNeighbors
 from vista.explore.user_page import counter_rows
@@ -122,8 +123,9 @@ def counted_share(model: RankingModel, batch: Batch) -> float:
     """Mean probability that the items of users who have counters are counted items, in a softmax of the catalog."""
     assert model.counted is not None and batch.anchors is not None and batch.anchors.counters is not None
     assert batch.statistics is not None and (batch.rows > 0).sum() == len(model.items)
-    vectors, dim = model.item_vectors(batch.rows), model.config.dim
-    users, unit = model.anchor_users(batch, vectors), torch.nn.functional.normalize(vectors, dim=-1)
+    vectors = model.item_vectors(batch.rows)
+    users, items = model.anchor_users(batch, vectors), model.training_items(batch, vectors)
+    dim = items.shape[1]
     shares = []
     assert batch.anchors.neighbors is not None
     anchors = batch.anchors.time, batch.anchors.counters.item, batch.anchors.neighbors
@@ -132,7 +134,7 @@ def counted_share(model: RankingModel, batch: Batch) -> float:
         if len(own):
             statistics = batch.statistics.values[int((batch.statistics.time <= time).sum()) - 1]
             last = dim + statistics.shape[1]
-            logit = unit @ user[:dim] / model.temperature + statistics @ user[dim:last] + user[last:] @ sums
+            logit = items @ user[:dim] / model.temperature + statistics @ user[dim:last] + user[last:] @ sums
             logit[batch.rows == 0] = -torch.inf
             logit[own] = model.counted.gate.bias
             shares.append(float(logit.softmax(0)[own].sum()))
@@ -170,6 +172,16 @@ class Asked:
         summary = torch.zeros(1, 0, self.model.config.dim)
         return inference.request_context(self.model, summary, tail), inference.request_gap(self.model, self.now, tail)
 
+    def pooled(self) -> torch.Tensor | None:
+        """float32 [1, J, r]; None for a model without."""
+        model = self.model
+        if not model.config.space_dim:
+            return None
+        item, first = self.newest(self.seen, self.seen).item, max(self.covered, self.seen - model.config.tail_len)
+        known = torch.from_numpy(np.concatenate([item[: self.covered], item[first:]]))
+        sums = model.item_space[known].double().sum(0, keepdim=True)
+        return pooled_vectors(model.item_space, sums, item[None, -model.config.tail_len :])
+
     def scores(self) -> np.ndarray:
         """[V]."""
         model = self.model
@@ -177,11 +189,11 @@ class Asked:
             users = model.user_vectors(self.newest(model.config.history_limit, self.seen), self.now)
         else:
             assert isinstance(model, VistaModel)
-            users = inference.user_vectors(model, *self.context())
+            users = inference.user_vectors(model, *self.context(), self.pooled())
         newest = self.newest(model.config.tail_len, self.seen).item
         tail = np.concatenate([np.zeros(model.config.tail_len, np.int64), newest])[None, -model.config.tail_len :]
         items = inference.item_vectors(model)
-        return inference.catalog_scores(model, users, items, self.counters(), tail)[0].numpy()
+        return inference.catalog_scores(model, users, items, self.counters(), tail, self.pooled())[0].numpy()
 
     def probabilities(self, item: int) -> np.ndarray:
         """[num_tasks] of an item, a row of the log."""
@@ -193,7 +205,11 @@ class Asked:
             logits = self.model.candidate_logits(history, candidate, self.now, codes)
         else:
             assert isinstance(self.model, VistaModel)
-            logits = inference.candidate_logits(self.model, *self.context(), candidate, codes)
+            pooled = self.pooled()
+            assert pooled is not None
+            cosines = inference.pooled_cosines(pooled, self.model.item_space[candidate[0]])
+            inputs = self.model.candidate_inputs(cosines, candidate[0])[None]
+            logits = inference.candidate_logits(self.model, *self.context(), candidate, codes, inputs)
         return logits[0, 0].sigmoid().numpy()
 
 

@@ -77,8 +77,8 @@ class ItemSpaces:
         """
         num_rows = int(item_rows.max(initial=0)) + 1 if num_rows is None else num_rows
         user, row = _distinct_items(log, item_rows, counts, num_rows, seed)
-        others = [np.flatnonzero(user % FOLDS != fold) for fold in range(FOLDS)]
-        spaces = [_space(user[kept], row[kept], num_rows, dim, seed) for kept in (*others, slice(None))]
+        parts = [*(np.flatnonzero(user % FOLDS != fold) for fold in range(FOLDS)), np.arange(len(user))]
+        spaces = [_space(user[kept], row[kept], num_rows, dim, seed) for kept in parts]
         self.of_each: Float32s = np.stack(spaces)
         """float32 [FOLDS + 1, V1, r]: those without the users of each fold, and that of all users."""
 

@@ -394,7 +394,7 @@ class CandidateHead(nn.Module):
         """
         parts = []
         if codes is not None:  # constants that bring typical values near 0 ± 1
-            parts.append(codes.to(self.network[0].weight.dtype) / 8 - 2)
+            parts.append(codes.to(self.input_scale.dtype) / 8 - 2)
         if inputs is not None:
             parts.append(inputs * self.input_scale)
         logits: Tensor = self.network(torch.cat(parts, -1))
