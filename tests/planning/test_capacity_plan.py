@@ -224,7 +224,7 @@ def test_memory_is_what_a_server_uses(tmp_path: Path, num_tokens: int, dim: int)
 
 
 def test_too_large_a_record_is_refused() -> None:
-    model = ModelConfig(dim=1024, num_seeds=65_535)
+    model = ModelConfig(dim=1024, num_seeds=65_534)
     with pytest.raises(ConfigError, match=r"model\.num_seeds: 65535 rows of 1032 bytes do not fit a record"):
         StoreSizes.of(model, Codec.int8, StateDtype.none, num_items=1, history_events=1)
 
@@ -271,7 +271,7 @@ def measured(bench: str, case: str, column: str = "value", cpu: str = "AMD EPYC"
 
 
 def refresh_cost(num_seeds: int, dim: int) -> tuple[RefreshCost, StoreSizes]:
-    config = PlanConfig(model=ModelConfig(dim=dim, num_seeds=num_seeds))
+    config = PlanConfig(model=ModelConfig(dim=dim, num_seeds=num_seeds, pooled_dim=0))  # as measured
     sizes = StoreSizes.of(config.model, config.codec, config.state, num_items=50_000, history_events=1_000)
     return RefreshCost.of(config, sizes), sizes
 

@@ -420,7 +420,7 @@ def _shares_of_task(task: str, snapshot: ServingSnapshot, request: Request, rows
 def _head_shares(head: CandidateHead, codes: Tensor | None, inputs: Tensor | None) -> list[Tensor]:
     """What counters, statistics, and pooled vectors change of what a network adds to logits, [1, C, num_tasks] each.
 
-    A network is no sum of what it reads, so a share is the change when its part joins those before it. What the network
+    A network is not a sum of what it reads, so a share is the change when its part joins those before it. What the network
     gives without all three is the same for all candidates, and belongs to the remainder.
     """
     if inputs is None:
