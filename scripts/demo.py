@@ -146,7 +146,6 @@ def _without_summary(folder: Path) -> list[str]:
         f"run_dir={folder / 'without-summary'}",
         "model.num_seeds=0",
         "model.num_interests=0",
-        "model.mean_token=false",
         "optim.reconstruction_weight=0",
     ]
 

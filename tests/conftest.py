@@ -198,7 +198,6 @@ def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainCon
             temperature=0.05,
             item_start=ItemStart.random,
             counters=False,
-            mean_token=False,
         ),
         data=DataConfig(
             path=str(log.path),

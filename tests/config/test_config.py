@@ -114,17 +114,6 @@ def test_words_are_choices() -> None:
             )
         ),
         (ModelConfig, {"num_interests": 65}, r"model\.num_interests: .* 64, got 65"),
-        *(
-            (
-                ModelConfig,
-                {"mean_token": True, **other},
-                rf"model\.mean_token: takes the place of a seed .* got {got}; set",
-            )
-            for other, got in (
-                ({"mixing": "bidirectional"}, "mixing=bidirectional and num_seeds=16"),
-                ({"num_seeds": 0}, "mixing=separable and num_seeds=0"),
-            )
-        ),
         (
             ModelConfig,
             {"target_attention": "quasi_linear", "dim": 65_535, "num_heads": 1},

@@ -52,7 +52,6 @@ def drawn_model(
     tasks: Sequence[str] = ("click", "buy"),
     has_retrieval: bool = True,
     has_time: bool = True,
-    mean_token: bool = False,
     num_layers: int = 2,
     categories: bool = False,
     pooled_dim: int = 7,
@@ -69,7 +68,6 @@ def drawn_model(
         counters=counters,
         counter_keys=10,
         counter_categories=["brand"] if categories else [],
-        mean_token=mean_token,
         pooled_dim=pooled_dim,
     )
     columns = COLUMNS if features else []
@@ -108,7 +106,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "softmax": {"kind": Kind.softmax},
     "quasi_linear": {"kind": Kind.quasi_linear},
     "no summary": {"num_seeds": 0},
-    "mean token": {"mean_token": True},
     "one layer": {"num_layers": 1},
     "only next": {"tasks": ()},
     "only tasks": {"has_retrieval": False},
@@ -495,7 +492,7 @@ def test_aotinductor_scores_without_vista(tmp_path: Path, kind: TargetAttentionK
     "changes",
     [
         {"kind": TargetAttentionKind.pointwise, "num_layers": 2},
-        {"kind": TargetAttentionKind.quasi_linear, "mean_token": True},
+        {"kind": TargetAttentionKind.quasi_linear},
         {"num_seeds": 0, "categories": True},
         {"tasks": (), "features": False},
         {"has_retrieval": False, "counters": False},

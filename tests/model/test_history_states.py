@@ -34,8 +34,6 @@ from vista.model.summarizer import DRIFT_LIMIT, SummaryState, exchange, merge_st
 from vista.model.vista_model import VistaModel
 
 DAY = 86_400_000
-KEY_OF_1 = 1.2784645427610738
-"""silu of this is 1."""
 SHAPES = {
     "plain": {"conv_width": 1, "has_time": False},
     "gaps": {"conv_width": 1},
@@ -44,7 +42,6 @@ SHAPES = {
     "decay by position": {"conv_width": 2, "decay": Decay.position, "decay_horizons": [0.0, 9.0]},
     "event features": {"conv_width": 3, "num_tail_features": 0},
     "interests": {"conv_width": 2, "num_interests": 11},
-    "mean token": {"conv_width": 2, "mean_token": True, "decay": Decay.time, "decay_horizons": [0.5, 10.0]},
 }
 
 
@@ -79,9 +76,6 @@ def loop(model: VistaModel, history: Histories) -> tuple[Tensor, Tensor]:
             n += weight
             for index, layer in enumerate(layers):
                 key, value = (part.view(heads, 8) for part in layer.key_value(layer.norm(x))[0].chunk(2))
-                if index == 0 and model.config.mean_token:
-                    key = key.clone()
-                    key[:, 0] = KEY_OF_1
                 z[index] += weight[:, None, None] * silu(key)[:, :, None] * value[:, None, :]
                 x = layer.feed_forward(x)
             if model.config.num_interests and (interest := int(model.item_interest[int(history.item[event])])):

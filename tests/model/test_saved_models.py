@@ -56,7 +56,6 @@ def test_loading_keeps_the_callers_random_state_and_a_shorter_tail_shares_the_we
         {},
         {"mixing": Mixing.bidirectional},
         {"decay": Decay.time, "decay_horizons": [1.5, 0.0]},
-        {"mean_token": True},
         {"num_interests": 11},
         {"num_seeds": 0, "tasks": []},
         {"num_seeds": 0, "target_attention": TargetAttentionKind.quasi_linear},
@@ -352,7 +351,7 @@ def test_summarizer_id_follows_stage_1_and_nothing_else(make: SimpleNamespace, m
     }
 
 
-OTHERS = {"decay": Decay.time, "mixing": Mixing.bidirectional, "decay_horizons": (1.0, 2.0), "mean_token": True}
+OTHERS = {"decay": Decay.time, "mixing": Mixing.bidirectional, "decay_horizons": (1.0, 2.0)}
 OTHERS |= {"rating_range": (0.0, 5.0), "actions": ("view", "buy", "click"), "counters": CounterSpec(), "has_gap": False}
 OTHERS |= {"item_features": (FeatureSpec("brand", "category", 3),)}
 OTHERS |= {"event_features": (FeatureSpec("device", "category", 3),)}

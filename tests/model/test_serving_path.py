@@ -47,7 +47,6 @@ SHAPES = {
     "three layers": {"num_target_layers": 3},
     "interests": {"num_interests": 11},
     "interests, quasi-linear": {"num_interests": 16, "target_attention": TargetAttentionKind.quasi_linear},
-    "mean token": {"mean_token": True, "decay": Decay.time, "decay_horizons": [0.0, 3.0]},
     "softmax": {"target_attention": TargetAttentionKind.softmax, "num_target_layers": 3},
     "softmax, no summary": {"target_attention": TargetAttentionKind.softmax, "num_seeds": 0},
     "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},
@@ -69,7 +68,6 @@ SHAPES = {
     "user features, softmax": {
         "user_features": True,
         "request_features": True,
-        "mean_token": True,
         "target_attention": TargetAttentionKind.softmax,
     },
 }
@@ -93,7 +91,7 @@ SOME_SHAPES = [
     "softmax",
     "quasi-linear",
     "quasi-linear, no tokens",
-    "mean token",
+    "decay by time",
     "request features",
     "event features",
     "user features",

@@ -1,4 +1,4 @@
-"""Summaries: set attention by its formula, the mean token, interests, the seeds, and what quantization loses."""
+"""Summaries: set attention by its formula, interests, the seeds, and what quantization loses."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.functional import silu
 
-from vista.config import ModelConfig
-from vista.config.checks import Codec, Decay, Mixing, TargetAttentionKind
+from vista.config.checks import Codec, Mixing, TargetAttentionKind
 from vista.log.histories import Histories
 from vista.model import inference
-from vista.model.features import Schema
 from vista.model.history_states import embed, history_states
-from vista.model.summarizer import Stage1Config, Summarizer, clusters
+from vista.model.summarizer import clusters
 from vista.model.vista_model import VistaModel
 from vista.store.record import dequantize_rows
 from vista.store.record_encoding import quantize_rows
@@ -79,52 +77,6 @@ def test_gradients_are_those_of_the_formula(make: SimpleNamespace) -> None:
 DAY = 86_400_000
 
 
-@pytest.mark.parametrize("decay", [Decay.none, Decay.time])
-def test_the_first_token_is_the_mean_of_the_events(make: SimpleNamespace, decay: Decay) -> None:
-    """By a sum over the values of the events."""
-    horizons = [2.0, 2.0] if decay is Decay.time else []
-    model = make.model(seed=2, mean_token=True, decay=decay, decay_horizons=horizons)
-    packed = make.histories([0, 1, 9], 4)
-    token = inference.summarize(model, packed)[:, 0]
-    assert not token[0].any()  # an empty history
-    layer = model.summarizer.layers[0]
-    for row in (1, 2):
-        history = packed.slice(row, 0, packed.lengths[row])
-        with torch.no_grad():
-            vectors, position, _ = embed(model, history)
-            values = layer.key_value(layer.norm(model.summarizer.tokens(vectors, position))).chunk(2, -1)[1]
-        age = torch.from_numpy(history.timestamp[-1] - history.timestamp).double() / (2 * DAY)
-        weight = torch.exp(-age).float() if decay is Decay.time else torch.ones(len(age))
-        with torch.no_grad():
-            mean = model.summarizer.mean.output((weight[:, None] * values).sum(0) / weight.sum())
-            expected = model.summarizer.final_norm(mean)
-        torch.testing.assert_close(token[row], expected, atol=2e-5, rtol=1e-4)
-
-
-def test_at_first_it_is_a_mean_of_events() -> None:
-    config = ModelConfig(dim=32, num_heads=4, mean_token=True)
-    summarizer = Summarizer(Stage1Config.of(config, Schema([], False, None, [])), config.dropout)
-    values = summarizer.layers[0].key_value.weight[config.dim :]
-    assert summarizer.mean is not None
-    torch.testing.assert_close(summarizer.mean.output.weight @ values, torch.eye(32), atol=1e-5, rtol=0)
-
-
-def test_user_vectors_start_from_it(make: SimpleNamespace) -> None:
-    """Without the layers of stage 2, the user vector follows the mean where that is far larger than the rest."""
-    model = make.model(seed=2, mean_token=True)
-    packed = make.histories([30, 30, 30], 4)
-    summary, tail = inference.summarize(model, packed), make.tail(model, packed)
-    with torch.no_grad():
-        model.mean_scale.fill_(1e4)
-    users = inference.user_vectors(model, inference.request_context(model, summary, tail), None)
-    cosine = (users * F.normalize(summary[:, 0], dim=1)).sum(1)
-    assert (cosine > 0.99).all()
-    with torch.no_grad():
-        model.mean_scale.zero_()
-    without = inference.user_vectors(model, inference.request_context(model, summary, tail), None)
-    assert (without * users).sum(1).abs().max() < 0.9
-
-
 def test_a_state_counts_the_events_of_each_interest(make: SimpleNamespace) -> None:
     model = make.model(seed=2, num_interests=5)
     packed = make.histories([0, 1, 30, 4], 4)
@@ -171,7 +123,6 @@ def test_interests_have_ids_of_their_own(make: SimpleNamespace) -> None:
     "options",
     [
         {"mixing": Mixing.separable},
-        {"mean_token": True},
         {"num_interests": 11},
         {"mixing": Mixing.bidirectional},
         {"target_attention": TargetAttentionKind.quasi_linear},

@@ -26,13 +26,12 @@ from vista.scorer import Scorer
 POINTWISE = TargetAttentionKind.pointwise
 
 
-@pytest.fixture(scope="module", params=[*((kind, False) for kind in TargetAttentionKind), (POINTWISE, True)])
+@pytest.fixture(scope="module", params=TargetAttentionKind)
 def opened(
     request: pytest.FixtureRequest, impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scorer]:
-    """A scorer with three target layers with different biases, three tasks and the next item; with a mean token."""
-    kind, mean = request.param
-    options = {"model__num_target_layers": 3, "model__target_attention": kind, "model__mean_token": mean}
+    """A scorer with three target layers with different biases, three tasks and the next item."""
+    options = {"model__num_target_layers": 3, "model__target_attention": request.param}
     model = untrained(impression_log, 5, **options)
     with torch.no_grad():
         for name, weight in model.target_attention.named_parameters():

@@ -38,7 +38,7 @@ EXACT = {
 """No draws in a step: each rank makes its own."""
 COUNTERS = {"model__counters": True, "optim__window_weight": 0.5}
 MODELS: dict[str, dict[str, Any]] = {
-    "vista": {"model__mean_token": True},
+    "vista": {},
     "bidirectional": {"model__mixing": Mixing.bidirectional},
     "lag": {"model__tail_in_summary": False},
     "counters": COUNTERS,

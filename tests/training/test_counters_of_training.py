@@ -261,11 +261,11 @@ def test_tasks_read_the_counters_of_candidates(served_tasks: Served, tmp_path: P
 
 def test_a_log_with_returns_trains_counters_without_being_asked(event_log: EventLog, tmp_path: Path) -> None:
     """From the settings that are null to scores from a store, and resumed without a change."""
-    null = {f"model__{key}": None for key in ("counters", "mean_token", "temperature")}
+    null = {f"model__{key}": None for key in ("counters", "temperature")}
     config = small_config(event_log, tmp_path / "run", data__exclude_seen=None, optim__window_weight=None, **null)
     model = train(config, event_log, metrics_every=1)
     found = model.config
-    assert (found.counters, found.mean_token, found.temperature) == (True, True, 0.3)
+    assert (found.counters, found.temperature) == (True, 0.3)
     assert '"window"' in (tmp_path / "run" / "metrics.jsonl").read_text()
     weights = (tmp_path / "run" / "best" / "model.safetensors").read_bytes()
     train(config, event_log)

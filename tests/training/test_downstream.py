@@ -98,13 +98,13 @@ def test_the_base_stays_as_it_is(served_tasks: Served, liked: tuple[TrainConfig,
 
 
 def test_null_settings_are_those_of_the_base(served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
-    null = {f"model__{key}": None for key in ("counters", "mean_token", "temperature")}
+    null = {f"model__{key}": None for key in ("counters", "temperature")}
     unread = {"model__counter_days": [3.0], "model__counter_keys": 7}  # without counters
     config = downstream_config(served_tasks, past_store, tmp_path, **null, **unread, optim__window_weight=None)
     base = served_tasks.model.config
     with Downstream.open(config, served_tasks.log) as downstream:
         found = downstream.config.model
-        assert (found.counters, found.mean_token) == (False, False)
+        assert found.counters is False
         assert found.temperature == base.temperature
         assert Trainer(downstream.config, served_tasks.log, downstream).config.optim.window_weight == 0
 
@@ -317,13 +317,13 @@ class TestRefusals:
             replace(config, model=baseline)
 
     def test_a_stage_1_that_differs_from_the_base(self, served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
-        changes = {"model__conv_width": 1, "model__num_seeds": 4, "model__mean_token": True}
+        changes = {"model__conv_width": 1, "model__num_seeds": 4}
         changes |= {"model__decay": Decay.time, "model__decay_horizons": [1.0, 2.0]}
         config = downstream_config(served_tasks, past_store, tmp_path, **changes, model__num_target_layers=1)
         expected = (
             "changes model.num_seeds (3 -> 4), model.conv_width (3 -> 1), model.decay (none -> time), "
-            "model.decay_horizons ([] -> [1.0, 2.0]), model.mean_token (False -> True); set model.num_seeds=3 "
-            "model.conv_width=3 model.decay=none model.decay_horizons=[] model.mean_token=false"
+            "model.decay_horizons ([] -> [1.0, 2.0]); set model.num_seeds=3 "
+            "model.conv_width=3 model.decay=none model.decay_horizons=[]"
         )
         with pytest.raises(ConfigError, match=re.escape(expected)):
             train(config, served_tasks.log)

@@ -329,7 +329,7 @@ def drawn(model: RankingModel) -> VistaModel:
     [
         {},
         {"num_seeds": 0},
-        {"counters": True, "mean_token": True},
+        {"counters": True},
         {"target_attention": TargetAttentionKind.quasi_linear},
         {"tail_features": ["dwell"]},
         {"tail_features": []},

@@ -44,7 +44,6 @@ PLANNED = {
     "optim.warmup_steps": 1,
     "model.item_start": ItemStart.factors,
     "model.counters": True,
-    "model.mean_token": True,
     "model.temperature": 0.3,
     "optim.window_weight": 1.0,
     "optim.next_weight": 1.0,
@@ -93,7 +92,6 @@ def test_null_settings_follow_the_log(event_log: EventLog, caplog: pytest.LogCap
         ("optim.warmup_steps", 0),
         ("model.item_start", ItemStart.random),
         ("model.counters", False),
-        ("model.mean_token", False),
         ("model.temperature", 0.05),
         ("optim.window_weight", 0.0),
         ("optim.next_weight", 0.0),
@@ -110,17 +108,16 @@ def test_counters_are_for_logs_with_returns(event_log: EventLog, served_tasks: S
     def plan(config: TrainConfig, log: EventLog = event_log) -> tuple[Any, ...]:
         found = plan_run(config, log)
         model = found.model
-        return model.counters, model.mean_token, model.temperature, found.optim.window_weight
+        return model.counters, model.temperature, found.optim.window_weight
 
-    off, on = (False, False, 0.05, 0.0), (True, True, 0.3, 1.0)
+    off, on = (False, 0.05, 0.0), (True, 0.3, 1.0)
     assert plan(TrainConfig(data=DataConfig(exclude_seen=True))) == off
     assert plan(TrainConfig(optim=OptimConfig(next_weight=0, window_weight=0))) == off  # ranks no items
     assert plan(TrainConfig(optim=OptimConfig(next_weight=0))) == on  # windows only
     assert not plan_run(TrainConfig(model=SimConfig()), event_log).model.counters  # ranks candidates only
-    bidirectional = ModelConfig(mixing=Mixing.bidirectional)
-    assert plan(TrainConfig(model=bidirectional)) == (True, False, 0.3, 1.0)
+    assert plan(TrainConfig(model=ModelConfig(mixing=Mixing.bidirectional))) == on
     assert plan(TrainConfig(model=ModelConfig(counters=True), data=DataConfig(exclude_seen=True))) == on
-    assert plan(TrainConfig(model=ModelConfig(num_seeds=0))) == (True, False, 0.3, 1.0)
+    assert plan(TrainConfig(model=ModelConfig(num_seeds=0))) == on
     tasks = replace(
         served_tasks.config, model=ModelConfig(), data=replace(served_tasks.config.data, exclude_seen=False)
     )

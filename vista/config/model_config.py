@@ -339,14 +339,11 @@ class ModelConfig(NextItemConfig):
     num_seeds: int = 16
     """Number of summary tokens K per user. With 0, only the tail is read, and the state with
     target_attention=quasi_linear."""
-    mean_token: bool | None = None
-    """Let the first summary token be the mean token, from which user vectors start: a learned map of the mean of all
-    events that the summary covers. It needs architecture=vista, mixing=separable, and num_seeds above 0. null: with
-    counters, where these hold."""
     num_interests: int = 0
     """Number of interests C whose events summaries count, at most dim: the seeds then start from the logarithms of how
     many events belong to each of C clusters of items. The clusters are those of the item vectors that training starts
-    from (item_start). It needs what mean_token needs, and decay=none. With 0, seeds start from parameters alone."""
+    from (item_start). It needs mixing=separable, num_seeds above 0, and decay=none. With 0, seeds start from parameters
+    alone."""
     num_target_layers: int = 2
     """Number of layers of stage 2."""
     target_attention: TargetAttentionKind = TargetAttentionKind.pointwise
@@ -399,15 +396,8 @@ class ModelConfig(NextItemConfig):
         )
         if self.num_state_rows:
             self._check_state_rows()
-        if self.mean_token:
-            self._check_mean_token()
         if self.num_interests:
             self._check_interests()
-
-    @property
-    def can_have_mean_token(self) -> bool:
-        """Whether a seed reads the state of separable mixing, which the mean token can take the place of."""
-        return self.mixing is Mixing.separable and self.num_seeds > 0
 
     @property
     def space_dim(self) -> int:
@@ -434,18 +424,9 @@ class ModelConfig(NextItemConfig):
         """How many of a user's newest events a summary leaves to the tail."""
         return 0 if self.tail_in_summary else self.tail_len
 
-    def _check_mean_token(self) -> None:
-        require(
-            self.can_have_mean_token,
-            "model.mean_token",
-            "takes the place of a seed that reads the state of separable mixing, got "
-            f"mixing={self.mixing.value} and num_seeds={self.num_seeds}; set "
-            "model.mixing=separable and model.num_seeds above 0, or model.mean_token=false",
-        )
-
     def _check_interests(self) -> None:
         require(
-            self.can_have_mean_token and self.decay is Decay.none,
+            self.mixing is Mixing.separable and self.num_seeds > 0 and self.decay is Decay.none,
             "model.num_interests",
             "counts events in the state of separable mixing without decay, got "
             f"mixing={self.mixing.value}, decay={self.decay.value}, and num_seeds={self.num_seeds}; set "

@@ -67,7 +67,6 @@ class Stage1Config:
     """One per head, in days or events; empty without decay."""
     history_limit: int
     embedding_rows: int
-    mean_token: bool
     summary_lag: int
     """How many of a user's newest events a summary leaves to the tail."""
     num_state_rows: int
@@ -106,7 +105,6 @@ class Stage1Config:
             decay_horizons=() if config.decay is Decay.none else tuple(map(float, config.decay_horizons)),
             history_limit=config.history_limit,
             embedding_rows=config.embedding_rows,
-            mean_token=bool(config.mean_token),
             summary_lag=config.summary_lag,
             num_state_rows=config.num_state_rows,
             pooled_dim=config.space_dim,
@@ -304,55 +302,6 @@ class QuasiLinearRead(nn.Module):
         return split_heads(x, self.num_heads).transpose(1, 2)
 
 
-# The mean token: the first summary token as a mean over the history's events, in the space of item vectors.
-#
-# A user's next items are often like the items of the whole history. Seeds can learn to read such a mean, but through
-# keys, queries, a gate, and a feed-forward block, which takes many training steps. So one key per head is constant, and
-# the state of layer 1 then holds the sum of the values of all events:
-#
-#     phi(k_0) = 1,  Z[0] = sum_i v_i,  token = W Z[0] / n
-#
-# Before training, W Z[0] / n is the mean of the normalized events that the summary covers. Training changes W and the
-# values. With decay, older events weigh less, and with tail_in_summary=false, the mean lacks the tail. The sum is a
-# part of the state like any other: it can be appended to, decayed, and forgotten. Letters: T packed events, N
-# histories, H heads, D head dim, M model dim.
-
-_KEY_OF_1 = 1.2784645427610738
-"""The key k with phi(k) = 1."""
-
-
-class MeanToken(nn.Module):
-    """Reads the mean of the values of layer 1. At first it undoes their projection, so that it is a mean of events."""
-
-    def __init__(self, key_value: nn.Linear, config: Stage1Config) -> None:
-        """
-        Args:
-            key_value: projection of layer 1 to keys and values, in this order. Its values become a rotation.
-        """
-        super().__init__()
-        self.output = nn.Linear(config.dim, config.dim, bias=False)
-        values = key_value.weight.data[config.dim :]
-        nn.init.orthogonal_(values)
-        self.output.weight.data.copy_(values.t())
-
-    def keys(self, key: Tensor) -> Tensor:
-        """Keys [T, H, D] with a constant in the place of their first entry."""
-        return torch.cat([torch.full_like(key[..., :1], _KEY_OF_1), key[..., 1:]], -1)
-
-    def forward(self, z: Tensor, n: Tensor) -> Tensor:
-        """Means [N, M]; 0 for an empty history.
-
-        Args:
-            z: [N, H, D, D] states of layer 1.
-            n: [N, H] weight sums.
-        """
-        total = z[:, :, 0]
-        # The weights of decayed events may sum to almost 0, and then so do their weighted values.
-        mean = torch.where(n.unsqueeze(-1) > 0, total / n.clamp(min=torch.finfo(n.dtype).tiny).unsqueeze(-1), 0.0)
-        token: Tensor = self.output(mean.flatten(1))
-        return token
-
-
 # How many events of a history belong to each of C interests, which the seeds start from.
 #
 # An interest is a cluster of items. A linear read of a state cannot tell whether a user has ten or a hundred events of
@@ -473,8 +422,6 @@ class Summarizer(nn.Module):
         self.convolution = CausalConvolution(config.dim, config.conv_width) if config.conv_width > 1 else None
         self.layers = module_list([SummarizerLayer(config, dropout) for _ in range(config.num_layers)])
         self.final_norm = norm(config.dim)
-        self.mean = MeanToken(self.layers[0].key_value, config) if config.mean_token else None
-        """Makes the first token; None if a seed reads it, as the others."""
         self.interests = InterestCounts(config) if config.num_interests else None
         """What the seeds start from besides parameters; None if from nothing."""
         self.dropout = Dropout(dropout)
@@ -507,8 +454,6 @@ class Summarizer(nn.Module):
         x, states, n = tokens, [], None
         for index, layer in enumerate(self.layers):
             key, value = (layer.heads(part) for part in layer.key_value(layer.norm(x)).chunk(2, -1))
-            if index == 0 and self.mean is not None:
-                key = self.mean.keys(key)
             z, n = self._accumulate(key, value, offsets, weight=weight)
             states.append(z)
             if index + 1 < len(self.layers):
@@ -566,8 +511,6 @@ class Summarizer(nn.Module):
             heads = self._read(layer.heads(query), z[:, index].contiguous(), n, offsets)
             x = layer.seed_feed_forward(layer.output(x, heads, gate))
         summary: Tensor = self.final_norm(x).view(count, num_seeds, self.config.dim)
-        if self.mean is not None:
-            summary = torch.cat([self.final_norm(self.mean(z[:, 0], n)).unsqueeze(1), summary[:, 1:]], 1)
         if self.config.num_state_rows:
             summary = torch.cat([summary, state_rows(self.config, z[:, : len(self.layers)], n)], 1)
         return summary

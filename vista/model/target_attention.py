@@ -194,8 +194,6 @@ class TargetContext:
     """[B, L, M] embeddings of the events, right-aligned."""
     state: Tensor | None = None
     """[B, L1, H, D, D] what queries read of the L1 layers of stage 1; None if they do not."""
-    mean: Tensor | None = None
-    """[B, M] the mean token (`vista.model.summarizer`); None without one."""
     user: Tensor | None = None
     """[B, 5M] what features of the user add to query tokens: to their vectors [M] and to the projections of these in
     layer 1 [4M]; None without them."""
@@ -208,7 +206,6 @@ class TargetContext:
             self.tail_valid[rows],
             self.tail[rows],
             None if self.state is None else self.state[rows],
-            None if self.mean is None else self.mean[rows],
             None if self.user is None else self.user[rows],
         )
 
@@ -228,7 +225,6 @@ class TargetAttention(nn.Module):
         super().__init__()
         self.tail_len = config.tail_len
         self.num_seeds = config.num_seeds
-        self.has_mean = stage1.mean_token
         self.layers = module_list([target_layer(config) for _ in range(config.num_target_layers)])
         num_reads, head_dim = stage1.num_layers if stage1.num_state_rows else 0, config.dim // config.num_heads
         self.reads = module_list([QuasiLinearRead(stage1, config.dropout) for _ in range(num_reads)])
@@ -263,17 +259,12 @@ class TargetAttention(nn.Module):
         """[B, L1, H, D, D] what queries read of stage 1, from records [B, S + L1 * D, M]; None if they do not."""
         return summary[:, self.num_seeds :].reshape(summary.shape[0], *self.state_shape) if self.reads else None
 
-    def mean(self, summary: Tensor) -> Tensor | None:
-        """[B, M] the mean token of records [B, S, M]; None without one."""
-        return summary[:, 0] if self.has_mean else None
-
     def encode_context(
         self,
         summary: list[tuple[Tensor, Tensor]],
         tail: Tensor,
         tail_valid: Tensor,
         state: Tensor | None = None,
-        mean: Tensor | None = None,
     ) -> TargetContext:
         """Keys and values of the whole context.
 
@@ -282,7 +273,6 @@ class TargetAttention(nn.Module):
             tail: [B, L, M] embeddings of the newest events, oldest first, right-aligned.
             tail_valid: bool [B, L]; False where the user has fewer events.
             state: from `state`.
-            mean: from `mean`.
         """
         x = self.dropout(self._scaled(tail))
         keys, values = [], []
@@ -293,7 +283,7 @@ class TargetAttention(nn.Module):
             x = layer.attend_context(x, query, gate, keys[-1], values[-1], self._tail_mask(layer, tail_valid))
         for of_all, own, of_tail in zip((keys, values), summary[-1], self.layers[-1].keys_values(x), strict=True):
             of_all.append(torch.cat([own, of_tail], 2))
-        return TargetContext(keys, values, tail_valid, tail, state, mean)
+        return TargetContext(keys, values, tail_valid, tail, state)
 
     def encode_request(
         self, summary: Tensor, tail: Tensor, tail_valid: Tensor, masks: list[Tensor] | None = None
@@ -319,8 +309,7 @@ class TargetAttention(nn.Module):
             # A padded event sees the summary, or without one nothing. Its output is finite and never read.
             x = layer.attend_request(x, query, gate, key, value, mask + padding)
         key, value = self.layers[-1].keys_values(x)
-        state, mean = self.state(summary), self.mean(summary)
-        return TargetContext([*keys, key], [*values, value], tail_valid, tail, state, mean)
+        return TargetContext([*keys, key], [*values, value], tail_valid, tail, self.state(summary))
 
     def request_masks(self) -> list[Tensor]:
         """Additive masks [H, S+L, S+L] of `encode_request` for all layers except the last, equal for all requests."""

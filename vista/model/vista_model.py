@@ -123,9 +123,6 @@ def packed_ranges(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return position + start.repeat_interleave(lengths), position, offsets
 
 
-MEAN_SCALE = 0.1
-"""Initial scale of the mean token in a request token. Vectors of items have a root mean square of 0.05 if they start
-from factors, and of 0.02 if they start at random."""
 STAGE1_WEIGHTS = ("item_table", "id_mask", "item_interest", "item_space", "features.", "encoder.", "summarizer.")
 """Prefixes of the names of the weights that a summary depends on."""
 
@@ -151,8 +148,6 @@ class VistaModel(RankingModel):
         self.target_attention = TargetAttention(config, self.stage1)
         self.request = nn.Parameter(torch.randn(dim) * dim**-0.5 / self.target_attention.scale)
         """The retrieval head's query token, to which the newest event is added."""
-        self.mean_scale = nn.Parameter(torch.full((dim,), MEAN_SCALE)) if self.stage1.mean_token else None
-        """Scale of the mean token, which is added to it too."""
         spec, tasks, inputs = self.counter_spec, len(schema.tasks), self._input_scale()
         self.task_head = nn.Linear(dim, tasks) if tasks else None
         self.candidate_head = CandidateHead(spec, 5 * dim, tasks, inputs) if tasks and (spec or inputs) else None
@@ -238,9 +233,9 @@ class VistaModel(RankingModel):
             tail = shown.new_zeros(*index.shape, self.config.dim)
         by_cut = self.target_attention.encode_summary(summaries)
         summary = [(key.index_select(0, windows.cut), value.index_select(0, windows.cut)) for key, value in by_cut]
-        of_cuts = self.target_attention.state(summaries), self.target_attention.mean(summaries)
-        state, mean = (None if part is None else part.index_select(0, windows.cut) for part in of_cuts)
-        context = self.target_attention.encode_context(summary, tail, valid, state, mean)
+        state = self.target_attention.state(summaries)
+        state = None if state is None else state.index_select(0, windows.cut)
+        context = self.target_attention.encode_context(summary, tail, valid, state)
         if self.user_encoder is None:
             return context
         assert batch.user_features is not None
@@ -321,20 +316,15 @@ class VistaModel(RankingModel):
 
     def request_tokens(self, seen: Tensor, context: TargetContext) -> Tensor:
         """The sums of `request_parts`, [B, Q, M]."""
-        request, *others = self.request_parts(seen, context)
-        return sum(others, request)
+        request, newest = self.request_parts(seen, context)
+        return request + newest
 
-    def request_parts(self, seen: Tensor, context: TargetContext) -> list[Tensor]:
-        """What request tokens are the sum of: the token itself [M], the newest event [B, Q, M], and the mean token
-        [B, 1, M] if the summary has one; in this order.
+    def request_parts(self, seen: Tensor, context: TargetContext) -> tuple[Tensor, Tensor]:
+        """What request tokens are the sum of: the token itself [M], and the newest event [B, Q, M].
 
         The residual stream leads from these vectors to those of next items, in one space without a projection.
         """
-        parts = [self.request, context.newest(seen)]
-        if self.mean_scale is not None:
-            assert context.mean is not None
-            parts.append((self.mean_scale * context.mean).unsqueeze(1))
-        return parts
+        return self.request, context.newest(seen)
 
     def candidate_logits(
         self,

@@ -263,8 +263,7 @@ class Explanation:
     value: NDArray[np.float32]
     """[C] the explained values: logits of a labeled task, whose sigmoid `score` returns, or the scores of `next`."""
     summary: NDArray[np.float32]
-    """[C, S] contributions of the summary's tokens. For `next`, that of the mean token includes what it adds to the
-    request token."""
+    """[C, S] contributions of the summary's tokens."""
     state: NDArray[np.float32]
     """[C] contribution of what candidates read of the state; 0 unless `model.target_attention=quasi_linear`."""
     tail: NDArray[np.float32]
@@ -339,8 +338,8 @@ def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -
     """The scores [C] of `next`, and their contributions.
 
     What the query token starts from (`VistaModel.request_parts`) counts as its own share, or as a share of the newest
-    event or of the mean token. The score of a counted item has two terms: one of its
-    counters, and one of the user vector, which is broken down.
+    event. The score of a counted item has two terms: one of its counters, and one of the user vector, which is broken
+    down.
     """
     model, counters, dim = snapshot.model, request.counters, snapshot.model.config.dim
     context, seen = _inputs(model, request)
@@ -375,12 +374,10 @@ def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -
 
     parts = [part.reshape(1, -1).expand(len(rows), -1) for part in model.request_parts(seen, context)]
     shares = attribute(model.target_attention, parts, None if gap is None else gap[0], context, head)
-    own, newest, *mean = shares.query
-    summary, tail = shares.summary.clone(), shares.tail.clone()
+    own, newest = shares.query
+    tail = shares.tail.clone()
     tail[:, -1] += newest
-    if mean:
-        summary[:, 0] += mean[0]
-    shares = replace(shares, summary=summary, tail=tail, query=[own], counters=of_counters)
+    shares = replace(shares, tail=tail, query=[own], counters=of_counters)
     return value, shares, of_pooled, of_statistics
 
 
@@ -420,8 +417,8 @@ def _shares_of_task(task: str, snapshot: ServingSnapshot, request: Request, rows
 def _head_shares(head: CandidateHead, codes: Tensor | None, inputs: Tensor | None) -> list[Tensor]:
     """What counters, statistics, and pooled vectors change of what a network adds to logits, [1, C, num_tasks] each.
 
-    A network is not a sum of what it reads, so a share is the change when its part joins those before it. What the network
-    gives without all three is the same for all candidates, and belongs to the remainder.
+    A network is not a sum of what it reads, so a share is the change when its part joins those before it. What the
+    network gives without all three is the same for all candidates, and belongs to the remainder.
     """
     if inputs is None:
         logits = head.logits(codes)

@@ -41,7 +41,7 @@ KEYS_OF_STAGE_1 = {
     "counters": COUNTER_KEYS,
 }
 """Fields of Stage1Config -> the fields of ModelConfig that set them, where these have other names."""
-INHERITED_KEYS = ("counters", "mean_token", "temperature", "tail_features")
+INHERITED_KEYS = ("counters", "temperature", "tail_features")
 """Fields of ModelConfig that are the base's if they are null."""
 KEPT_WEIGHTS = (*STAGE1_WEIGHTS, "decoder.")
 """Prefixes of the names of the weights that the base provides. The decoder belongs to the summaries that it reads."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vista.config import ModelConfig, OptimConfig, TrainConfig
+from vista.config import OptimConfig, TrainConfig
 from vista.config.checks import ItemStart, TableKind, require
 from vista.config.composition import flat_settings, value_text
 from vista.config.model_config import NextItemConfig, RankingConfig
@@ -99,8 +99,6 @@ def _plan_counters(config: TrainConfig, model: RankingConfig, optim: OptimConfig
             ranks_items = optim.next_weight != 0 or optim.window_weight != 0
             model.counters = returns and ranks_items and config.base is None
         model.temperature = model.softmax_temperature
-    if isinstance(model, ModelConfig) and model.mean_token is None:
-        model.mean_token = model.counters and model.can_have_mean_token
     resolved = replace(config, model=model, optim=optim)
     optim.window_weight, optim.next_weight = resolved.window_weight, resolved.next_weight
     if not model.counters:
@@ -111,7 +109,7 @@ def _plan_counters(config: TrainConfig, model: RankingConfig, optim: OptimConfig
     }
     asked, planned = flat_settings(config), flat_settings(resolved)
     keys = (
-        *("model.counters", "model.mean_token", "model.temperature"),
+        *("model.counters", "model.temperature"),
         *("optim.window_weight", "optim.next_weight"),
     )
     nulls = [key for key in keys if asked.get(key, "absent") is None]

@@ -33,7 +33,6 @@ COUNTERS = (
     *("model.counters=true", "data.anchor_spacing=16"),
 )
 """Counters, and the loss that goes with them."""
-MEAN, NO_MEAN = ("model.mean_token=true",), ("model.mean_token=false",)
 CHOSEN = {
     "complete-journey": (
         "model.temperature=0.4",
@@ -92,19 +91,19 @@ def _windows(data: str, minutes: float) -> Table:
     """`minutes` is the estimated time of one model of the row `vista, counters`; a row trains two."""
     words, both = (*COUNTERS, *CHOSEN[data]), 2 * minutes
     varied = VARIED | (CATEGORIES if data == "complete-journey" else {})
-    hstu, sasrec = ((*words, *NO_MEAN, f"model={name}") for name in ("hstu", "sasrec"))
+    hstu, sasrec = ((*words, f"model={name}") for name in ("hstu", "sasrec"))
     rows = {
-        "vista, counters": TableRow(both, (*words, *MEAN)),
-        "tail-only, counters": TableRow(0.5 * both, (*words, *NO_MEAN, *K0)),
-        "vista, counters, no mean": TableRow(both, (*words, *NO_MEAN)),
-        WITHOUT: TableRow(both, (*words, *MEAN, "model.counters=false")),
+        "vista, counters": TableRow(both, words),
+        "tail-only, counters": TableRow(0.5 * both, (*words, *K0)),
+        "vista, counters, no pooled vectors": TableRow(both, (*words, "model.pooled_dim=0")),
+        WITHOUT: TableRow(both, (*words, "model.counters=false")),
         "hstu, counters": TableRow(1.5 * both, hstu),
         "hstu-1,000, counters": TableRow(3 * both, (*hstu, "model.history_limit=1000")),
         "hstu-2,000, counters": TableRow(4 * both, (*hstu, "model.history_limit=2000")),
         "sasrec, counters": TableRow(1.5 * both, sasrec),
         "sasrec-1,000, counters": TableRow(3 * both, (*sasrec, "model.history_limit=1000")),
         "sasrec-2,000, counters": TableRow(4 * both, (*sasrec, "model.history_limit=2000")),
-        **{name: TableRow(both, (*words, *MEAN, *changed)) for name, changed in varied.items()},
+        **{name: TableRow(both, (*words, *changed)) for name, changed in varied.items()},
         # Without counters, and trained on windows, or on next items only.
         "vista": TableRow(2 * both, (*WITHOUT_COUNTERS, *LOSS)),
         "tail-only": TableRow(both, (*WITHOUT_COUNTERS, *LOSS, *K0)),
@@ -119,7 +118,7 @@ def _windows(data: str, minutes: float) -> Table:
     }
     compared = {
         "vista, counters": (
-            *("vista", WITHOUT, "tail-only, counters", "vista, counters, no mean"),
+            *("vista", WITHOUT, "tail-only, counters", "vista, counters, no pooled vectors"),
             *(*HSTU, *SASREC, *varied),
         ),
         "hstu, counters": HSTU[1:],
