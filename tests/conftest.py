@@ -52,7 +52,7 @@ from vista.config import (
 from vista.config.checks import Architecture, ItemStart, Split, to_dict
 from vista.config.model_config import CONFIGS, RankingConfig
 from vista.examples.item_spaces import GRID
-from vista.examples.neighbors import Neighbors
+from vista.examples.transitions import TransitionTable
 from vista.log.event_log import EventLog
 from vista.model.baselines.sequence_models import SequenceModel
 from vista.model.ranking_model import RankingModel
@@ -251,8 +251,8 @@ def draw_counter_weights(model: VistaModel | SequenceModel, seed: int = 0) -> No
         drawn = getattr(model, name)[1:]
         drawn.copy_(torch.randn(drawn.shape, generator=generator))
     draw_space(model, seed)
-    if model.neighbors is not None:
-        draw_neighbors(model.neighbors, seed)
+    if model.transitions is not None:
+        draw_transitions(model.transitions, seed)
 
 
 def draw_space(model: RankingModel, seed: int = 0) -> None:
@@ -274,15 +274,14 @@ def candidate_inputs(model: VistaModel, pooled: Tensor | None, candidates: Tenso
     return model.candidate_inputs(cosines.float(), candidates)
 
 
-def draw_neighbors(neighbors: Neighbors, seed: int = 0) -> None:
-    """Give all items different neighbors with weights, fewer than there is place for."""
+def draw_transitions(transitions: TransitionTable, seed: int = 0) -> None:
+    """Give all items followers with weights, fewer than there is place for."""
     generator = torch.Generator().manual_seed(seed)
-    kinds, num_rows, size = neighbors.item.shape
+    num_rows, size = transitions.item.shape
     count = min(size, num_rows // 2)
-    for kind in range(kinds):
-        for row in range(1, num_rows):
-            neighbors.item[kind, row, :count] = 1 + torch.randperm(num_rows - 1, generator=generator)[:count]
-            neighbors.weight[kind, row, :count] = torch.rand(count, generator=generator)
+    for row in range(1, num_rows):
+        transitions.item[row, :count] = 1 + torch.randperm(num_rows - 1, generator=generator)[:count]
+        transitions.weight[row, :count] = torch.rand(count, generator=generator)
 
 
 def run_python(code: str, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import draw_neighbors, draw_space, model_config
+from tests.conftest import draw_space, draw_transitions, model_config
 from tests.counters.counter_histories import category
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
@@ -108,13 +108,13 @@ def of_architecture(
 
 
 def draw_statistics(built: RankingModel) -> None:
-    """Draw the statistics, vectors, and neighbors of items, in models that read them."""
+    """Draw the statistics, vectors, and transitions of items, in models that read them."""
     for name in {"item_statistics", "item_rates"} & dict(built.named_buffers()).keys():
         getattr(built, name)[1:].normal_()
     if built.config.space_dim:
         draw_space(built)
-    if built.neighbors is not None:
-        draw_neighbors(built.neighbors)
+    if built.transitions is not None:
+        draw_transitions(built.transitions)
 
 
 def drawn_features(count: int, seed: int = 0) -> RowFeatures:

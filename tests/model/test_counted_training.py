@@ -26,7 +26,7 @@ from vista.counters.counters import MAX_CODE, CounterSpec, ItemKeys, UserCounter
 from vista.examples.batch import Batch, BatchStatistics
 from vista.examples.item_spaces import NUM_POOLED
 from vista.examples.item_statistics import num_statistics
-from vista.examples.neighbors import NUM_SUMS, anchor_sums
+from vista.examples.transitions import NUM_SUMS, anchor_events, transition_sums
 from vista.log.histories import Histories
 from vista.model import inference
 from vista.model.inference import PaddedTail
@@ -244,12 +244,13 @@ def anchor_requests(
 
 
 def with_served_statistics(batch: Batch, model: RankingModel) -> Batch:
-    """A batch whose questions read the statistics and the neighbors that serving reads."""
-    values, neighbors, anchors = model.item_statistics[batch.rows].unsqueeze(0), model.neighbors, batch.anchors
-    assert neighbors is not None and anchors is not None
-    sums = anchor_sums(batch, neighbors, torch.zeros_like(batch.user), len(model.items))
+    """A batch whose questions read the statistics and the transitions that serving reads."""
+    values, transitions, anchors = model.item_statistics[batch.rows].unsqueeze(0), model.transitions, batch.anchors
+    assert transitions is not None and anchors is not None
+    recent, _, _ = anchor_events(batch, len(model.items))
+    sums = transition_sums(transitions, recent, batch.rows)
     statistics = BatchStatistics(torch.zeros(1, dtype=torch.int64), values)
-    batch = replace(batch, statistics=statistics, anchors=replace(anchors, neighbors=sums))
+    batch = replace(batch, statistics=statistics, anchors=replace(anchors, transitions=sums))
     return with_served_space(batch, model)
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import draw_neighbors, model_config, sign_model
+from tests.conftest import draw_transitions, model_config, sign_model
 from vista.arrays import offsets_of
 from vista.config import DataConfig, ModelConfig
 from vista.config.checks import Decay, Mixing, TargetAttentionKind
@@ -416,8 +416,8 @@ def featured(request: pytest.FixtureRequest) -> VistaModel:
             weight.normal_()
     if made.statistics is not None:
         made.item_statistics[1:] = torch.randn(NUM_ITEMS, made.item_statistics.shape[1])
-    if made.neighbors is not None:
-        draw_neighbors(made.neighbors)
+    if made.transitions is not None:
+        draw_transitions(made.transitions)
     return made.eval()
 
 
@@ -446,18 +446,19 @@ def test_added_items_are_their_features(featured: VistaModel) -> None:
     if featured.statistics is not None:  # those of the rarest items
         least = featured.item_statistics[1:].amin(0)
         assert torch.equal(grown.item_statistics, torch.cat([featured.item_statistics, least.expand(3, -1)]))
-        assert featured.neighbors is not None and grown.neighbors is not None
-        for old, new in zip(featured.neighbors.tables, grown.neighbors.tables, strict=True):
-            assert torch.equal(new[:, : 1 + NUM_ITEMS], old) and not new[:, 1 + NUM_ITEMS :].any(), "no user had them"
+        assert featured.transitions is not None and grown.transitions is not None
+        for name in ("transition_items", "transition_weights"):
+            old, new = getattr(featured, name), getattr(grown, name)
+            assert torch.equal(new[: 1 + NUM_ITEMS], old) and not new[1 + NUM_ITEMS :].any(), "no user had them"
 
 
-def test_neighbors_are_saved_as_they_are(featured: VistaModel, tmp_path: Path) -> None:
+def test_transitions_are_saved_as_they_are(featured: VistaModel, tmp_path: Path) -> None:
     featured.save_pretrained(tmp_path / "model")
-    saved, neighbors = load_model(tmp_path / "model").neighbors, featured.neighbors
-    assert (saved is None) == (neighbors is None) == (featured.counted is None)
-    if saved is not None and neighbors is not None:
+    saved, transitions = load_model(tmp_path / "model").transitions, featured.transitions
+    assert (saved is None) == (transitions is None) == (featured.counted is None)
+    if saved is not None and transitions is not None:
         assert saved.item.dtype == torch.int32 and saved.item.any()
-        assert all(torch.equal(one, two) for one, two in zip(saved.tables, neighbors.tables, strict=True))
+        assert torch.equal(saved.item, transitions.item) and torch.equal(saved.weight, transitions.weight)
 
 
 def test_the_id_covers_the_features_of_trained_items(featured: VistaModel) -> None:

@@ -105,7 +105,7 @@ def same(actual: Ranking, expected: Ranking) -> None:
 
 def test_the_flat_index_ranks_next_items_as_a_scan_does(scorer: Scorer) -> None:
     for options in ({}, {"exclude_tail": True}, {"exclude": [0, 10, 360]}):
-        # Of more candidates than are asked for, because sums over neighbors may be worth less than 0.
+        # Of more candidates than are asked for, because sums over transitions may be worth less than 0.
         retrieved = scorer.retrieve(USERS, top_k=7, num_candidates=20, now=NOW, **options)
         for user, ranking in zip(USERS, retrieved, strict=True):
             same(ranking, scorer.rank(user, top_k=7, now=NOW, **options))

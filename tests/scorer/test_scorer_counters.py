@@ -340,7 +340,7 @@ def test_counters_have_a_share_of_the_score(opened: Opened, task: str, now: Any)
     is_counted = np.isfinite(counts).any(1)
     has_share = explanation.counted != 0
     assert has_share[is_counted].all() and 4 < is_counted.sum() < len(items)
-    assert has_share[~is_counted].any() if task == "next" else not has_share[~is_counted].any(), "of neighbors"
+    assert has_share[~is_counted].any() if task == "next" else not has_share[~is_counted].any(), "of transitions"
     model = scorer.model
     assert model.counted is not None and model.task_head is not None
     if task != "next":

@@ -21,7 +21,7 @@ from tests.conftest import DAY, ROUNDING, draw_counter_weights, small_config
 from tests.counters.counter_histories import category
 from vista.config.checks import TargetAttentionKind
 from vista.errors import DeadlineError
-from vista.examples.neighbors import NUM_SUMS
+from vista.examples.transitions import NUM_SUMS
 from vista.log.event_log import EventLog
 from vista.model.inference import ROW_TILE
 from vista.model.layers import HIDDEN, FrozenLinear
@@ -155,7 +155,7 @@ def test_a_ranking_has_the_bits_of_the_scores(opened: Scorer, ids: Known) -> Non
         same(opened.user_vectors([user], now=now)[0], vectors[index])
         own = slice(offsets[index], offsets[index + 1])
         same(scores[own], next_scores[index, [place[item] for item in counted[own].tolist()]])
-    assert (np.diff(offsets) > 10 if opened.model.config.counters else np.diff(offsets) == 0).all()  # with neighbors
+    assert (np.diff(offsets) > 10 if opened.model.config.counters else np.diff(offsets) == 0).all()  # with followers
 
 
 @pytest.mark.processor

@@ -32,7 +32,7 @@ from vista.examples.batch import Batch
 from vista.examples.batch_source import MEASURED_BATCHES
 from vista.examples.item_spaces import pooled_vectors
 from vista.examples.item_statistics import num_statistics
-from vista.examples.neighbors import FoldedNeighbors
+from vista.examples.transitions import TransitionCounts
 from vista.explore.user_page import counter_rows
 from vista.explore.workspace import Places, Workspace
 from vista.log.event_log import EventLog
@@ -88,10 +88,10 @@ def test_the_heads_start_from_the_training_part_and_have_their_own_rate(event_lo
     expected = (number - number[number > 0].mean()) / number[number > 0].std()
     np.testing.assert_allclose(made.model.item_statistics[1:, 0], expected, rtol=1e-4, atol=1e-5)
     assert made.model.item_statistics.shape == (1 + event_log.num_items, num_statistics(has_time=True))
-    assert made.model.neighbors is not None
-    neighbors = FoldedNeighbors(event_log, np.arange(1, 1 + event_log.num_items), visible, 50)
-    for one, two in zip(made.model.neighbors.tables, neighbors.of_all(1 + event_log.num_items).tables, strict=True):
-        assert torch.equal(one, two) and one.any()
+    assert made.model.transitions is not None
+    counts = TransitionCounts(event_log, np.arange(1, 1 + event_log.num_items), visible, 50)
+    table, found = counts.table(1 + event_log.num_items), made.model.transitions
+    assert torch.equal(found.item, table.item) and torch.equal(found.weight, table.weight) and found.item.any()
 
     rate = made.optimizers.schedule(10, 0.5, 4)
     rates = {id(p): group["lr"] for group in made.optimizers.dense.param_groups for p in group["params"]}
@@ -127,8 +127,8 @@ def counted_share(model: RankingModel, batch: Batch) -> float:
     users, items = model.anchor_users(batch, vectors), model.training_items(batch, vectors)
     dim = items.shape[1]
     shares = []
-    assert batch.anchors.neighbors is not None
-    anchors = batch.anchors.time, batch.anchors.counters.item, batch.anchors.neighbors
+    assert batch.anchors.transitions is not None
+    anchors = batch.anchors.time, batch.anchors.counters.item, batch.anchors.transitions
     for user, time, slots, sums in zip(users, *anchors, strict=True):
         own = slots[slots >= 0]
         if len(own):

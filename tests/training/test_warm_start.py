@@ -47,10 +47,10 @@ from vista.training.warm_start import start_from_factors
 def test_the_same_log_gives_the_same_model(feature_log: EventLog, earlier: Run, tmp_path: Path) -> None:
     config, base = earlier
     _, made = begun(warm_config(config, feature_log, tmp_path), feature_log)
-    assert made.source.statistics is not None and made.source.neighbors is not None
-    assert made.model.neighbors is not None
+    assert made.source.statistics is not None and made.source.transitions is not None
+    assert made.model.transitions is not None
     made.model.item_statistics.copy_(torch.from_numpy(made.source.statistics.latest(1 + len(made.model.items))))
-    made.model.neighbors.copy_(made.source.neighbors.of_all(1 + len(made.model.items)))
+    made.model.transitions.copy_(made.source.transitions.table(1 + len(made.model.items)))
     weights, expected = made.model.state_dict(), base.state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -249,7 +249,7 @@ def test_only_stage_2_and_new_items_train(earlier: Run, later: Run, grown_log: E
     assert (after["item_table"][count:] != start["item_table"][count:]).any(1).all()
     assert before["item_space"].any()
     assert torch.equal(after["item_space"][:count], before["item_space"]) and not after["item_space"][count:].any()
-    per_item = {"item_table", "item_space", "item_statistics", "neighbor_items", "neighbor_weights"}
+    per_item = {"item_table", "item_space", "item_statistics", "transition_items", "transition_weights"}
     for name in before.keys() - per_item:
         is_kept = name.startswith((*STAGE1_WEIGHTS, "decoder."))
         assert torch.equal(after[name], before[name]) == is_kept, name

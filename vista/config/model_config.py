@@ -37,7 +37,7 @@ MAX_HORIZONS = 8
 """Most time constants of counters, so that the codes of an item fit into 64 bits."""
 MIN_COUNTER_DAYS = 1 / 24
 MAX_COUNTER_EVENTS = 1_000_000
-MAX_NEIGHBORS = 1000
+MAX_TRANSITIONS = 1000
 EMBEDDING_HASHES = 2
 """Hash functions per value of a table that features share (`embedding_rows`)."""
 IGNORABLE = ("times", "item_features", "event_features", "request_features", "user_features")
@@ -127,8 +127,8 @@ class RankingConfig:
     # Answers for code that takes any architecture; those that have the setting override it.
 
     @property
-    def num_neighbors(self) -> int:
-        """Neighbors per item that scores of next items read; 0 for none."""
+    def num_transitions(self) -> int:
+        """Followers per item that scores of next items read; 0 for none."""
         return 0
 
     @property
@@ -252,25 +252,25 @@ class NextItemConfig(AttentionConfig):
     counted_dropout: float = 0.5
     """With counters, share of training questions, in [0, 1), in which counted items are scored without their cosine to
     the user vector, so that training does not rely on cosines that were fitted to the same labels."""
-    neighbors: int = 50
-    """With counters, number of neighbors per item that the model knows: items of the same users, and items that come
-    next. Scores read sums over the neighbors of the user's counted items and newest events. An item takes 16 bytes per
-    neighbor. 0 leaves them out."""
+    transitions: int = 50
+    """With counters, number of followers per item that the model knows: the items that most often came right after it.
+    Scores read sums over the followers of the user's newest events. An item takes 8 bytes per follower. 0 leaves them
+    out."""
 
     def __post_init__(self) -> None:
         AttentionConfig.__post_init__(self)
         require_counts(self, "model.", ("num_layers",), most=64)
         require_finite(self, "model.", ("temperature",), positive=True)
         require_share(self, "model.", ("counted_dropout",), below_one=True)
-        require_counts(self, "model.", ("neighbors",), least=0, most=MAX_NEIGHBORS)
+        require_counts(self, "model.", ("transitions",), least=0, most=MAX_TRANSITIONS)
         if self.counters:
             self._check_counters()
         if self.counter_categories:
             self._check_counted_categories()
 
     @property
-    def num_neighbors(self) -> int:
-        return self.neighbors if self.counters else 0
+    def num_transitions(self) -> int:
+        return self.transitions if self.counters else 0
 
     @property
     def softmax_temperature(self) -> float:

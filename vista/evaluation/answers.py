@@ -17,7 +17,7 @@ from vista.arrays import Float32s, Int
 from vista.errors import LeakageError
 from vista.evaluation.cases import ImpressionCases, NextItemCases, WindowCases, case_requests, request_starts
 from vista.examples.item_statistics import HistoryCounters
-from vista.examples.neighbors import NUM_RECENT
+from vista.examples.transitions import NUM_RECENT
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, RowFeatures, token_groups
 from vista.model.baselines.history_model import HistoryModel

@@ -280,9 +280,9 @@ class BatchAnchors:
     """Counted items of the users; None without counters."""
     mean_labels: float
     """Mean number of labels per anchor in training."""
-    neighbors: Tensor | None = None
-    """float32 [NA, K, R] sums over the neighbors of the user's items, for each of the items `Batch.rows`
-    (`vista.examples.neighbors`). None for a model that reads none."""
+    transitions: Tensor | None = None
+    """float32 [NA, K, R] sums over transitions from the user's newest items to each of the items `Batch.rows`
+    (`vista.examples.transitions`). None for a model that reads none."""
     pooled: Tensor | None = None
     """float32 [NA, J, FOLDS * r] of the requests (`PooledHistories.at`); None without pooled vectors."""
 

@@ -36,7 +36,7 @@ from vista.examples.batch import (
 from vista.examples.cuts import CutPlan, cut_batch
 from vista.examples.item_spaces import ItemRates, ItemSpaces
 from vista.examples.item_statistics import HistoryCounters, ItemStatistics, WholeHistories, item_frequency
-from vista.examples.neighbors import FoldedNeighbors, anchor_sums
+from vista.examples.transitions import TransitionCounts
 from vista.log.event_keys import Impressions
 from vista.log.event_log import EventLog
 from vista.log.histories import RowFeatures, gap_bucket, history_gaps, ranges, token_groups
@@ -328,12 +328,12 @@ class BatchSource:
         """Of the model rows; None for a model that does not read them."""
         if self._reads_counts or self.rates is not None:
             self.statistics = ItemStatistics(log, reads.item_rows, self.counts)
-        self.neighbors: FoldedNeighbors | None = None
+        self.transitions: TransitionCounts | None = None
         """Of the model rows; None for a model that does not read them."""
-        if self._reads_counts and (size := config.model.num_neighbors):
+        if self._reads_counts and (size := config.model.num_transitions):
             began = time.perf_counter()
-            self.neighbors = FoldedNeighbors(log, reads.item_rows, self.counts, size)
-            logger.info("%d neighbors per item (%.1f s)", size, time.perf_counter() - began)
+            self.transitions = TransitionCounts(log, reads.item_rows, self.counts, size)
+            logger.info("%d followers per item (%.1f s)", size, time.perf_counter() - began)
         self._chunk_len = chunk_len(config)
         self._epoch = -1
         self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
@@ -366,10 +366,9 @@ class BatchSource:
         if self._reads_counts and self.statistics is not None and batch.anchors is not None:
             statistics = self.statistics.as_of(batch.anchors.time.numpy(), batch.rows.numpy())
             batch = replace(batch, statistics=BatchStatistics(*map(torch.from_numpy, statistics)))
-        if self.neighbors is not None and batch.anchors is not None:
-            first = self.neighbors.first_rows(batch.user)
-            sums = anchor_sums(batch, self.neighbors.of_each, first, self._num_known)
-            batch = replace(batch, anchors=replace(batch.anchors, neighbors=sums))
+        if self.transitions is not None and batch.anchors is not None:
+            sums = self.transitions.anchor_sums(batch, start - np.minimum(start, self._lead), self._num_known)
+            batch = replace(batch, anchors=replace(batch.anchors, transitions=sums))
         if self._adjustment is not None:
             batch = replace(batch, logit_adjustment=torch.from_numpy(self._adjustment[batch.rows.numpy()]))
         return batch

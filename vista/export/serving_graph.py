@@ -33,7 +33,7 @@ from vista.counters.counters import (
     decode_values,
 )
 from vista.examples.item_spaces import NUM_POOLED, unit
-from vista.examples.neighbors import NUM_RECENT, NeighborSources, neighbor_sums
+from vista.examples.transitions import NUM_RECENT, transition_sums
 from vista.log.histories import NO_TIMESTAMP, NUM_GAPS, UNKNOWN_GAP
 from vista.model import inference
 from vista.model.features import MAX_ABS_SCORE, FeatureSpec, RowFeatureEncoder
@@ -201,12 +201,11 @@ class ServingGraph(nn.Module):
             score = (F.embedding(candidates, self.retrieval_table) * users.unsqueeze(1)).sum(-1) / self.temperature
             if codes is not None and self.heads.counted is not None:
                 statistics = F.embedding(candidates, self.heads.item_statistics)
-                if (neighbors := self.heads.neighbors) is not None:
-                    new = items.masked_fill(~aligned("tail_is_new"), 0)
-                    sources = _sources(given[COUNTER_KEYS], new, items)
-                    sums = neighbor_sums(neighbors, sources, range(neighbors.item.shape[1]))
+                if (transitions := self.heads.transitions) is not None:
+                    recent = items.flip(1)[:, :NUM_RECENT]
+                    sums = transition_sums(transitions, recent, range(len(transitions.item)))
                     sums = sums.gather(2, candidates.unsqueeze(1).expand(-1, sums.shape[1], -1))
-                    score = score + inference.neighbor_scores(users, sums)
+                    score = score + inference.transition_scores(users, sums)
                     statistics = torch.cat([statistics, sums.transpose(1, 2)], -1)
                 if pooled is not None:
                     statistics = torch.cat([statistics, self._cosines(pooled, candidates)], -1)
@@ -251,17 +250,6 @@ class ServingGraph(nn.Module):
         return (gap_ms.unsqueeze(-1) >= self.gap_bounds).long().sum(-1) + 1
 
 
-def _sources(keys: Tensor, new: Tensor, tail: Tensor) -> NeighborSources:
-    """Whose neighbors a request reads: the items that the record counts and the new ones, each once; and the tail's.
-
-    keys: int64 [B, E]; new: int64 [B, L] items of the tail's new events, else 0; tail: int64 [B, L], right-aligned.
-    """
-    is_known = (new.unsqueeze(2) == keys.unsqueeze(1)).any(2)
-    repeats = (new.unsqueeze(2) == new.unsqueeze(1)).long().tril(-1).any(2)
-    counted = torch.cat([keys, new.masked_fill(is_known | repeats, 0)], 1)
-    return NeighborSources(counted, tail.flip(1)[:, :NUM_RECENT])
-
-
 def _heads(model: VistaModel, stage: TargetAttention) -> VistaModel:
     """A copy of the model over `stage`, without its item table, stage 1, and encoders, so that no file holds these."""
     heads = copy.copy(model)
@@ -271,7 +259,7 @@ def _heads(model: VistaModel, stage: TargetAttention) -> VistaModel:
         for name, own in model._parameters.items()
         if name != "item_table"
     }
-    read = "item_statistics", "item_rates", "neighbor_items", "neighbor_weights"
+    read = "item_statistics", "item_rates", "transition_items", "transition_weights"
     heads._buffers = {name: own for name, own in model._buffers.items() if name in read}
     heads._modules = {name: copy.deepcopy(own) if name in kept else None for name, own in model._modules.items()}
     heads._modules["target_attention"] = stage

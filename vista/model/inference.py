@@ -19,7 +19,7 @@ from torch import Tensor
 from vista.arrays import Int
 from vista.config.checks import Mixing
 from vista.counters.counters import UserCounters
-from vista.examples.neighbors import Neighbors, NeighborSources, neighbor_sums, of_candidates
+from vista.examples.transitions import TransitionTable, newest_first, of_candidates, transition_sums
 from vista.log.event_log import EventLog
 from vista.log.features import row_features
 from vista.log.histories import UNKNOWN_GAP, Histories, RowColumn, RowFeatures, gap_bucket, token_groups
@@ -357,18 +357,18 @@ def catalog_scores(
         users: [B, M'] from `user_vectors`.
         items: [V, M'] from `item_vectors`.
         counters: of the B users as of their requests; None without counters.
-        tail: int64 [B, L] model rows of the newest events, right-aligned; 0 pads. None for a model without neighbors.
+        tail: int64 [B, L] model rows of the newest events, right-aligned; 0 pads. None for a model without transitions.
         pooled: as in `user_vectors`.
     """
     scores = users @ items.t() / model.temperature
     if counters is not None:
-        neighbors = None if tail is None else UserNeighbors.of(model, counters, tail)
-        if neighbors is not None:
+        transitions = None if tail is None else UserTransitions.of(model, tail)
+        if transitions is not None:
             rows, step = range(UNKNOWN_ITEM + 1, UNKNOWN_ITEM + 1 + len(items)), max(1, MOST_PAIRS // (1 + len(items)))
             for part in (slice(low, low + step) for low in range(0, len(users), step)):  # sums take more than scores
-                scores[part] += neighbor_scores(users[part], neighbors.select(part).sums(rows))
+                scores[part] += transition_scores(users[part], transitions.select(part).sums(rows))
         user, row = (torch.from_numpy(part).to(scores.device) for part in (counters.codes.owner, counters.codes.key))
-        counted = counted_scores(model, users, items, counters, neighbors, pooled)
+        counted = counted_scores(model, users, items, counters, transitions, pooled)
         scores[user, row - UNKNOWN_ITEM - 1] = counted.to(scores.dtype)
     return scores
 
@@ -379,62 +379,61 @@ few µs."""
 
 
 @dataclass(frozen=True, slots=True)
-class UserNeighbors:
-    """What a model knows of neighbors, and whose neighbors the scores of B users read."""
+class UserTransitions:
+    """The transitions that a model knows, and those that the scores of B users read."""
 
-    neighbors: Neighbors
-    sources: NeighborSources
+    table: TransitionTable
+    recent: Tensor
+    """int64 [B, J] the users' newest items; 0 pads."""
     whole: Tensor | None
     """[B, K, 1 + V] sums of all rows, where that takes less time than a search for the candidates; else None."""
 
     @classmethod
-    def of(cls, model: RankingModel, counters: UserCounters, tail: Int) -> UserNeighbors | None:
-        """Those of requests; None for a model that reads no neighbors.
+    def of(cls, model: RankingModel, tail: Int) -> UserTransitions | None:
+        """Those of requests; None for a model that reads no transitions.
 
         Args:
-            counters, tail: as of `catalog_scores`.
+            tail: as of `catalog_scores`.
         """
-        if (neighbors := model.neighbors) is None:
+        if (table := model.transitions) is None:
             return None
-        sources = NeighborSources.of(counters.codes.padded()[0], tail, model.device)
-        num_rows = neighbors.item.shape[1]
+        recent, num_rows = newest_first(tail).to(model.device), len(table.item)
         is_small = num_rows <= MOST_ROWS and len(tail) * num_rows <= MOST_PAIRS
-        return cls(neighbors, sources, neighbor_sums(neighbors, sources, range(num_rows)) if is_small else None)
+        return cls(table, recent, transition_sums(table, recent, range(num_rows)) if is_small else None)
 
     def sums(self, wanted: Tensor | range) -> Tensor:
-        """`neighbor_sums` float32 [B, K, C] of candidates [C] or [B, C], or of a range of rows."""
+        """`transition_sums` float32 [B, K, C] of candidates [C] or [B, C], or of a range of rows."""
         if self.whole is None:
-            return neighbor_sums(self.neighbors, self.sources, wanted)
+            return transition_sums(self.table, self.recent, wanted)
         if isinstance(wanted, range):
             return self.whole[:, :, wanted.start : wanted.stop]
         return of_candidates(self.whole, wanted.to(self.whole.device))
 
-    def sums_of_counted(self) -> Tensor:
-        """float32 [E, K] of all counted items, in the order of the counters."""
-        wanted = self.sources.counted
-        return self.sums(wanted).transpose(1, 2)[wanted > 0]
+    def sums_of_counted(self, counters: UserCounters) -> Tensor:
+        """float32 [E, K] of the users' counted items, in the order of the counters."""
+        wanted = torch.from_numpy(counters.codes.padded()[0]).to(self.recent.device)
+        return self.sums(wanted.clamp(min=0)).transpose(1, 2)[wanted >= 0]
 
     def items(self) -> Int:
-        """Sorted model rows of the neighbors of all users' items."""
-        of_kind = self.neighbors.item[0, self.sources.counted], self.neighbors.item[1, self.sources.recent]
-        rows = np.unique(np.concatenate([found.cpu().numpy().ravel() for found in of_kind])).astype(np.int64)
+        """Sorted model rows of the followers of all users' newest items."""
+        rows = np.unique(self.table.item[self.recent].cpu().numpy()).astype(np.int64)
         known: Int = rows[rows != UNKNOWN_ITEM]
         return known
 
-    def select(self, users: slice) -> UserNeighbors:
+    def select(self, users: slice) -> UserTransitions:
         """Those of some users."""
         whole = None if self.whole is None else self.whole[users]
-        return UserNeighbors(self.neighbors, self.sources.select(users), whole)
+        return UserTransitions(self.table, self.recent[users], whole)
 
 
-def neighbor_scores(users: Tensor, sums: Tensor) -> Tensor:
-    """What sums over neighbors add to the scores of items that are not counted, float32 [B, C].
+def transition_scores(users: Tensor, sums: Tensor) -> Tensor:
+    """What sums over transitions add to the scores of items that are not counted, float32 [B, C].
 
     Element by element, so that the bits do not depend on other users and items.
 
     Args:
         users: [B, M'] from `user_vectors`; the last K entries weigh the sums.
-        sums: [B, K, C] from `neighbor_sums`.
+        sums: [B, K, C] from `transition_sums`.
     """
     weight = users[:, users.shape[1] - sums.shape[1] :]
     parts = [weight[:, k, None] * sums[:, k] for k in range(sums.shape[1])]
@@ -447,7 +446,7 @@ def counted_scores(
     users: Tensor,
     items: Tensor,
     counters: UserCounters,
-    neighbors: UserNeighbors | None = None,
+    transitions: UserTransitions | None = None,
     pooled: Tensor | None = None,
 ) -> Tensor:
     """Scores of all counted items, float32 [E], in the order of `counters.codes`.
@@ -459,7 +458,7 @@ def counted_scores(
         users: [B, M'] from `user_vectors`.
         items: [V, M'] from `item_vectors`.
         counters: of the B users as of their requests; E keys.
-        neighbors: of the B users; None for a model without.
+        transitions: of the B users; None for a model without.
         pooled: as in `user_vectors`.
     """
     assert model.counted is not None
@@ -473,10 +472,10 @@ def counted_scores(
     product = vectors.double().mul_(users.double().index_select(0, owner)).sum(-1)
     score = (product / model.temperature).float()
     statistics, unit = model.item_statistics.index_select(0, key), users[:, : model.config.dim]
-    if neighbors is not None:
-        sums = neighbors.sums_of_counted()
+    if transitions is not None:
+        sums = transitions.sums_of_counted(counters)
         sums = F.pad(sums, (0, 0, 0, len(key) - len(sums)))
-        score = score + neighbor_scores(users.index_select(0, owner), sums.unsqueeze(2))[:, 0]
+        score = score + transition_scores(users.index_select(0, owner), sums.unsqueeze(2))[:, 0]
         statistics = torch.cat([statistics, sums], 1)
     if pooled is not None:
         cosines = pooled_cosines(pooled.index_select(0, owner), model.item_space.index_select(0, key))

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from vista.counters.counters import MAX_CODE, CounterSpec
 from vista.errors import CheckpointError
 from vista.examples.item_spaces import Pooled
-from vista.examples.neighbors import NeighborSum
+from vista.examples.transitions import TransitionSum
 from vista_kernels.processor import processor
 
 # Linear maps with constant weights: converted once, and laid out as the processor multiplies them fastest.
@@ -250,7 +250,7 @@ class CausalConvolution(nn.Module):
 #     s_i = h(x_i, c_i, z_i, log n) + g(u)
 #
 # where x_i are the codes of its counters and of those of its categories, and n is the number of the user's events. If
-# the model knows neighbors, the user's sums over the neighbors (`vista.examples.neighbors`) follow in z_i, and then the
+# the model knows transitions, the user's sums over them (`vista.examples.transitions`) follow in z_i, and then the
 # cosines with the user's pooled vectors (`vista.examples.item_spaces`), if it has them. Both kinds of items share one
 # softmax: h ranks the counted items among themselves, and the gate g says how much of what this user does next is a
 # return. The score is an input of h and not a term, so that item vectors need not explain returns.
@@ -425,8 +425,8 @@ class CandidateHead(nn.Module):
 # longer vectors, so rankings and nearest-neighbor indexes need no change. T multiplies the items' part and not the
 # users', so that an index does not take items for neighbors by their statistics alone.
 #
-# The sums over neighbors (`vista.examples.neighbors`) have weights too, the last ones of a user vector. They are not
-# the same for all users, so they are added to the inner product, in which items have 0 in their place.
+# The sums over transitions (`vista.examples.transitions`) have weights too, the last ones of a user vector. They are
+# not the same for all users, so they are added to the inner product, in which items have 0 in their place.
 #
 # The pooled vectors m_j of a user (`vista.examples.item_spaces`) have weights as well. Their cosines with the vector
 # s_i of the item add Σ_j w_j(u) m_j·s_i to the score, which is an inner product with T s_i too.
@@ -448,7 +448,7 @@ class StatisticsTerm(nn.Module):
         Args:
             dim: M.
             num_statistics: Z.
-            num_sums: sums over neighbors, NUM_SUMS or 0.
+            num_sums: sums over transitions, NUM_SUMS or 0.
             num_pooled: pooled vectors, J or 0.
         """
         super().__init__()
@@ -461,7 +461,7 @@ class StatisticsTerm(nn.Module):
             if num_statistics:
                 self.weight.bias[0] = 1.0
             if num_sums:
-                self.weight.bias[num_statistics + NeighborSum.following_newest] = 1.0
+                self.weight.bias[num_statistics + TransitionSum.newest] = 1.0
             if num_pooled:
                 self.weight.bias[num_others + Pooled.all] = START_POOLED
 

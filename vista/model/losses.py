@@ -212,7 +212,7 @@ def reconstruction_loss(predicted: Tensor, target: Tensor, *, stop_gradient: boo
 # The loss of anchors: a softmax over the catalog whose labels are all items of the window after a question.
 #
 # Letters: NA anchors, P labels and S counted slots per anchor, J shared negatives, R item rows, M model dim, T times, F
-# statistics of items, K sums over neighbors.
+# statistics of items, K sums over transitions.
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +234,7 @@ class AskedStatistics:
     time: Tensor
     """int64 [NA] which of the T times each anchor reads."""
     sums: Tensor | None = None
-    """float32 [NA, K, R] sums over neighbors, which belong to a pair of anchor and item; None for a model without."""
+    """float32 [NA, K, R] sums over transitions, which belong to a pair of anchor and item; None for a model without."""
 
     @classmethod
     def of(cls, batch: Batch) -> AskedStatistics | None:
@@ -243,7 +243,7 @@ class AskedStatistics:
         if statistics is None or anchors is None:
             return None
         time = torch.searchsorted(statistics.time, anchors.time, right=True) - 1
-        return cls(statistics.values, time, anchors.neighbors)
+        return cls(statistics.values, time, anchors.transitions)
 
     def select(self, anchors: Tensor) -> AskedStatistics:
         """Those of some anchors, int64 [n]."""
@@ -359,8 +359,8 @@ def log_others(
 
 
 def _of_negatives(user: Tensor, negatives: Tensor, statistics: AskedStatistics | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the negatives: statistics [T, F, J]; int64 [NA], which of the times each anchor reads; and sums over neighbors
-    [NA, K, J]. F = 0 and K = 0 without them."""
+    """Of the negatives: statistics [T, F, J]; int64 [NA], which of the times each anchor reads; and sums over
+    transitions [NA, K, J]. F = 0 and K = 0 without them."""
     no_sums = user.new_zeros(len(user), 0, len(negatives))
     if statistics is None:
         no_time = torch.zeros(len(user), dtype=torch.int64, device=user.device)

@@ -24,7 +24,7 @@ from vista.errors import CheckpointError
 from vista.examples.batch import Batch, BatchEvents
 from vista.examples.item_spaces import Pooled
 from vista.examples.item_statistics import num_statistics
-from vista.examples.neighbors import NUM_SUMS, NeighborKind, Neighbors
+from vista.examples.transitions import NUM_SUMS, TransitionTable
 from vista.files import checked_path
 from vista.log.features import Columns
 from vista.log.histories import NUM_GAPS, ColumnValues, RowFeatures
@@ -159,10 +159,10 @@ class RankingModel(nn.Module):
     vectors."""
     item_rates: Tensor
     """float32 [1 + V, num_tasks] of all users (`ItemRates`). Only with pooled vectors and tasks."""
-    neighbor_items: Tensor
-    """int32 [2, 1 + V, N] of `neighbors`."""
-    neighbor_weights: Tensor
-    """float32 [2, 1 + V, N]."""
+    transition_items: Tensor
+    """int32 [1 + V, N] of `transitions`."""
+    transition_weights: Tensor
+    """float32 [1 + V, N]."""
 
     def __init__(self, config: RankingConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__()
@@ -213,14 +213,14 @@ class RankingModel(nn.Module):
             self.item_keys = item_keys(spec, schema, None, 1 + len(items))
             if isinstance(config, NextItemConfig) and retrieval:
                 num_codes, width = spec.num_fields * spec.num_columns, num_statistics(has_time=schema.has_time)
-                num_sums = NUM_SUMS if config.num_neighbors else 0
+                num_sums = NUM_SUMS if config.num_transitions else 0
                 inputs = width + num_sums + num_pooled
                 self.counted = CountedItemHead(num_codes, config.dim, inputs, config.counted_dropout)
                 self._register_statistics()
                 if num_sums:
-                    shape = len(NeighborKind), 1 + len(items), config.num_neighbors
-                    self.register_buffer("neighbor_items", torch.zeros(shape, dtype=torch.int32))
-                    self.register_buffer("neighbor_weights", torch.zeros(shape))
+                    shape = 1 + len(items), config.num_transitions
+                    self.register_buffer("transition_items", torch.zeros(shape, dtype=torch.int32))
+                    self.register_buffer("transition_weights", torch.zeros(shape))
         if retrieval and width + num_pooled:
             self.statistics = StatisticsTerm(config.dim, width, num_sums=num_sums, num_pooled=num_pooled)
 
@@ -281,7 +281,7 @@ class RankingModel(nn.Module):
 
     def retrieval_items(self, vectors: Tensor, rows: Tensor) -> Tensor:
         """What user vectors are multiplied with: [N, M'], unit vectors, then T s of the vectors s of the item space,
-        T z of the statistics z, and 0 for each sum over neighbors, as far as the model has them.
+        T z of the statistics z, and 0 for each sum over transitions, as far as the model has them.
 
         Args:
             vectors: [N, M] item vectors.
@@ -305,10 +305,10 @@ class RankingModel(nn.Module):
 
     def retrieval_users(self, outputs: Tensor, pooled: Tensor | None = None) -> Tensor:
         """User vectors [..., M'] of outputs [..., M]: unit vectors, then the weighted sum of the pooled vectors, and
-        weights of the statistics and of the sums over neighbors, as far as the model has them.
+        weights of the statistics and of the sums over transitions, as far as the model has them.
 
         Their inner products with `retrieval_items`, divided by the temperature, are the scores of items that are not
-        counted, less those of the sums (`neighbor_scores`).
+        counted, less those of the sums (`transition_scores`).
 
         Args:
             pooled: float32 [..., J, r] of the requests, or [..., J, FOLDS * r] in training; None for a model without.
@@ -317,11 +317,11 @@ class RankingModel(nn.Module):
         return unit if self.statistics is None else self.statistics(unit, pooled)
 
     @property
-    def neighbors(self) -> Neighbors | None:
-        """The neighbors of the items; None for a model that reads none."""
+    def transitions(self) -> TransitionTable | None:
+        """The followers of the items; None for a model that reads none."""
         if self.statistics is None or not self.statistics.num_sums:
             return None
-        return Neighbors(self.neighbor_items, self.neighbor_weights)
+        return TransitionTable(self.transition_items, self.transition_weights)
 
     @property
     def feature_table(self) -> ItemFeatureTable | None:

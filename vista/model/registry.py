@@ -61,7 +61,7 @@ def with_items(model: VistaModel, ids: Ids, features: Columns) -> VistaModel:
         weights["item_statistics"] = torch.cat([model.item_statistics, least.expand(count, -1)])
     for name in {"item_space", "item_rates"} & weights.keys():
         weights[name] = F.pad(weights[name], (0, 0, 0, count))
-    for name in {"neighbor_items", "neighbor_weights"} & weights.keys():  # no user had them yet
+    for name in {"transition_items", "transition_weights"} & weights.keys():  # no user had them yet
         weights[name] = F.pad(weights[name], (0, 0, 0, count))
     made.load_state_dict(weights)
     made.set_item_features(model.feature_table.extended(features, model.schema.item_features))

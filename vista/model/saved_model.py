@@ -435,8 +435,8 @@ def opened_model(kind: type[Model], folder: Path, tables: SharedTables | None = 
         with torch.random.fork_rng(devices=[]), limit, tables_from_file():
             model = kind(saved.config, saved.schema, items, saved.data)
         model.take_weights(weights)
-        if (neighbors := model.neighbors) is not None:
-            neighbors.check()
+        if (transitions := model.transitions) is not None:
+            transitions.check()
         model.set_item_features(features)
         for name, reader in readers.items():
             setattr(model, name, reader)

@@ -380,9 +380,9 @@ def plan_capacity(config: PlanConfig) -> CapacityPlan:
         serving_cores=max(1, math.ceil(config.requests_per_s * request_s / UTILIZATION)),
         request_bytes=config.candidates * CANDIDATE_BYTES + (sizes.record if config.remote_store else 0),
         # Per item: its retrieval vector, its vector with four projections (`ItemProjections`), that of the item space,
-        # which the retrieval vector has too, float32, and neighbors.
+        # which the retrieval vector has too, float32, and followers.
         item_bytes=config.items
-        * (6 * config.model.dim * 4 + 8 * config.model.space_dim + 16 * config.model.num_neighbors),
+        * (6 * config.model.dim * 4 + 8 * config.model.space_dim + 8 * config.model.num_transitions),
         copied_bytes_per_s=records_per_s * sizes.record * config.replicas,
         groups=(),
         lag=_simulated(config, cost, workers) if config.burst > 1 or config.failures_per_day else None,

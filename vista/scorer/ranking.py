@@ -212,17 +212,17 @@ def _candidates(
 ) -> list[Int]:
     """Model rows of each user's candidates, ascending: the nearest items, and those of the counters and the tail.
 
-    The neighbors of the user's items are compared with the nearest items, because an index does not know of them.
+    The followers of the user's newest items are compared with the nearest items, because an index does not know them.
 
     Args:
-        count: nearest items and neighbors per user, besides their own.
+        count: nearest items and followers per user, besides their own.
         allowed: bool [1 + V] rows that may be returned; None allows all.
         excluded: rows that may not be returned, even if allowed.
         exclude_tail: whether to leave out the items of the user's tail too.
     """
     table, vectors = snapshot.retrieval_vectors(), snapshot.user_vectors(request)
     counters, tail, candidates = request.counters, request.tail, []
-    neighbors = snapshot.neighbors(request)
+    transitions = snapshot.transitions(request)
     for user in range(len(request)):
         own = own_tail = np.unique(tail.item[user][tail.valid[user]]).astype(np.int64)
         if counters is not None:
@@ -233,8 +233,8 @@ def _candidates(
         others = np.union1d(left_out, own)
         nearest = index.nearest(table, vectors[user], count + len(others), allowed)
         nearest = nearest[~np.isin(nearest, others)][:count]
-        if neighbors is not None:
-            of_user = neighbors.select(slice(user, user + 1))
+        if transitions is not None:
+            of_user = transitions.select(slice(user, user + 1))
             found = np.setdiff1d(of_user.items(), others)
             both = np.union1d(nearest, found if allowed is None else found[allowed[found]])
             scores = snapshot.scores_of_others(vectors[user], of_user, both)
@@ -277,7 +277,7 @@ class Explanation:
     counted: NDArray[np.float32]
     """[C] contribution of the user's counters of the candidate and its categories; 0 if they are not counted. For
     `next`, it is the score of a counted item except for what the user vector adds, and the other contributions are
-    shares of that; of other items, it is that of the neighbors of the user's items."""
+    shares of that; of other items, it is that of transitions from the user's newest items."""
     counts: NDArray[np.float32]
     """[C, G * F] these counters as of the request, in the units and with the F columns of `CounterSpec`: of the item,
     then of its value of each of `model.counter_categories`; NaN where it is not counted. G is 0 for a model without
@@ -349,10 +349,10 @@ def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -
     value: Tensor = items @ user[0]
     of_pooled, of_statistics = _wide_shares(items * user, dim, model.config.space_dim)
     items = items[:, :dim]
-    of_counters, neighbors = torch.zeros_like(value), snapshot.neighbors(request)
-    sums = value.new_zeros(len(rows), 0) if neighbors is None else neighbors.sums(rows)[0].t()
-    if neighbors is not None:
-        of_counters = inference.neighbor_scores(user, sums.t()[None])[0]
+    of_counters, transitions = torch.zeros_like(value), snapshot.transitions(request)
+    sums = value.new_zeros(len(rows), 0) if transitions is None else transitions.sums(rows)[0].t()
+    if transitions is not None:
+        of_counters = inference.transition_scores(user, sums.t()[None])[0]
         value = value + of_counters
     if counters is not None:
         assert model.counted is not None

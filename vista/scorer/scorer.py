@@ -437,8 +437,8 @@ class Scorer:
     def counted_items(
         self, users: Ids, *, tail: Tail | None = None, now: Any = None
     ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.int64]]:
-        """The items that the users' counters hold, neighbors of the users' items (`model.neighbors`), and the scores
-        of `next` of both; other items have the scores `user_vectors @ item_vectors.T / temperature`.
+        """The items that the users' counters hold, followers of the users' newest items (`model.transitions`), and the
+        scores of `next` of both; other items have the scores `user_vectors @ item_vectors.T / temperature`.
 
         Returns:
             (ids [N], scores float32 [N], offsets int64 [B + 1]); none for a model without counters.

@@ -27,7 +27,7 @@ from vista.errors import ItemIndexError, RecordError, UnknownItemError, UnknownU
 from vista.examples.item_spaces import Pooled
 from vista.log.histories import NUM_GAPS, RowFeatures
 from vista.model import inference
-from vista.model.inference import ROW_TILE, UserNeighbors, pad_tail
+from vista.model.inference import ROW_TILE, UserTransitions, pad_tail
 from vista.model.item_feature_table import ItemsByValue
 from vista.model.item_index import ItemIndex
 from vista.model.item_projections import ItemProjections
@@ -256,11 +256,9 @@ class ServingSnapshot:
             )
         return self._index
 
-    def neighbors(self, request: Request) -> UserNeighbors | None:
-        """Whose neighbors the scores of a request read; None for a model that reads none."""
-        if request.counters is None:
-            return None
-        return UserNeighbors.of(self.model, request.counters, request.tail.item)
+    def transitions(self, request: Request) -> UserTransitions | None:
+        """Those that the scores of a request read; None for a model that reads none."""
+        return UserTransitions.of(self.model, request.tail.item)
 
     def context(self, request: Request) -> tuple[TargetContext, Tensor | None]:
         """Keys and values of a request, and the gap buckets of its time, int64 [B, 1] or None."""
@@ -278,16 +276,16 @@ class ServingSnapshot:
         vectors = self.user_vectors(request)
         scores: NDArray[np.float32] = (vectors / self.model.temperature).cpu().numpy() @ items.T
         for users, part in self._portions(request):
-            if (neighbors := self.neighbors(part)) is not None:
-                sums = neighbors.sums(range(UNKNOWN_ITEM + 1, UNKNOWN_ITEM + 1 + len(items)))
-                scores[users] += inference.neighbor_scores(vectors[users], sums).cpu().numpy()
+            if (transitions := self.transitions(part)) is not None:
+                sums = transitions.sums(range(UNKNOWN_ITEM + 1, UNKNOWN_ITEM + 1 + len(items)))
+                scores[users] += inference.transition_scores(vectors[users], sums).cpu().numpy()
         rows, counted, offsets = self._counted_scores(request, vectors)
         scores[np.repeat(np.arange(len(request)), np.diff(offsets)), rows - UNKNOWN_ITEM - 1] = counted
         return scores
 
     def counted_items(self, request: Request) -> tuple[Int, NDArray[np.float32], NDArray[np.int64]]:
-        """Rows int64 [N] of the items in the users' counters and of the neighbors of the users' items, their scores of
-        `next`, float32 [N], and offsets [B + 1].
+        """Rows int64 [N] of the items in the users' counters and of the followers of the users' newest items, their
+        scores of `next`, float32 [N], and offsets [B + 1].
 
         Args:
             request: of B users.
@@ -296,29 +294,29 @@ class ServingSnapshot:
             ValueError: the model has no retrieval head.
         """
         self.retrieval_vectors()
-        vectors, neighbors = self.user_vectors(request), self.neighbors(request)
+        vectors, transitions = self.user_vectors(request), self.transitions(request)
         rows, scores, offsets = self._counted_scores(request, vectors)
-        if neighbors is None:
+        if transitions is None:
             return rows, scores, offsets
         all_rows, all_scores, lengths = [rows[:0]], [scores[:0]], np.diff(offsets)
         for user, (first, stop) in enumerate(pairwise(offsets.tolist())):
-            of_user = neighbors.select(slice(user, user + 1))
+            of_user = transitions.select(slice(user, user + 1))
             others = np.setdiff1d(of_user.items(), rows[first:stop])
             all_rows += rows[first:stop], others
             all_scores += scores[first:stop], self.scores_of_others(vectors[user], of_user, others).cpu().numpy()
             lengths[user] += len(others)
         return np.concatenate(all_rows), np.concatenate(all_scores), offsets_of(lengths)
 
-    def scores_of_others(self, user: Tensor, neighbors: UserNeighbors, rows: Int) -> Tensor:
+    def scores_of_others(self, user: Tensor, transitions: UserTransitions, rows: Int) -> Tensor:
         """Scores of `next` [n] of items that the counters of one user do not hold.
 
         Args:
-            user: [M'] from `user_vectors`; neighbors: of that user; rows: int64 [n].
+            user: [M'] from `user_vectors`; transitions: of that user; rows: int64 [n].
         """
         table = self.retrieval_vectors()
         wanted = tiles(torch.from_numpy(rows), slice(0, 1), slice(0, len(rows))).to(table.device)
         scores = torch.mv(table.index_select(0, wanted), user / self.model.temperature)
-        return (scores + inference.neighbor_scores(user[None], neighbors.sums(wanted))[0])[: len(rows)]
+        return (scores + inference.transition_scores(user[None], transitions.sums(wanted))[0])[: len(rows)]
 
     def _counted_scores(self, request: Request, vectors: Tensor) -> tuple[Int, NDArray[np.float32], NDArray[np.int64]]:
         """What `counted_items` returns of the items in the users' counters; vectors: [B, M'] from `user_vectors`."""
@@ -327,8 +325,10 @@ class ServingSnapshot:
             return np.zeros(0, np.int64), scores[0], np.zeros(len(request) + 1, np.int64)
         for users, part in self._portions(request):
             assert part.counters is not None
-            neighbors = self.neighbors(part)
-            counted = inference.counted_scores(self.model, vectors[users], items, part.counters, neighbors, part.pooled)
+            transitions = self.transitions(part)
+            counted = inference.counted_scores(
+                self.model, vectors[users], items, part.counters, transitions, part.pooled
+            )
             scores.append(counted.cpu().numpy())
         codes = request.counters.codes
         return codes.key.astype(np.int64), np.concatenate(scores), codes.offsets
@@ -586,23 +586,23 @@ class ServingSnapshot:
         self, vectors: Tensor, request: Request, rows: Tensor | None, lengths: Int
     ) -> Iterator[tuple[Cells, Tensor]]:
         """Ranges of users and columns, and scores float32 [users, columns] of the users with vectors [B, M']."""
-        table, counters, neighbors = self.items.retrieval, request.counters, self.neighbors(request)
+        table, counters, transitions = self.items.retrieval, request.counters, self.transitions(request)
         assert table is not None
         counted = None
         if counters is not None:
             items = table[UNKNOWN_ITEM + 1 :]
-            counted = inference.counted_scores(self.model, vectors, items, counters, neighbors, request.pooled)
+            counted = inference.counted_scores(self.model, vectors, items, counters, transitions, request.pooled)
         scaled = vectors / self.model.temperature
         for users, columns in rectangles(lengths, self._cosines_per_pass):
             items = take(table, rows, users, columns)
             # One product per user, because the bits of a joint product depend on the number of users.
             own = [torch.mv(items if items.ndim == 2 else items[row], user) for row, user in enumerate(scaled[users])]
             scores = torch.stack(own)
-            if neighbors is not None:
+            if transitions is not None:
                 wanted: Tensor | range = range(columns.start, columns.stop)
                 if rows is not None:
                     wanted = rows[columns] if rows.ndim == 1 else rows[users, columns]
-                added = inference.neighbor_scores(vectors[users], neighbors.select(users).sums(wanted))
+                added = inference.transition_scores(vectors[users], transitions.select(users).sums(wanted))
                 scores[:, : added.shape[1]] += added
             if counters is not None and counted is not None:
                 user, column, place = map(torch.from_numpy, counters.find(users, rows, columns))

@@ -71,7 +71,7 @@ def check_start(config: TrainConfig, base: RankingModel, log: EventLog) -> None:
 
 def _check_model(config: TrainConfig, base: RankingModel) -> None:
     asked, kept = to_dict(config.model), to_dict(base.config)
-    unread = () if config.model.counters or base.config.counters else (*COUNTER_KEYS[1:], "neighbors")
+    unread = () if config.model.counters or base.config.counters else (*COUNTER_KEYS[1:], "transitions")
     changed = [key for key in asked if key not in (*FREE_KEYS, *unread) and asked[key] != kept.get(key)]
     if config.model.kind is not base.config.kind:  # which then also has other keys
         changed = ["architecture"]
@@ -124,7 +124,7 @@ def _check_log(config: TrainConfig, base: RankingModel, log: EventLog) -> None:
 
 
 logger = logging.getLogger(__name__)
-MEASURED_WEIGHTS = ("item_statistics", "item_rates", "neighbor_items", "neighbor_weights", "category")
+MEASURED_WEIGHTS = ("item_statistics", "item_rates", "transition_items", "transition_weights", "category")
 """Names of buffers that training makes from the log, or reads from a file."""
 ENCODERS = {
     "item_features": "features",
@@ -447,7 +447,7 @@ def start_model(
     precision: Precision,
     warm: WarmStart | None,
 ) -> None:
-    """Give a model what it takes from the training part: statistics and neighbors of items, their vectors, its gate.
+    """Give a model what it takes from the training part: statistics and transitions of items, their vectors, its gate.
 
     Args:
         warm: the warm start, if there is one; only its new items and heads are initialized.
@@ -458,8 +458,8 @@ def start_model(
         model.item_rates.copy_(source.rates.of_all(1 + len(model.items)))
     if source.spaces is not None and config.base is None and (warm is None or not warm.freezes):
         model.item_space.copy_(source.spaces.of_all(1 + len(model.items)))
-    if source.neighbors is not None and model.neighbors is not None:
-        model.neighbors.copy_(source.neighbors.of_all(1 + len(model.items)))
+    if source.transitions is not None and model.transitions is not None:
+        model.transitions.copy_(source.transitions.table(1 + len(model.items)))
     if config.base is None:  # a base contains what is read here
         model.read_item_table(features_of(model.items, log))
         if config.model.item_start is not ItemStart.random:
