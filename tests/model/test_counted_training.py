@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.conftest import draw_counter_weights
 from tests.counters.counter_histories import counters_of_request
 from tests.model.test_sequence_baselines import LIMIT
 from vista.arrays import Int
@@ -503,3 +504,26 @@ def test_no_label_is_in_its_own_counters_of_a_category(make: SimpleNamespace) ->
             assert not is_counted or position > 30
             seen_brand += is_counted
     assert seen_brand > 0
+
+
+@pytest.mark.parametrize("counters", [False, True])
+def test_epoch_0_trains_what_scores_read_without_attention(make: SimpleNamespace, counters: bool) -> None:
+    """Its losses are those of the model that it exports, and all its gradients are of what that model reads."""
+    model = make.model(counters=counters, pooled_dim=6, counted_dropout=0.0, dropout=0.0)
+    draw_counter_weights(model)
+    chunks, _ = make.chunks(make.histories([30, 9]), 1, impressions=5, space=make.space(model), keys=model.item_keys)
+    chunks.impressions = replace(chunks.impressions, measured=measured_of(chunks.impressions.item, model))
+    batch = make.batch(chunks, make.plan(model, anchors=make.anchor_plan()))
+    batch = with_served_statistics(batch, model) if counters else with_served_space(batch, model)
+    optim = OptimConfig(next_weight=0.5, window_weight=1.0, task_weight=1.0, reconstruction_weight=0.0)
+    wide = model.wide_losses(batch, optim)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with model.wide_alone(), torch.no_grad():
+        whole = model.losses(batch, model.item_table[batch.rows], optim)
+    assert wide.parts.keys() == whole.parts.keys() == {"next", "window", "click", "like"}
+    for name, value in whole.parts.items():
+        torch.testing.assert_close(wide.parts[name].detach(), value, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the norm is back"
+    wide.total.backward()
+    trained = {name.split(".")[0] for name, weight in model.named_parameters() if weight.grad is not None}
+    assert trained <= {"statistics", "counted", "candidate_head", "task_head"} and "statistics" in trained

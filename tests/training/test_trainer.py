@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -122,7 +123,7 @@ def test_each_step_has_one_line_in_metrics(uninterrupted: Path) -> None:
     rows = metrics(uninterrupted)
     steps = [row["step"] for row in rows if "validation" not in row]
     assert steps == list(range(1, steps[-1] + 1)) and len(steps) > 10
-    assert [row["epoch"] for row in rows if "validation" in row] == [1, 2, 3]
+    assert [row["epoch"] for row in rows if "validation" in row] == [0, 1, 2, 3]
     assert all(row["loss"] > 0 and row["gradient_norm"] > 0 for row in rows if "validation" not in row)
     assert all(0 <= row["waiting_share"] < 1 for row in rows if "validation" not in row)
 
@@ -168,7 +169,7 @@ def test_a_crash_between_validation_and_checkpoint_writes_no_line_twice(
         patch.setattr(checkpoint, "save_checkpoint", save_or_crash)
         with pytest.raises(SystemExit):
             train(config, event_log, metrics_every=1)
-    assert [row["epoch"] for row in metrics(tmp_path) if "validation" in row] == [1, 2]
+    assert [row["epoch"] for row in metrics(tmp_path) if "validation" in row] == [0, 1, 2]
     train(config, event_log, metrics_every=1)
     assert_same_result(tmp_path, uninterrupted)
 
@@ -258,7 +259,7 @@ def test_a_line_of_metrics_cut_off_by_a_crash_is_dropped(
 
 
 def test_an_absurd_learning_rate_stops_the_run_and_names_the_users(event_log: EventLog, tmp_path: Path) -> None:
-    config = small_config(event_log, tmp_path, optim__learning_rate=1e38, checkpoint_every=1)
+    config = small_config(event_log, tmp_path, optim__learning_rate=1e38, model__pooled_dim=0, checkpoint_every=1)
     with pytest.raises(NonFiniteLossError, match=r"is not finite .*Lower optim\.learning_rate") as caught:
         train(config, event_log)
     assert "\n" not in str(caught.value)
@@ -294,7 +295,7 @@ def test_early_stopping_keeps_the_best(event_log: EventLog, tmp_path: Path) -> N
     train(config, event_log)
     validations = [(row["epoch"], row["validation"]["ndcg@10"]) for row in metrics(tmp_path) if "validation" in row]
     best_epoch, best = max(validations, key=lambda pair: (pair[1], -pair[0]))
-    assert len(validations) == best_epoch + 2 < 30
+    assert len(validations) == 1 + best_epoch + 2 < 30, "epoch 0 is validated, too"
     assert "stopping" in (tmp_path / "train.log").read_text()
     validate = Validation(event_log, np.arange(event_log.num_items) + 1, config)
     assert validate(VistaModel.from_pretrained(tmp_path / "best"))["ndcg@10"] == best != validations[-1][1]
@@ -304,9 +305,31 @@ def test_early_stopping_keeps_the_best(event_log: EventLog, tmp_path: Path) -> N
     assert result(tmp_path)[1:] == before
 
 
+def test_epoch_0_is_exported_until_attention_adds_something(event_log: EventLog, tmp_path: Path) -> None:
+    config = small_config(event_log, tmp_path, optim__epochs=0, optim__learning_rate=2e-2)
+    model = train(config, event_log)
+    row, said = metrics(tmp_path)[-1], (tmp_path / "train.log").read_text()
+    assert (row["epoch"], row["step"], row["is_best"]) == (0, 0, True)
+    assert "is the model of epoch 0" in said and "attention changes" not in said
+    assert isinstance(model, VistaModel) and not model.target_attention.final_norm.weight.any()
+    assert model.statistics is not None and model.statistics.weight.bias.ne(0).any()
+    # The same run goes from there: its first step has the whole norm again, and each epoch is compared with epoch 0.
+    longer = tmp_path / "longer"
+    trained = train(small_config(event_log, longer, optim__epochs=2, optim__learning_rate=2e-2), event_log)
+    first, *later = [row["validation"]["ndcg@10"] for row in metrics(longer) if "validation" in row]
+    assert first == row["validation"]["ndcg@10"]
+    changes = [
+        float(each) for each in re.findall(r"changes ndcg@10 by ([+-][\d.]+) ± ", (longer / "train.log").read_text())
+    ]
+    assert changes == pytest.approx([value - first for value in later], abs=6e-5)
+    is_better = max(later) > first
+    assert isinstance(trained, VistaModel) and trained.target_attention.final_norm.weight.any() == is_better
+    assert ("is the model of epoch 0" in said) != is_better
+
+
 def test_the_last_epoch_is_validated_for_any_validate_every(event_log: EventLog, tmp_path: Path) -> None:
     train(small_config(event_log, tmp_path, optim__validate_every=2, optim__epochs=3), event_log)
-    assert [row["epoch"] for row in metrics(tmp_path) if "validation" in row] == [2, 3]
+    assert [row["epoch"] for row in metrics(tmp_path) if "validation" in row] == [0, 2, 3]
 
 
 def test_a_log_without_validation_cases_trains_with_a_warning(tmp_path: Path) -> None:

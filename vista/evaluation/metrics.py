@@ -95,7 +95,13 @@ def _auc_by_group(group_N: Int, num_groups: int, label_N: Floats, score_N: Float
 
 
 def log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
-    """Mean binary cross-entropy in nats.
+    """Mean of `log_losses`; NaN for no rows."""
+    losses = log_losses(labels, probabilities)
+    return float(losses.mean()) if len(losses) else float("nan")
+
+
+def log_losses(labels: ArrayLike, probabilities: ArrayLike) -> Floats:
+    """Binary cross-entropy of each row in nats, float64 [N].
 
     Probabilities are clipped to [eps, 1 - eps], where eps is the resolution of their dtype (as in scikit-learn). So one
     float32 sigmoid rounded to 1 does not make the mean infinite.
@@ -104,22 +110,17 @@ def log_loss(labels: ArrayLike, probabilities: ArrayLike) -> float:
         labels: [N] of 0 and 1.
         probabilities: [N] in [0, 1].
 
-    Returns:
-        NaN for no rows.
-
     Raises:
         ValueError: on NaN, on values out of range, or lengths that differ.
     """
     label_N, probability_N = _labels_and_probabilities(labels, probabilities)
-    if not len(label_N):
-        return float("nan")
-    return float(-np.where(label_N == 1, np.log(probability_N), np.log1p(-probability_N)).mean())
+    return -np.where(label_N == 1, np.log(probability_N), np.log1p(-probability_N))
 
 
 def normalized_entropy(labels: ArrayLike, probabilities: ArrayLike) -> float:
     """Log loss over the entropy of the labels' own base rate (He et al., ADKDD 2014).
 
-    The best constant prediction has 1; smaller is better. Arguments and errors as in `log_loss`. NaN if one class is
+    The best constant prediction has 1; smaller is better. Arguments and errors as in `log_losses`. NaN if one class is
     absent, because then the entropy is 0.
     """
     loss = log_loss(labels, probabilities)

@@ -29,6 +29,7 @@ from vista.evaluation.metrics import (
     auc,
     calibration,
     gauc,
+    log_losses,
     mean_and_error,
     normalized_entropy,
     ranks_of_targets,
@@ -283,6 +284,21 @@ def impression_metrics(cases: ImpressionCases, probability: Float32s) -> dict[st
         metrics[f"ne/{task}"] = normalized_entropy(label, predicted)
         metrics[f"calibration/{task}"] = calibration(label, predicted).ratio
     return metrics
+
+
+def entropy_of_users(cases: ImpressionCases, probability: Float32s, task: str) -> Floats:
+    """float64 [U] what each user with labels of a task adds to its NE, times U: their mean is the NE of the task.
+
+    Args:
+        probability: float32 [N, num_tasks].
+    """
+    index = cases.tasks.index(task)
+    known = cases.mask[:, index]
+    label, predicted = cases.label[known, index], probability[known, index]
+    losses = log_losses(label, predicted)
+    users, user = np.unique(cases.user[known], return_inverse=True)
+    of_users: Floats = np.bincount(user, losses, len(users)) * len(users) / losses.sum()
+    return of_users * normalized_entropy(label, predicted)
 
 
 def measure_next_items(

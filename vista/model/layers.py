@@ -433,6 +433,9 @@ class CandidateHead(nn.Module):
 
 START_POOLED = 2.0
 """Weight of `Pooled.all` before training."""
+START_GAIN = 0.1
+"""Scale of unit user vectors before training. Cosines to vectors that are not trained yet would otherwise disturb what
+is known without them, which is fitted first (epoch 0)."""
 
 
 class StatisticsTerm(nn.Module):
@@ -454,6 +457,7 @@ class StatisticsTerm(nn.Module):
         super().__init__()
         self.num_sums, self.num_pooled = num_sums, num_pooled
         num_others = num_statistics + num_sums
+        self.gain = nn.Parameter(torch.tensor(START_GAIN))
         self.weight = nn.Linear(dim, num_others + num_pooled)
         nn.init.zeros_(self.weight.weight)
         nn.init.zeros_(self.weight.bias)
@@ -473,7 +477,7 @@ class StatisticsTerm(nn.Module):
             pooled: [..., J, r] pooled vectors; None without.
         """
         with torch.autocast(unit.device.type, enabled=False):
-            unit = unit.to(self.weight.weight.dtype)
+            unit = self.gain * unit.to(self.weight.weight.dtype)
             weights = self.weight(unit * math.sqrt(unit.shape[-1]))  # inputs near 0 ± 1
             if not self.num_pooled:
                 return torch.cat([unit, weights], -1)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -150,6 +152,8 @@ class VistaModel(RankingModel):
         """The retrieval head's query token, to which the newest event is added."""
         spec, tasks, inputs = self.counter_spec, len(schema.tasks), self._input_scale()
         self.task_head = nn.Linear(dim, tasks) if tasks else None
+        if self.task_head is not None and inputs:
+            nn.init.zeros_(self.task_head.weight)  # what is known without attention is fitted first
         self.candidate_head = CandidateHead(spec, 5 * dim, tasks, inputs) if tasks and (spec or inputs) else None
         """Added to candidates' vectors, projections in layer 1, and logits; None without tasks, or without counters and
         pooled vectors."""
@@ -170,19 +174,89 @@ class VistaModel(RankingModel):
         return [factor for factor, size in zip((4.0, 1.0, 4.0), sizes, strict=True) for _ in range(size)]
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
-        impressions = batch.impressions
         encoded, summaries, context = self._contexts(batch, item_vectors)
-        parts: dict[str, LossPart] = {}
-        if planned(optim.next_weight, "optim.next_weight") and self.counted is None:
-            parts["next"] = self._next_loss(batch, item_vectors, context)
-        if batch.anchors is not None:
-            parts |= anchor_losses(self, batch, self._users_at_anchors(batch, context), item_vectors, optim)
-        if self.task_head is not None and optim.task_weight > 0 and impressions.item.shape[1]:
-            logits = self.window_logits(batch, item_vectors, context)
-            parts |= task_parts(self.schema.tasks, logits, impressions.label, impressions.mask)
+        parts = self._head_losses(
+            batch,
+            item_vectors,
+            optim,
+            users=lambda: self.window_users(batch, context),
+            askers=lambda: self._users_at_anchors(batch, context),
+            logits=lambda: self.window_logits(batch, item_vectors, context),
+        )
         if self.decoder is not None and optim.reconstruction_weight > 0 and len(batch.reconstruction.cut):
             parts["reconstruction"] = self._reconstruction(batch, item_vectors, encoded, summaries)
         return weighted_losses(parts, optim)
+
+    def wide_losses(self, batch: Batch, optim: OptimConfig) -> Losses:
+        """The losses within `wide_alone`, without computing contexts."""
+        labels, anchors, shown, dim = batch.labels, batch.anchors, batch.impressions, self.config.dim
+
+        def outputs(place: Tensor) -> Tensor:
+            """0 for each place."""
+            return torch.zeros(*place.shape, dim, device=place.device)
+
+        def askers() -> Tensor:
+            assert anchors is not None
+            return self.retrieval_users(outputs(anchors.window), anchors.pooled)
+
+        def logits() -> Tensor:
+            assert self.task_head is not None
+            of_outputs: Tensor = self.task_head(outputs(shown.item))
+            if self.candidate_head is None:
+                return of_outputs
+            return of_outputs + self.candidate_head.logits(shown.codes, shown.inputs)
+
+        parts = self._head_losses(
+            batch,
+            outputs(batch.rows),
+            optim,
+            users=lambda: self.retrieval_users(outputs(labels.item), labels.pooled),
+            askers=askers,
+            logits=logits,
+        )
+        return weighted_losses(parts, optim)
+
+    @property
+    def has_wide(self) -> bool:
+        """Whether scores read anything without attention."""
+        return self.statistics is not None or self.candidate_head is not None
+
+    @contextmanager
+    def wide_alone(self) -> Iterator[None]:
+        """In this block, scores read nothing by attention: outputs of stage 2 are 0, as their norm has the scale 0."""
+        scale = self.target_attention.final_norm.weight
+        kept = scale.detach().clone()
+        with torch.no_grad():
+            scale.zero_()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                scale.copy_(kept)
+
+    def _head_losses(
+        self,
+        batch: Batch,
+        item_vectors: Tensor,
+        optim: OptimConfig,
+        *,
+        users: Callable[[], Tensor],
+        askers: Callable[[], Tensor],
+        logits: Callable[[], Tensor],
+    ) -> dict[str, LossPart]:
+        """Losses of all heads, as far as they are trained.
+
+        Args:
+            users: gives the `window_users`; askers: the user vectors at the anchors; logits: the `window_logits`.
+        """
+        shown, parts = batch.impressions, dict[str, LossPart]()
+        if planned(optim.next_weight, "optim.next_weight") and self.counted is None:
+            parts["next"] = self._next_loss(batch, item_vectors, users())
+        if batch.anchors is not None:
+            parts |= anchor_losses(self, batch, askers(), item_vectors, optim)
+        if self.task_head is not None and optim.task_weight > 0 and shown.item.shape[1]:
+            parts |= task_parts(self.schema.tasks, logits(), shown.label, shown.mask)
+        return parts
 
     def anchor_users(self, batch: Batch, item_vectors: Tensor) -> Tensor:
         return self._users_at_anchors(batch, self._contexts(batch, item_vectors)[2])
@@ -276,8 +350,7 @@ class VistaModel(RankingModel):
         seen = seen.clamp(min=0)
         return self.candidate_logits(vectors, requests, seen, context, codes=shown.codes, inputs=shown.inputs)
 
-    def _next_loss(self, batch: Batch, item_vectors: Tensor, context: TargetContext) -> LossPart:
-        users = self.window_users(batch, context)
+    def _next_loss(self, batch: Batch, item_vectors: Tensor, users: Tensor) -> LossPart:
         label = batch.labels.item.flatten()
         known = (label >= 0).nonzero().squeeze(-1)
         items = self.training_items(batch, item_vectors)

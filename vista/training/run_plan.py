@@ -171,6 +171,8 @@ class Progress:
     """Time spent on the run, validation included, in all processes that worked on it."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Validation metrics, one entry per validation."""
+    wide: list[float] = field(default_factory=list)
+    """The validation metric of each user after epoch 0; empty without an epoch 0."""
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     """Validation metrics of the counting baselines, by name."""
 
@@ -197,6 +199,7 @@ class Progress:
             "stopped": one_of(False, True),
             "seconds": NUMBER,
             "history": list_of(TABLE),
+            "wide": list_of(_MEASURED),
             "baselines": TABLE,
         }
         check_fields(values, rules)
@@ -212,7 +215,7 @@ class Progress:
         best_fits = (progress.best is None) == (not progress.history) and (
             progress.best is None or str(progress.best) in {str(row[metric]) for row in progress.history}
         )
-        if not batches_fit or not best_fits or progress.bad_validations > len(progress.history):
+        if not batches_fit or not best_fits or progress.bad_validations > max(len(progress.history) - 1, 0):
             raise ValueError("the fields of progress contradict each other")
         return progress
 

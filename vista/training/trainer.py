@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from contextlib import ExitStack
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vista.config.composition import to_yaml
 from vista.config.train_config import without_places
 from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device, set_threads
 from vista.errors import ConfigError, NonFiniteLossError
+from vista.evaluation.metrics import mean_and_error
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchPrefetcher, BatchSource
 from vista.files import replace_file, replace_text
@@ -62,6 +64,8 @@ def run_identity(
 
 logger = logging.getLogger(__name__)
 METRICS_EVERY = 20
+WIDE_STEPS, WIDE_PASSES = 500, 4
+"""Most steps of epoch 0, and most passes over the training histories."""
 NAMED_USERS = 20
 """Most users of a refused batch that the error names."""
 
@@ -177,14 +181,21 @@ class Trainer:
             if isinstance(ranks, JobRanks)
             else None
         )
-        self.optimizers = Optimizers(
+        self.optimizers = self._new_optimizers()
+        has_wide = origin is None and isinstance(self.model, VistaModel) and self.model.has_wide
+        has_wide = has_wide and self.model.sharded_table is None  # whose ranks read it together in each step
+        self._wide = self.model if has_wide and isinstance(self.model, VistaModel) else None
+        """The model, if the run has an epoch 0."""
+        self.progress = Progress()
+        self._budget = None if config.optim.minutes is None else TimeBudget(config.optim.minutes)
+
+    def _new_optimizers(self) -> Optimizers:
+        return Optimizers(
             self.model,
-            config.optim,
+            self.config.optim,
             frozen_rows=0 if self._warm is None else self._warm.frozen_rows,
             combine=None if self._parallel is None else self._parallel.combine_gradients,
         )
-        self.progress = Progress()
-        self._budget = None if config.optim.minutes is None else TimeBudget(config.optim.minutes)
 
     def run(self) -> RankingModel:
         """Train to the end, from the newest checkpoint if there is one; returns the exported model."""
@@ -193,6 +204,8 @@ class Trainer:
             if self.validation is not None and not self.progress.baselines:
                 self.progress.baselines = self.validation.baselines()
             with deferred_interrupt() as interrupted:
+                if self._wide is not None and self.progress.step == 0:
+                    self._fit_wide(self._wide, metrics, interrupted)
                 while not self.progress.finished(self.config.optim.epochs):
                     self._run_epoch(metrics, interrupted)
             if self.progress.best is None:
@@ -200,6 +213,8 @@ class Trainer:
             self._ranks.wait()
             if self.validation is not None:
                 compare_with_baselines(self.progress, self.validation, counts=self.model.item_keys is not None)
+            if self.progress.wide and self.progress.best == self.progress.history[0][self.validation.metric]:
+                logger.info("%s is the model of epoch 0: attention added nothing to it", self.run_dir / "best")
             best, share = self.run_dir / "best", self._clock.waiting_share
             waited = "" if share is None else f", {share:.1%} of their time spent waiting for batches"
             logger.info("done: %d steps%s; model in %s", self.progress.step, waited, best)
@@ -241,6 +256,32 @@ class Trainer:
             self._parallel.log_balance(self.source)
         if config.optim.epochs is not None and config.optim.minutes is None:
             warn_of_few_steps(config.optim, config.optim.epochs * self.source.num_batches(0))
+
+    def _fit_wide(self, model: VistaModel, metrics: MetricsWriter, interrupted: list[bool]) -> None:
+        """Epoch 0: fit what scores read without attention, then validate and export the model that has nothing else.
+
+        An interrupted epoch 0 starts over.
+        """
+        began, progress = time.perf_counter(), self.progress
+        optimizers = self._new_optimizers()
+        total, step = min(WIDE_STEPS, WIDE_PASSES * self.source.num_batches(0)), 0
+        model.train()
+        with progress_bar(total=total, desc="epoch 0", unit="batch") as bar:
+            for epoch in count():
+                with BatchPrefetcher(self.source, epoch, 0) as batches:
+                    for batch in islice(batches, total - step):
+                        optimizers.schedule(step, step / total, 0)
+                        self._update(optimizers, batch, wide=True)
+                        step += 1
+                        bar.update()
+                        if self._ranks.any(bool(interrupted)):
+                            raise _stopped(progress)
+                if step == total:
+                    break
+        if self.validation is not None:
+            with model.wide_alone():
+                self._validate(metrics, time.perf_counter() - began)
+            progress.wide = self.validation.of_users.tolist()
 
     def _run_epoch(self, metrics: MetricsWriter, interrupted: list[bool]) -> None:
         """Train the rest of an epoch, then validate."""
@@ -291,22 +332,26 @@ class Trainer:
         """One update; returns the losses as numbers."""
         warmup = warmup_steps(self.config.optim, self.progress.planned_steps)
         rate = self.optimizers.schedule(self.progress.step, share_done, warmup)
-        losses = self._losses(batch)
+        return self._update(self.optimizers, batch) | {"learning_rate": rate}
+
+    def _update(self, optimizers: Optimizers, batch: Batch, *, wide: bool = False) -> dict[str, float]:
+        """An update of the whole model, or of its wide part alone; returns the losses and the norm of the gradient."""
+        losses = self._losses(batch, wide=wide)
         objective = losses.total
         if self._parallel is not None:
             losses, objective = self._parallel.combined(losses)
         parts = {name: float(value.detach()) for name, value in losses.parts.items()}
-        row = {"loss": float(losses.total.detach()), **parts, "learning_rate": rate, "gradient_norm": 0.0}
+        row = {"loss": float(losses.total.detach()), **parts, "gradient_norm": 0.0}
         if not math.isfinite(row["loss"]):
             raise self._non_finite(batch, "loss", parts)
         if objective.requires_grad:  # not in a batch without a single label
-            row["gradient_norm"] = self.optimizers.backward(objective)
+            row["gradient_norm"] = optimizers.backward(objective)
             if not math.isfinite(row["gradient_norm"]):
                 raise self._non_finite(batch, "gradient", parts)
-            self.optimizers.step()
+            optimizers.step()
         return row
 
-    def _losses(self, batch: Batch) -> Losses:
+    def _losses(self, batch: Batch, *, wide: bool) -> Losses:
         """The losses of a batch, or of this rank's part of it, which may be empty.
 
         Only the rows of the batch take part. A trained table's gradient is sparse, so no pass reads the whole table.
@@ -318,6 +363,9 @@ class Trainer:
             return weighted_losses({}, self.config.optim)
         part = part.to(self.device)
         with autocast(self.precision, self.device):
+            if wide:
+                assert self._wide is not None
+                return self._wide.wide_losses(part, self.config.optim)
             vectors = training_vectors(self.model, part)
             return self.model.losses(part, vectors, self.config.optim)
 
@@ -371,6 +419,9 @@ class Trainer:
         metrics.write({**row, **times})
         numbers = ", ".join(f"{name} {number:.4f}" for name, number in measured.items())
         logger.info("epoch %d (%.1f s): %s", progress.epoch, epoch_seconds, numbers)
+        if progress.wide:
+            change, error = mean_and_error(self.validation.of_users - np.array(progress.wide))
+            logger.info("attention changes %s by %+.4f ± %.4f from epoch 0", self.validation.metric, change, error)
         if is_best:
             progress.best, progress.bad_validations = value, 0
             self._export(model, progress.history[-1])

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vista.arrays import Float32s, Int
+from vista.arrays import Float32s, Floats, Int
 from vista.config import EvaluateConfig, TrainConfig
 from vista.errors import NonFiniteLossError
 from vista.evaluation.answers import RawHistoryAnswers
@@ -32,10 +32,12 @@ from vista.evaluation.counting_baselines import counting_baselines, scores_in_co
 from vista.evaluation.protocol import (
     WindowReport,
     case_batches,
+    entropy_of_users,
     impression_metrics,
     rank_next_items,
     rank_windows,
     ranking_metrics,
+    ranking_values,
     window_lengths,
     window_metric,
 )
@@ -216,6 +218,8 @@ class Validation:
         self.metric = self._deciding_metric()
         """The metric that decides which model is best: NE of the first task with labels of both kinds (smaller is
         better), else `ranking_metric`; empty if the log has no cases."""
+        self.of_users: Floats = np.zeros(0)
+        """float64 [U] `metric` of each user in the last call, whose mean is that of all; NaN for users without it."""
 
     @classmethod
     def of(cls, log: EventLog, item_rows: Int, config: TrainConfig, ranks: Ranks) -> Validation | None:
@@ -294,9 +298,12 @@ class Validation:
         batches = case_batches(cases, self._log.num_items, USERS_PER_BATCH, self._events_per_batch)
         if isinstance(cases, NextItemCases):
             ranks = rank_next_items(self._log, cases, columns, score, batches, exclude_seen=self._exclude_seen)
-            return ranking_metrics(self._ranks.of_all_cases({"rank": ranks})["rank"], [10])
+            ranks = self._ranks.of_all_cases({"rank": ranks})["rank"]
+            self.of_users = ranking_values(ranks, [10])["ndcg@10"]
+            return ranking_metrics(ranks, [10])
         measured = rank_windows(self._log, {self._length: cases}, columns, score, batches, [10])[self._length]
         report = WindowReport({self._length: self._ranks.of_all_cases(measured)})
+        self.of_users = report.per_user()[self.ranking_metric]
         # NaN if no window has items of the kind.
         return {k: v for k, v in report.metrics().items() if k.startswith("ndcg@10") and not math.isnan(v)}
 
@@ -323,9 +330,10 @@ class Validation:
             predicted = np.zeros(shown.label.shape, np.float32)
             if answers is not None:
                 predicted = self._finite(self._probabilities(model, shown, answers), shown.user)
-            metrics |= impression_metrics(
-                self._impressions, self._ranks.of_all_cases({"predicted": predicted})["predicted"]
-            )
+            predicted = self._ranks.of_all_cases({"predicted": predicted})["predicted"]
+            metrics |= impression_metrics(self._impressions, predicted)
+            if self.metric != self.ranking_metric:
+                self.of_users = entropy_of_users(self._impressions, predicted, self.metric.removeprefix("ne/"))
         model.train(was_training)
         return metrics
 
