@@ -23,7 +23,6 @@ from vista.errors import ConfigError, MissingDependencyError
 from vista.log.event_log import EventLog
 from vista.training import run_plan
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
-from vista.training.optimizers import COUNTED_RATE
 from vista.training.run_plan import (
     RESERVE,
     SKIPPED_STEPS,
@@ -335,7 +334,7 @@ def test_the_table_learns_at_its_own_rate(event_log: EventLog, tmp_path: Path) -
         network = made.optimizers.schedule(100, 0.5, 4)
         assert network == pytest.approx(5e-3 * (0.01 + 0.99 * 0.5))
         rates = {group["lr"] for group in made.optimizers.dense.param_groups}
-        assert rates == {network, COUNTED_RATE * network}
+        assert rates == {network}, "after epoch 0, heads learn as fast as the rest"
         assert [group["lr"] for group in made.optimizers.table.param_groups] == [network * rate]
         moved[rate] = float((made.model.item_table.detach() - start["item_table"]).abs().mean())
     assert 0 < 5 * moved[0.1] < moved[1.0] < 20 * moved[0.1]

@@ -188,11 +188,11 @@ class ServingGraph(nn.Module):
             if self.request_features is not None:
                 added = self.request_features([given[name] for name in self._columns(REQUEST)])
                 shown = added if request is None else request + added
-            inputs = None
+            of_pairs = None
             if pooled is not None:
-                inputs = self.heads.candidate_inputs(self._cosines(pooled, candidates), candidates)
+                of_pairs = self.heads.candidate_inputs(self._cosines(pooled, candidates), candidates)
             logits = self.heads.candidate_logits(
-                vectors, shown, seen, context, projections, codes=of_tasks, inputs=inputs
+                vectors, shown, seen, context, projections, codes=of_tasks, inputs=of_pairs
             )
             out += [logits, logits.sigmoid()]
         if "next" in self.outputs:

@@ -329,8 +329,7 @@ _Shares = tuple[Tensor, Attribution, Tensor, Tensor]
 
 def _wide_shares(products: Tensor, dim: int, width: int) -> tuple[Tensor, Tensor]:
     """Shares of pooled vectors and of statistics, [C] each, in the products [C, M'] of retrieval vectors."""
-    _, of_pooled, of_statistics = products.split([dim, width, products.shape[1] - dim - width], -1)
-    return of_pooled.sum(1), of_statistics.sum(1)
+    return products[:, dim : dim + width].sum(1), products[:, dim + width :].sum(1)
 
 
 @torch.no_grad()

@@ -562,13 +562,13 @@ class ServingSnapshot:
         assert head is not None
         cosines = inference.pooled_cosines(pooled.unsqueeze(1), model.item_space[rows])
         inputs = model.candidate_inputs(cosines, rows.expand(cosines.shape[:2])).flatten(0, 1)
-        codes = None
+        codes: Tensor | None = None
         if (spec := model.counter_spec) is not None:
-            codes = np.zeros((len(inputs), spec.num_fields * spec.num_columns + 1), np.uint8)
+            own = np.zeros((len(inputs), spec.num_fields * spec.num_columns + 1), np.uint8)
             if counted is not None:
                 user, column, of_pairs = counted
-                codes[user * cosines.shape[1] + column] = of_pairs
-            codes = torch.from_numpy(codes).to(model.device)
+                own[user * cosines.shape[1] + column] = of_pairs
+            codes = torch.from_numpy(own).to(model.device)
         logits: Tensor = head.logits(codes, inputs)
         return logits.view(*cosines.shape[:2], -1)
 

@@ -213,7 +213,7 @@ def encode_states(keys: Sequence[bytes], states: StateArrays, spec: StateSpec) -
     headers["created_at"] = spec.created_at
     for name in ("clock", "num_events", "applied_segment", "history_digest"):
         headers[name] = getattr(states, name)
-    z, parts = states.z, [states.n, states.removed]
+    z, parts = states.z, list[NDArray[np.floating[Any]]]([states.n, states.removed])
     if spec.dtype is StateDtype.float16:
         # One scale per matrix: sums over a million events overflow float16, and those of a few events underflow it.
         scale = np.abs(z).max(axis=(-2, -1), initial=0)

@@ -26,8 +26,9 @@ WEIGHT_DECAY = 0.01
 """Decoupled weight decay (AdamW) of linear maps. Tables have none."""
 GRADIENT_CLIP = 1.0
 """Largest global norm of a gradient."""
-COUNTED_RATE = 5.0
-"""Learning rate of the heads of counters and statistics, as a multiple of the network's."""
+HEAD_RATE = 5.0
+"""Learning rate of the heads that read counters, statistics, and pooled vectors, as a multiple of the network's. After
+epoch 0, which fits them, it is 1."""
 FINAL_RATE = 0.01
 """Share of the learning rate that remains at the end."""
 FACTOR = "rate_factor"
@@ -49,11 +50,14 @@ class Optimizers:
         optim: OptimConfig,
         *,
         frozen_rows: int = 0,
+        head_rate: float = HEAD_RATE,
         combine: Callable[[Sequence[Tensor], Sequence[Tensor]], None] | None = None,
     ) -> None:
         """
         Args:
             frozen_rows: leading rows of the item table that stay as they are.
+            head_rate: learning rate of the heads that read more than attention's outputs, as a multiple of the
+                network's.
             combine: replaces the gradients of dense parameters and of tables by those of all ranks; None for a single
                 process.
         """
@@ -79,7 +83,7 @@ class Optimizers:
         plain = [p for p in self._dense if id(p) not in is_decayed | is_counted]
         groups: list[tuple[list[Tensor], float, float]] = [(decayed, WEIGHT_DECAY, 1.0), (plain, 0.0, 1.0)]
         if counted:
-            groups.append((counted, WEIGHT_DECAY, COUNTED_RATE))
+            groups.append((counted, WEIGHT_DECAY, head_rate))
         # With names, so that a checkpoint says whose moments it holds.
         self.dense = torch.optim.AdamW(
             [

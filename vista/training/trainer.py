@@ -36,7 +36,7 @@ from vista.runs.tracking import MetricsWriter, typed_errors
 from vista.training.checkpoint import PLAIN_WEIGHTS, latest_checkpoint, plain_model, restore_run, save_run
 from vista.training.downstream import Downstream
 from vista.training.log_schema import hash_collisions, model_reads, schema_and_readers
-from vista.training.optimizers import DataParallel, Optimizers
+from vista.training.optimizers import HEAD_RATE, DataParallel, Optimizers
 from vista.training.run_folder import (
     RunRecord,
     claimed_folder,
@@ -181,19 +181,20 @@ class Trainer:
             if isinstance(ranks, JobRanks)
             else None
         )
-        self.optimizers = self._new_optimizers()
         has_wide = origin is None and isinstance(self.model, VistaModel) and self.model.has_wide
         has_wide = has_wide and self.model.sharded_table is None  # whose ranks read it together in each step
         self._wide = self.model if has_wide and isinstance(self.model, VistaModel) else None
         """The model, if the run has an epoch 0."""
+        self.optimizers = self._new_optimizers(HEAD_RATE if self._wide is None else 1.0)
         self.progress = Progress()
         self._budget = None if config.optim.minutes is None else TimeBudget(config.optim.minutes)
 
-    def _new_optimizers(self) -> Optimizers:
+    def _new_optimizers(self, head_rate: float) -> Optimizers:
         return Optimizers(
             self.model,
             self.config.optim,
             frozen_rows=0 if self._warm is None else self._warm.frozen_rows,
+            head_rate=head_rate,
             combine=None if self._parallel is None else self._parallel.combine_gradients,
         )
 
@@ -213,8 +214,8 @@ class Trainer:
             self._ranks.wait()
             if self.validation is not None:
                 compare_with_baselines(self.progress, self.validation, counts=self.model.item_keys is not None)
-            if self.progress.wide and self.progress.best == self.progress.history[0][self.validation.metric]:
-                logger.info("%s is the model of epoch 0: attention added nothing to it", self.run_dir / "best")
+                if self.progress.wide and self.progress.best == self.progress.history[0][self.validation.metric]:
+                    logger.info("%s is the model of epoch 0: attention added nothing to it", self.run_dir / "best")
             best, share = self.run_dir / "best", self._clock.waiting_share
             waited = "" if share is None else f", {share:.1%} of their time spent waiting for batches"
             logger.info("done: %d steps%s; model in %s", self.progress.step, waited, best)
@@ -263,7 +264,7 @@ class Trainer:
         An interrupted epoch 0 starts over.
         """
         began, progress = time.perf_counter(), self.progress
-        optimizers = self._new_optimizers()
+        optimizers = self._new_optimizers(HEAD_RATE)
         total, step = min(WIDE_STEPS, WIDE_PASSES * self.source.num_batches(0)), 0
         model.train()
         with progress_bar(total=total, desc="epoch 0", unit="batch") as bar:
