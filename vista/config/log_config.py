@@ -266,8 +266,8 @@ class FromEventsConfig(Checked):
     actions: list[str] = field(default_factory=list)
     """Actions whose events become impressions. Empty takes all events."""
     again_days: float | None = None
-    """Makes the label `again`: 1 if the user has another event with the item after this one and at most so many days
-    later, otherwise 0. It is unknown where these days end after the last event of the log. null makes no such label."""
+    """Number of days after an event in which another one of the user with the item makes the label `again` 1, otherwise
+    0. The label is unknown where these days end after the last event of the log. null makes no such label."""
     again_action: str | None = None
     """Action that the later event of `again` must have, such as buy. null counts any."""
     min_rating: float | None = None

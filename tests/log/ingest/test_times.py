@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 from tests.log.conftest import run, write_csv
 from vista.cli.main import main
 from vista.config import PrepareConfig, SourceConfig
+from vista.config.checks import OnBadRows
 from vista.config.composition import compose_config
 from vista.errors import ConfigError, DataError, shell_word
 from vista.log.event_log import EventLog
+from vista.log.ingest.kafka_messages import MessageBatch, StreamMessage, message_rows
 from vista.log.ingest.times import FORMS, swapped
 
 START = datetime(2017, 1, 2, 11, 53, tzinfo=UTC)
@@ -147,6 +150,19 @@ def test_single_events_are_deleted_by_times_in_a_format(tmp_path: Path, capsys: 
     assert "set the unit of column 'timestamp'" in capsys.readouterr().err
     assert main([*words, "time_format=%m/%d/%Y %H:%M"]) == 0
     assert EventLog.open(log).num_events == 1
+
+
+def test_messages_have_times_in_a_format() -> None:
+    message = StreamMessage("clicks", 0, 0, b'{"user": 1, "item": 2, "at": "01/25/2017 11:53"}', None)
+    batch = MessageBatch(source="kafka", messages=[message], stored={}, offsets={}, behind={}, is_start=False)
+    kinds = {"user": "int", "item": "int"}
+    config = SourceConfig(timestamp="at", time_format="%m/%d/%Y %H:%M")
+    events = message_rows(batch, config, kinds, OnBadRows.error).events
+    assert events is not None and events.time_form == "%m/%d/%Y %H:%M"
+    with pytest.raises(DataError, match=r"column 'at': '01/25/2017 11:53' is not a time in this format"):
+        message_rows(batch, replace(config, time_format="%d/%m/%Y %H:%M"), kinds, OnBadRows.error)
+    with pytest.raises(ConfigError, match=r"events\.time_unit: set the unit of column 'at'.*, or events\.time_format"):
+        message_rows(batch, replace(config, time_format=None), kinds, OnBadRows.error)
 
 
 def test_each_swapped_form_is_tried() -> None:
