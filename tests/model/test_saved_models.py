@@ -186,7 +186,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (without("config.json"), "no readable model"),
     "no vocabulary": (without("items.ids.npy"), r"no readable model .*items\.ids\.npy"),
     "no folder": (shutil.rmtree, "no readable model .*vista train"),
-    "another format": (edited(lambda d: d.update(format_version=99)), "format 99, but this version of vista reads 11"),
+    "another format": (edited(lambda d: d.update(format_version=99)), "format 99, but this version of vista reads 12"),
     "not a description": (lambda folder: (folder / "config.json").write_text('["a list"]'), "format None"),
     "no schema": (edited(lambda d: d.pop("schema")), r"config\.json: the field 'schema' is missing"),
     "no data": (
