@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import draw_transitions, model_config, sign_model
+from tests.conftest import draw_space, draw_transitions, model_config, sign_model
 from vista.arrays import offsets_of
 from vista.config import DataConfig, ModelConfig
 from vista.config.checks import Decay, Mixing, TargetAttentionKind
@@ -414,7 +414,8 @@ def featured(request: pytest.FixtureRequest) -> VistaModel:
     with torch.no_grad():
         for weight in made.features.parameters():  # type: ignore[union-attr]
             weight.normal_()
-    if made.statistics is not None:
+    draw_space(made)
+    if made.counted is not None:
         made.item_statistics[1:] = torch.randn(NUM_ITEMS, made.item_statistics.shape[1])
     if made.transitions is not None:
         draw_transitions(made.transitions)
@@ -443,7 +444,9 @@ def test_added_items_are_their_features(featured: VistaModel) -> None:
     added = grown.item_vectors(torch.arange(3) + 1 + NUM_ITEMS)
     assert featured.features is not None
     assert torch.equal(added, featured.features(torch.tensor([5, 1, 12])))
-    if featured.statistics is not None:  # those of the rarest items
+    assert torch.equal(grown.item_space[: 1 + NUM_ITEMS], featured.item_space) and featured.item_space.any()
+    assert grown.item_space.shape[0] == 4 + NUM_ITEMS and not grown.item_space[1 + NUM_ITEMS :].any()
+    if featured.counted is not None:  # those of the rarest items
         least = featured.item_statistics[1:].amin(0)
         assert torch.equal(grown.item_statistics, torch.cat([featured.item_statistics, least.expand(3, -1)]))
         assert featured.transitions is not None and grown.transitions is not None

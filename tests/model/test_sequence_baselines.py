@@ -219,6 +219,7 @@ def test_training_at_a_position_is_a_request_after_its_events(
     assert not late.all() and chunks.impressions.chunk[late][0] == 0
     shown = chunks.impressions
     parts = {field.name: getattr(shown, field.name) for field in fields(shown) if field.name != "features"}
+    parts = {name: part for name, part in parts.items() if part is not None}
     # Of the features, the last row is that of requests without them.
     features = shown.features.select(np.append(late, True))
     shown = replace(shown, features=features, **{name: part[late] for name, part in parts.items()})

@@ -226,8 +226,9 @@ def transition_sums(table: TransitionTable, recent: Tensor, wanted: Tensor | ran
         recent: int64 [B, J] model rows of the newest events, the newest first; 0 pads.
         wanted: model rows of the candidates: int64 [C] (the same for every request) or [B, C]; or a range of rows.
     """
-    item, weight = (part.index_select(0, recent.flatten()) for part in (table.item, table.weight))
-    return _sums(item.view(*recent.shape, -1), weight.view(*recent.shape, -1), wanted)
+    shape = *recent.shape, table.item.shape[1]
+    item, weight = (part.index_select(0, recent.flatten()).view(shape) for part in (table.item, table.weight))
+    return _sums(item, weight, wanted)
 
 
 def _sums(item: Tensor, weight: Tensor, wanted: Tensor | range) -> Tensor:
