@@ -61,7 +61,7 @@ def losses_and_gradients(made: Trainer, parts: list[Batch]) -> tuple[dict[str, f
     """Of parts of a batch, combined as ranks do."""
     model, optim = made.model, made.config.optim
     model.train().zero_grad()
-    losses = [model.losses(part, training_vectors(model, part, None), optim) for part in parts]
+    losses = [model.losses(part, training_vectors(model, part), optim) for part in parts]
     total = {
         name: sum(int(each.counts[name]) for each in losses if name in each.counts)
         for name in loss_names(model.schema.tasks)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -166,18 +167,33 @@ def liked_impressions(log: EventLog, since: int, end: int) -> dict[tuple[int, in
     return shown_at
 
 
+def read_as_served(source: BatchSource, model: VistaModel) -> None:
+    """Let questions read the item space, the statistics, and the label rates that serving reads."""
+    assert source.spaces is not None and source.rates is not None
+    source.spaces.of_each[:] = model.item_space.numpy()
+    source.rates.of_each[:] = model.item_rates.numpy()
+    statistics = model.item_statistics.numpy()
+    source.statistics = SimpleNamespace(of_items=lambda times, rows: statistics[rows])  # type: ignore[assignment]
+
+
 @pytest.mark.parametrize("label_spacing", [1, 4])
 def test_training_at_a_position_is_serving_from_the_store(
-    served_tasks: Served, liked: tuple[TrainConfig, VistaModel], past_store: Path, label_spacing: int
+    served_tasks: Served, liked: tuple[TrainConfig, VistaModel], tmp_path: Path, label_spacing: int
 ) -> None:
-    """For impressions with a full tail: the scorer gives the same probability from the record and the events since."""
+    """For impressions with a full tail: the scorer gives the same probability from the record and the events since.
+
+    Records are float32, because training does not quantize pooled vectors.
+    """
     config, model = liked
     log, since, end = served_tasks.log, past_of(served_tasks), int(str(served_tasks.config.data.validation_from))
-    config = replace(config, data=replace(config.data, label_spacing=label_spacing))
+    past_store = tmp_path / "past"
+    refresh(served_tasks.model, log, past_store, until=since, options=RefreshOptions(codec=Codec.float32))
+    config = replace(config, store=str(past_store), data=replace(config.data, label_spacing=label_spacing))
     shown = liked_impressions(log, since, end)
     checked = 0
     with Downstream.open(config, log) as downstream, Scorer.open(model, past_store) as scorer:
         source = BatchSource(log, ModelReads(np.arange(log.num_items) + 1), config, downstream.summaries)
+        read_as_served(source, model)
         for batch, window, place, seen in read_impressions(source, config):
             if seen < config.model.tail_len or batch.impressions.gap[window, place] == UNKNOWN_GAP:
                 continue

@@ -286,9 +286,9 @@ def test_dropped_ids_leave_the_features(log: EventLog, tmp_path: Path, monkeypat
             weight.normal_()
     features = model.features(batch.rows)
     torch.manual_seed(0)
-    dropped = training_vectors(model.train(), batch, None)
+    dropped = training_vectors(model.train(), batch)
     assert (dropped == features).all(1).float().mean() > 0.8
-    assert torch.equal(training_vectors(model.eval(), batch, None), model.item_vectors(batch.rows))
+    assert torch.equal(training_vectors(model.eval(), batch), model.item_vectors(batch.rows))
 
 
 def test_columns_of_tails_that_cannot_be_read_are_refused(log: EventLog, tmp_path: Path) -> None:
