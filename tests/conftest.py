@@ -198,6 +198,8 @@ def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainCon
             temperature=0.05,
             item_start=ItemStart.random,
             counters=False,
+            # Epoch 0 is often the best epoch of so small a run, and then there is nothing that attention does.
+            pooled_dim=0,
         ),
         data=DataConfig(
             path=str(log.path),

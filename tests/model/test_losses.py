@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vista.examples.batch_source import NegativeSampler
+from vista.examples.item_spaces import FOLDS, Pooled
+from vista.model.layers import StatisticsTerm
 from vista.model.losses import (
     AskedStatistics,
     CountedSlots,
@@ -245,6 +247,45 @@ def test_window_loss_equals_its_formula(count: int, num_statistics: int, num_sum
     exact = window_formula(asked, negatives, log_weight, 0.3, adjustment, counts=counts)
     torch.testing.assert_close(loss, exact)
     for mine, theirs in zip(torch.autograd.grad(loss * 3, leaves), torch.autograd.grad(exact * 3, leaves), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("num_statistics", [0, 3])
+def test_pooled_vectors_add_weighted_cosines_in_the_space_of_each_question(num_statistics: int) -> None:
+    """Spaces lie side by side, and a question has zeros in the columns of the one that it does not read."""
+    torch.manual_seed(0)
+    count, dim, size, temperature = 40, 5, 3, 0.3
+    asked = window_problem(count, num_statistics=num_statistics)
+    term = StatisticsTerm(dim, num_statistics, num_pooled=len(Pooled)).double()
+    with torch.no_grad():
+        for weight in term.parameters():
+            weight.normal_()
+    unit, items = asked.user[:, :dim].clone().requires_grad_(), asked.items.clone().requires_grad_()
+    leaves = [unit, items, *term.parameters()]
+    pooled = F.normalize(torch.randn(count, len(Pooled), size, dtype=torch.float64), dim=-1)
+    spaces, fold = torch.randn(FOLDS, NUM_ITEMS, size, dtype=torch.float64), torch.randint(0, FOLDS, (count,))
+    placed = pooled.new_zeros(count, len(Pooled), FOLDS, size)
+    placed[torch.arange(count), :, fold] = pooled
+    wide = torch.cat([items, temperature * spaces.movedim(0, 1).flatten(1)], 1)
+    negatives, log_weight = torch.arange(NUM_ITEMS), torch.zeros(NUM_ITEMS, dtype=torch.float64)
+    user = term(unit, placed.flatten(2))
+    assert user.shape == (count, dim + FOLDS * size + num_statistics)
+    loss = window_loss(
+        user, wide, asked.label, negatives, log_weight, temperature, counted=asked.counted, statistics=asked.statistics
+    )
+    weights = unit @ term.weight.weight.t() * dim**0.5 + term.weight.bias
+    cosines = torch.einsum("ajr,air->aji", pooled, spaces[fold])
+    logits = unit @ items.t() / temperature + torch.einsum("aj,aji->ai", weights[:, num_statistics:], cosines)
+    if asked.statistics is not None:
+        values = asked.statistics.values.double()[asked.statistics.time]
+        logits = logits + torch.einsum("af,aif->ai", weights[:, :num_statistics], values)
+    is_slot = asked.slot[:, :, None] == torch.arange(NUM_ITEMS)
+    own = torch.where(is_slot, asked.logit[:, :, None], 0).sum(1)
+    logits = torch.where(is_slot.any(1), own, logits)
+    is_label = (asked.label[:, :, None] == torch.arange(NUM_ITEMS)).any(1)
+    exact = -torch.where(is_label, logits.log_softmax(1), 0).sum() / count
+    torch.testing.assert_close(loss, exact)
+    for mine, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(exact, leaves), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 

@@ -23,7 +23,6 @@ from vista.errors import ConfigError, MissingDependencyError
 from vista.log.event_log import EventLog
 from vista.training import run_plan
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
-from vista.training.optimizers import COUNTED_RATE
 from vista.training.run_plan import (
     RESERVE,
     SKIPPED_STEPS,

@@ -259,7 +259,7 @@ def test_a_line_of_metrics_cut_off_by_a_crash_is_dropped(
 
 
 def test_an_absurd_learning_rate_stops_the_run_and_names_the_users(event_log: EventLog, tmp_path: Path) -> None:
-    config = small_config(event_log, tmp_path, optim__learning_rate=1e38, model__pooled_dim=0, checkpoint_every=1)
+    config = small_config(event_log, tmp_path, optim__learning_rate=1e38, checkpoint_every=1)
     with pytest.raises(NonFiniteLossError, match=r"is not finite .*Lower optim\.learning_rate") as caught:
         train(config, event_log)
     assert "\n" not in str(caught.value)
@@ -306,7 +306,8 @@ def test_early_stopping_keeps_the_best(event_log: EventLog, tmp_path: Path) -> N
 
 
 def test_epoch_0_is_exported_until_attention_adds_something(event_log: EventLog, tmp_path: Path) -> None:
-    config = small_config(event_log, tmp_path, optim__epochs=0, optim__learning_rate=2e-2)
+    wide = {"model__pooled_dim": 8, "optim__learning_rate": 2e-2}
+    config = small_config(event_log, tmp_path, optim__epochs=0, **wide)
     model = train(config, event_log)
     row, said = metrics(tmp_path)[-1], (tmp_path / "train.log").read_text()
     assert (row["epoch"], row["step"], row["is_best"]) == (0, 0, True)
@@ -315,7 +316,7 @@ def test_epoch_0_is_exported_until_attention_adds_something(event_log: EventLog,
     assert model.statistics is not None and model.statistics.weight.bias.ne(0).any()
     # The same run goes from there: its first step has the whole norm again, and each epoch is compared with epoch 0.
     longer = tmp_path / "longer"
-    trained = train(small_config(event_log, longer, optim__epochs=2, optim__learning_rate=2e-2), event_log)
+    trained = train(small_config(event_log, longer, optim__epochs=2, **wide), event_log)
     first, *later = [row["validation"]["ndcg@10"] for row in metrics(longer) if "validation" in row]
     assert first == row["validation"]["ndcg@10"]
     changes = [
