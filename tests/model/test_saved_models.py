@@ -415,17 +415,10 @@ def featured(request: pytest.FixtureRequest) -> VistaModel:
         for weight in made.features.parameters():  # type: ignore[union-attr]
             weight.normal_()
     draw_space(made)
-<<<<<<< HEAD
-    if made.counted is not None:
-        made.item_statistics[1:] = torch.randn(NUM_ITEMS, made.item_statistics.shape[1])
-    if made.transitions is not None:
-        draw_transitions(made.transitions)
-=======
     for measured in (made.item_statistics, made.item_rates):
         measured[1:] = torch.randn(NUM_ITEMS, measured.shape[1])
-    if made.neighbors is not None:
-        draw_neighbors(made.neighbors)
->>>>>>> 06f4fd8c (Test label rates of models that grow)
+    if made.transitions is not None:
+        draw_transitions(made.transitions)
     return made.eval()
 
 
@@ -451,26 +444,15 @@ def test_added_items_are_their_features(featured: VistaModel) -> None:
     added = grown.item_vectors(torch.arange(3) + 1 + NUM_ITEMS)
     assert featured.features is not None
     assert torch.equal(added, featured.features(torch.tensor([5, 1, 12])))
-<<<<<<< HEAD
-    assert torch.equal(grown.item_space[: 1 + NUM_ITEMS], featured.item_space) and featured.item_space.any()
-    assert grown.item_space.shape[0] == 4 + NUM_ITEMS and not grown.item_space[1 + NUM_ITEMS :].any()
-    if featured.counted is not None:  # those of the rarest items
-        least = featured.item_statistics[1:].amin(0)
-        assert torch.equal(grown.item_statistics, torch.cat([featured.item_statistics, least.expand(3, -1)]))
-        assert featured.transitions is not None and grown.transitions is not None
-        for name in ("transition_items", "transition_weights"):
-            old, new = getattr(featured, name), getattr(grown, name)
-            assert torch.equal(new[: 1 + NUM_ITEMS], old) and not new[1 + NUM_ITEMS :].any(), "no user had them"
-=======
     for old, new in ((featured.item_space, grown.item_space), (featured.item_rates, grown.item_rates)):
         assert torch.equal(new[: 1 + NUM_ITEMS], old) and old.any()
         assert new.shape[0] == 4 + NUM_ITEMS and not new[1 + NUM_ITEMS :].any()
     least = featured.item_statistics[1:].amin(0)  # of the rarest items
     assert torch.equal(grown.item_statistics, torch.cat([featured.item_statistics, least.expand(3, -1)]))
-    if featured.neighbors is not None and grown.neighbors is not None:
-        for old, new in zip(featured.neighbors.tables, grown.neighbors.tables, strict=True):
-            assert torch.equal(new[:, : 1 + NUM_ITEMS], old) and not new[:, 1 + NUM_ITEMS :].any(), "no user had them"
->>>>>>> 06f4fd8c (Test label rates of models that grow)
+    if featured.transitions is not None and grown.transitions is not None:
+        for name in ("transition_items", "transition_weights"):
+            old, new = getattr(featured, name), getattr(grown, name)
+            assert torch.equal(new[: 1 + NUM_ITEMS], old) and not new[1 + NUM_ITEMS :].any(), "no user had them"
 
 
 def test_transitions_are_saved_as_they_are(featured: VistaModel, tmp_path: Path) -> None:
