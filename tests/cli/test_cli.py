@@ -146,7 +146,7 @@ def test_names_of_groups_are_paths_in_other_commands() -> None:
 
 def test_optional_section_appears_with_its_first_key() -> None:
     one = compose_config(config.PrepareConfig, ["impressions.paths=[a.csv,b.csv]", "events={user: uid}"])
-    assert one.impressions == config.SourceConfig(paths=["a.csv", "b.csv"])
+    assert one.impressions == config.ImpressionsConfig(paths=["a.csv", "b.csv"])
     assert one.events == config.SourceConfig(user="uid")
 
 

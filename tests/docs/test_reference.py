@@ -15,7 +15,7 @@ from vista.cli.command_table import COMMANDS
 from vista.config.composition import ConfigKeys, conf_dir, groups_of, options_of, value_text
 
 PAGES = reference_pages()
-NO_UNIT_IN_MODEL = (*("dim", "dropout", "temperature"),)
+NO_UNIT_IN_MODEL = ("dim", "pooled_dim", "transitions", "dropout", "temperature")
 NO_UNIT_IN_DATA = ("staleness_share", "unknown_share", "validation_share", "test_share")
 NO_UNIT_IN_OPTIM = (
     *("learning_rate", "table_rate", "logq_strength"),

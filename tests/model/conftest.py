@@ -98,6 +98,8 @@ def of_architecture(
     schema = Schema(ACTIONS, has_time, (1.0, 5.0), list(tasks), has_retrieval, **kinds)
     items = Vocabulary.from_ids(np.arange(NUM_ITEMS) + 100)
     settings = model_config(name, **options)
+    if isinstance(settings, ModelConfig) and "pooled_dim" not in config:
+        settings = replace(settings, pooled_dim=0)
     built = ARCHITECTURES[settings.architecture](settings, schema, items, DataConfig()).to(dtype).eval()
     with torch.no_grad():
         for parameter in built.parameters():
