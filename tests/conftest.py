@@ -29,6 +29,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from numpy.typing import NDArray
 from torch import Tensor
 
 # Triton reads this when it is first imported, which any module below may do. Without a GPU, the tests of its kernels
@@ -265,6 +266,17 @@ def draw_space(model: RankingModel, seed: int = 0) -> None:
     drawn = torch.randn(count, width, generator=torch.Generator().manual_seed(seed)).double()
     unit = drawn / drawn.norm(dim=1, keepdim=True)
     model.item_space[1 : 1 + count] = ((unit / GRID).round() * GRID).float()
+
+
+def pooled_of(model: VistaModel, rows: NDArray[Any], covered: int, seen: int) -> Tensor | None:
+    """Pooled vectors [1, J, r] of a request after `seen` events of a history of model rows, whose record covers
+    `covered` of them; None for a model without."""
+    if model.config.space_dim == 0:
+        return None
+    first = max(seen - model.config.tail_len, 0)
+    known = [*rows[:covered], *rows[max(covered, first) : seen]]
+    sums = [model.item_space[np.array(chosen, np.int64)].double().sum(0) for chosen in (known, rows[first:seen])]
+    return torch.nn.functional.normalize(torch.stack(sums), dim=-1)[None].float()
 
 
 def candidate_inputs(model: VistaModel, pooled: Tensor | None, candidates: Tensor) -> Tensor | None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import Served, small_config, small_frame
+from tests.conftest import Served, candidate_inputs, pooled_of, small_config, small_frame
 from tests.evaluation.conftest import evaluated
 from vista.config import EvaluateConfig, SourceColumns
 from vista.config.checks import Codec, Split
@@ -60,7 +60,8 @@ def plain_ranks_from(served: Served, seen: np.ndarray, summarized: np.ndarray) -
         tail = pad_tail(model, last.item, last.timestamp, last.action, last.offsets)
         context = inference.request_context(model, inference.summarize(model, known), tail)
         now = whole.timestamp[seen[user]][None] if log.has_time else None
-        vector = inference.user_vectors(model, context, inference.request_gap(model, now, tail))
+        pooled = pooled_of(model, whole.item, int(summarized[user]), int(seen[user]))
+        vector = inference.user_vectors(model, context, inference.request_gap(model, now, tail), pooled)
         scores = (vector @ inference.item_vectors(model).t())[0].numpy()
         label = int(whole.item[seen[user]]) - 1
         others = np.setdiff1d(np.arange(len(scores)), [*(before.item - 1), label])
@@ -158,7 +159,10 @@ def direct_probabilities(given: Served, summarized: np.ndarray) -> tuple[np.ndar
             context = inference.request_context(model, summary, padded)
             gap = inference.request_gap(model, np.array([now]), padded)
             item = model.item_rows(log.items.ids([table.item[index]]))
-            logits = inference.candidate_logits(model, context, gap, torch.from_numpy(item)[None])
+            candidates = torch.from_numpy(item)[None]
+            pooled = pooled_of(model, model.rows_of(log.items)[log.slice(row).item], int(summarized[row]), seen)
+            inputs = candidate_inputs(model, pooled, candidates)
+            logits = inference.candidate_logits(model, context, gap, candidates, inputs=inputs)
             probabilities.append(logits[0, 0].sigmoid().numpy())
             labels.append(table.label[index])
             masks.append(table.mask[index])
@@ -367,7 +371,8 @@ class TestLeakage:
         model = served_tasks.model
         schema = dataclasses.replace(model.schema, has_retrieval=False)  # so that impressions come first
         tasks_only = VistaModel(model.config, schema, model.items, model.data).eval()
-        tasks_only.load_state_dict(model.state_dict())
+        kept = {name: own for name, own in model.state_dict().items() if not name.startswith("statistics")}
+        tasks_only.load_state_dict(kept)
         for asked in (model, tasks_only):
             with pytest.raises(LeakageError, match="lie before the"):
                 evaluated(asked, tmp_path / "store", served_tasks.log)

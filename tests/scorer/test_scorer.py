@@ -11,7 +11,19 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.conftest import DAY, ITEMS, ROUNDING, START, USERS, Served, candidate_inputs, run_python, tail_of, untrained
+from tests.conftest import (
+    DAY,
+    ITEMS,
+    ROUNDING,
+    START,
+    USERS,
+    Served,
+    candidate_inputs,
+    pooled_of,
+    run_python,
+    tail_of,
+    untrained,
+)
 from vista.config.checks import OnMissing, Precision
 from vista.errors import (
     UnknownItemError,
@@ -43,8 +55,7 @@ def expected_scores(
         tail = pad_tail(model, rows, history.timestamp, history.action, history.offsets)
         context = inference.request_context(model, inference.summarize(model, history), tail)
         gap = inference.request_gap(model, None if now is None else np.array(now[index : index + 1]), tail)
-        sums = [model.item_space[chosen].double().sum(0) for chosen in (rows, rows[-model.config.tail_len :])]
-        pooled = torch.nn.functional.normalize(torch.stack(sums), dim=-1)[None].float()
+        pooled = pooled_of(model, rows, len(rows), len(rows))
         vector, dim = inference.user_vectors(model, context, gap, pooled)[0], model.config.dim
         lines: dict[str, list[float]] = {task: [] for task in scores}
         for row in model.item_rows(items).tolist():

@@ -165,7 +165,7 @@ def test_empty_requests(task_scorer: Scorer) -> None:
     assert all(s.shape == (0,) for s in task_scorer.predict([user] * 2, (empty, [0, 0, 0])).values())
     assert all(s.shape == (0,) for s in task_scorer.predict([], (empty, [0])).values())
     assert task_scorer.score([], [], tail=Tail.empty(0), now=[]).shape == (0, 0)
-    assert task_scorer.user_vectors([]).shape == (0, task_scorer.model.config.dim)
+    assert task_scorer.user_vectors([]).shape == (0, task_scorer.model.retrieval_dim)
 
 
 def test_many_candidates(scorer: Scorer) -> None:

@@ -464,7 +464,11 @@ def test_a_model_without_the_task_does_not_block_new_generations(served_tasks: S
     with Scorer.open(tmp_path / "model", tmp_path / "store", task="like") as scorer:
         schema = dataclasses.replace(model.schema, tasks=["click"])
         other = VistaModel(model.config, schema, model.items, model.data)
-        weights = {k: v for k, v in model.state_dict().items() if not k.startswith("task_head")}
+        weights = {
+            k: v
+            for k, v in model.state_dict().items()
+            if not k.startswith(("task_head", "candidate_head", "item_rates"))
+        }
         other.load_state_dict(weights, strict=False)
         other.save_pretrained(tmp_path / "model")
         refresh(model, log, tmp_path / "store")
