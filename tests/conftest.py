@@ -407,6 +407,8 @@ def served_tasks(impression_log: EventLog, tmp_path_factory: pytest.TempPathFact
         data__validation_from=str(times[int(0.6 * len(times))]),
         data__test_from=str(times[int(0.8 * len(times))]),
         data__tokens_per_batch=256,
+        model__pooled_dim=16,
+        optim__validate_every=0,  # the last epoch, not the best, which may be epoch 0
     )
     return serve(impression_log, config, folder)
 

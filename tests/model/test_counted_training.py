@@ -104,11 +104,12 @@ def test_the_weights_of_statistics_are_linear_in_the_user_vector() -> None:
     term = StatisticsTerm(8, 3)
     unit = nn.functional.normalize(torch.randn(3, 8), dim=-1)
     started = term(unit)
-    torch.testing.assert_close(started, torch.cat([unit, torch.tensor([[1.0, 0.0, 0.0]]).expand(3, -1)], 1))
+    torch.testing.assert_close(started, torch.cat([0.1 * unit, torch.tensor([[1.0, 0.0, 0.0]]).expand(3, -1)], 1))
+    nn.init.constant_(term.gain, 0.5)
     nn.init.normal_(term.weight.weight)
     nn.init.normal_(term.weight.bias)
-    strength = unit @ term.weight.weight.t() * math.sqrt(8) + term.weight.bias
-    torch.testing.assert_close(term(unit), torch.cat([unit, strength], 1))
+    strength = 0.5 * unit @ term.weight.weight.t() * math.sqrt(8) + term.weight.bias
+    torch.testing.assert_close(term(unit), torch.cat([0.5 * unit, strength], 1))
 
 
 @pytest.mark.parametrize("has_time", [True, False])
@@ -124,7 +125,7 @@ def test_scores_follow_the_statistics(make: SimpleNamespace, has_time: bool) -> 
     assert users.shape == (3, model.retrieval_dim) and items.shape == (make.num_items, dim + width + NUM_SUMS)
     cosine = users[:, :dim] @ items[:, :dim].t() / 0.3
     with torch.inference_mode():
-        strength = model.statistics(users[:, :dim])[:, dim : dim + width]
+        strength = model.statistics(users[:, :dim] / model.statistics.gain)[:, dim : dim + width]
     expected = cosine + strength @ model.item_statistics[1:].t()
     torch.testing.assert_close(inference.catalog_scores(model, users, items), expected, atol=1e-5, rtol=1e-5)
     retrieval, _ = model.project_items(torch.arange(make.num_items + 1))

@@ -61,7 +61,7 @@ def expected_scores(
         for row in model.item_rows(items).tolist():
             item = torch.nn.functional.normalize(model.item_table[row], dim=0)
             own = float(vector[:dim] @ item) / model.config.softmax_temperature
-            lines["next"].append(own + float(vector[dim:] @ model.item_space[row]))
+            lines["next"].append(own if pooled is None else own + float(vector[dim:] @ model.item_space[row]))
             if model.schema.tasks:
                 candidates = torch.tensor([[row]])
                 inputs = candidate_inputs(model, pooled, candidates)

@@ -100,7 +100,9 @@ def untrained(log: EventLog, items: Vocabulary, **changes: Any) -> VistaModel:
 
     If it counts categories, its items have the feature `brand`: 12 values, and none for every tenth item.
     """
-    config = small_config(log, "unused", model__counters=True, model__tail_len=TAIL_LEN, **changes)
+    config = small_config(
+        log, "unused", model__counters=True, model__tail_len=TAIL_LEN, model__pooled_dim=16, **changes
+    )
     torch.manual_seed(5)
     counted, config.model.counter_categories = config.model.counter_categories, []  # of which the log has none
     schema, table = schema_of(log, config), None
@@ -348,7 +350,7 @@ def test_counters_have_a_share_of_the_score(opened: Opened, task: str, now: Any)
         spec = model.counter_spec
         assert spec is not None
         nothing = torch.zeros(1, spec.num_fields * spec.num_columns + 1, dtype=torch.uint8)
-        of_head = model.candidate_head.logits(nothing, torch.zeros(1, model.num_candidate_inputs))
+        of_head = model.candidate_head.logits(nothing, torch.zeros(1, len(model.candidate_head.input_scale)))
         expected = np.full(len(items), (model.task_head.bias + of_head)[0, TASKS.index(task)].item())
         assert np.abs(explanation.pooled).min() > 0 and np.abs(explanation.statistics).min() > 0
     else:

@@ -529,7 +529,8 @@ def test_actions_of_a_tail_are_those_of_the_model_that_answers(
             asked: dict[str, Any] = {"candidates": ITEMS, "now": NOW}
             if endpoint in ("rank", "explain"):
                 body = json.dumps({**asked, "user": USER, "tail": [event]}).encode()
-                return json.loads(getattr(service, endpoint)(body, JSON).body)
+                more = {"timeout_s": 60.0} if endpoint == "rank" else {}
+                return json.loads(getattr(service, endpoint)(body, JSON, **more).body)
             if endpoint == "retrieve":
                 del asked["candidates"]
             body = json.dumps({**asked, "users": [USER], "tail": [[event]]}).encode()

@@ -62,7 +62,7 @@ def counting_config(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig
         "data__exclude_seen": False,
     }
     if changes.get("model__architecture", Architecture.vista) is Architecture.vista:
-        options["model__num_seeds"] = 0
+        options |= {"model__num_seeds": 0, "model__pooled_dim": 16}
     return small_config(log, run_dir, **{**options, **changes})
 
 

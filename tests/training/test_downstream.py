@@ -56,7 +56,7 @@ def downstream_config(served: Served, store: Path, run_dir: Path, **changes: Any
         served.config,
         model=replace(served.config.model),
         data=replace(served.config.data),
-        optim=replace(served.config.optim, tasks=["like"], next_weight=0.0),
+        optim=replace(served.config.optim, tasks=["like"], next_weight=0.0, validate_every=1),
         base=str(served.model_dir),
         store=str(store),
         run_dir=str(run_dir),
@@ -396,7 +396,9 @@ def test_a_joint_model_of_chosen_tasks(served_tasks: Served, tmp_path: Path) -> 
     """The comparison for a downstream model: trained from scratch on the same labels."""
     config = replace(
         served_tasks.config,
-        optim=replace(served_tasks.config.optim, tasks=["long_view", "like"], next_weight=0.0, epochs=1),
+        optim=replace(
+            served_tasks.config.optim, tasks=["long_view", "like"], next_weight=0.0, epochs=1, validate_every=1
+        ),
         run_dir=str(tmp_path),
     )
     assert config.data.split is Split.time

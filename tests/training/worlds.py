@@ -74,7 +74,7 @@ def warm_config(config: TrainConfig, log: EventLog, run_dir: Path, **changes: An
         config,
         model=replace(config.model),
         data=replace(config.data, path=str(log.path)),
-        optim=replace(config.optim),
+        optim=replace(config.optim, validate_every=1),
         init_from=str(Path(config.run_dir) / "best"),
         run_dir=str(run_dir),
     )

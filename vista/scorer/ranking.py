@@ -367,9 +367,12 @@ def _shares_of_next(snapshot: ServingSnapshot, request: Request, rows: Tensor) -
         value = torch.where(is_counted, counted + model.counted.from_user(user[:, :dim]), value)
         items = torch.where(is_counted[:, None], model.counted.gate.weight * dim**0.5, items)
 
+    gain = 1.0 if model.statistics is None else model.statistics.gain
+
     def head(out: Tensor) -> Tensor:
         length = out.detach().square().sum(-1, keepdim=True).sqrt()
-        return (out / length * items).sum(-1)
+        # The model of epoch 0 has outputs of 0.
+        return (gain * out / length.clamp(min=1e-12) * items).sum(-1)
 
     parts = [part.reshape(1, -1).expand(len(rows), -1) for part in model.request_parts(seen, context)]
     shares = attribute(model.target_attention, parts, None if gap is None else gap[0], context, head)
