@@ -77,7 +77,7 @@ def user_facts(workspace: Workspace, scorer: Scorer, user: int | str) -> UserFac
         num_covered=int(stored.event_count[0]),
         created_at=_time(stored.created_at[0]),
         newest_at=_time(stored.last_event_ts[0]),
-        summary_shape=(stored.summary.shape[1], stored.summary.shape[2]),
+        summary_shape=(stored.summary.shape[1] - (scorer.model.config.space_dim > 0), stored.summary.shape[2]),
         tail=tail_rows(workspace, scorer, stored),
         counters=counter_rows(workspace, scorer, stored),
     )
