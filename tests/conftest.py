@@ -395,22 +395,25 @@ def served(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Ser
     return serve(event_log, small_config(event_log, folder / "run"), folder)
 
 
-@pytest.fixture(scope="session")
-def served_tasks(impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """A model of three labeled tasks and the next item, split by time."""
-    folder = tmp_path_factory.mktemp("served-tasks")
-    times = np.sort(np.asarray(impression_log.impressions.timestamp))  # type: ignore[union-attr]
+def serve_tasks(log: EventLog, folder: Path, **changes: Any) -> Served:
+    """A model of three labeled tasks and the next item, split by time; `changes` as in `small_config`."""
+    times = np.sort(np.asarray(log.impressions.timestamp))  # type: ignore[union-attr]
     config = small_config(
-        impression_log,
+        log,
         folder / "run",
         data__split=Split.time,
         data__validation_from=str(times[int(0.6 * len(times))]),
         data__test_from=str(times[int(0.8 * len(times))]),
         data__tokens_per_batch=256,
-        model__pooled_dim=16,
-        optim__validate_every=0,  # the last epoch, not the best, which may be epoch 0
+        **changes,
     )
-    return serve(impression_log, config, folder)
+    return serve(log, config, folder)
+
+
+@pytest.fixture(scope="session")
+def served_tasks(impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """`serve_tasks` without pooled vectors."""
+    return serve_tasks(impression_log, tmp_path_factory.mktemp("served-tasks"))
 
 
 @pytest.fixture(scope="session")

@@ -273,9 +273,10 @@ def test_pooled_vectors_add_weighted_cosines_in_the_space_of_each_question(num_s
     loss = window_loss(
         user, wide, asked.label, negatives, log_weight, temperature, counted=asked.counted, statistics=asked.statistics
     )
-    weights = unit @ term.weight.weight.t() * dim**0.5 + term.weight.bias
+    scaled = term.gain * unit
+    weights = scaled @ term.weight.weight.t() * dim**0.5 + term.weight.bias
     cosines = torch.einsum("ajr,air->aji", pooled, spaces[fold])
-    logits = unit @ items.t() / temperature + torch.einsum("aj,aji->ai", weights[:, num_statistics:], cosines)
+    logits = scaled @ items.t() / temperature + torch.einsum("aj,aji->ai", weights[:, num_statistics:], cosines)
     if asked.statistics is not None:
         values = asked.statistics.values.double()[asked.statistics.time]
         logits = logits + torch.einsum("af,aif->ai", weights[:, :num_statistics], values)

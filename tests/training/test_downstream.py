@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import Served
+from tests.conftest import Served, serve_tasks
 from tests.training.test_trainer import assert_same_result
 from vista.config import EvaluateConfig, OptimConfig, SasrecConfig, TrainConfig
 from vista.config.checks import Codec, Decay, Mixing, Split, TargetAttentionKind
@@ -40,6 +40,13 @@ PAST_SHARE = 0.4
 def past_of(served: Served) -> int:
     times = np.sort(np.asarray(served.log.impressions.timestamp))  # type: ignore[union-attr]
     return int(times[int(PAST_SHARE * len(times))])
+
+
+@pytest.fixture(scope="module")
+def served_tasks(impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """The base. It has pooled vectors, and is the model of the last epoch: the best may be epoch 0."""
+    changes = {"model__pooled_dim": 16, "optim__validate_every": 0}
+    return serve_tasks(impression_log, tmp_path_factory.mktemp("base"), **changes)
 
 
 @pytest.fixture(scope="module")
