@@ -51,7 +51,7 @@ def assert_same_run(found: Path, expected: Path, rtol: float = 1e-4) -> None:
     assert len(curve(expected)) > 20
     np.testing.assert_allclose(curve(found), curve(expected), rtol=rtol)
     measured, others = ([row["validation"] for row in metrics(run) if "validation" in row] for run in (found, expected))
-    assert len(measured) == 2 and measured == [pytest.approx(other, abs=1e-3) for other in others]
+    assert len(measured) == 3 and measured == [pytest.approx(other, abs=1e-3) for other in others]
     ours, theirs = (load_file(run / "best" / "model.safetensors") for run in (found, expected))
     assert ours.keys() == theirs.keys()
     for name, weight in theirs.items():

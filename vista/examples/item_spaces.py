@@ -61,6 +61,16 @@ class Pooled(IntEnum):
     """Of the newest NUM_POOLED events of the tail."""
 
 
+def fold_of(user: Int) -> Int:
+    """int64 [n] the fold of users int64 [n] (rows of the log), by a multiplicative hash (Knuth).
+
+    Every other user may have something in common, so a fold must not be every other user.
+    """
+    product = user.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    fold: Int = (product >> np.uint64(40)).astype(np.int64) % FOLDS
+    return fold
+
+
 class ItemSpaces:
     """The item spaces of the training part of a log: without the users of each fold, and of all users."""
 
@@ -77,7 +87,7 @@ class ItemSpaces:
         """
         num_rows = int(item_rows.max(initial=0)) + 1 if num_rows is None else num_rows
         user, row = _distinct_items(log, item_rows, counts, num_rows, seed)
-        parts = [*(np.flatnonzero(user % FOLDS != fold) for fold in range(FOLDS)), np.arange(len(user))]
+        parts = [*(np.flatnonzero(fold_of(user) != fold) for fold in range(FOLDS)), np.arange(len(user))]
         spaces = [_space(user[kept], row[kept], num_rows, dim, seed) for kept in parts]
         self.of_each: Float32s = np.stack(spaces)
         """float32 [FOLDS + 1, V1, r]: those without the users of each fold, and that of all users."""
@@ -89,7 +99,7 @@ class ItemSpaces:
 
     def of_histories(self, histories: WholeHistories) -> PooledHistories:
         """Pooled vectors of some users of the log, each in the space that does not know the user."""
-        return PooledHistories(self.of_each[:FOLDS], histories.user % FOLDS, histories.item, histories.offsets)
+        return PooledHistories(self.of_each[:FOLDS], fold_of(histories.user), histories.item, histories.offsets)
 
     def of_rows(self, rows: Int) -> Float32s:
         """What questions of all folds read of model rows int64 [R]: float32 [R, FOLDS * r]."""
@@ -151,7 +161,7 @@ class ItemRates:
             user: int64 [N] rows of the log.
             num_rows: V1.
         """
-        cell, size = user % FOLDS * num_rows + item, FOLDS * num_rows
+        cell, size = fold_of(user) * num_rows + item, FOLDS * num_rows
         counts = np.zeros((2, FOLDS, num_rows, label.shape[1]))
         """Of labels that are known, and of those that are 1."""
         for task in range(label.shape[1]):
@@ -175,7 +185,7 @@ class ItemRates:
 
     def of_items(self, user: Int, item: Int) -> Float32s:
         """float32 [n, num_tasks] of items int64 [n] for questions of users int64 [n]."""
-        return self.of_each[user % FOLDS, item]
+        return self.of_each[fold_of(user), item]
 
 
 def pooled_vectors(space: Tensor, sums: Tensor, recent: Int) -> Tensor:

@@ -51,6 +51,7 @@ class Optimizers:
         *,
         frozen_rows: int = 0,
         head_rate: float = HEAD_RATE,
+        trains_tables: bool = True,
         combine: Callable[[Sequence[Tensor], Sequence[Tensor]], None] | None = None,
     ) -> None:
         """
@@ -58,11 +59,12 @@ class Optimizers:
             frozen_rows: leading rows of the item table that stay as they are.
             head_rate: learning rate of the heads that read more than attention's outputs, as a multiple of the
                 network's.
+            trains_tables: False if no loss reads a table, as in epoch 0.
             combine: replaces the gradients of dense parameters and of tables by those of all ranks; None for a single
                 process.
         """
         self._optim, self._frozen_rows, self._combine = optim, frozen_rows, combine
-        self._item_table, self._sharded = model.item_table, model.sharded_table
+        self._item_table, self._sharded = model.item_table, model.sharded_table if trains_tables else None
         self._by_row = optim.table_optimizer is TableOptimizer.rowwise_adagrad
         self._row_scale = 1.0
         names = {id(p): name for name, p in model.named_parameters()}
@@ -98,6 +100,8 @@ class Optimizers:
             lr=optim.learning_rate,
             betas=BETAS,
         )
+        if not trains_tables:
+            self._tables = []
 
     def schedule(self, step: int, share_done: float, warmup_steps: int) -> float:
         """Set the learning rates, and return the network's: linear warm-up, then a cosine down to FINAL_RATE.

@@ -182,19 +182,18 @@ class Trainer:
             else None
         )
         has_wide = origin is None and isinstance(self.model, VistaModel) and self.model.has_wide
-        has_wide = has_wide and self.model.sharded_table is None  # whose ranks read it together in each step
         self._wide = self.model if has_wide and isinstance(self.model, VistaModel) else None
         """The model, if the run has an epoch 0."""
-        self.optimizers = self._new_optimizers(HEAD_RATE if self._wide is None else 1.0)
+        self.optimizers = self._new_optimizers(head_rate=HEAD_RATE if self._wide is None else 1.0)
         self.progress = Progress()
         self._budget = None if config.optim.minutes is None else TimeBudget(config.optim.minutes)
 
-    def _new_optimizers(self, head_rate: float) -> Optimizers:
+    def _new_optimizers(self, **rates: Any) -> Optimizers:
         return Optimizers(
             self.model,
             self.config.optim,
             frozen_rows=0 if self._warm is None else self._warm.frozen_rows,
-            head_rate=head_rate,
+            **rates,
             combine=None if self._parallel is None else self._parallel.combine_gradients,
         )
 
@@ -264,7 +263,7 @@ class Trainer:
         An interrupted epoch 0 starts over.
         """
         began, progress = time.perf_counter(), self.progress
-        optimizers = self._new_optimizers(HEAD_RATE)
+        optimizers = self._new_optimizers(trains_tables=False)
         total, step = min(WIDE_STEPS, WIDE_PASSES * self.source.num_batches(0)), 0
         model.train()
         with progress_bar(total=total, desc="epoch 0", unit="batch") as bar:
@@ -359,7 +358,7 @@ class Trainer:
         """
         part = batch if self._parallel is None else self._parallel.part(batch, self.progress.step)
         if part is None:
-            if self.model.sharded_table is not None:  # all ranks read together
+            if self.model.sharded_table is not None and not wide:  # all ranks read together
                 self.model.id_vectors(torch.zeros(0, dtype=torch.int64, device=self.device))
             return weighted_losses({}, self.config.optim)
         part = part.to(self.device)
