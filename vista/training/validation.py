@@ -95,10 +95,11 @@ class SummaryAnswers:
         assert self._items is not None
         model, tail = self._model, self._tail(cases.user, cases.seen)
         gap = inference.request_gap(model, cases.now, tail)
+        counters = pooled = None
         counted, histories, requests = self._requests(cases.user, cases.seen, cases.now)
-        counters = None if counted is None else counted.at(requests)
-        pooled = None
-        if histories is not None:
+        if counted is not None and requests is not None:
+            counters = counted.at(requests)
+        if histories is not None and requests is not None:
             pooled = torch.from_numpy(histories.at(requests, model.config.tail_len)).to(model.device)
         users = inference.user_vectors(model, self._context(cases.user, tail), gap, pooled)
         out = inference.catalog_scores(model, users, self._items, counters, tail.item, pooled)
@@ -115,9 +116,9 @@ class SummaryAnswers:
             rows = self._item_rows[item]
             candidates = torch.from_numpy(rows[:, None]).to(model.device)
             counted, histories, requests = self._requests(user, seen, time)
-            if counted is not None:
+            if counted is not None and requests is not None:
                 codes = torch.from_numpy(counted.of_items(requests, rows)[:, None]).to(model.device)
-            if histories is not None:
+            if histories is not None and requests is not None:
                 cosines = torch.from_numpy(histories.of_items(requests, model.config.tail_len, rows)).to(model.device)
                 inputs = model.candidate_inputs(cosines.unsqueeze(1), candidates)
             features = self._encode_requests(cases.features.select(part), len(user))
@@ -145,10 +146,12 @@ class SummaryAnswers:
 
     def _requests(
         self, user: Int, seen: Int, now: Int | None
-    ) -> tuple[HistoryCounters | None, PooledHistories | None, CounterRequests]:
+    ) -> tuple[HistoryCounters | None, PooledHistories | None, CounterRequests | None]:
         """Counters and pooled vectors of histories, each None for a model without; and requests on them, which know the
-        events that summaries cover, and the tail."""
+        events that summaries cover, and the tail. A model without both reads no whole histories, so all are None."""
         model, covered = self._model, self._covered[user]
+        if model.item_keys is None and not model.stage1.pooled_dim:
+            return None, None, None
         whole, requests = case_requests(
             self._log, self._history_rows, user, seen, now, covered=covered, tail_len=model.config.tail_len
         )
