@@ -492,17 +492,14 @@ def pooled_cosines(pooled: Tensor, items: Tensor) -> Tensor:
     return (pooled.double() * items.double().unsqueeze(-2)).sum(-1).float()
 
 
-def head_logits(model: VistaModel, codes: NDArray[np.uint8] | None, inputs: NDArray[np.float32] | None) -> Tensor:
-    """Terms that `candidate_head` adds to the logits of n candidates, float32 [n, num_tasks], by row.
+def counter_logits(model: VistaModel, codes: NDArray[np.uint8]) -> Tensor:
+    """Terms that counters uint8 [n, G * F + 1] of candidates add to their logits, float32 [n, num_tasks], by row.
 
-    Args:
-        codes: uint8 [n, G * F + 1]; None without counters.
-        inputs: float32 [n, I] from `VistaModel.candidate_inputs`; None without pooled vectors.
+    Of a model without pooled vectors, whose head reads nothing else.
     """
     assert model.candidate_head is not None
-    parts = [None if p is None else torch.from_numpy(_whole_tiles(p)).to(model.device) for p in (codes, inputs)]
-    num_rows = len(next(part for part in (codes, inputs) if part is not None))
-    logits: Tensor = model.candidate_head.logits(*parts)[:num_rows]
+    rows = torch.from_numpy(_whole_tiles(codes)).to(model.device)
+    logits: Tensor = model.candidate_head.logits(rows)[: len(codes)]
     return logits
 
 

@@ -313,10 +313,10 @@ class ServingSnapshot:
         Args:
             user: [M'] from `user_vectors`; transitions: of that user; rows: int64 [n].
         """
-        table = self.retrieval_vectors()
-        wanted = tiles(torch.from_numpy(rows), slice(0, 1), slice(0, len(rows))).to(table.device)
-        scores = torch.mv(table.index_select(0, wanted), user / self.model.temperature)
-        return (scores + inference.transition_scores(user[None], transitions.sums(wanted))[0])[: len(rows)]
+        wanted = torch.from_numpy(rows)
+        items = take(self.retrieval_vectors(), wanted, slice(1), slice(len(rows)))
+        scores = torch.mv(items, user / self.model.temperature)[: len(rows)]
+        return scores + inference.transition_scores(user[None], transitions.sums(wanted))[0]
 
     def _counted_scores(self, request: Request, vectors: Tensor) -> tuple[Int, NDArray[np.float32], NDArray[np.int64]]:
         """What `counted_items` returns of the items in the users' counters; vectors: [B, M'] from `user_vectors`."""
@@ -508,7 +508,7 @@ class ServingSnapshot:
             elif counted is not None and len(counted[2]):
                 user, column, codes = counted
                 index = torch.from_numpy(user * shape[1] + column).to(model.device)
-                logits.view(-1, logits.shape[-1]).index_add_(0, index, inference.head_logits(model, codes, None))
+                logits.view(-1, logits.shape[-1]).index_add_(0, index, inference.counter_logits(model, codes))
             of_users = None
             if tokens is not None:
                 pooled = None if request.pooled is None else request.pooled[users].unsqueeze(1)
@@ -653,7 +653,7 @@ def take(table: Tensor, rows: Tensor | None, users: slice, columns: slice) -> Te
     if rows is None and (columns.stop - columns.start) % ROW_TILE == 0:
         return table[columns]
     part = tiles(rows, users, columns).to(table.device)
-    return table.index_select(0, part.flatten()).view(*part.shape, -1)  # four times as fast as table[part]
+    return table.index_select(0, part.flatten()).view(*part.shape, table.shape[1])  # four times as fast as table[part]
 
 
 def tiles(rows: Tensor | None, users: slice, columns: slice) -> Tensor:
