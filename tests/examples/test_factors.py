@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.conftest import small_config
+from tests.examples.test_item_statistics import visible
 from vista.arrays import Int
 from vista.config.checks import ItemStart
 from vista.examples.item_statistics import (
@@ -54,13 +55,6 @@ def grouped_log(
     return EventLog.from_frame(
         {"user": users, "item": items, "timestamp": np.arange(len(users))}, folder, time_unit="s"
     )
-
-
-def visible(log: EventLog) -> Int:
-    """Visible events of each user, int64 [num_users]; none of the user who had all items."""
-    counts = np.maximum(log.lengths - HIDDEN, 0)
-    counts[log.users.rows([_EVERY_ITEM])] = 0
-    return counts
 
 
 NUM_ITEMS = 40

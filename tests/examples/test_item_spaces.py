@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import small_config
 from tests.counters.counter_histories import only_items
+from tests.examples.test_item_statistics import visible
 from vista.arrays import Floats, Int
 from vista.config import SourceColumns
 from vista.counters.counters import CounterSpec
@@ -73,13 +74,6 @@ def drawn_log(
     table = {"user": user, "item": item, "timestamp": time, "click": drawn[:, 0] < 0.3, "like": drawn[:, 1] < 0.6}
     columns = SourceColumns(labels=["click", "like"])
     return EventLog.from_frame(frame, folder, time_unit="s", impressions=table, columns=columns)
-
-
-def visible(log: EventLog) -> Int:
-    """All events but the newest ones, and none of the user who had all items."""
-    counts = np.maximum(log.lengths - HIDDEN, 0)
-    counts[log.users.rows([99])] = 0
-    return counts
 
 
 def matrix_of(log: EventLog, counts: Int, left_out: int | None) -> Floats:

@@ -58,7 +58,7 @@ def visible(log: EventLog) -> Int:
 def rows_of(log: EventLog) -> Int:
     """Model rows: item 2 is unknown, and rows do not follow the log's order."""
     item = np.asarray(log.items.ids(np.arange(log.num_items)))
-    return np.where(item == 2, 0, 1 + (item + 5) % NUM_ITEMS)
+    return np.where(item == 2, 0, 1 + (item + 5) % log.num_items)
 
 
 def looped(log: EventLog, counts: Int, rows: Int, time: int, num_rows: int) -> Floats:

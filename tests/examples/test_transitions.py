@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tests.conftest import draw_transitions, small_config
 from tests.counters.counter_histories import only_items
+from tests.examples.test_item_statistics import rows_of, visible
 from vista.arrays import Floats, Int
 from vista.counters.counters import CounterSpec
 from vista.examples.batch import Batch
@@ -54,19 +55,6 @@ def drawn_log(folder: Path, *, seed: int = 0, other_ends: bool = False) -> Event
     user, item = np.append(user, np.full(NUM_ITEMS, 99)), np.append(item, np.arange(NUM_ITEMS))
     frame = {"user": user, "item": item, "timestamp": np.arange(len(user))}
     return EventLog.from_frame(frame, folder, time_unit="s")
-
-
-def visible(log: EventLog) -> Int:
-    """All events but each user's newest two, and none of the user who had all items."""
-    counts = np.maximum(log.lengths - 2, 0)
-    counts[log.users.rows([99])] = 0
-    return counts
-
-
-def rows_of(log: EventLog) -> Int:
-    """Model rows: item 2 is unknown, and rows do not follow the log's order."""
-    item = np.asarray(log.items.ids(np.arange(log.num_items)))
-    return np.where(item == 2, 0, 1 + (item + 5) % NUM_ITEMS)
 
 
 def looped(log: EventLog, counts: Int, since: dict[int, int] | None = None) -> Floats:
