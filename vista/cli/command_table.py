@@ -144,23 +144,9 @@ COMMANDS: dict[str, Command] = {
         resumes=True,
         first=(
             *("data", "model", "store", "folder", "source", "settle_s", "poll_s", "once", "report_file"),
-            *(
-                "on_bad_rows",
-                "events.user",
-                "events.item",
-                "events.timestamp",
-                "events.time_unit",
-                "events.time_format",
-            ),
-            *(
-                "events.action",
-                "events.rating",
-                "stream.client_file",
-                "stream.start",
-                "stream.max_messages",
-                "device",
-                "num_threads",
-            ),
+            *("on_bad_rows", "events.user", "events.item", "events.timestamp", "events.time_unit"),
+            *("events.time_format", "events.action", "events.rating", "stream.client_file", "stream.start"),
+            *("stream.max_messages", "device", "num_threads"),
         ),
     ),
     "evaluate": Command(

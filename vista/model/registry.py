@@ -59,9 +59,8 @@ def with_items(model: VistaModel, ids: Ids, features: Columns) -> VistaModel:
     if "item_statistics" in weights:
         least = model.item_statistics[1:].amin(0)  # those of the rarest items
         weights["item_statistics"] = torch.cat([model.item_statistics, least.expand(count, -1)])
-    for name in {"item_space", "item_rates"} & weights.keys():
-        weights[name] = F.pad(weights[name], (0, 0, 0, count))
-    for name in {"transition_items", "transition_weights"} & weights.keys():  # no user had them yet
+    of_users = {"item_space", "item_rates", "transition_items", "transition_weights"}  # no user had the new items yet
+    for name in of_users & weights.keys():
         weights[name] = F.pad(weights[name], (0, 0, 0, count))
     made.load_state_dict(weights)
     made.set_item_features(model.feature_table.extended(features, model.schema.item_features))

@@ -8,7 +8,7 @@ import time
 from contextlib import ExitStack
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -181,19 +181,20 @@ class Trainer:
             if isinstance(ranks, JobRanks)
             else None
         )
-        has_wide = origin is None and isinstance(self.model, VistaModel) and self.model.has_wide
-        self._wide = self.model if has_wide and isinstance(self.model, VistaModel) else None
+        fits_wide = origin is None and isinstance(self.model, VistaModel) and self.model.has_wide
+        self._wide = cast(VistaModel, self.model) if fits_wide else None
         """The model, if the run has an epoch 0."""
-        self.optimizers = self._new_optimizers(head_rate=HEAD_RATE if self._wide is None else 1.0)
+        self.optimizers = self._new_optimizers(head_rate=1.0 if fits_wide else HEAD_RATE)
         self.progress = Progress()
         self._budget = None if config.optim.minutes is None else TimeBudget(config.optim.minutes)
 
-    def _new_optimizers(self, **rates: Any) -> Optimizers:
+    def _new_optimizers(self, *, head_rate: float = HEAD_RATE, trains_tables: bool = True) -> Optimizers:
         return Optimizers(
             self.model,
             self.config.optim,
             frozen_rows=0 if self._warm is None else self._warm.frozen_rows,
-            **rates,
+            head_rate=head_rate,
+            trains_tables=trains_tables,
             combine=None if self._parallel is None else self._parallel.combine_gradients,
         )
 
