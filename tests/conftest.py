@@ -240,17 +240,19 @@ def untrained(log: EventLog, seed: int = 0, **changes: Any) -> VistaModel:
     return VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
 
 
-def draw_counter_weights(model: VistaModel | SequenceModel, seed: int = 0) -> None:
+def draw_counter_weights(model: VistaModel | SequenceModel, seed: int = 0, *, statistics: bool = True) -> None:
     """Give the parts of a model that read counters, statistics, and pooled vectors the values of a trained model; they
     start at 0.
 
-    What these parts read of items is drawn, too.
+    What these parts read of items is drawn, too; without `statistics`, a model keeps the statistics and label rates of
+    its training part.
     """
     generator = torch.Generator().manual_seed(seed)
     for part, std in ((model.counted, 0.3), (model.candidate_head, 0.2), (model.statistics, 0.3)):
         for weight in [] if part is None else part.parameters():
             weight.data.copy_(torch.randn(weight.shape, generator=generator) * std)
-    for name in sorted({"item_statistics", "item_rates"} & dict(model.named_buffers()).keys()):
+    drawn_values = {"item_statistics", "item_rates"} if statistics else set()
+    for name in sorted(drawn_values & dict(model.named_buffers()).keys()):
         drawn = getattr(model, name)[1:]
         drawn.copy_(torch.randn(drawn.shape, generator=generator))
     draw_space(model, seed)

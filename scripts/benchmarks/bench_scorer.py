@@ -62,7 +62,8 @@ from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.ranking_model import NEXT_TASK
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
-from vista.refresh.full import LogItems, last_times, stored_tail
+from vista.refresh.full import last_times, stored_tail
+from vista.refresh.log_reading import LogItems
 from vista.scorer import Scorer
 from vista.store import NO_TIMESTAMP, StoredBatch
 

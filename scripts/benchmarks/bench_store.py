@@ -52,7 +52,8 @@ from vista.log.histories import DAY_MS
 from vista.model.history_states import range_states, reach
 from vista.model.summarizer import merge_states
 from vista.refresh import RefreshReport, refresh, refresh_incremental
-from vista.refresh.full import LogItems, from_arrays, read_summaries
+from vista.refresh.full import from_arrays, read_summaries
+from vista.refresh.log_reading import LogItems
 from vista.store import (
     NO_TIMESTAMP,
     Manifest,

@@ -185,12 +185,18 @@ def read_as_served(source: BatchSource, model: VistaModel) -> None:
 
 @pytest.mark.parametrize("label_spacing", [1, 4])
 def test_training_at_a_position_is_serving_from_the_store(
-    served_tasks: Served, liked: tuple[TrainConfig, VistaModel], tmp_path: Path, label_spacing: int
+    served_tasks: Served,
+    liked: tuple[TrainConfig, VistaModel],
+    tmp_path: Path,
+    label_spacing: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For impressions with a full tail: the scorer gives the same probability from the record and the events since.
 
-    Records are float32, because training does not quantize pooled vectors.
+    Records are float32, because training does not quantize pooled vectors. The store has no statistics of items,
+    because training reads those as of each question.
     """
+    monkeypatch.setattr("vista.refresh.full.item_values", lambda *_: None)
     config, model = liked
     log, since, end = served_tasks.log, past_of(served_tasks), int(str(served_tasks.config.data.validation_from))
     past_store = tmp_path / "past"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from scripts.experiments.row_measurement import scheduled_metrics
 from tests.conftest import Served, draw_counter_weights, small_config
 from vista.config import SourceColumns
 from vista.config.checks import Codec, Split
@@ -266,6 +267,28 @@ class TestValidation:
         assert "\n" not in str(caught.value)
 
 
+def test_validation_is_served_on_the_schedule_of_refreshes(served_tasks: Served, tmp_path: Path) -> None:
+    """Each impression is answered by summaries, and by statistics and label rates of items, as of the last refresh."""
+    log, config = served_tasks.log, served_tasks.config
+    data = replace(config.data, refresh_days=8)
+    of_model = replace(config.model, counters=True, pooled_dim=4)
+    config = replace(config, model=of_model, data=data, run_dir=str(tmp_path / "run"))
+    model = Trainer(config, log).model.eval()
+    assert isinstance(model, VistaModel)
+    draw_counter_weights(model)
+    validation = Validation(log, model.rows_of(log.items), config)
+    assert len(validation._refreshes) > 2
+    options = RefreshOptions(codec=Codec.float32)
+    expected = scheduled_metrics(model, log, tmp_path / "store", options, "validation", 50)
+    measured = validation(model)
+    for name in ("ne/click", "auc/like"):
+        assert measured[name] == pytest.approx(expected[name], abs=1e-4)
+    # Statistics that stay those of the model are another answer.
+    stale = Validation(log, model.rows_of(log.items), config)
+    stale._refreshed = lambda model, index, covered: model  # type: ignore[method-assign]
+    assert stale(model)["ne/click"] != pytest.approx(expected["ne/click"], abs=1e-3)
+
+
 @pytest.mark.parametrize("tail_in_summary", [True, False])
 @pytest.mark.parametrize("kind", ["served", "served_tasks"])
 def test_validation_scores_as_a_store_does(
@@ -274,10 +297,10 @@ def test_validation_scores_as_a_store_does(
     """After the events of the record (leave-last-out), and with newer events that callers pass (a split by time)."""
     given: Served = request.getfixturevalue(kind)
     log, config = given.log, given.config
-    config = replace(config, model=replace(config.model, tail_in_summary=tail_in_summary, counters=True))
+    config = replace(config, model=replace(config.model, tail_in_summary=tail_in_summary, counters=True, pooled_dim=4))
     model = Trainer(replace(config, run_dir=str(tmp_path / "run")), log).model.eval()
     assert isinstance(model, VistaModel)
-    draw_counter_weights(model)
+    draw_counter_weights(model, statistics=False)
     validation = Validation(log, model.rows_of(log.items), config)
     until = split_until(config.data, "validation")
     refresh(model, log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))

@@ -99,11 +99,20 @@ def num_statistics(*, has_time: bool) -> int:
 class ItemStatistics:
     """Statistics of items as of some times of the training part of a log."""
 
-    def __init__(self, log: EventLog, item_rows: Int, counts: Int, *, block_events: int = EVENTS_PER_BLOCK) -> None:
+    def __init__(
+        self,
+        log: EventLog,
+        item_rows: Int,
+        counts: Int,
+        *,
+        most_times: int = MOST_TIMES,
+        block_events: int = EVENTS_PER_BLOCK,
+    ) -> None:
         """
         Args:
             item_rows: int64 [log.num_items], the model row of each of the log's items; 0 is the unknown item.
             counts: int64 [num_users], visible events per user. Nothing after them is read.
+            most_times: most times before the end of the visible events as of which statistics are known.
             block_events: events that are read at once.
         """
         self._has_time = log.has_time
@@ -115,7 +124,7 @@ class ItemStatistics:
             blocks = (block.timestamp for block in visible_blocks(log, counts, block_events) if block.num_events)
             first, last = zip(*((int(times.min()), int(times.max())) for times in blocks), strict=True)
             begin, end = min(first), max(last) + 1
-            step = max(DAY_MS, -(-(end - begin) // MOST_TIMES))
+            step = max(DAY_MS, -(-(end - begin) // most_times))
             self.time = np.concatenate([self.time, np.arange(begin + step, end, step), [end]])
 
         size, num_times = num_statistics(has_time=log.has_time), len(self.time)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -56,6 +56,15 @@ class ItemProjections:
                 if table is not None and part is not None:
                     table[first : first + len(part)] = part
         return cls(*tables)
+
+    def with_statistics_of(self, model: VistaModel) -> ItemProjections:
+        """The same tables with the item statistics of a model that differs in these alone."""
+        columns = model.statistics_columns
+        if self.retrieval is None or columns.start == columns.stop:
+            return self
+        retrieval = self.retrieval.clone()
+        retrieval[1:, columns] = model.temperature * model.item_statistics[1:]
+        return replace(self, retrieval=retrieval)
 
     @classmethod
     def load(

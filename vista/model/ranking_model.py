@@ -6,6 +6,7 @@ dim, M' width of retrieval vectors, V items of the vocabulary; N rows and P hash
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from vista.arrays import Float32s
 from vista.config import DataConfig, OptimConfig
 from vista.config.checks import Architecture, TableKind
 from vista.config.model_config import EMBEDDING_HASHES, NextItemConfig, RankingConfig
@@ -293,6 +295,35 @@ class RankingModel(nn.Module):
         if self.counted is not None:
             parts.append(self.temperature * self.item_statistics[rows])
         return F.pad(torch.cat(parts, -1), (0, 0 if self.statistics is None else self.statistics.num_sums))
+
+    @property
+    def reads_item_values(self) -> bool:
+        """Whether the model was trained with statistics of items: without anchors and tasks, training reads none."""
+        return "item_statistics" in self._buffers and bool(self.item_statistics.any())
+
+    def with_item_values(self, statistics: Float32s, rates: Float32s, labels: list[str]) -> Self:
+        """The same model with other statistics and label rates of items, if it was trained with rates; it shares
+        everything else.
+
+        Args:
+            statistics: float32 [1 + V, Z].
+            rates: float32 [1 + V, T].
+            labels: names of the T rates. If they lack a task of the model, it keeps the rates that it has.
+        """
+        other, tasks = copy.copy(self), self.schema.tasks
+        other._buffers = dict(self._buffers)
+        new = {"item_statistics": statistics}
+        if "item_rates" in self._buffers and set(tasks) <= set(labels) and self.item_rates.any():
+            new["item_rates"] = rates[:, [labels.index(task) for task in tasks]]
+        for name, values in new.items():
+            other._buffers[name] = torch.from_numpy(np.array(values)).to(self.device)
+        return other
+
+    @property
+    def statistics_columns(self) -> slice:
+        """Where the vectors of `retrieval_items` hold the statistics; empty for a model that ranks without them."""
+        begin = self.config.dim + self.config.space_dim
+        return slice(begin, begin + (0 if self.counted is None else self.item_statistics.shape[1]))
 
     def training_items(self, batch: Batch, vectors: Tensor) -> Tensor:
         """What losses multiply user vectors with: [R, …] of the items `batch.rows`, from their vectors [R, M].

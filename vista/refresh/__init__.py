@@ -11,8 +11,9 @@ transaction per batch.
 """
 
 from vista.config.store_config import RefreshOptions
-from vista.refresh.full import RefreshReport, check_log, refresh
+from vista.refresh.full import RefreshReport, refresh
 from vista.refresh.incremental import forget, refresh_incremental
+from vista.refresh.log_reading import check_log
 from vista.refresh.merging import merge
 from vista.store.writer import erase
 

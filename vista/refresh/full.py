@@ -1,6 +1,6 @@
 """Full refresh: summarize every user into a new generation and publish it; resumable after an interruption.
 
-It begins with how a model reads a log, and how summaries become records and states, which all refreshes share.
+It begins with how summaries become records and states, which all refreshes share.
 `BatchEncoder` is the part that any number of processes can share.
 """
 
@@ -11,9 +11,10 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,27 +23,24 @@ import torch
 from numpy.typing import NDArray
 
 from vista.arrays import Int
-from vista.config.checks import Decay, Mixing, Precision, StateDtype
+from vista.config.checks import Mixing, Precision, StateDtype
 from vista.config.store_config import RefreshOptions
 from vista.counters.counters import CounterTable
 from vista.device import choose_precision
 from vista.errors import ConfigError, RecordError
 from vista.log.event_log import EventLog
-from vista.log.features import declared_columns
-from vista.log.histories import NO_TIMESTAMP, ColumnValues, Histories, RowFeatures, token_groups
-from vista.log.segment import features_of
-from vista.log.segment_files import USERS
+from vista.log.histories import NO_TIMESTAMP, Histories, RowFeatures, token_groups
 from vista.log.splits import Until, parse_until, visible_counts
 from vista.model import inference
-from vista.model.features import FeatureSpec, Recode
 from vista.model.history_states import covered_events, history_states, separable_summarizer
 from vista.model.inference import LogUsers
 from vista.model.item_feature_table import largest_keys
-from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.summarizer import SummaryState
 from vista.model.vista_model import VistaModel
 from vista.progress_bar import progress_bar
-from vista.store.keys import history_digests, item_keys, user_id, user_keys
+from vista.refresh.log_reading import LogItems, check_log, item_values
+from vista.store.item_values import ItemValues
+from vista.store.keys import user_id, user_keys
 from vista.store.layout import Shard, StoreUrl, open_private, shard_to_write
 from vista.store.manifest import Manifest, start_of_run
 from vista.store.record import CounterLayout, RecordSpec, Tail, TailColumn, UserColumn
@@ -182,93 +180,6 @@ def encode_users(users: UserSummaries, spec: RecordSpec, state_spec: StateSpec |
     if users.states is not None and state_spec is not None:
         states = encode_states(users.keys, users.states, state_spec)
     return UserRecords(users.keys, records, states, num_events)
-
-
-@dataclass(frozen=True, slots=True)
-class LogItems:
-    """What each item of a log becomes: its row in the model, and its key in history digests. Likewise for features."""
-
-    rows: NDArray[np.int32]
-    """[num_items] rows of the model; 0 for items it does not know."""
-    keys: NDArray[np.uint64]
-    """[num_items] keys of `vista.store.keys.item_keys`."""
-    recode: Recode
-    """Features of events with the model's codes."""
-
-    @classmethod
-    def of(cls, model: VistaModel, log: EventLog) -> LogItems:
-        """Look up all items of a log. Warns if the model knows fewer than half of them."""
-        ids = log.items.ids(np.arange(log.num_items))
-        rows = model.history_rows(model.item_rows(ids)).astype(np.int32)
-        known = int(np.count_nonzero(rows != UNKNOWN_ITEM))
-        # With min_item_events, a model is meant to know few of the items.
-        if 2 * known < log.num_items and not (known and model.data.min_item_events):
-            logger.warning(
-                "%s: the model knows only %d of %d items, and summarizes the others as one unknown item; train a model "
-                "on this log",
-                log.path,
-                known,
-                log.num_items,
-            )
-        return cls(rows, item_keys(ids), model.event_recoder(log.event_features))
-
-    def model_rows(self, histories: Histories) -> Histories:
-        """The same histories with items as rows of the model, and features with the model's codes."""
-        features = self.recode(histories.features, histories.num_events)
-        return replace(histories, item=self.rows[histories.item], features=features)
-
-    def digests(self, histories: Histories) -> NDArray[np.uint64]:
-        """History digests, uint64 [B], of histories whose items are rows of the log."""
-        times, actions = np.asarray(histories.timestamp), np.asarray(histories.action)
-        return history_digests(self.keys[histories.item], times, actions, histories.offsets)
-
-
-def check_log(model: RankingModel, log: EventLog, *, requests: bool = False) -> None:
-    """Refuse a log whose events or users, and with `requests` impressions, the model would misread.
-
-    Warns about features of them that the log lacks.
-
-    Raises:
-        ConfigError: the log's action codes differ from the model's, the model reads times and the log has none, or a
-            feature is of another kind than the model's.
-    """
-    known = model.schema.actions
-    if model.encoder.action is not None and log.actions != known[: len(log.actions)]:
-        raise ConfigError(
-            f"{log.path}: its actions are {log.actions}, but the model was trained on {known}; train a model "
-            "on this log"
-        )
-    stage1 = model.stage1
-    reads_times = stage1.has_gap or stage1.decay is Decay.time or stage1.counters is not None
-    if model.schema.has_time and not log.has_time and reads_times:
-        raise ConfigError(f"{log.path}: has no times, which this model reads; train a model on this log")
-    _check_features(log, "events", model.schema.event_features, _kinds(log.event_features))
-    if model.schema.user_features:
-        columns = declared_columns(features_of(log.segments, USERS))  # without reading the features of all users
-        of_log = {name: parts[0].columns[name].kind for name, parts in columns.items()}
-        _check_features(log, "users", model.schema.user_features, of_log)
-    if requests and any(segment.impressions is not None for segment in log.segments):
-        _check_features(log, "impressions", model.schema.request_features, _kinds(log.request_features))
-
-
-def _kinds(values: ColumnValues) -> dict[str, str]:
-    return {name: "number" if known is None else "category" for name, known in values.items()}
-
-
-def _check_features(log: EventLog, table: str, columns: Sequence[FeatureSpec], kinds: Mapping[str, str]) -> None:
-    """Compare the columns that a model reads of a table with those of a log, which have these kinds."""
-    for column in columns:
-        kind = kinds.get(column.name, column.kind)
-        if kind != column.kind:
-            key = {"number": "numbers", "category": "categories"}[column.kind]
-            raise ConfigError(
-                f"{log.path}: the feature {column.name!r} of {table} is a {kind}, but a {column.kind} to the model; "
-                f"prepare the log with {table}.{key}=[{column.name}], or train a model on this log"
-            )
-    if lacking := [column.name for column in columns if column.name not in kinds]:
-        logger.warning(
-            "%s: lacks the features %s of %s, so the model takes them as missing", log.path, ", ".join(lacking), table
-        )
 
 
 def has_states(model: VistaModel) -> bool:
@@ -475,7 +386,8 @@ def refresh(
             return engine.encode(encoder, with_counts, writer.spec, writer.state_spec, clock)
         return (encoder.encode(*batch, writer.spec, writer.state_spec, clock) for batch in with_counts)
 
-    return write_generation(target, manifest, "full", encode_batches, options=options, key=key)
+    values = partial(item_values, model, log, counts, limit)
+    return write_generation(target, manifest, "full", encode_batches, values, options=options, key=key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -641,6 +553,7 @@ def write_generation(
     manifest: Manifest,
     kind: str,
     encode_batches: EncodeBatches,
+    values: Callable[[], ItemValues | None] | None,
     *,
     options: RefreshOptions,
     key: bytes | None,
@@ -652,6 +565,7 @@ def write_generation(
         manifest: what the generation will be.
         kind: kind of the refresh in its log, full or merge.
         encode_batches: makes the records of each batch of up to `options.users_per_batch` of the run's users.
+        values: makes the values of items, after the records; None makes none.
         options: users_per_batch and shared_with_group.
         key: 32 bytes, to authenticate the records with.
 
@@ -672,7 +586,11 @@ def write_generation(
                 run.counts["written"] += written
                 run.counts["erased"] += len(encoded.keys) - written
                 run.batch(writer.generation, end - begin, encoded.num_events)
+        with run.stage("read"):
+            of_items = None if values is None else values()
         with run.stage("publish"):
+            if of_items is not None:
+                writer.put_items(of_items.to_bytes())
             writer.publish()
         return run.report(writer.generation)
 

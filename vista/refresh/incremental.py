@@ -28,6 +28,7 @@ from vista.log.features import merged_features, row_features, values_of, verifie
 from vista.log.histories import Histories, RowFeatures, token_groups
 from vista.log.segment import features_of
 from vista.log.segment_files import EVENTS, USERS, sources_of_events
+from vista.log.splits import Until
 from vista.model import inference
 from vista.model.history_states import (
     covered_events,
@@ -48,7 +49,6 @@ from vista.refresh.full import (
     RefreshProgress,
     RefreshReport,
     UserRecords,
-    check_log,
     encode_users,
     from_arrays,
     read_summaries,
@@ -59,6 +59,8 @@ from vista.refresh.full import (
     user_columns,
     user_summaries,
 )
+from vista.refresh.log_reading import are_due, check_log, item_values
+from vista.store.item_values import ItemValues
 from vista.store.keys import user_id, user_keys
 from vista.store.layout import Shard, StoreUrl, shard_to_write, users_by_store
 from vista.store.manifest import OF_SEVERAL_LOGS, Manifest, start_of_run
@@ -129,7 +131,11 @@ def refresh_incremental(
         refresher = BatchRefresher(model, log, update, covered, options.tokens_per_batch, run)
         for begin in range(0, len(users), options.users_per_batch):
             refresher.refresh(users[begin : begin + options.users_per_batch])
+        with run.stage("read"):
+            values = _newer_item_values(model, log, update, users)
         with run.stage("publish"):
+            if values is not None:
+                update.writer.put_items(values.to_bytes())
             update.finish()
         return run.report(update.manifest.generation)
 
@@ -200,6 +206,17 @@ def _changed_users(update: StoreUpdate, log: EventLog, covered: int, shard: Shar
     if shard is not None:
         changed = changed[shard.holds(user_keys(log.users.ids(changed)))]
     return changed, num_removed
+
+
+def _newer_item_values(model: VistaModel, log: EventLog, update: StoreUpdate, users: Int) -> ItemValues | None:
+    """The values of items as of now, if those of the generation are due after changes of some users; None otherwise."""
+    if not model.reads_item_values or not len(users):
+        return None
+    held, newest = update.item_values(), None
+    if log.has_time and log.lengths[users].any():
+        newest = int(np.max(log.gather_ranges(users, log.lengths[users] - 1, log.lengths[users]).timestamp))
+    known = held is not None and held.vocabulary == model.items.digest()
+    return item_values(model, log, log.lengths, Until()) if are_due(held if known else None, newest) else None
 
 
 def _remove_unknown_users(update: StoreUpdate, log: EventLog) -> int:

@@ -19,16 +19,15 @@ from vista.config.store_config import RefreshOptions
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, RowFeatures, concatenated
+from vista.log.splits import Until
 from vista.model.history_states import merge_histories
 from vista.model.inference import LogUsers
 from vista.model.summarizer import SummaryState
 from vista.model.vista_model import VistaModel
 from vista.refresh.full import (
-    LogItems,
     RefreshReport,
     StageClock,
     UserRecords,
-    check_log,
     encode_users,
     from_arrays,
     has_states,
@@ -40,6 +39,7 @@ from vista.refresh.full import (
     write_generation,
 )
 from vista.refresh.incremental import digests_of_events
+from vista.refresh.log_reading import LogItems, check_log, item_values
 from vista.store.backend import Folder, open_backend
 from vista.store.keys import user_keys
 from vista.store.layout import Shard, check_place, complete_shards, shards_of, store_path
@@ -205,7 +205,9 @@ def merge(
             run_digest=_run_digest(sources),
         )
         encode_batches = partial(_encode_batches, model.with_frozen("summarizer", Precision.float32), sources, users)
-        return write_generation(Path(store), manifest, "merge", encode_batches, options=options, key=key)
+        # Several logs number their items differently, so the next refresh from one log says how popular they are.
+        values = partial(item_values, model, log, log.lengths, Until()) if len(sources) == 1 else None
+        return write_generation(Path(store), manifest, "merge", encode_batches, values, options=options, key=key)
 
 
 def _open_sources(

@@ -500,11 +500,15 @@ class Scorer:
         except VistaError:
             self._current.store.reload()  # A model that cannot be served must not block new generations.
             raise
+        moved = newer is not None
         if newer is None:
-            return self._current.store.reload()
+            moved = self._current.store.reload()
+            newer = self._current.with_new_item_values()
+        if newer is None:
+            return moved
         old, self._current = self._current, newer
         self._close_unused(old)
-        return True
+        return moved
 
     def _release(self, snapshot: ServingSnapshot, call: object) -> None:
         snapshot.calls.discard(call)
@@ -512,7 +516,7 @@ class Scorer:
             self._close_unused(snapshot)
 
     def _close_unused(self, snapshot: ServingSnapshot) -> None:
-        if not snapshot.calls:
+        if not snapshot.calls and snapshot.store is not self._current.store:
             snapshot.store.close()
 
     def _require_open(self) -> None:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -52,6 +53,7 @@ from vista.scorer.request import (
     with_fresh_events,
 )
 from vista.scorer.request_features import RequestProjections
+from vista.store.item_values import ItemValues
 from vista.store.reader import ShardedReader, StoredBatch, StoreReader
 from vista.store.record import Tail
 
@@ -77,7 +79,7 @@ class ServingSnapshot:
     """A model and the store of its summaries.
 
     Args:
-        model: in eval mode.
+        model: in eval mode. If the store's generation has newer statistics of items, these are read instead.
         items: projections of the model's items.
         store: open; its summaries are of this model.
         precision: of matrix products.
@@ -102,8 +104,12 @@ class ServingSnapshot:
         pairs_per_pass: int = 1024,
         cosines_per_pass: int = 65_536,
     ) -> None:
-        self.model = model
-        self.items = items
+        sizes = partial(ServingSnapshot, pairs_per_pass=pairs_per_pass, cosines_per_pass=cosines_per_pass)
+        self._again = partial(sizes, model, items, store, precision, identity, checksum, index)
+        values = store.item_values()
+        self.items_digest = "" if values is None else values.digest
+        """Of the values of items in service (`Manifest.items_digest`)."""
+        self.model, self.items = model, items = _as_of_generation(model, items, values)
         self.store = store
         self.identity = identity
         self.checksum = checksum
@@ -138,6 +144,12 @@ class ServingSnapshot:
         pooled = torch.zeros(1, len(Pooled), width, device=model.device) if width else None
         request = Request(self.empty, tail, None, np.ones(1, bool), pooled=pooled)
         self.scores(request, torch.zeros(1, dtype=torch.int64), self.tasks)
+
+    def with_new_item_values(self) -> ServingSnapshot | None:
+        """The same with the values of items that the store has now; None if they are those in service."""
+        if self.store.manifest.items_digest == self.items_digest:
+            return None
+        return self._again()
 
     def candidates(self, given: Any, on_missing: OnMissing, name: str = "candidates") -> CandidateSet:
         """Look up item ids [C] or [B, C] in the vocabulary in service.
@@ -663,3 +675,16 @@ def tiles(rows: Tensor | None, users: slice, columns: slice) -> Tensor:
     else:
         part = rows[columns] if rows.ndim == 1 else rows[users, columns]
     return F.pad(part, (0, -part.shape[-1] % ROW_TILE), value=UNKNOWN_ITEM)
+
+
+def _as_of_generation(
+    model: VistaModel, items: ItemProjections, values: ItemValues | None
+) -> tuple[VistaModel, ItemProjections]:
+    """A model with the values of items of a generation, as far as it reads them and they are of its vocabulary."""
+    if values is None or not model.reads_item_values:
+        return model, items
+    if values.vocabulary != model.items.digest():
+        logger.info("the store's statistics of items are of another vocabulary, so those of the model are served")
+        return model, items
+    model = model.with_item_values(values.statistics, values.rates, values.tasks)
+    return model, items.with_statistics_of(model)

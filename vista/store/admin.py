@@ -20,6 +20,7 @@ from vista.store.backend import Folder, open_backend, settled
 from vista.store.folder_files import Tombstones, lock_holders
 from vista.store.folder_generation import Batch, FolderGeneration, SharedEnvironment
 from vista.store.folder_writer import FolderBuilder
+from vista.store.item_values import ItemValues
 from vista.store.layout import (
     GROUP,
     PRIVATE,
@@ -33,7 +34,7 @@ from vista.store.layout import (
     store_address,
     store_path,
 )
-from vista.store.manifest import Manifest, Tally
+from vista.store.manifest import CHECKSUM_DIGITS, Manifest, Tally
 from vista.store.record import RecordSpec, check_records
 from vista.store.record_encoding import restamp_records
 from vista.store.state_record import restamp_states
@@ -145,6 +146,8 @@ def _copy(source_store: StoreBackend, number: int, target: StoreBackend, key: by
                 builder.put(keys, records)
             if not _same(_restamped(source, builder.spec), builder.held_batches()):
                 raise StoreError(f"{source_store.address} was written while it was copied; rerun the command")
+            if (items := source.items()) is not None:
+                builder.put_items(items)
             builder.finish()
         finally:
             builder.close()
@@ -324,6 +327,8 @@ def _compacted(source: FolderGeneration, key: bytes | None) -> Manifest:
         for keys, states in source.state_batches():
             keys, states = _without_erased(tombstones, keys, states)
             builder.put_states(keys, restamp_states(states, wanted.generation))
+        if (items := source.items()) is not None:
+            builder.put_items(items)
         return builder.finish()
     except BaseException:
         builder.discard()
@@ -476,6 +481,10 @@ def _verify(
             count = reader.manifest.count
             if reader.manifest.state_spec() is not None and count - num_states > max(10, 0.02 * count):
                 report.add(f"gen-{generation} holds {num_states} states for {count} records")
+            if (items := reader.items()) is not None:
+                ItemValues.from_bytes(items, f"gen-{generation}")
+            if ("" if items is None else items[:CHECKSUM_DIGITS].decode()) != reader.manifest.items_digest:
+                report.add(f"gen-{generation}: its manifest names other values of items than it holds")
             for name in reader.other_keys():
                 if not name.startswith(b"!"):
                     report.add(

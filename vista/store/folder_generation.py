@@ -32,6 +32,7 @@ from vista.store.folder_files import (
     flocked,
     open_environment,
 )
+from vista.store.keys import ITEMS_KEY
 from vista.store.layout import (
     environment_path,
     read_current,
@@ -445,13 +446,17 @@ class FolderGeneration:
         self.release()
 
     def value(self, key: bytes) -> bytes | None:
-        """A user's unchecked record; None without one."""
+        """What is stored under a key, such as a user's unchecked record; None without it."""
 
         def copy(transaction: lmdb.Transaction[memoryview]) -> bytes | None:
             value = transaction.get(key)
             return None if value is None else bytes(value)
 
         return self.environment.read(copy)
+
+    def items(self) -> bytes | None:
+        """The unchecked values of items; None without any."""
+        return self.value(ITEMS_KEY)
 
     def raw_batches(self, after: bytes = b"u") -> Iterator[Batch]:
         """Keys beyond `after` and their unchecked values, ascending; each batch in a short transaction."""

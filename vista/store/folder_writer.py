@@ -25,7 +25,7 @@ from vista.store.folder_files import (
     without_erased,
 )
 from vista.store.folder_generation import Batch, SharedEnvironment, copied, read_states, tally_of, walk
-from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
+from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, ITEMS_KEY, MANIFEST_KEY
 from vista.store.layout import (
     PARTIAL_PREFIX,
     Permissions,
@@ -214,6 +214,24 @@ class FolderWriter:
 
         self.manifest = self._write(self.summary, put)
 
+    def items(self) -> bytes | None:
+        """The unchecked values of items; None without any."""
+
+        def read(transaction: lmdb.Transaction[memoryview]) -> bytes | None:
+            value = transaction.get(ITEMS_KEY)
+            return None if value is None else bytes(value)
+
+        return self.summary.read(read)
+
+    def put_items(self, value: bytes) -> None:
+        """Replace the values of items durably (`ItemValues.to_bytes`)."""
+
+        def put(transaction: lmdb.Transaction[memoryview]) -> Manifest:
+            transaction.put(ITEMS_KEY, value)
+            return self._put_manifest(transaction, self._manifest_in(transaction).with_items(value))
+
+        self.manifest = self._write(self.summary, put)
+
     def headers(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Header of each user's record; None without a record."""
 
@@ -320,6 +338,10 @@ class FolderBuilder:
     def put_states(self, keys: Sequence[bytes], states: Sequence[bytes]) -> None:
         """Append checked states of this generation, in the order of their keys, in one durable transaction."""
         self._open[1].write(lambda transaction: _put(transaction, keys, states))
+
+    def put_items(self, value: bytes) -> None:
+        """Put the values of items of the generation durably."""
+        self._open[0].write(lambda transaction: transaction.put(ITEMS_KEY, value))
 
     def finish(self) -> Manifest:
         """Read all records back, check the files' structure, remove users erased meanwhile, and name the generation.

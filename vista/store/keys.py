@@ -27,6 +27,8 @@ KINDS = {INT_PREFIX: "int", STR_PREFIX: "str"}
 CURSOR_KEY = b"!cursor"
 COMPLETE_KEY = b"!complete"
 MANIFEST_KEY = b"!manifest"
+ITEMS_KEY = b"!items"
+"""Of the values of items."""
 
 _SIGN_BIT = np.uint64(1 << 63)
 

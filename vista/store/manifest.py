@@ -37,7 +37,7 @@ C = TypeVar("C", bound=TailColumn)
 
 NOT_IDENTITY = (
     *("generation", "created_at", "refreshed_at", "log_digest", "going_to", "going_to_digest"),
-    *("count", "user_kind", "records_digest"),
+    *("count", "user_kind", "records_digest", "items_digest"),
 )
 """Fields of a manifest that may differ between two runs of the same refresh."""
 
@@ -76,6 +76,7 @@ _RULES = {
     "count": whole(),
     "user_kind": one_of(*KINDS.values(), "mixed", None),
     "records_digest": hexadecimal(16),
+    "items_digest": either(hexadecimal(CHECKSUM_DIGITS), one_of("")),
 }
 """Rules of the fields as JSON."""
 
@@ -157,6 +158,8 @@ class Manifest:
     """Type of the user ids: int, str or mixed; None without records."""
     records_digest: str = f"{0:016x}"
     """Sum mod 2^64 of all records' checksums, in hex."""
+    items_digest: str = ""
+    """Checksum with which the values of items begin (`ItemValues`); empty if the generation has none."""
 
     def identity(self) -> dict[str, Any]:
         """The fields that must be equal for an unfinished generation to be resumed."""
@@ -248,6 +251,10 @@ class Manifest:
             user_kind=common_kind([self.user_kind, *kinds_of(keys)]),
             records_digest=f"{digest % (1 << 64):016x}",
         )
+
+    def with_items(self, value: bytes) -> Manifest:
+        """The manifest after these values of items were put (`ItemValues.to_bytes`)."""
+        return dataclasses.replace(self, items_digest=value[:CHECKSUM_DIGITS].decode())
 
     def to_bytes(self) -> bytes:
         """JSON after its own XXH3-64 in hex, so that a flipped bit is detected."""

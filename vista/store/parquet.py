@@ -168,7 +168,7 @@ def _import(file: Path, root: Path, key: bytes | None, permissions: Permissions,
     store = Folder(root)
     with store.locked(permissions):
         store.remove_leftovers()
-        wanted = dataclasses.replace(old.without_states(), generation=next_number(root))
+        wanted = dataclasses.replace(old.without_states(), generation=next_number(root), items_digest="")
         builder = store.builder(wanted, key, resume=False)
         read = Tally()
         try:

@@ -30,6 +30,7 @@ from vista.errors import (
 from vista.log.histories import NO_TIMESTAMP, ranges
 from vista.store.backend import open_backend
 from vista.store.folder_generation import exclusive
+from vista.store.item_values import ItemValues
 from vista.store.keys import INT_PREFIX, STR_PREFIX, common_kind, user_id, user_keys
 from vista.store.layout import StoreUrl, complete_shards, shards_in, shards_of, store_address, stores_in
 from vista.store.manifest import Manifest
@@ -167,6 +168,15 @@ class StoreReader:
             RecordError: a state is damaged; the message names the user.
         """
         return self._current().states(user_keys(user_ids))
+
+    def item_values(self) -> ItemValues | None:
+        """What the generation knows of items; None if its refresh wrote nothing, because the model reads nothing.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        value = self._current().items()
+        return None if value is None else ItemValues.from_bytes(value, self.path)
 
     def keys(self) -> Iterator[int | str]:
         """User ids of all records of one generation, in the order of their keys, read in short transactions.
@@ -602,6 +612,10 @@ class ShardedReader:
         # Shards without a user of the batch are read too, for the shapes and errors of an empty batch.
         batches = [reader.get_many(users) for reader, users in zip(self._readers, users_of, strict=True)]
         return StoredBatch.concatenated(batches).take(np.argsort(order, kind="stable"))
+
+    def item_values(self) -> ItemValues | None:
+        """Those of the first shard, as all shards are of one log; see `StoreReader.item_values`."""
+        return self._readers[0].item_values()
 
     def keys(self) -> Iterator[int | str]:
         """User ids of all records, shard by shard."""

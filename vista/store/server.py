@@ -542,6 +542,10 @@ class ServerBuilder:
         self.tally.add(keys, records)
         self.last_key = keys[-1]
 
+    def put_items(self, value: bytes) -> None:
+        """Put the values of items of the generation."""
+        self._writer.put_items(value)
+
     def held_batches(self) -> Iterator[Batch]:
         """Keys and values that the server holds so far, ascending."""
         return self._writer.records.raw_batches()

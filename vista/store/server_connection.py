@@ -20,7 +20,7 @@ from vista.errors import StoreBusyError, StoreError, StoreLockedError, StoreUnav
 from vista.files import make_folders
 from vista.installation import require_module
 from vista.store.folder_generation import SharedEnvironment
-from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, MANIFEST_KEY
+from vista.store.keys import COMPLETE_KEY, CURSOR_KEY, ITEMS_KEY, MANIFEST_KEY
 from vista.store.layout import PASSWORD_VARIABLE, PRIVATE, StoreUrl, make_folder
 
 T = TypeVar("T")
@@ -411,11 +411,13 @@ class GenerationKeys:
         self.manifest, self.cursor = prefix + MANIFEST_KEY, prefix + CURSOR_KEY
         self.complete = prefix + COMPLETE_KEY
         """A random word that identifies these records, once all of them are written and checked."""
+        self.items = prefix + ITEMS_KEY
+        """Values of items, if there are any."""
         self.users = prefix + USERS_KEY
         """Keys of all users who have a record."""
         self.ttl = prefix + TTL_KEY
         """Time to live in ms, if the generation expires."""
-        self.own = [self.manifest, self.complete, self.cursor, self.users, self.ttl]
+        self.own = [self.manifest, self.complete, self.cursor, self.items, self.users, self.ttl]
         """All names but those of users."""
 
     def record(self, key: bytes) -> bytes:

@@ -109,6 +109,10 @@ class ServerGeneration:
         """A user's unchecked record; None without one."""
         return self._get([key])[0]
 
+    def items(self) -> bytes | None:
+        """The unchecked values of items; None without any."""
+        return self._values([self._names.items])[0]
+
     def key_batches(self, after: bytes = b"u") -> Iterator[list[bytes]]:
         """Keys beyond `after` of the users who have a record, ascending."""
         while True:
@@ -380,6 +384,15 @@ class ServerWriter:
     def put_manifest(self, change: Callable[[Manifest], Manifest]) -> None:
         """Change the manifest."""
         self._write([], lambda manifest: (change(manifest), {}, [], 0))
+
+    def items(self) -> bytes | None:
+        """The unchecked values of items; None without any."""
+        value: bytes | None = self._server.command("GET", self.names.items)
+        return value
+
+    def put_items(self, value: bytes) -> None:
+        """Replace the values of items (`ItemValues.to_bytes`)."""
+        self._write([], lambda manifest: (manifest.with_items(value), {self.names.items: value}, [], 0))
 
     def mark_complete(self, wanted: Manifest, num_erased: int, *, publish: bool) -> bool:
         """Let readers open the generation once CURRENT names it, and make CURRENT name it with `publish`, atomically.

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from vista.errors import StoreError, SummarizerMismatchError
 from vista.store.backend import open_backend
 from vista.store.folder_files import WAIT_S
+from vista.store.item_values import ItemValues
 from vista.store.keys import CURSOR_KEY, user_keys
 from vista.store.layout import GROUP, PRIVATE, StoreUrl
 from vista.store.manifest import Manifest
@@ -111,6 +112,10 @@ class StoreWriter:
         written = self._generation.put(keys, records, states, {CURSOR_KEY: b"%d" % cursor})
         self._cursor, self.manifest = cursor, self._generation.manifest
         return written
+
+    def put_items(self, value: bytes) -> None:
+        """Put the values of items of the generation durably (`ItemValues.to_bytes`); errors as of `put_batch`."""
+        self._generation.put_items(value)
 
     def publish(self, *, wait_s: float = WAIT_S) -> Manifest:
         """Check every record, publish the generation, and remove all others except the one published before.
@@ -249,6 +254,15 @@ class StoreUpdate:
             StoreError: the records are unchanged (disk full, input/output error); the message has the remedy.
         """
         self.writer.put(keys, records, states, {})
+
+    def item_values(self) -> ItemValues | None:
+        """The values of items as they are stored; None without any, or if they are damaged, which is logged."""
+        value = self.writer.items()
+        try:
+            return None if value is None else ItemValues.from_bytes(value, self.path)
+        except StoreError as error:
+            logger.warning("%s; they are replaced", error)
+            return None
 
     def begin(self, log_digest: str) -> None:
         """Record that from now on some records may cover the log up to `applied_segment`."""

@@ -46,7 +46,15 @@ from vista.examples.item_spaces import PooledHistories
 from vista.examples.item_statistics import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, rows_that_fit, token_groups
-from vista.log.splits import EVENTS_PER_BLOCK, READ_EVENT_BYTES, leaves_out_seen, part_counts, part_times, refresh_times
+from vista.log.splits import (
+    EVENTS_PER_BLOCK,
+    READ_EVENT_BYTES,
+    Until,
+    leaves_out_seen,
+    part_counts,
+    part_times,
+    refresh_times,
+)
 from vista.model import inference
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.features import log_encoder
@@ -55,6 +63,8 @@ from vista.model.ranking_model import RankingModel
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 from vista.ranks import ALONE, Ranks
+from vista.refresh.log_reading import item_values
+from vista.store.item_values import ItemValues
 from vista.training.run_plan import Progress
 
 # The protocol's cases, answered by VISTA with float32 summaries and no store.
@@ -207,6 +217,8 @@ class Validation:
             last = int(shown.timestamp.max(initial=begin))
             self._refreshes = refresh_times(data, "validation", last + 1)
             """int64 [P] ms when summaries are refreshed."""
+            self._item_values: dict[int, ItemValues | None] = {}
+            """By refresh, once a model was measured."""
         if config.ranks_items:
             if config.next_weight == 0:
                 self._ranked = self._window_cases(stop, begin, limit)
@@ -352,10 +364,20 @@ class Validation:
             own = np.flatnonzero(refresh == index)
             cases = shown.part(own)
             covered = self._log.counts_before(int(self._refreshes[index]))
-            answers = self._answers(model, np.unique(cases.user), covered)
+            answers = self._answers(self._refreshed(model, index, covered), np.unique(cases.user), covered)
             assert answers is not None
             out[own] = answers.probabilities(cases)
         return out
+
+    def _refreshed(self, model: RankingModel, index: int, covered: Int) -> RankingModel:
+        """A model as it is served after a refresh, which also writes values of items."""
+        if not isinstance(model, VistaModel) or not model.reads_item_values:
+            return model
+        if index not in self._item_values:
+            limit = Until(before=int(self._refreshes[index]))
+            self._item_values[index] = item_values(model, self._log, covered, limit)
+        values = self._item_values[index]
+        return model if values is None else model.with_item_values(values.statistics, values.rates, values.tasks)
 
     def _answers(
         self, model: RankingModel, users: Int, covered: Int | None = None

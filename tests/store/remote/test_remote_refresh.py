@@ -22,6 +22,7 @@ import pytest
 from tests.refresh import conftest as growing
 from tests.refresh.kafka_clusters import MockKafka
 from tests.refresh.streams import TOPIC, watch_of
+from tests.refresh.test_item_values import counting_model
 from vista.cli import main as cli
 from vista.cli.serving_commands import run_watch
 from vista.config import EvaluateConfig, RefreshOptions
@@ -96,6 +97,26 @@ def test_a_refresh_into_a_server_writes_the_same_records(served, start_server, t
     copy_generation(url, tmp_path / "copy")
     ours, theirs = published_manifest(tmp_path / "copy"), published_manifest(tmp_path / "local")
     assert ours == theirs and records(url) == records(tmp_path / "local")
+
+
+def test_values_of_items_are_those_of_a_folder(server, tmp_path):
+    log = growing.append(tmp_path / "log", growing.events({1: 30, 2: 25}))
+    model, url = counting_model(log), server.url()
+    refresh(model, log, url)
+    growing.full(model, log, tmp_path / "store", codec=Codec.int8)
+    with StoreReader.open(url) as remote, StoreReader.open(tmp_path / "store") as folder:
+        assert remote.item_values().digest == folder.item_values().digest == remote.manifest.items_digest
+    log = growing.later(tmp_path / "log", {2: 3})
+    with Scorer.open(model, url) as scorer:
+        old = scorer.catalog_scores([1])
+        refresh_incremental(model, log, url)
+        scorer.reload()
+        assert not np.array_equal(scorer.catalog_scores([1]), old)
+    copy_generation(url, tmp_path / "copy")
+    growing.full(model, log, tmp_path / "store")
+    with StoreReader.open(tmp_path / "copy") as copied, StoreReader.open(tmp_path / "store") as again:
+        assert copied.item_values().digest == again.item_values().digest
+    assert not verify_store(url).num_problems
 
 
 def test_a_scorer_reads_from_a_server(served, server):
