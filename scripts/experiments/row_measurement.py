@@ -420,11 +420,11 @@ def _reference_metrics(table: Table, predictor: str) -> dict[str, float]:
 
 
 def table_log(settings: argparse.Namespace, row: TableRow) -> EventLog:
-    """The table's EventLog, which is created if missing; with the features of the row's `texts` and `calendar`."""
+    """The table's EventLog, which is created if missing; with the features of the row's `texts`."""
     table = TABLES[settings.table]
     # Simulations of different sizes may share a name but not a log.
     name = table.data if table.simulation is None else f"{table.data}-{_digest(table.simulation)}"
-    suffix = f"-text-{row.texts}" if row.texts else "-calendar" if row.calendar else ""
+    suffix = f"-text-{row.texts}" if row.texts else ""
     path = settings.work / "logs" / f"{name}{suffix}"
     if not path.exists():
         if row.texts:
@@ -433,7 +433,7 @@ def table_log(settings: argparse.Namespace, row: TableRow) -> EventLog:
             prepare_set(table.data, set_folder(table.data, settings.data), path)
         else:
             simulated = SimulateConfig(out=str(source_folder(path)), **table.simulation)
-            prepare_simulation(simulated, path, calendar=row.calendar)
+            prepare_simulation(simulated, path)
     return EventLog.open(path)
 
 

@@ -10,8 +10,6 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import polars as pl
-
 from vista.cli.item_commands import run_items_embed, run_items_tokenize
 from vista.config import (
     ImpressionsConfig,
@@ -25,13 +23,7 @@ from vista.config import (
 from vista.config.composition import compose_config
 from vista.errors import ConfigError
 from vista.log.ingest.prepare import prepare
-from vista.simulation.simulate import EVENTS_FILE, IMPRESSIONS_FILE, ITEMS_FILE, simulate
-
-CALENDAR = {
-    "season": pl.col("timestamp").cast(pl.Datetime("ms")).dt.ordinal_day() // 28,
-    "weekday": pl.col("timestamp").cast(pl.Datetime("ms")).dt.weekday(),
-}
-"""Features of a time (UTC): one of 14 seasons of four weeks, the last of one or two days, and the day of the week."""
+from vista.simulation.simulate import ITEMS_FILE, simulate
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,20 +125,10 @@ def prepare_with_texts(name: str, folder: Path, out: Path, texts: str) -> None:
     partial.rename(out)
 
 
-def prepare_simulation(config: SimulateConfig, out: Path, *, calendar: bool) -> None:
-    """Draw a simulation into `config.out`, and make its log.
-
-    Args:
-        config: the simulation.
-        out: the log.
-        calendar: whether events and requests have the features `CALENDAR`.
-    """
+def prepare_simulation(config: SimulateConfig, out: Path) -> None:
+    """Draw a simulation into `config.out`, and make its log, `out`."""
     source = simulate(config).out
-    if calendar:
-        for name in (EVENTS_FILE, IMPRESSIONS_FILE):
-            pl.read_parquet(source / name).with_columns(**CALENDAR).write_parquet(source / name)
-    paths, categories = [str(source)], list(CALENDAR) if calendar else []
-    events = SourceConfig(kind="simulated", paths=paths, categories=categories)
-    impressions = ImpressionsConfig(kind="simulated", paths=paths, categories=categories)
+    events = SourceConfig(kind="simulated", paths=[str(source)])
+    impressions = ImpressionsConfig(kind="simulated", paths=[str(source)])
     topics = ItemTableConfig(paths=[str(source / ITEMS_FILE)], categories=["topic"])
     prepare(PrepareConfig(out=str(out), events=events, impressions=impressions, items=topics))

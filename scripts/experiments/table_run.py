@@ -219,8 +219,6 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
     recorded |= {"model": model, "optim": values["optim"]}
     if row.texts:
         recorded["texts"] = row.texts
-    if row.calendar:
-        recorded["calendar"] = True
     if any(recorded[group].get(key, "absent") is None for group, keys in PLANNED.items() for key in keys):
         recorded["plan"] = dict(PLAN)
         if recorded["model"].get("temperature", "absent") is None:

@@ -105,15 +105,6 @@ def test_words_are_choices() -> None:
             {"target_attention": "quasi_linear", "mixing": "bidirectional"},
             r"model\.target_attention: quasi_linear reads the state of separable mixing; set model\.mixing=separable",
         ),
-        *(
-            (ModelConfig, {"num_interests": 8, **other}, rf"model\.num_interests: counts events .* got .*{got}.*; set")
-            for other, got in (
-                ({"mixing": "bidirectional"}, "mixing=bidirectional"),
-                ({"num_seeds": 0}, "num_seeds=0"),
-                ({"decay": "time", "decay_horizons": [1, 2, 3, 4]}, "decay=time"),
-            )
-        ),
-        (ModelConfig, {"num_interests": 65}, r"model\.num_interests: .* 64, got 65"),
         (
             ModelConfig,
             {"target_attention": "quasi_linear", "dim": 65_535, "num_heads": 1},

@@ -71,8 +71,6 @@ def model(
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-        if built.config.num_interests:
-            built.item_interest[1:] = torch.arange(len(built.items)) % (1 + built.config.num_interests)
         draw_statistics(built)
     built.event_features = None if num_tail_features is None else READER
     built.request_features = READER if request_features else None

@@ -20,7 +20,6 @@ SHAPES = {
     "separable": {"mixing": Mixing.separable},
     "separable, decay": {"mixing": Mixing.separable, "decay": Decay.time, "decay_horizons": [0.0, 2.0]},
     "bidirectional": {"mixing": Mixing.bidirectional},
-    "interests": {"num_interests": 11},
     "no summary": {"num_seeds": 0},
     "event features": {"num_tail_features": 1},
     "softmax": {"target_attention": TargetAttentionKind.softmax},

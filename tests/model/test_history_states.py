@@ -41,7 +41,6 @@ SHAPES = {
     "decay by time": {"conv_width": 3, "decay": Decay.time, "decay_horizons": [0.5, 10.0]},
     "decay by position": {"conv_width": 2, "decay": Decay.position, "decay_horizons": [0.0, 9.0]},
     "event features": {"conv_width": 3, "num_tail_features": 0},
-    "interests": {"conv_width": 2, "num_interests": 11},
 }
 
 
@@ -62,7 +61,7 @@ def loop(model: VistaModel, history: Histories) -> tuple[Tensor, Tensor]:
     """(z [L, H, D, D], n [H]) in float64, each event computed from itself and the `reach` events before it."""
     exact = copy.deepcopy(model).double()
     layers, heads = exact.summarizer.layers, model.config.num_heads
-    z = torch.zeros(model.stage1.num_state_layers, heads, 8, 8, dtype=torch.float64)
+    z = torch.zeros(model.stage1.num_layers, heads, 8, 8, dtype=torch.float64)
     n = torch.zeros(heads, dtype=torch.float64)
     times = history.timestamp if model.config.decay is not Decay.position else np.arange(history.num_events)
     unit = DAY if model.config.decay is Decay.time else 1
@@ -78,8 +77,6 @@ def loop(model: VistaModel, history: Histories) -> tuple[Tensor, Tensor]:
                 key, value = (part.view(heads, 8) for part in layer.key_value(layer.norm(x))[0].chunk(2))
                 z[index] += weight[:, None, None] * silu(key)[:, :, None] * value[:, None, :]
                 x = layer.feed_forward(x)
-            if model.config.num_interests and (interest := int(model.item_interest[int(history.item[event])])):
-                z[len(layers), (interest - 1) // 8, (interest - 1) % 8, 0] += 1
     return z, n
 
 

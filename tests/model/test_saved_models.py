@@ -32,7 +32,7 @@ from vista.model import inference
 from vista.model.features import FeatureSpec, Schema
 from vista.model.item_feature_table import FEATURES_FILE, ItemFeatureTable
 from vista.model.registry import ARCHITECTURES, load_model, with_items
-from vista.model.saved_model import ModelDescription
+from vista.model.saved_model import FORMAT_VERSION, ModelDescription
 from vista.model.summarizer import Stage1Config
 from vista.model.vista_model import VistaModel
 
@@ -56,7 +56,6 @@ def test_loading_keeps_the_callers_random_state_and_a_shorter_tail_shares_the_we
         {},
         {"mixing": Mixing.bidirectional},
         {"decay": Decay.time, "decay_horizons": [1.5, 0.0]},
-        {"num_interests": 11},
         {"num_seeds": 0, "tasks": []},
         {"num_seeds": 0, "target_attention": TargetAttentionKind.quasi_linear},
         {"rating_range": None, "has_time": False},
@@ -186,7 +185,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (without("config.json"), "no readable model"),
     "no vocabulary": (without("items.ids.npy"), r"no readable model .*items\.ids\.npy"),
     "no folder": (shutil.rmtree, "no readable model .*vista train"),
-    "another format": (edited(lambda d: d.update(format_version=99)), "format 99, but this version of vista reads 12"),
+    "another format": (
+        edited(lambda d: d.update(format_version=99)),
+        f"format 99, but this version of vista reads {FORMAT_VERSION}",
+    ),
     "not a description": (lambda folder: (folder / "config.json").write_text('["a list"]'), "format None"),
     "no schema": (edited(lambda d: d.pop("schema")), r"config\.json: the field 'schema' is missing"),
     "no data": (

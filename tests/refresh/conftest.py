@@ -68,8 +68,6 @@ def model(seed: int = 0, num_tail_features: int | None = None, **config: Any) ->
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
-        if built.config.num_interests:
-            built.item_interest[1:] = torch.arange(len(built.items)) % (1 + built.config.num_interests)
     draw_space(built)
     built.event_features = None if num_tail_features is None else READER
     built.set_item_features(table)

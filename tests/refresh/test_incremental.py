@@ -45,7 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "pooled vectors alone": {"num_seeds": 0},
     "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},
     "quasi-linear, no tokens": {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},
-    "interests, event features": {"num_interests": 7, "num_tail_features": 1},
+    "event features": {"num_tail_features": 1},
     "decay by time": {"decay": Decay.time, "decay_horizons": [3.0, 0.0]},
     "event features, decay by time, tail not in the summary": {
         "num_tail_features": 2,

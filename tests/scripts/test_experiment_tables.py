@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from scripts.experiments.row_measurement import WINDOW_METRICS, yambda_metrics
 from scripts.experiments.sets import (
     SETS,
     prepare_set,
-    prepare_simulation,
     prepare_with_texts,
 )
 from scripts.experiments.table_run import part_configs, train_config
@@ -30,11 +28,10 @@ from scripts.experiments.tables.table import K0, ORACLE, Table, TableRow
 from tests.cli.test_items_commands import LettersEncoder
 from tests.conftest import real_set
 from tests.log.ingest.public.samples import SAMPLES, complete_journey
-from tests.log.log_oracle import values_of
 from tests.training.test_public_experiments import FEW
 from tests.training.test_public_experiments import TINY as TINY_MODEL
 from vista.cli import item_commands
-from vista.config import EvaluateConfig, SimulateConfig, TrainConfig
+from vista.config import EvaluateConfig, TrainConfig
 from vista.config.checks import Codec, Target
 from vista.config.composition import compose_config
 from vista.errors import DataError
@@ -226,22 +223,6 @@ def test_reference_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     auc = {name: line["metrics"]["auc/click"] for name, line in lines.items()}
     assert list(auc) == list(rows) and auc["oracle"] > max(auc["last 32"], auc["pooled"]) + 0.02
     assert lines["pooled"]["config"]["simulation"] == size
-
-
-def test_a_log_with_a_calendar(tmp_path: Path) -> None:
-    config = SimulateConfig(out=str(tmp_path / "source"), num_users=6, events_per_user=300, days=400)
-    prepare_simulation(config, tmp_path / "log", calendar=True)
-    log = EventLog.open(tmp_path / "log")
-    seen = log.impressions
-    assert seen is not None
-    events = log.gather(np.arange(log.num_users))
-    for values, features, times in (
-        (log.event_features, events.features, events.timestamp),
-        (log.request_features, seen.features, seen.timestamp),
-    ):
-        moments = [datetime.fromtimestamp(int(time) / 1000, UTC) for time in times]
-        want = [(str(moment.timetuple().tm_yday // 28), str(moment.isoweekday())) for moment in moments]
-        assert [(row["season"], row["weekday"]) for row in values_of(features, values)] == want
 
 
 SHORT = ("kuairand", "yambda")

@@ -1,4 +1,4 @@
-"""What a model may use of a log, and which of its items have rows and interests."""
+"""What a model may use of a log, and which of its items have rows."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tests.conftest import DAY, START, Served, model_config, small_config, small_frame
 from tests.training.conftest import assert_served_as_validated
 from tests.training.worlds import feature_frame
-from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
+from vista.config import DataConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.checks import Architecture, Codec, Decay, InitFreeze, Split, to_dict
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
 from vista.log.features import selected
 from vista.log.histories import Histories
-from vista.log.vocabulary import Vocabulary
-from vista.model.features import Schema
 from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.model.registry import with_items
 from vista.model.vista_model import VistaModel
@@ -30,7 +27,6 @@ from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer, Tail
 from vista.training.log_schema import frequent_items, rating_range, schema_of
 from vista.training.trainer import Trainer, train, train_model
-from vista.training.warm_start import start_interests
 
 
 def test_what_a_log_offers(event_log: EventLog, order_log: EventLog, impression_log: EventLog) -> None:
@@ -332,22 +328,3 @@ def test_settings_that_leave_no_item(event_log: EventLog, tmp_path: Path) -> Non
             base="base",
             store="store",
         )
-
-
-def test_new_items_join_the_most_similar_interest() -> None:
-    """After a warm start, others keep theirs; items without events have none."""
-    config = ModelConfig(dim=16, num_heads=2, num_interests=3)
-    model = VistaModel(config, Schema(["view"], True, None, []), Vocabulary.from_ids(np.arange(90)), DataConfig())
-    centers = F.normalize(torch.randn(3, 16, generator=torch.Generator().manual_seed(2)), dim=1)
-    group = torch.arange(90) % 3
-    with torch.no_grad():
-        model.item_table[1:] = centers[group] + 0.02 * torch.randn(90, 16, generator=torch.Generator().manual_seed(3))
-    known = np.concatenate([[5], np.ones(60, np.int64)])  # row 0 is the unknown item
-    start_interests(model, known, seed=1)
-    first = model.item_interest.clone()
-    assert first[0] == 0 and (first[1:61] > 0).all() and not first[61:].any()
-    start_interests(model, np.concatenate([known, np.ones(29, np.int64)]), seed=9)
-    found = model.item_interest
-    assert torch.equal(found[:61], first[:61]) and found[90] == 0
-    by_group = {int(one): int(interest) for one, interest in zip(group[:60], first[1:61], strict=True)}
-    assert [by_group[int(one)] for one in group[60:89]] == found[61:90].int().tolist()

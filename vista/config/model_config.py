@@ -339,11 +339,6 @@ class ModelConfig(NextItemConfig):
     num_seeds: int = 16
     """Number of summary tokens K per user. With 0, only the tail is read, and the state with
     target_attention=quasi_linear."""
-    num_interests: int = 0
-    """Number of interests C whose events summaries count, at most dim: the seeds then start from the logarithms of how
-    many events belong to each of C clusters of items. The clusters are those of the item vectors that training starts
-    from (item_start). It needs mixing=separable, num_seeds above 0, and decay=none. With 0, seeds start from parameters
-    alone."""
     num_target_layers: int = 2
     """Number of layers of stage 2."""
     target_attention: TargetAttentionKind = TargetAttentionKind.pointwise
@@ -375,7 +370,6 @@ class ModelConfig(NextItemConfig):
     def __post_init__(self) -> None:
         NextItemConfig.__post_init__(self)
         require_counts(self, "model.", ("num_seeds",), least=0, most=MAX_DIM)
-        require_counts(self, "model.", ("num_interests",), least=0, most=self.dim)
         require_counts(self, "model.", ("pooled_dim",), least=0, most=MAX_DIM)
         require_counts(self, "model.", ("num_target_layers",), most=64)
         require_counts(self, "model.", ("conv_width",), most=1024)
@@ -396,17 +390,10 @@ class ModelConfig(NextItemConfig):
         )
         if self.num_state_rows:
             self._check_state_rows()
-        if self.num_interests:
-            self._check_interests()
 
     @property
     def space_dim(self) -> int:
         return min(self.pooled_dim, self.dim)
-
-    @property
-    def num_state_layers(self) -> int:
-        """Matrices per head in a state of stage 1: one per layer, and one that counts interests."""
-        return self.num_layers + (self.num_interests > 0)
 
     @property
     def num_state_rows(self) -> int:
@@ -423,15 +410,6 @@ class ModelConfig(NextItemConfig):
     def summary_lag(self) -> int:
         """How many of a user's newest events a summary leaves to the tail."""
         return 0 if self.tail_in_summary else self.tail_len
-
-    def _check_interests(self) -> None:
-        require(
-            self.mixing is Mixing.separable and self.num_seeds > 0 and self.decay is Decay.none,
-            "model.num_interests",
-            "counts events in the state of separable mixing without decay, got "
-            f"mixing={self.mixing.value}, decay={self.decay.value}, and num_seeds={self.num_seeds}; set "
-            "model.mixing=separable, model.decay=none, and model.num_seeds above 0, or model.num_interests=0",
-        )
 
     def _check_state_rows(self) -> None:
         require(

@@ -113,14 +113,12 @@ def range_states(model: VistaModel, histories: Histories, num_context: Int, star
     start = np.zeros(histories.num_users, np.int64) if start is None else start
     events, inside, clock = embed(model, histories, start)
     tokens = summarizer.tokens(events, inside)
-    interest = model.interests(torch.from_numpy(histories.item.astype(np.int64)).to(model.device))
     keep = np.arange(histories.num_events) - np.repeat(histories.offsets[:-1] + num_context, histories.lengths) >= 0
     offsets = histories.offsets - offsets_of(num_context)
     if not keep.all():
         kept = torch.from_numpy(np.flatnonzero(keep)).to(model.device)
         tokens, clock = tokens[kept], clock[kept]
-        interest = None if interest is None else interest[kept]
-    return summarizer.segment_states(tokens, clock, torch.from_numpy(offsets).to(model.device), interest)
+    return summarizer.segment_states(tokens, clock, torch.from_numpy(offsets).to(model.device))
 
 
 @torch.inference_mode()

@@ -54,8 +54,6 @@ def with_items(model: VistaModel, ids: Ids, features: Columns) -> VistaModel:
         weights["item_table"] = F.pad(model.item_table.detach(), (0, 0, 0, count))
     else:
         weights["id_mask"] = F.pad(model.id_mask, (0, count))
-    if "item_interest" in weights:  # stage 1 does not know them
-        weights["item_interest"] = F.pad(weights["item_interest"], (0, count))
     if "item_statistics" in weights:
         least = model.item_statistics[1:].amin(0)  # those of the rarest items
         weights["item_statistics"] = torch.cat([model.item_statistics, least.expand(count, -1)])

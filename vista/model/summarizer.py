@@ -58,7 +58,6 @@ class Stage1Config:
     dim: int
     num_heads: int
     num_seeds: int
-    num_interests: int
     num_layers: int
     mixing: Mixing
     conv_width: int
@@ -97,7 +96,6 @@ class Stage1Config:
             dim=config.dim,
             num_heads=config.num_heads,
             num_seeds=config.num_seeds,
-            num_interests=config.num_interests,
             num_layers=config.num_layers,
             mixing=config.mixing,
             conv_width=config.conv_width,
@@ -125,11 +123,6 @@ class Stage1Config:
     def normalization(self) -> str:
         """Scale c of the state before its activation: "length" for 1 / max(n, 1), so a mean, and "none" for 1."""
         return "length" if self.mixing is Mixing.separable else "none"
-
-    @property
-    def num_state_layers(self) -> int:
-        """Matrices per head in a state: one per layer, and one that counts interests."""
-        return self.num_layers + (self.num_interests > 0)
 
 
 # States of separable mixing: sums over events that append, merge and forget (docs/explanation/design.md).
@@ -302,90 +295,6 @@ class QuasiLinearRead(nn.Module):
         return split_heads(x, self.num_heads).transpose(1, 2)
 
 
-# How many events of a history belong to each of C interests, which the seeds start from.
-#
-# An interest is a cluster of items. A linear read of a state cannot tell whether a user has ten or a hundred events of
-# an interest among thousands. So the state has another layer that counts: the key of an event is the unit vector of its
-# item's interest, and the value is constant. The seeds start from logarithms of the counts:
-#
-#     seed_k = s_k + T_k [log(1 + count_1), ..., log(1 + count_C), log(1 + n)] / SCALE
-#
-# The clusters are fixed before training, so what is counted does not change while item vectors do. Letters: T events,
-# N histories, S seeds, C interests, H heads, D head dim, M model dim, R items.
-
-SCALE = 8.0
-"""Divisor of logarithms of counts: about log(3,000)."""
-MOST_ITEMS = 50_000
-"""Most items that are clustered; if there are more, a random sample."""
-ITERATIONS = 20
-_CHUNK = 65_536
-
-
-class InterestCounts(nn.Module):
-    """The counting layer of a state, and what the seeds of a history read of it."""
-
-    def __init__(self, config: Stage1Config) -> None:
-        super().__init__()
-        self.num_interests, self.num_seeds = config.num_interests, config.num_seeds
-        self.heads = config.num_heads, config.dim // config.num_heads
-        self.tokens = nn.Linear(config.num_interests + 1, config.num_seeds * config.dim, bias=False)
-        nn.init.normal_(self.tokens.weight, std=0.2)
-
-    def keys_values(self, interest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Keys and values [T, H, D] of events, from their interests int64 [T]: 1 to C, or 0 for none."""
-        key = torch.zeros(len(interest), self.heads[0] * self.heads[1] + 1, dtype=dtype, device=interest.device)
-        key.scatter_(1, interest.unsqueeze(1), 1.0)
-        key = key[:, 1:].reshape(-1, *self.heads)
-        value = torch.zeros_like(key)
-        value[..., 0] = 1.0
-        return key, value
-
-    def counts(self, layer: Tensor) -> Tensor:
-        """[N, C] from the counting layer [N, H, D, D] of states."""
-        return layer[..., 0].flatten(1)[:, : self.num_interests]
-
-    def forward(self, layer: Tensor, n: Tensor) -> Tensor:
-        """What is added to the seeds, [N, S, M], from the counting layer [N, H, D, D] and the number of events [N]."""
-        # Differences of sums may be slightly below 0 after events were forgotten.
-        counted = torch.cat([self.counts(layer), n.unsqueeze(-1)], -1).clamp(min=0)
-        added: Tensor = self.tokens(torch.log1p(counted) / SCALE)
-        return added.view(len(n), self.num_seeds, -1)
-
-
-@torch.no_grad()
-def clusters(vectors: Tensor, count: int, seed: int) -> Tensor:
-    """Clusters of item vectors by their directions: spherical k-means with the seeding of k-means++.
-
-    Args:
-        vectors: [R, M].
-        count: of clusters, C.
-        seed: of the first centroids, and of the choice of items.
-
-    Returns:
-        int64 [R] from 0 to C - 1.
-    """
-    unit = F.normalize(vectors, dim=-1)
-    if not len(unit):
-        return torch.zeros(0, dtype=torch.int64, device=vectors.device)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(unit), generator=generator)[:MOST_ITEMS]
-    sample = unit[chosen.to(unit.device)].cpu()
-    centroids, distance = sample[:1], 1 - sample @ sample[0]
-    for _ in range(count - 1):
-        place = torch.multinomial(distance.clamp(min=1e-12).double(), 1, generator=generator)
-        centroids = torch.cat([centroids, sample[place]])
-        distance = torch.minimum(distance, 1 - sample @ centroids[-1])
-    for _ in range(ITERATIONS):
-        sums = torch.zeros_like(centroids).index_add_(0, nearest(sample, centroids), sample)
-        centroids = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centroids)
-    return nearest(unit, centroids.to(unit.device))
-
-
-def nearest(unit: Tensor, centroids: Tensor) -> Tensor:
-    """int64 [R] the centroid [C, M] with the largest inner product, for each vector [R, M]."""
-    return torch.cat([(part @ centroids.T).argmax(1) for part in torch.split(unit, _CHUNK)])
-
-
 class SummarizerLayer(nn.Module):
     """One layer: key, value, query and gate projections, gated output and feed-forward.
 
@@ -417,13 +326,10 @@ class Summarizer(nn.Module):
     def __init__(self, config: Stage1Config, dropout: float) -> None:
         super().__init__()
         self.config = config
-        # With interests, seeds start small, so that the counts that are added to them matter from the start.
-        self.seeds = nn.Parameter(torch.randn(config.num_seeds, config.dim) * (0.1 if config.num_interests else 1.0))
+        self.seeds = nn.Parameter(torch.randn(config.num_seeds, config.dim))
         self.convolution = CausalConvolution(config.dim, config.conv_width) if config.conv_width > 1 else None
         self.layers = module_list([SummarizerLayer(config, dropout) for _ in range(config.num_layers)])
         self.final_norm = norm(config.dim)
-        self.interests = InterestCounts(config) if config.num_interests else None
-        """What the seeds start from besides parameters; None if from nothing."""
         self.dropout = Dropout(dropout)
         self.register_buffer("decay_rate", _decay_rate(config), persistent=False)
         self.decay_rate: Tensor
@@ -435,16 +341,13 @@ class Summarizer(nn.Module):
             x = self.convolution(x, position)
         return x
 
-    def segment_states(
-        self, tokens: Tensor, clock: Tensor, offsets: Tensor, interest: Tensor | None = None
-    ) -> SummaryState:
+    def segment_states(self, tokens: Tensor, clock: Tensor, offsets: Tensor) -> SummaryState:
         """State of each packed segment alone (separable mixing), seen from its last event.
 
         Args:
             tokens: [T, M] from `tokens`.
             clock: int64 [T] milliseconds or positions.
             offsets: int64 [N+1] of the segments.
-            interest: int64 [T] of the events' items, 0 for none; only for a model that counts interests.
         """
         lengths = offsets.diff()
         reference = torch.where(lengths > 0, clock[(offsets[1:] - 1).clamp(min=0)], 0) if len(clock) else lengths * 0
@@ -458,10 +361,6 @@ class Summarizer(nn.Module):
             states.append(z)
             if index + 1 < len(self.layers):
                 x = layer.feed_forward(x)
-        if self.interests is not None:
-            assert interest is not None
-            key, value = self.interests.keys_values(interest, tokens.dtype)
-            states.append(accumulate_state(key, value, offsets, weight=weight, activation="identity")[0])
         assert n is not None
         return SummaryState(torch.stack(states, 1), n, torch.zeros_like(n), reference, lengths)
 
@@ -477,7 +376,7 @@ class Summarizer(nn.Module):
         age[starts] = 0
         log_decay = -(age.unsqueeze(-1).double() * self.decay_rate).float()
         layers, n = [], segments.n
-        for index in range(self.config.num_state_layers):
+        for index in range(self.config.num_layers):
             z, n = scan_states(segments.z[:, index].contiguous(), segments.n, log_decay, user_offsets)
             layers.append(z)
         total = segments.num_events.cumsum(0)
@@ -494,7 +393,7 @@ class Summarizer(nn.Module):
     def empty_state(self, count: int) -> SummaryState:
         """The state of `count` empty histories: zeros."""
         H, D = self.config.num_heads, self.config.dim // self.config.num_heads
-        return SummaryState.empty(count, self.config.num_state_layers, H, D, device=self.seeds.device)
+        return SummaryState.empty(count, self.config.num_layers, H, D, device=self.seeds.device)
 
     def read(self, z: Tensor, n: Tensor) -> Tensor:
         """Summaries [N, S, M] that the seeds read from states (separable mixing), z [N, L, H, D, D] and n [N, H].
@@ -504,15 +403,13 @@ class Summarizer(nn.Module):
         count, num_seeds = len(n), len(self.seeds)
         offsets = torch.arange(count + 1, device=n.device) * num_seeds
         x = self.seeds.repeat(count, 1)
-        if self.interests is not None:
-            x = x + self.interests(z[:, len(self.layers)], n[:, 0]).flatten(0, 1)
         for index, layer in enumerate(self.layers):
             query, gate = layer.query_gate(layer.seed_norm(x)).chunk(2, -1)
             heads = self._read(layer.heads(query), z[:, index].contiguous(), n, offsets)
             x = layer.seed_feed_forward(layer.output(x, heads, gate))
         summary: Tensor = self.final_norm(x).view(count, num_seeds, self.config.dim)
         if self.config.num_state_rows:
-            summary = torch.cat([summary, state_rows(self.config, z[:, : len(self.layers)], n)], 1)
+            summary = torch.cat([summary, state_rows(self.config, z, n)], 1)
         return summary
 
     def summarize_set(self, tokens: Tensor, offsets: Tensor) -> Tensor:

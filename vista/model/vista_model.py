@@ -125,7 +125,7 @@ def packed_ranges(start: Tensor, stop: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return position + start.repeat_interleave(lengths), position, offsets
 
 
-STAGE1_WEIGHTS = ("item_table", "id_mask", "item_interest", "item_space", "features.", "encoder.", "summarizer.")
+STAGE1_WEIGHTS = ("item_table", "id_mask", "item_space", "features.", "encoder.", "summarizer.")
 """Prefixes of the names of the weights that a summary depends on."""
 
 
@@ -135,17 +135,12 @@ class VistaModel(RankingModel):
     architecture = Architecture.vista
     config: ModelConfig
     user_parts = 5  # `TargetContext.user`
-    item_interest: Tensor
-    """float32 [1 + V] interest of each model row, 0 for none; only in models that count interests. A float, like all
-    that a model's file holds."""
 
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim = config.dim
         has_summary = config.num_seeds + config.num_state_rows > 0
         self.summarizer = Summarizer(self.stage1, config.dropout) if has_summary else None
-        if self.stage1.num_interests:
-            self.register_buffer("item_interest", torch.zeros(1 + len(items)))
         self.decoder = ReconstructionDecoder(config) if config.num_seeds else None
         self.target_attention = TargetAttention(config, self.stage1)
         self.request = nn.Parameter(torch.randn(dim) * dim**-0.5 / self.target_attention.scale)
@@ -270,10 +265,6 @@ class VistaModel(RankingModel):
         summaries = self.cut_summaries(batch, encoded)
         return encoded, summaries, self.window_context(batch, shown, summaries)
 
-    def interests(self, rows: Tensor) -> Tensor | None:
-        """int64 [T] interests of model rows int64 [T], 0 for none; None for a model that counts no interests."""
-        return self.item_interest[rows].long() if self.stage1.num_interests else None
-
     def cut_summaries(self, batch: Batch, encoded: Tensor) -> Tensor:
         """[NC, S, M] summaries at the cuts of a batch, from event embeddings [T, M]; or the store's [B, S, M]."""
         if batch.stored_summary is not None:
@@ -287,10 +278,7 @@ class VistaModel(RankingModel):
         position = torch.arange(len(encoded), device=encoded.device)
         position = position - events.offsets[:-1].repeat_interleave(events.offsets.diff())
         tokens = self.summarizer.tokens(encoded, position)
-        interest = self.interests(batch.rows[events.item])
-        if interest is not None and events.hidden is not None:
-            interest = interest.masked_fill(events.hidden, 0)
-        segments = self.summarizer.segment_states(tokens, events.clock, cuts.segment_offsets, interest)
+        segments = self.summarizer.segment_states(tokens, events.clock, cuts.segment_offsets)
         states = self.summarizer.prefix_states(segments, cuts.chunk_offsets)
         return self.summarizer.read_at(states, cuts.segment)
 
@@ -513,9 +501,8 @@ class VistaModel(RankingModel):
         parts: list[bytes | memoryview] = [settings.encode() + self.items.part(0, count).digest().encode()]
         for name, tensor in sorted(self.state_dict().items()):
             if name.startswith(STAGE1_WEIGHTS):
-                if name in ("id_mask", "item_interest", "item_space") or (
-                    name == "item_table" and not self.stage1.embedding_rows
-                ):
+                by_item = ("id_mask", "item_space", *(() if self.stage1.embedding_rows else ("item_table",)))
+                if name in by_item:
                     tensor = tensor[: 1 + count]
                 parts.append(name.encode() + str(tuple(tensor.shape)).encode())
                 parts.append(tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data)

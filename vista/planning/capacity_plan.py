@@ -164,7 +164,7 @@ class StoreSizes:
             state_spec = StateSpec(
                 summarizer_id=bytes(32),
                 generation=1,
-                num_layers=model.num_state_layers,
+                num_layers=model.num_layers,
                 num_heads=model.num_heads,
                 head_dim=model.dim // model.num_heads,
                 dtype=state,

@@ -522,7 +522,7 @@ def new_manifest(model: VistaModel, state: StateDtype, created_at: int | None, *
         fields: further fields of the manifest, which the model does not decide.
     """
     config = model.config
-    shape = (model.stage1.num_state_layers, config.num_heads, config.dim // config.num_heads)
+    shape = (model.stage1.num_layers, config.num_heads, config.dim // config.num_heads)
     has_sums = state is not StateDtype.none and model.summarizer is not None
     counted, counters = model.counter_spec, None
     if counted is not None:

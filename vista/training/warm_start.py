@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -39,8 +38,7 @@ from vista.model.losses import start_counted
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.registry import ARCHITECTURES, load_model
 from vista.model.saved_model import CONFIG_FILE
-from vista.model.summarizer import clusters, nearest
-from vista.model.vista_model import STAGE1_WEIGHTS, VistaModel
+from vista.model.vista_model import STAGE1_WEIGHTS
 from vista.training.checkpoint import check_moments, checked_state, load_checkpoint, newest_checkpoint, unpack_state
 from vista.training.downstream import COUNTER_KEYS, KEPT_WEIGHTS, with_settings_of
 from vista.training.log_schema import encoded_features, features_of, frequent_items
@@ -160,7 +158,7 @@ class WarmStart:
         self._items_in = "id_mask" if config.model.embedding_rows else "item_table"
         """The weight with a row per item."""
         self._rows: dict[str, Tensor] = {self._items_in: self._item_rows()}
-        for name in ("item_interest", "item_space"):
+        for name in ("item_space",):
             self._rows[name] = self._rows[self._items_in]
         """By name of a weight: for each of its rows, int64, the earlier model's row, or -1. Other weights are taken
         as they are."""
@@ -467,8 +465,6 @@ def start_model(
         if model.features is not None:
             unseen = np.setdiff1d(np.arange(UNKNOWN_ITEM + 1, 1 + len(model.items)), np.flatnonzero(source.frequency))
             model.zero_id_embeddings(unseen if warm is None else np.intersect1d(unseen, warm.new_rows))
-        if isinstance(model, VistaModel) and model.config.num_interests and (warm is None or not warm.freezes):
-            start_interests(model, source.frequency, config.seed)
     if model.counted is not None and (
         warm is None or warm.base.counted is None
     ):  # last, because it is measured by the scores of other items
@@ -480,25 +476,3 @@ def start_model(
         asked = asked.to(model.device)
         with autocast(precision, model.device):
             start_counted(model, asked, training_vectors(model, asked), source.returning_share)
-
-
-@torch.no_grad()
-def start_interests(model: VistaModel, frequency: Int, seed: int) -> None:
-    """Let the interests be clusters of the vectors of the items that training shows; other items have none.
-
-    After a warm start, items keep their interests, and others join the interest whose items are most similar.
-
-    Args:
-        frequency: int64 [at most 1 + V] events of each model row in the training part.
-    """
-    interest = model.item_interest
-    rows = torch.from_numpy(np.flatnonzero(frequency)).to(model.device)
-    rows = rows[(rows != UNKNOWN_ITEM) & (interest[rows] == 0)]
-    vectors, known = model.item_vectors(rows), interest.nonzero().squeeze(1)
-    if len(known):
-        unit = F.normalize(model.item_vectors(known), dim=-1)
-        sums = unit.new_zeros(1 + model.config.num_interests, unit.shape[1]).index_add_(0, interest[known].long(), unit)
-        found = nearest(F.normalize(vectors, dim=-1), F.normalize(sums[1:], dim=-1))
-    else:
-        found = clusters(vectors, model.config.num_interests, seed)
-    interest[rows] = 1 + found.to(interest.dtype)

@@ -26,7 +26,6 @@ TOPICS = ("model.ignore=[user_features]",)
 COUNTED_TOPICS = ("model.counter_categories=[topic]", "model.counter_events=[32,250,1000,2500]")
 DECAYS = ("model.decay=position", "model.decay_horizons=[32,200,1000,0]")
 """Three of four heads weigh recent events more, because tastes change."""
-INTERESTS = ("model.item_start=factors", "model.num_interests=64")
 REFERENCES = {
     "last 2,000 events": TableRow(1, untrained="last 2000"),
     "pooled": TableRow(1, untrained="pooled"),
@@ -223,13 +222,6 @@ def _world(name: str, **size: Any) -> Table:
         "vista, topics": TableRow(13, (*COUNTERS, *TOPICS)),
         "vista, topics counted": TableRow(15, (*COUNTERS, *TOPICS, *COUNTED_TOPICS)),
         "tail-only, topics counted": TableRow(9, (*K0, *COUNTERS, *TOPICS, *COUNTED_TOPICS)),
-        # Items start from co-occurrences, and seeds from how many events belong to each cluster of items.
-        "vista, interests": TableRow(9, INTERESTS),
-        "vista, interests, 16 epochs": TableRow(17, (*INTERESTS, "optim.epochs=16")),
-        "vista, counters and interests": TableRow(15, (*COUNTERS, *INTERESTS)),
-        # Events and requests also have their season and weekday, which the gaps between events do not tell.
-        "vista, interests and calendar": TableRow(10, INTERESTS, calendar=True),
-        "vista, interests and calendar, 16 epochs": TableRow(20, (*INTERESTS, "optim.epochs=16"), calendar=True),
         "tail-only": TableRow(7, K0),
         "tail-only, counters": TableRow(8, (*K0, *COUNTERS)),
         "hstu": TableRow(20, ("model=hstu",)),

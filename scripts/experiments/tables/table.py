@@ -44,9 +44,6 @@ class TableRow:
     texts: str = ""
     """What the features of items have of their texts, in addition to the set's: "vectors", or semantic ids of these
     ("codes"); "" for neither. Only for sets of which `vista items embed` knows the columns of text."""
-    calendar: bool = False
-    """Whether events and requests have the season of the year and the day of the week as features. Only for
-    simulations."""
     until: str = ""
     """`until` of the base's summaries on which a downstream model is trained."""
     trial: bool = False
