@@ -104,7 +104,6 @@ Kind = TargetAttentionKind
 MODELS: dict[str, dict[str, Any]] = {
     "pointwise": {},
     "softmax": {"kind": Kind.softmax},
-    "quasi_linear": {"kind": Kind.quasi_linear},
     "no summary": {"num_seeds": 0},
     "one layer": {"num_layers": 1},
     "only next": {"tasks": ()},
@@ -492,7 +491,7 @@ def test_aotinductor_scores_without_vista(tmp_path: Path, kind: TargetAttentionK
     "changes",
     [
         {"kind": TargetAttentionKind.pointwise, "num_layers": 2},
-        {"kind": TargetAttentionKind.quasi_linear},
+        {"kind": TargetAttentionKind.softmax},
         {"num_seeds": 0, "categories": True},
         {"tasks": (), "features": False},
         {"has_retrieval": False, "counters": False},

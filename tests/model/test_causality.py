@@ -23,8 +23,6 @@ SHAPES = {
     "no summary": {"num_seeds": 0},
     "event features": {"num_tail_features": 1},
     "softmax": {"target_attention": TargetAttentionKind.softmax},
-    "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},
-    "quasi-linear, no tokens": {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},
 }
 
 

@@ -29,14 +29,11 @@ from vista.model.layers import (
     frozen,
     linear_parts,
     silu,
-    split_heads,
 )
 from vista.model.ranking_model import EventEncoder
-from vista.model.summarizer import QuasiLinearRead, Stage1Config, state_rows
+from vista.model.summarizer import Stage1Config
 from vista.model.target_attention import MASKED, PointwiseLayer, target_layer
-from vista_kernels import accumulate_state, reference
 from vista_kernels.processor import PROFILES, Processor, processor
-from vista_kernels.qla_tokens import QlaTokens
 
 
 def test_gap_buckets_by_hand() -> None:
@@ -246,88 +243,6 @@ def test_masked_scores_have_no_gradient_and_no_nan(layer: PointwiseLayer) -> Non
     layer.attend_query(x, layer.parts(x), key, value, torch.zeros(1, NUM_HEADS, 1, 5).double(), seen).sum().backward()
     assert context.grad is not None and x.grad is not None and torch.isfinite(x.grad).all()
     assert not context.grad[0, 1:3].any() and context.grad[0, [0, 3, 4]].all()
-
-
-HEADS, HEAD_WIDTH, LAYERS = 2, 6, 3
-DIM = HEADS * HEAD_WIDTH
-LENGTHS, QUERIES = [0, 1, 7, 40], 5
-
-
-def config(num_layers: int = LAYERS) -> Stage1Config:
-    quasi_linear = TargetAttentionKind.quasi_linear
-    sizes = ModelConfig(dim=DIM, num_heads=HEADS, num_layers=num_layers, target_attention=quasi_linear)
-    return Stage1Config.of(sizes, Schema([], False, None, []))
-
-
-def made_read(settings: Stage1Config) -> QuasiLinearRead:
-    torch.manual_seed(0)
-    read = QuasiLinearRead(settings, dropout=0.0)
-    for parameter in read.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return read.double()
-
-
-def history_tokens() -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values [L, T, H, D] of packed histories, and their offsets."""
-    torch.manual_seed(1)
-    key, value = torch.randn(2, LAYERS, sum(LENGTHS), HEADS, HEAD_WIDTH).double()
-    return key, value, torch.tensor([0, *LENGTHS]).cumsum(0)
-
-
-def rows_of_a_record(settings: Stage1Config, key: Tensor, value: Tensor, offsets: Tensor) -> Tensor:
-    """[N, L * D, M]."""
-    sums = [accumulate_state(k, v, offsets, activation="silu") for k, v in zip(key, value, strict=True)]
-    return state_rows(settings, torch.stack([z for z, _ in sums], 1), sums[0][1])
-
-
-def test_queries_are_the_targets_of_the_operator() -> None:
-    """Read from the rows of a record, every layer equals the float64 reference over history and queries together."""
-    settings = config()
-    read, (key, value, offsets) = made_read(settings), history_tokens()
-    rows = rows_of_a_record(settings, key, value, offsets)
-    assert rows.shape == (len(LENGTHS), settings.num_state_rows, DIM)
-    matrices = rows.reshape(len(LENGTHS), LAYERS, HEADS, HEAD_WIDTH, HEAD_WIDTH)
-    x = torch.randn(len(LENGTHS), QUERIES, DIM).double()
-    own_query, gate, own_key, own_value = read.projections(read.norm(x)).chunk(4, -1)
-    for layer in range(LAYERS):
-        read_tokens = []
-        for user, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-            of_history = key[layer, start:stop], value[layer, start:stop]
-            k, v = (
-                torch.cat([tokens, split_heads(own[user], HEADS)])
-                for tokens, own in zip(of_history, (own_key, own_value), strict=True)
-            )
-            q = torch.cat([torch.zeros_like(of_history[0]), split_heads(own_query[user], HEADS)])
-            tokens = QlaTokens(
-                q,
-                k,
-                v,
-                torch.tensor([0, len(q)]),
-                torch.tensor([QUERIES]),
-                None,
-                "length",
-                1.0,
-                "silu",
-                "silu",
-            )
-            read_tokens.append(reference.quasi_linear_attention(tokens)[-QUERIES:])
-        expected = read.output(x, torch.stack(read_tokens), gate)
-        torch.testing.assert_close(read(x, matrices[:, layer]), expected, atol=1e-12, rtol=1e-10)
-
-
-def test_gradients() -> None:
-    """Of the queries, and through the rows of a record of the history's keys and values."""
-    settings = config(num_layers=1)
-    read, (key, value, _) = made_read(settings), history_tokens()
-    key, value = key[:1, :3].contiguous(), value[:1, :3].contiguous()
-    offsets = torch.tensor([0, 0, 3])
-
-    def run(x: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        rows = rows_of_a_record(settings, key, value, offsets)
-        return read(x, rows.reshape(-1, HEADS, HEAD_WIDTH, HEAD_WIDTH))
-
-    inputs = torch.randn(2, 2, DIM).double(), key, value
-    assert torch.autograd.gradcheck(run, tuple(each.requires_grad_() for each in inputs))
 
 
 UNIT = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-7}

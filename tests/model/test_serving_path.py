@@ -47,22 +47,12 @@ SHAPES = {
     "three layers": {"num_target_layers": 3},
     "softmax": {"target_attention": TargetAttentionKind.softmax, "num_target_layers": 3},
     "softmax, no summary": {"target_attention": TargetAttentionKind.softmax, "num_seeds": 0},
-    "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},
-    "quasi-linear, no tokens": {
-        "target_attention": TargetAttentionKind.quasi_linear,
-        "num_seeds": 0,
-        "num_layers": 3,
-        "num_target_layers": 1,
-        "decay": Decay.time,
-        "decay_horizons": [0.0, 3.0],
-    },
     "event features": {"num_tail_features": 2},
     "event features, one in the tail": {"num_tail_features": 1, "decay": Decay.time, "decay_horizons": [0.0, 3.0]},
     "event features, none in the tail": {"num_tail_features": 0, "mixing": Mixing.bidirectional},
     "user features": {"user_features": True},
     "user features, bidirectional": {"user_features": True, "mixing": Mixing.bidirectional, "has_time": False},
     "user features, no summary": {"user_features": True, "num_seeds": 0},
-    "user features, quasi-linear": {"user_features": True, "target_attention": TargetAttentionKind.quasi_linear},
     "user features, softmax": {
         "user_features": True,
         "request_features": True,
@@ -77,7 +67,6 @@ COMBINED = (
     "event features, none in the tail",
     "user features, bidirectional",
     "user features, no summary",
-    "user features, quasi-linear",
 )
 """Shapes whose parts other shapes have, one by one; `make nightly` has them."""
 ALL_SHAPES = [pytest.param(name, marks=pytest.mark.nightly if name in COMBINED else ()) for name in SHAPES]
@@ -86,8 +75,6 @@ SOME_SHAPES = [
     "bidirectional",
     "no summary",
     "softmax",
-    "quasi-linear",
-    "quasi-linear, no tokens",
     "decay by time",
     "request features",
     "event features",
@@ -226,7 +213,7 @@ def test_a_training_batch_equals_its_chunks_one_at_a_time(make: SimpleNamespace,
         torch.testing.assert_close(together[windows], alone, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", ["separable", "bidirectional", "softmax", "quasi-linear"])
+@pytest.mark.parametrize("shape", ["separable", "bidirectional", "softmax"])
 def test_values_in_padding_change_no_bit(make: SimpleNamespace, shape: str) -> None:
     model = make.model(seed=6, **SHAPES[shape])
     packed = make.histories(LENGTHS, 8)
@@ -356,7 +343,7 @@ def test_request_gaps_count_from_the_newest_event_of_the_tail(make: SimpleNamesp
     assert torch.equal(at_8_s[:, 0], by_bucket[[2, 0, 1]])
 
 
-@pytest.mark.parametrize("shape", ["separable", "no summary", "no times", "softmax", "quasi-linear"])
+@pytest.mark.parametrize("shape", ["separable", "no summary", "no times", "softmax"])
 def test_a_model_with_a_shorter_tail_equals_one_whose_tail_is_cut(make: SimpleNamespace, shape: str) -> None:
     model = make.model(seed=4, **SHAPES[shape])
     packed = make.histories(LENGTHS, 6)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from vista.config.checks import Codec, Mixing, TargetAttentionKind
+from vista.config.checks import Codec, Mixing
 from vista.log.histories import Histories
 from vista.model import inference
 from vista.model.history_states import embed
@@ -81,8 +81,6 @@ DAY = 86_400_000
     [
         {"mixing": Mixing.separable},
         {"mixing": Mixing.bidirectional},
-        {"target_attention": TargetAttentionKind.quasi_linear},
-        {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},
     ],
     ids=str,
 )

@@ -18,7 +18,7 @@ from tests.conftest import ROUNDING
 from tests.counters.counter_histories import counted_by_loop
 from tests.refresh.conftest import contents, fail_at, full, stored
 from vista.config import SourceColumns
-from vista.config.checks import Codec, Decay, Mixing, StateDtype, TargetAttentionKind
+from vista.config.checks import Codec, Decay, Mixing, StateDtype
 from vista.counters.counters import CounterCodes, encode_values
 from vista.errors import ConfigError, RecordError, StoreError, SummarizerMismatchError
 from vista.log.compaction import compact_log
@@ -43,8 +43,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "a history limit": {"history_limit": 6},
     "no summary": {"num_seeds": 0, "pooled_dim": 0},
     "pooled vectors alone": {"num_seeds": 0},
-    "quasi-linear": {"target_attention": TargetAttentionKind.quasi_linear},
-    "quasi-linear, no tokens": {"target_attention": TargetAttentionKind.quasi_linear, "num_seeds": 0},
     "event features": {"num_tail_features": 1},
     "decay by time": {"decay": Decay.time, "decay_horizons": [3.0, 0.0]},
     "event features, decay by time, tail not in the summary": {
@@ -70,7 +68,7 @@ WITHOUT_STATES = (
     *("counters, bidirectional", "bidirectional, tail not in the summary"),
 )
 COMBINED = (
-    *("quasi-linear, no tokens", "event features, decay by time, tail not in the summary", "counters"),
+    *("event features, decay by time, tail not in the summary", "counters"),
     *("decay by position, tail not in the summary", "bidirectional, tail not in the summary", "counters alone"),
 )
 """Models whose parts other models have, one by one; `make nightly` has them."""

@@ -72,7 +72,6 @@ def same(actual: Any, expected: Any) -> None:
         (TargetAttentionKind.pointwise, 18, ""),
         (TargetAttentionKind.pointwise, 16, "items"),
         (TargetAttentionKind.softmax, 16, "items and a category"),
-        (TargetAttentionKind.quasi_linear, 16, ""),
     ],
 )
 def opened(
@@ -92,8 +91,6 @@ def opened(
     torch.manual_seed(3)
     model = VistaModel(config.model, schema, impression_log.items, config.data).eval()
     model.set_item_features(table)
-    for read in model.target_attention.reads:
-        nn.init.normal_(read.output.out.weight, std=0.2)  # which starts at 0
     draw_counter_weights(model)
     refresh(model, impression_log, folder / "store")
     with Scorer.open(model, folder / "store") as scorer:

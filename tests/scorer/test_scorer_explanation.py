@@ -17,7 +17,6 @@ from vista.log.event_log import EventLog
 from vista.model import inference
 from vista.model.attribution import attribute
 from vista.model.inference import pad_tail
-from vista.model.summarizer import QuasiLinearRead
 from vista.model.target_attention import PointwiseLayer, TargetContext
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
@@ -35,7 +34,7 @@ def opened(
     model = untrained(impression_log, 5, **options)
     with torch.no_grad():
         for name, weight in model.target_attention.named_parameters():
-            noisy = name.endswith("bias") or "norm" in name or name.startswith("reads.")
+            noisy = name.endswith("bias") or "norm" in name
             weight.add_(0.3 * torch.randn_like(weight) if noisy else 0)
     folder = tmp_path_factory.mktemp("explained")
     refresh(model, impression_log, folder / "store")
@@ -53,7 +52,7 @@ def test_contributions_add_up_to_the_score(opened: Scorer, task: str, with_now: 
     scores = opened.predict([user], items, now=now)[task][0]
     value = explanation.value if task == "next" else 1 / (1 + np.exp(-explanation.value))
     np.testing.assert_allclose(value, scores, atol=1e-5)
-    added = explanation.summary.sum(1) + explanation.state + explanation.tail.sum(1) + explanation.own
+    added = explanation.summary.sum(1) + explanation.tail.sum(1) + explanation.own
     added = added + explanation.counted + explanation.pooled + explanation.statistics
     np.testing.assert_allclose(added + explanation.remainder, explanation.value, rtol=1e-6, atol=1e-6)
     head = opened.model.task_head
@@ -61,8 +60,6 @@ def test_contributions_add_up_to_the_score(opened: Scorer, task: str, with_now: 
     bias = 0.0 if task == "next" else head.bias[opened.model.schema.tasks.index(task)].item()
     np.testing.assert_allclose(explanation.remainder, bias, atol=ROUNDING)
     assert explanation.summary.shape == (9, 3) and explanation.tail.shape == (9, 6)
-    reads_state = opened.model.config.target_attention is TargetAttentionKind.quasi_linear
-    assert explanation.state.shape == (9,) and (np.abs(explanation.state) > 1e-4).all() == reads_state
     for shares in (explanation.summary, explanation.tail, explanation.own):
         assert np.abs(shares).max() > 1e-3
     tail = opened.store.get_many([user]).tail
@@ -70,7 +67,7 @@ def test_contributions_add_up_to_the_score(opened: Scorer, task: str, with_now: 
 
 
 def frozen(model: VistaModel, context: TargetContext, vector: Tensor, task: int) -> Any:
-    """The score as a function of factors on each token's values (summary, tail, and state) and on the vector.
+    """The score as a function of factors on each token's values (summary and tail) and on the vector.
 
     Weights, gates and standard deviations are held at their values for all factors 1. Computed in float64, one head at
     a time.
@@ -90,12 +87,6 @@ def frozen(model: VistaModel, context: TargetContext, vector: Tensor, task: int)
             spread = hold(torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + layer.eps))
             return (x - x.mean(-1, keepdim=True)) / spread * layer.weight
 
-        def from_state(read: QuasiLinearRead, x: Tensor, matrices: Tensor) -> Tensor:
-            query, gate, key, value = (part.view(2, 8) for part in read.projections(norm(read.norm, x)).chunk(4, -1))
-            query, key = hold(F.silu(query)), hold(F.silu(key))
-            mixed = [q @ z + (q @ k) * v for q, z, k, v in zip(query, matrices, key, value, strict=True)]
-            return read.output.out((norm(read.output.head_norm, torch.stack(mixed)) * hold(gate)).flatten())
-
         x = own * vector * stage.scale
         for index, layer in enumerate(stage.layers):
             heads, width = layer.num_heads, layer.head_dim
@@ -106,7 +97,7 @@ def frozen(model: VistaModel, context: TargetContext, vector: Tensor, task: int)
             key, value = (part.view(heads, width) for part in pair)
             mixed = []
             for head in range(heads):
-                keys, values = context.keys[index][0, head], context.values[index][0, head] * factors[:-1, None]
+                keys, values = context.keys[index][0, head], context.values[index][0, head] * factors[:, None]
                 q = query.view(heads, width)[head]
                 bias = F.pad(layer.bias[head, torch.arange(stage.tail_len, 0, -1)], (stage.num_seeds, 0))
                 seen = F.pad(context.tail_valid[0], (stage.num_seeds, 0), value=True)
@@ -120,9 +111,6 @@ def frozen(model: VistaModel, context: TargetContext, vector: Tensor, task: int)
                 mixed.append(weights[:-1] @ values + weights[-1] * value[head])
             if isinstance(layer, PointwiseLayer):
                 x = x + layer.out(norm(layer.head_norm, torch.stack(mixed).flatten()) * hold(F.silu(gate)))
-                if index == 0 and context.state is not None:
-                    for read, matrices in zip(stage.reads, context.state[0] * factors[-1], strict=True):
-                        x = x + from_state(read, x, matrices)
                 continue
             out = norm(layer.output.head_norm, torch.stack(mixed)).flatten() * hold(gate.sigmoid())
             x = x + layer.output.out(out)
@@ -141,7 +129,7 @@ def test_a_contribution_is_the_difference_without_the_token(opened: Scorer, impr
     log = impression_log[1]
     rows = model.item_rows(impression_log.items.ids(log.item))
     tail = pad_tail(model, rows[-4:], log.timestamp[-4:], log.action[-4:], np.array([0, 4]))  # two are empty
-    summary = torch.randn(1, 3 + model.config.num_state_rows, 16, generator=torch.Generator().manual_seed(1))
+    summary = torch.randn(1, 3, 16, generator=torch.Generator().manual_seed(1))
     context = inference.request_context(model, summary, tail)
     vector = model.item_vectors(torch.tensor([7]))
     assert model.task_head is not None
@@ -154,17 +142,16 @@ def test_a_contribution_is_the_difference_without_the_token(opened: Scorer, impr
         [v.clone().double() for v in context.values],
         context.tail_valid,
         context.tail,
-        None if context.state is None else context.state.double(),
     )
     run = frozen(double, widened, vector[0].double(), 1)
-    ones = torch.ones(10, dtype=torch.float64)
+    ones = torch.ones(9, dtype=torch.float64)
     whole = run(ones, 1.0, True)
     expected = []
-    for token in range(10):
+    for token in range(9):
         without = ones.clone()
         without[token] = 0
         expected.append(whole - run(without, 1.0, False))
-    contributions = torch.cat([made_of.summary[0], made_of.tail[0], made_of.state])
+    contributions = torch.cat([made_of.summary[0], made_of.tail[0]])
     np.testing.assert_allclose(contributions.numpy(), expected, atol=1e-5)
     np.testing.assert_allclose(float(made_of.query[0]), whole - run(ones, 0.0, False), atol=1e-5)
     assert (made_of.tail[0, :2] == 0).all()

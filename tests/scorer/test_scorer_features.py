@@ -21,7 +21,7 @@ from tests.refresh.conftest import model as event_model
 from tests.scorer.test_scorer_exactness import same
 from vista.cli.serving_commands import run_score
 from vista.config import ScoreConfig
-from vista.config.checks import Codec, TargetAttentionKind
+from vista.config.checks import Codec
 from vista.config.composition import compose_config
 from vista.errors import ConfigError, StoreError
 from vista.evaluation.answers import ScorerAnswers
@@ -260,17 +260,14 @@ Known = tuple[list[Any], NDArray[Any], int]
 NUM_ITEMS = 21
 
 
-@pytest.fixture(
-    scope="module", params=[(TargetAttentionKind.pointwise, True), (TargetAttentionKind.quasi_linear, False)]
-)
+@pytest.fixture(scope="module", params=[True, False])
 def opened(
     request: pytest.FixtureRequest, impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scorer]:
     """A scorer with counters, and one without, whose models read features of requests."""
     folder = tmp_path_factory.mktemp("pairs")
     config = small_config(impression_log, "unused", model__dim=32, model__num_seeds=16, model__tail_len=16)
-    config.model.target_attention, has_counters = request.param
-    config.model.counters = has_counters
+    config.model.counters = request.param
     config.model.counter_keys = 10
     schema = replace(schema_of(impression_log, config), request_features=READER.columns)
     torch.manual_seed(3)

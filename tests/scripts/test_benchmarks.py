@@ -300,8 +300,8 @@ def test_the_scorers_roofline_counts_what_the_model_multiplies(tmp_path: Path) -
         attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
         with FlopCounterMode(display=False, custom_mapping=attention) as counter:
             # In two passes: a request in one pass also multiplies the masked pairs of summary and tail.
-            valid, state = torch.from_numpy(tail.valid), stage.state(summary)
-            context = stage.encode_context(stage.encode_summary(summary), events, valid, state)
+            valid = torch.from_numpy(tail.valid)
+            context = stage.encode_context(stage.encode_summary(summary), events, valid)
             stage.query(vectors, projections, None, torch.full((1,), 5), context)
     counted = 0.0
     for work in scorer_roofline(model.config, 2, 7, Precision.float32).products:

@@ -17,7 +17,7 @@ import torch
 from tests.conftest import Served, serve_tasks
 from tests.training.test_trainer import assert_same_result
 from vista.config import EvaluateConfig, OptimConfig, SasrecConfig, TrainConfig
-from vista.config.checks import Codec, Decay, Mixing, Split, TargetAttentionKind
+from vista.config.checks import Codec, Decay, Mixing, Split
 from vista.errors import ConfigError, LeakageError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.batch_source import BatchSource, ModelReads
@@ -374,16 +374,6 @@ class TestRefusals:
                 train(replace(config, model=replace(given, **changes)), log)
         config = replace(config, model=given, optim=replace(config.optim, epochs=1))
         assert train(config, log).summarizer_id() == base.summarizer_id()
-
-    def test_a_state_that_the_base_does_not_store(self, served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
-        reading = {"model__target_attention": TargetAttentionKind.quasi_linear}
-        config = downstream_config(served_tasks, past_store, tmp_path, **reading)
-        with pytest.raises(ConfigError, match=r"model\.target_attention \(pointwise -> quasi_linear\); set model"):
-            train(config, served_tasks.log)
-        softmax = {"model__target_attention": TargetAttentionKind.softmax}
-        config = downstream_config(served_tasks, past_store, tmp_path, **softmax)
-        with Downstream.open(config, served_tasks.log) as downstream:
-            assert len(downstream.model(*schema_and_readers(served_tasks.log, config)).target_attention.reads) == 0
 
     def test_the_store_of_another_model(self, served_tasks: Served, served: Served, tmp_path: Path) -> None:
         with pytest.raises(SummarizerMismatchError):

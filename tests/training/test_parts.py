@@ -42,7 +42,7 @@ from tests.training.worlds import (
 )
 from vista.cli.main import main
 from vista.config import EvaluateConfig, TrainConfig
-from vista.config.checks import Architecture, Codec, InitFreeze, TargetAttentionKind
+from vista.config.checks import Architecture, Codec, InitFreeze
 from vista.errors import ConfigError
 from vista.evaluation.answers import RawHistoryAnswers
 from vista.evaluation.cases import ImpressionCases, impression_cases, request_starts
@@ -330,7 +330,6 @@ def drawn(model: RankingModel) -> VistaModel:
         {},
         {"num_seeds": 0},
         {"counters": True},
-        {"target_attention": TargetAttentionKind.quasi_linear},
         {"tail_features": ["dwell"]},
         {"tail_features": []},
         {"hashed_features": ["brand:4", "surface:5", "device:6", "region:7"]},

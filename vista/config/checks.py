@@ -337,15 +337,12 @@ class Mixing(Enum):
 
 
 class TargetAttentionKind(Enum):
-    """Layers of stage 2: softmax attention, or pointwise attention as in HSTU, with or without a read of the state."""
+    """Layers of stage 2: softmax attention, or pointwise attention as in HSTU."""
 
     softmax = "softmax"
     """Softmax attention followed by a feed-forward network (the paper)."""
     pointwise = "pointwise"
     """A normalized and gated sum of SiLU(score) * value, without a feed-forward network (HSTU)."""
-    quasi_linear = "quasi_linear"
-    """As pointwise. After the first layer, candidates and the retrieval head also read stage 1's state by quasi-linear
-    attention (VISTA), not only the summary tokens."""
 
 
 class ItemStart(Enum):

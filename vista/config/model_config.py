@@ -337,14 +337,12 @@ class ModelConfig(NextItemConfig):
     kind: ClassVar[Architecture] = Architecture.vista
 
     num_seeds: int = 16
-    """Number of summary tokens K per user. With 0, only the tail is read, and the state with
-    target_attention=quasi_linear."""
+    """Number of summary tokens K per user. With 0, only the tail is read."""
     num_target_layers: int = 2
     """Number of layers of stage 2."""
     target_attention: TargetAttentionKind = TargetAttentionKind.pointwise
     """Layers of stage 2: softmax attention with a feed-forward network (the paper), or pointwise attention without one
-    (HSTU). quasi_linear adds to pointwise layers a read of stage 1's state, which the store then holds too. It needs
-    mixing=separable."""
+    (HSTU)."""
     mixing: Mixing = Mixing.separable
     """How the tokens of stage 1 mix. separable: only history tokens write and only seeds read, so states can be updated
     incrementally. bidirectional: all tokens write and read at every layer (the paper)."""
@@ -376,7 +374,7 @@ class ModelConfig(NextItemConfig):
         features = self.tail_features or []
         require(len({*features}) == len(features), "model.tail_features", f"names a column twice, got {features}")
         require(
-            self.tail_in_summary or self.num_seeds + self.num_state_rows > 0,
+            self.tail_in_summary or self.num_seeds > 0,
             "model.tail_in_summary",
             "false needs a model with a summary; set model.num_seeds above 0, or true",
         )
@@ -385,38 +383,22 @@ class ModelConfig(NextItemConfig):
         require(
             self.num_rows <= MAX_DIM,
             "model.num_seeds",
-            f"a record would hold {self.num_rows} rows, but at most {MAX_DIM} are allowed; use fewer summary tokens, "
-            "and with quasi_linear fewer layers or more heads",
+            f"a record would hold {self.num_rows} rows, but at most {MAX_DIM} are allowed; use fewer summary tokens",
         )
-        if self.num_state_rows:
-            self._check_state_rows()
 
     @property
     def space_dim(self) -> int:
         return min(self.pooled_dim, self.dim)
 
     @property
-    def num_state_rows(self) -> int:
-        """Rows of width dim that a record holds of stage 1's state, after the summary tokens."""
-        reads_state = self.target_attention is TargetAttentionKind.quasi_linear
-        return self.num_layers * (self.dim // self.num_heads) if reads_state else 0
-
-    @property
     def num_rows(self) -> int:
-        """Rows of width dim of a record: the summary tokens, those of stage 1's state, and that of pooled vectors."""
-        return self.num_seeds + self.num_state_rows + (self.space_dim > 0)
+        """Rows of width dim of a record: the summary tokens, and that of pooled vectors."""
+        return self.num_seeds + (self.space_dim > 0)
 
     @property
     def summary_lag(self) -> int:
         """How many of a user's newest events a summary leaves to the tail."""
         return 0 if self.tail_in_summary else self.tail_len
-
-    def _check_state_rows(self) -> None:
-        require(
-            self.mixing is Mixing.separable,
-            "model.target_attention",
-            "quasi_linear reads the state of separable mixing; set model.mixing=separable, or another kind",
-        )
 
     def _check_decay(self) -> None:
         require(

@@ -13,9 +13,7 @@ from vista.log.histories import DAY_MS
 from vista.runs.run_list import better_values
 
 SUMMARY, TAIL, COUNTERS, NEUTRAL = "#2f6fb0", "#e2803a", "#3f9b73", "#9aa0a8"
-PART_COLORS = dict(
-    zip(PARTS, (SUMMARY, TAIL, COUNTERS, "#c2587a", "#a08d2f", "#b3bac3", "#8766b5", "#dcdfe4"), strict=True)
-)
+PART_COLORS = dict(zip(PARTS, (SUMMARY, TAIL, COUNTERS, "#c2587a", "#a08d2f", "#b3bac3", "#dcdfe4"), strict=True))
 KIND_COLORS = ("#2f6fb0", "#74a9d8", "#3f9b73", "#e2803a", "#8766b5", "#c9a227")
 UP, DOWN = "#3f9b73", "#c8553d"
 GRID, TEXT, FONT = "#eceef1", "#3c4450", "Source Sans, Source Sans Pro, sans-serif"

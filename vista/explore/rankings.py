@@ -20,10 +20,7 @@ from vista.store.record import Tail
 HOUR_MS = 3_600_000
 LISTED = 1_000
 """Ranks that are looked up before and after added events; items beyond have no rank."""
-PARTS = (
-    *("summary", "tail", "counters", "whole history", "popularity"),
-    *("item and request", "state", "bias"),
-)
+PARTS = "summary", "tail", "counters", "whole history", "popularity", "item and request", "bias"
 """What a score consists of, as the page names it: `Explanation` has the fields in another order."""
 
 
@@ -118,7 +115,6 @@ def explained_ranking(
         "whole history": explanation.pooled,
         "popularity": explanation.statistics,
         "item and request": explanation.own,
-        "state": explanation.state,
         "bias": explanation.remainder,
     }
     has = {
@@ -126,7 +122,6 @@ def explained_ranking(
         "counters": scorer.model.counter_spec is not None,
         "whole history": scorer.model.config.space_dim > 0,
         "popularity": bool(np.any(explanation.statistics)),
-        "state": bool(np.any(explanation.state)),
     }
     return ExplainedRanking(
         items,

@@ -1,8 +1,8 @@
-"""What a score consists of: a share of each summary token, the state, each tail event and the query token itself.
+"""What a score consists of: a share of each summary token, each tail event and the query token itself.
 
 If attention weights, gates (in pointwise layers the query token's own value is gated too) and the spreads of norms are
-held fixed, stage 2 is a linear function of its inputs: the query token's vector, the values of the context in each
-layer, and what the query token reads of the state. A linear function is the sum of its gradients times its arguments
+held fixed, stage 2 is a linear function of its inputs: the query token's vector, and the values of the context in each
+layer. A linear function is the sum of its gradients times its arguments
 (Euler), and these products are the shares. Only the head's bias has no share. Shares say what the score consists of,
 not what it would be without a token, because attention weights and gates would change too. A token in a later layer's
 context includes what it read from others.
@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.model.layers import split_heads
-from vista.model.summarizer import QuasiLinearRead
 from vista.model.target_attention import MASKED, PointwiseLayer, SoftmaxLayer, TargetAttention, TargetContext
 
 
@@ -30,8 +29,6 @@ class Attribution:
 
     summary: Tensor
     """[C, S]."""
-    state: Tensor
-    """[C]; 0 if query tokens do not read the state."""
     tail: Tensor
     """[C, L]; 0 in the padding."""
     query: list[Tensor]
@@ -72,7 +69,7 @@ def attribute(
         first_values = [projected[:, -x.shape[1] :].clone().requires_grad_() for _, projected in added]
         sources = [x, *vectors, *first_values]
         hidden = sum(vectors, x) * stage.scale
-        mixed, weights, values, states = [], [], [], []
+        mixed, weights, values = [], [], []
         for index, layer in enumerate(stage.layers):
             projected = layer.project(x if index == 0 else hidden)
             if index == 0:
@@ -90,12 +87,8 @@ def attribute(
             mixed.append(from_context)
             weights.append(weight[..., :-1])
             values.append(seen)
-            if index == 0 and context.state is not None:
-                for read, matrices in zip(stage.reads, context.state[0], strict=True):
-                    hidden, from_state = _read(read, hidden, matrices.clone())
-                    states.append(from_state)
         score = head(_frozen(stage.final_norm, hidden))
-        gradients = torch.autograd.grad(score.sum(), [*sources, *mixed, *states])
+        gradients = torch.autograd.grad(score.sum(), [*sources, *mixed])
     of_parts = [(gradients[0] * part).sum(-1) for part in parts]
     of_added = [
         (gradient * source.detach()).sum(-1)
@@ -107,15 +100,10 @@ def attribute(
     of_context = torch.stack(
         [
             (weight * (gradient @ value.transpose(-1, -2))).sum(0)
-            for weight, gradient, value in zip(weights, gradients[len(sources) :][: len(mixed)], values, strict=True)
+            for weight, gradient, value in zip(weights, gradients[len(sources) :], values, strict=True)
         ]
     ).sum(0)
-    of_state = torch.zeros_like(of_parts[0])
-    for gradient, from_state in zip(gradients[len(sources) + len(mixed) :], states, strict=True):
-        of_state = of_state + (gradient * from_state.detach()).sum((-2, -1))
-    return Attribution(
-        of_context[:, : stage.num_seeds], of_state, of_context[:, stage.num_seeds :], of_parts, of_counters
-    )
+    return Attribution(of_context[:, : stage.num_seeds], of_context[:, stage.num_seeds :], of_parts, of_counters)
 
 
 def _frozen(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -135,16 +123,6 @@ def _mixed(layer: SoftmaxLayer | PointwiseLayer, hidden: Tensor, heads: Tensor, 
     inner, value = block.up(_frozen(block.norm, hidden)).chunk(2, -1)
     linear = hidden + block.down(F.silu(inner).detach() * value)
     return linear
-
-
-def _read(read: QuasiLinearRead, hidden: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """`QuasiLinearRead` of [C, M], linear in it and in what comes from the state; and the latter, [C, H, D]."""
-    value = F.linear(_frozen(read.norm, hidden), read.projections.weight[-hidden.shape[1] :])
-    query, gate, key, _ = read.projections(read.norm(hidden.detach())).detach().chunk(4, -1)
-    query, key, value = (split_heads(part, read.num_heads) for part in (F.silu(query), F.silu(key), value))
-    from_state = torch.einsum("chd,hde->che", query, matrices).requires_grad_()
-    heads = from_state + (query * key).sum(-1, keepdim=True) * value
-    return hidden + read.output.out(_frozen(read.output.head_norm, heads).flatten(-2) * gate), from_state
 
 
 def _attention(

@@ -129,8 +129,7 @@ def summarize(model: VistaModel, histories: Histories, slice_len: int | None = N
         slice_len: events per pass, which bounds the memory; None takes `default_slice_len`.
 
     Returns:
-        float32 [B, S, M]; for an empty history, what the seeds alone give. With target_attention=quasi_linear, the rows
-        of the state follow.
+        float32 [B, S, M]; for an empty history, what the seeds alone give.
     """
     histories = newest(covered_events(model, histories), model.stage1.history_limit)
     if model.summarizer is None:

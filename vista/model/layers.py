@@ -112,9 +112,9 @@ def module_list(modules: Sequence[Block]) -> Sequence[Block]:
     return cast("Sequence[Block]", nn.ModuleList(modules))
 
 
-def norm(dim: int, eps: float = 1e-5) -> nn.LayerNorm:
+def norm(dim: int) -> nn.LayerNorm:
     """Layer norm without bias. (On CPUs torch fuses LayerNorm, but not RMSNorm.)"""
-    return nn.LayerNorm(dim, eps, bias=False)
+    return nn.LayerNorm(dim, bias=False)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -206,9 +206,9 @@ class FeedForward(nn.Module):
 class GatedOutput(nn.Module):
     """Output of an attention layer: norm per head, linear gate (SGLU, TransNormerLLM), projection, residual."""
 
-    def __init__(self, dim: int, num_heads: int, dropout: float, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
         super().__init__()
-        self.head_norm = norm(dim // num_heads, eps)
+        self.head_norm = norm(dim // num_heads)
         self.out = nn.Linear(dim, dim, bias=False)
         self.dropout = Dropout(dropout)
 

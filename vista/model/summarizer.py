@@ -14,7 +14,6 @@ from enum import Enum
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vista.config import ModelConfig
@@ -29,7 +28,6 @@ from vista.model.layers import (
     Dropout,
     FeedForward,
     GatedOutput,
-    linear_parts,
     module_list,
     norm,
     split_heads,
@@ -68,8 +66,6 @@ class Stage1Config:
     embedding_rows: int
     summary_lag: int
     """How many of a user's newest events a summary leaves to the tail."""
-    num_state_rows: int
-    """Rows of width dim that a record holds of the state, after the summary tokens."""
     pooled_dim: int
     """Dimensions of the item space that the pooled vector of a record lies in; 0 without pooled vectors."""
     has_gap: bool
@@ -104,7 +100,6 @@ class Stage1Config:
             history_limit=config.history_limit,
             embedding_rows=config.embedding_rows,
             summary_lag=config.summary_lag,
-            num_state_rows=config.num_state_rows,
             pooled_dim=config.space_dim,
             has_gap=config.reads("times") and schema.has_time,
             actions=tuple(schema.actions),
@@ -242,59 +237,6 @@ def exchange(
     )
 
 
-# Query tokens read the state of stage 1 by quasi-linear attention, as targets of the history (VISTA).
-#
-#     A = phi(Z c)                          per layer of stage 1 and head; c = 1 / max(n, 1)
-#     o = phi(q) A + (phi(q) . phi(k)) v    q, k, v: projections of the query token
-#
-# A depends on the history alone, so a record stores it alongside the summary tokens. Query tokens never write. So a
-# query token sees the history and itself, but not the other query tokens.
-#
-# Letters: N histories, B rows, Q query tokens, L layers of stage 1, H heads, D head dim, M model dim.
-
-NORM_EPS = 0.1
-"""Added to the variance by the norm of o. phi(q) . phi(k) takes either sign, and where it is near 0, a norm with a tiny
-constant would turn rounding errors into large ones (bfloat16: five times the error of the score)."""
-
-
-def state_rows(config: Stage1Config, z: Tensor, n: Tensor) -> Tensor:
-    """A as rows of a record: L * H matrices end to end, cut into L * D rows of M numbers.
-
-    Args:
-        z: [N, L, H, D, D] states.
-        n: [N, H] weight sums.
-
-    Returns:
-        [N, L * D, M].
-    """
-    matrices = F.silu(z * n.clamp(min=1).reciprocal()[:, None, :, None, None])
-    return matrices.reshape(len(n), config.num_state_rows, config.dim)
-
-
-class QuasiLinearRead(nn.Module):
-    """Reads the state of one layer of stage 1, with a gated output and a residual."""
-
-    def __init__(self, config: Stage1Config, dropout: float) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.norm = norm(config.dim)
-        self.projections = nn.Linear(config.dim, 4 * config.dim, bias=False)
-        """To query, gate, key and value, in this order. Stage 1 has its own, which downstream training freezes."""
-        self.output = GatedOutput(config.dim, config.num_heads, dropout, NORM_EPS)
-        nn.init.zeros_(self.output.out.weight)  # Training starts without the read, which at first is noise.
-
-    def forward(self, x: Tensor, matrices: Tensor) -> Tensor:
-        """x [B, Q, M], and A of the B histories, [B, H, D, D] -> [B, Q, M]."""
-        query, gate, key, value = linear_parts(self.norm(x), self.projections, 4)
-        query, key, value = self._heads(F.silu(query)), self._heads(F.silu(key)), self._heads(value)
-        heads = query @ matrices.to(query.dtype) + (query * key).sum(-1, keepdim=True) * value
-        mixed: Tensor = self.output(x, heads.transpose(1, 2), gate)
-        return mixed
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return split_heads(x, self.num_heads).transpose(1, 2)
-
-
 class SummarizerLayer(nn.Module):
     """One layer: key, value, query and gate projections, gated output and feed-forward.
 
@@ -396,10 +338,7 @@ class Summarizer(nn.Module):
         return SummaryState.empty(count, self.config.num_layers, H, D, device=self.seeds.device)
 
     def read(self, z: Tensor, n: Tensor) -> Tensor:
-        """Summaries [N, S, M] that the seeds read from states (separable mixing), z [N, L, H, D, D] and n [N, H].
-
-        With target_attention=quasi_linear, the rows of the state follow: [N, S + L * D, M].
-        """
+        """Summaries [N, S, M] that the seeds read from states (separable mixing), z [N, L, H, D, D] and n [N, H]."""
         count, num_seeds = len(n), len(self.seeds)
         offsets = torch.arange(count + 1, device=n.device) * num_seeds
         x = self.seeds.repeat(count, 1)
@@ -407,10 +346,8 @@ class Summarizer(nn.Module):
             query, gate = layer.query_gate(layer.seed_norm(x)).chunk(2, -1)
             heads = self._read(layer.heads(query), z[:, index].contiguous(), n, offsets)
             x = layer.seed_feed_forward(layer.output(x, heads, gate))
-        summary: Tensor = self.final_norm(x).view(count, num_seeds, self.config.dim)
-        if self.config.num_state_rows:
-            summary = torch.cat([summary, state_rows(self.config, z, n)], 1)
-        return summary
+        summary: Tensor = self.final_norm(x)
+        return summary.view(count, num_seeds, self.config.dim)
 
     def summarize_set(self, tokens: Tensor, offsets: Tensor) -> Tensor:
         """Bidirectional mixing: packed tokens [T, M] with offsets int64 [B+1] -> summaries [B, S, M]."""

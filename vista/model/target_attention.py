@@ -7,8 +7,7 @@ Summary tokens attend to one another. Tail tokens attend to the summary, and cau
 to the context (summary and tail) and to itself, never to another query. So the context's keys and values are computed
 once per request, and a query's output does not depend on the others. Tail and queries see relative positions by a
 learned bias per head and distance. Features of the user are added to every query token and to its projections in layer
-1, which are precomputed for items; so a candidate reads them from the first layer on. With
-target_attention=quasi_linear, queries also read the state of stage 1 (`vista.model.summarizer`).
+1, which are precomputed for items; so a candidate reads them from the first layer on.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from vista.config import ModelConfig
 from vista.config.checks import TargetAttentionKind
 from vista.model.layers import Dropout, FeedForward, GatedOutput, linear_parts, module_list, norm, silu, split_heads
-from vista.model.summarizer import QuasiLinearRead, Stage1Config
 from vista_kernels import candidate_attention
 
 # Layers of stage 2.
@@ -192,8 +190,6 @@ class TargetContext:
     """bool [B, L]: False in the padding."""
     tail: Tensor
     """[B, L, M] embeddings of the events, right-aligned."""
-    state: Tensor | None = None
-    """[B, L1, H, D, D] what queries read of the L1 layers of stage 1; None if they do not."""
     user: Tensor | None = None
     """[B, 5M] what features of the user add to query tokens: to their vectors [M] and to the projections of these in
     layer 1 [4M]; None without them."""
@@ -205,7 +201,6 @@ class TargetContext:
             [v[rows] for v in self.values],
             self.tail_valid[rows],
             self.tail[rows],
-            None if self.state is None else self.state[rows],
             None if self.user is None else self.user[rows],
         )
 
@@ -221,15 +216,11 @@ class TargetContext:
 class TargetAttention(nn.Module):
     """The layers of stage 2 over a context of summary and tail."""
 
-    def __init__(self, config: ModelConfig, stage1: Stage1Config) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.tail_len = config.tail_len
         self.num_seeds = config.num_seeds
         self.layers = module_list([target_layer(config) for _ in range(config.num_target_layers)])
-        num_reads, head_dim = stage1.num_layers if stage1.num_state_rows else 0, config.dim // config.num_heads
-        self.reads = module_list([QuasiLinearRead(stage1, config.dropout) for _ in range(num_reads)])
-        """One per layer of stage 1, after the first layer of stage 2; none if queries do not read the state."""
-        self.state_shape = num_reads, config.num_heads, head_dim, head_dim
         self.scale = 1.0 if config.target_attention is TargetAttentionKind.softmax else config.dim**0.5
         """Factor of tail and query tokens, whose vectors start small; pointwise layers keep HSTU's inputs."""
         self.summary_norm = norm(config.dim)
@@ -245,7 +236,7 @@ class TargetAttention(nn.Module):
         self.distance: Tensor
 
     def encode_summary(self, summary: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """summary [B, S, M] -> keys and values [B, H, S, D] of its tokens, for each layer. A state may follow them."""
+        """summary [B, S, M] -> keys and values [B, H, S, D] of its tokens, for each layer. Other rows of a record may follow."""
         x = self.dropout(self.summary_norm(summary[:, : self.num_seeds]) + self.summary_kind)
         encoded = []
         for layer in self.layers[:-1]:
@@ -255,24 +246,13 @@ class TargetAttention(nn.Module):
                 x = layer.attend_context(x, query, gate, *encoded[-1], None)
         return [*encoded, self.layers[-1].keys_values(x)]
 
-    def state(self, summary: Tensor) -> Tensor | None:
-        """[B, L1, H, D, D] what queries read of stage 1, from records [B, S + L1 * D, M]; None if they do not."""
-        return summary[:, self.num_seeds :].reshape(summary.shape[0], *self.state_shape) if self.reads else None
-
-    def encode_context(
-        self,
-        summary: list[tuple[Tensor, Tensor]],
-        tail: Tensor,
-        tail_valid: Tensor,
-        state: Tensor | None = None,
-    ) -> TargetContext:
+    def encode_context(self, summary: list[tuple[Tensor, Tensor]], tail: Tensor, tail_valid: Tensor) -> TargetContext:
         """Keys and values of the whole context.
 
         Args:
             summary: from `encode_summary`.
             tail: [B, L, M] embeddings of the newest events, oldest first, right-aligned.
             tail_valid: bool [B, L]; False where the user has fewer events.
-            state: from `state`.
         """
         x = self.dropout(self._scaled(tail))
         keys, values = [], []
@@ -283,7 +263,7 @@ class TargetAttention(nn.Module):
             x = layer.attend_context(x, query, gate, keys[-1], values[-1], self._tail_mask(layer, tail_valid))
         for of_all, own, of_tail in zip((keys, values), summary[-1], self.layers[-1].keys_values(x), strict=True):
             of_all.append(torch.cat([own, of_tail], 2))
-        return TargetContext(keys, values, tail_valid, tail, state)
+        return TargetContext(keys, values, tail_valid, tail)
 
     def encode_request(
         self, summary: Tensor, tail: Tensor, tail_valid: Tensor, masks: list[Tensor] | None = None
@@ -291,7 +271,7 @@ class TargetAttention(nn.Module):
         """`encode_summary` and `encode_context` in one pass, for inference, with half the operators.
 
         Args:
-            summary: [B, S, M], or [B, S + L1 * D, M] with the state.
+            summary: [B, S, M]. Other rows of a record may follow, which are not read.
             tail: [B, L, M].
             tail_valid: bool [B, L].
             masks: of `request_masks`; None computes them.
@@ -309,7 +289,7 @@ class TargetAttention(nn.Module):
             # A padded event sees the summary, or without one nothing. Its output is finite and never read.
             x = layer.attend_request(x, query, gate, key, value, mask + padding)
         key, value = self.layers[-1].keys_values(x)
-        return TargetContext([*keys, key], [*values, value], tail_valid, tail, self.state(summary))
+        return TargetContext([*keys, key], [*values, value], tail_valid, tail)
 
     def request_masks(self) -> list[Tensor]:
         """Additive masks [H, S+L, S+L] of `encode_request` for all layers except the last, equal for all requests."""
@@ -383,8 +363,5 @@ class TargetAttention(nn.Module):
         for index, layer in enumerate(self.layers):
             own = layer.activated(projections).chunk(4, -1) if index == 0 else layer.parts(x)
             x = layer.attend_query(x, own, context.keys[index], context.values[index], biases[index], context_mask)
-            if index == 0 and context.state is not None:
-                for read, matrices in zip(self.reads, context.state.unbind(1), strict=True):
-                    x = read(x, matrices)
         normed: Tensor = self.final_norm(x)
         return normed

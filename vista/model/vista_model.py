@@ -79,7 +79,6 @@ class ReconstructionDecoder(nn.Module):
 
     def __init__(self, config: ModelConfig, num_layers: int = 1) -> None:
         super().__init__()
-        self.num_seeds = config.num_seeds
         self.summary_projection = nn.Linear(config.dim, config.dim, bias=False)
         self.start = nn.Embedding(NUM_AGES, config.dim)
         self.layers = module_list([ReconstructionLayer(config) for _ in range(num_layers)])
@@ -89,7 +88,7 @@ class ReconstructionDecoder(nn.Module):
         """Teacher-forced predictions.
 
         Args:
-            summary: [NR, S, M]. Rows of a state may follow, which are not read.
+            summary: [NR, S, M].
             event_vectors: [T, M] embeddings of the windows' events, packed, oldest first.
             offsets: int64 [NR+1]; no window may be empty.
             age: int64 [NR] events from the window's first event to the summary's cut.
@@ -97,7 +96,6 @@ class ReconstructionDecoder(nn.Module):
         Returns:
             [T, M]: the prediction of each event from the summary and the window's events before it.
         """
-        summary = summary[:, : self.num_seeds]
         count, num_seeds, dim = summary.shape
         lengths = offsets.diff()
         all_offsets = offsets + torch.arange(count + 1, device=offsets.device) * num_seeds
@@ -139,10 +137,9 @@ class VistaModel(RankingModel):
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim = config.dim
-        has_summary = config.num_seeds + config.num_state_rows > 0
-        self.summarizer = Summarizer(self.stage1, config.dropout) if has_summary else None
+        self.summarizer = Summarizer(self.stage1, config.dropout) if config.num_seeds else None
         self.decoder = ReconstructionDecoder(config) if config.num_seeds else None
-        self.target_attention = TargetAttention(config, self.stage1)
+        self.target_attention = TargetAttention(config)
         self.request = nn.Parameter(torch.randn(dim) * dim**-0.5 / self.target_attention.scale)
         """The retrieval head's query token, to which the newest event is added."""
         spec, tasks, inputs = self.counter_spec, len(schema.tasks), self._input_scale()
@@ -295,9 +292,7 @@ class VistaModel(RankingModel):
             tail = shown.new_zeros(*index.shape, self.config.dim)
         by_cut = self.target_attention.encode_summary(summaries)
         summary = [(key.index_select(0, windows.cut), value.index_select(0, windows.cut)) for key, value in by_cut]
-        state = self.target_attention.state(summaries)
-        state = None if state is None else state.index_select(0, windows.cut)
-        context = self.target_attention.encode_context(summary, tail, valid, state)
+        context = self.target_attention.encode_context(summary, tail, valid)
         if self.user_encoder is None:
             return context
         assert batch.user_features is not None

@@ -226,7 +226,7 @@ class RefreshCost:
     def of(cls, config: PlanConfig, sizes: StoreSizes) -> RefreshCost:
         """The cost with a configuration and the sizes of its records."""
         event_s = token_s(config, config.model.num_layers)
-        rows = config.model.num_seeds + config.model.num_state_rows
+        rows = config.model.num_seeds
         written_s = (sizes.record_on_disk + sizes.state_on_disk) / (WRITE_MB_PER_S * 1e6)
         user_s = rows * event_s + written_s
         again_s = 0.0 if sizes.state else config.history_events * event_s
@@ -393,7 +393,7 @@ def plan_capacity(config: PlanConfig) -> CapacityPlan:
 def request_core_s(config: PlanConfig) -> float:
     """Time of one core for a request of one user."""
     model = config.model
-    tokens = model.num_seeds + model.num_state_rows + model.tail_len + config.candidates
+    tokens = model.num_seeds + model.tail_len + config.candidates
     fixed_s = REQUEST_MS * 1e-3 + config.candidates * CANDIDATE_US * 1e-6
     return fixed_s + tokens * token_s(config, model.num_target_layers)
 

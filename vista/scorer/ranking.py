@@ -257,15 +257,13 @@ def explained(call: Call, task: str, candidates: Any, features: Any) -> Explanat
 class Explanation:
     """The contributions to the scores of C candidates for one user (`vista.model.attribution`); float32.
 
-    `summary.sum(1) + state + tail.sum(1) + own + counted + pooled + statistics + remainder` equals `value`.
+    `summary.sum(1) + tail.sum(1) + own + counted + pooled + statistics + remainder` equals `value`.
     """
 
     value: NDArray[np.float32]
     """[C] the explained values: logits of a labeled task, whose sigmoid `score` returns, or the scores of `next`."""
     summary: NDArray[np.float32]
     """[C, S] contributions of the summary's tokens."""
-    state: NDArray[np.float32]
-    """[C] contribution of what candidates read of the state; 0 unless `model.target_attention=quasi_linear`."""
     tail: NDArray[np.float32]
     """[C, L'] contributions of the events of the tail, oldest first."""
     tail_items: list[Any]
@@ -307,11 +305,10 @@ class Explanation:
         valid = request.tail.valid[0]
         items = request.tail.item[0][valid]
         ids = snapshot.model.items.ids(np.maximum(items - 1, 0)).tolist()
-        added = summary.sum(1) + shares.state + tail[:, valid].sum(1) + own + counted + pooled + statistics
+        added = summary.sum(1) + tail[:, valid].sum(1) + own + counted + pooled + statistics
         return cls(
             value.cpu().numpy(),
             summary.cpu().numpy(),
-            shares.state.cpu().numpy(),
             tail[:, valid].cpu().numpy(),
             [item_id if item != UNKNOWN_ITEM else None for item_id, item in zip(ids, items.tolist(), strict=True)],
             own.cpu().numpy(),

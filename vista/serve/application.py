@@ -549,7 +549,6 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "task": "click",
         "value": [1.0],
         "summary": [[0.25, 0.25]],
-        "state": [0.0],
         "tail": [[0.125]],
         "tail_items": [30],
         "own": [0.5],

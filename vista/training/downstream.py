@@ -36,7 +36,6 @@ logger = logging.getLogger(__name__)
 COUNTER_KEYS = ("counters", "counter_keys", "counter_categories", "counter_days", "counter_events")
 KEYS_OF_STAGE_1 = {
     "summary_lag": ("tail_in_summary", "tail_len"),
-    "num_state_rows": ("target_attention",),
     "has_gap": ("ignore",),
     "counters": COUNTER_KEYS,
 }

@@ -157,9 +157,8 @@ class WarmStart:
         self._digest = hashlib.sha256((self._folder / CONFIG_FILE).read_bytes()).hexdigest()[:12]
         self._items_in = "id_mask" if config.model.embedding_rows else "item_table"
         """The weight with a row per item."""
-        self._rows: dict[str, Tensor] = {self._items_in: self._item_rows()}
-        for name in ("item_space",):
-            self._rows[name] = self._rows[self._items_in]
+        rows = self._item_rows()
+        self._rows: dict[str, Tensor] = {self._items_in: rows, "item_space": rows}
         """By name of a weight: for each of its rows, int64, the earlier model's row, or -1. Other weights are taken
         as they are."""
         self._shapes: dict[str, torch.Size] = {}

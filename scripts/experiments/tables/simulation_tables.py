@@ -216,8 +216,6 @@ def _world(name: str, **size: Any) -> Table:
         # All items that a user can return to, with time constants from which the mean gap of an item follows.
         "vista, 1,024 counted items": TableRow(25, MANY_COUNTERS),
         "vista, 1,024 counted items, 16 epochs": TableRow(32, (*MANY_COUNTERS, "optim.epochs=16")),
-        # Candidates also read the state of stage 1, which associates what follows what.
-        "vista, counters and state": TableRow(20, (*COUNTERS, "model.target_attention=quasi_linear")),
         # The true topic of each item, as a feature, and counted too.
         "vista, topics": TableRow(13, (*COUNTERS, *TOPICS)),
         "vista, topics counted": TableRow(15, (*COUNTERS, *TOPICS, *COUNTED_TOPICS)),
