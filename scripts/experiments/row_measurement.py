@@ -383,8 +383,6 @@ def _served(
                 refreshed[store] = report.seconds / max(report.num_users - report.resumed_at, 1)
             shown = model if how.tail_len is None else model.with_tail(how.tail_len)
             asked = _asked(table, part)
-            # Recall reads the decoder, which its own loss trains.
-            asked.recall = table.recall and model.summarizer is not None and optim["reconstruction_weight"] > 0
             asked.staleness = how.staleness
             with Scorer.open(shown, store) as scorer:
                 reports[part] = _reported(table, evaluate_scorer(scorer, log, asked), log, model.data, asked)

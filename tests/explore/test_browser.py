@@ -55,7 +55,7 @@ def test_every_tab_is_opened_clicked_and_drawn(visit: ExploreVisit, tmp_path: Pa
     open_every_tab(visit, keep)
     assert list(texts) == list(TABS)
     for name, words in {
-        "User": ("History", "Tail", "What the summary recalls"),
+        "User": ("History", "Tail"),
         "Ranking": ("What the scores consist of", "Summary tokens of rank 1", "Tail events of rank 1"),
         "What if": ("Added:", "Ranks"),
         "Compare": ("best items are in both lists", "Same first item"),

@@ -43,7 +43,6 @@ SIMULATION = Table(
     SMALL,
     {"num_users": 24, "events_per_user": 200},
     costs=True,
-    recall=True,
 )
 MOVIELENS = Table("ml-100k", "ml-1m", {"vista": TableRow(3, SMALL), **COUNTING_BASELINES})
 

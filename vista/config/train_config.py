@@ -443,8 +443,6 @@ class EvaluateConfig(RunsOn, AsksLabels, UsesStore, UsesModel, UsesLog):
     until=leave-last-N-out, where N is 1 + staleness (validation: 2 + staleness), or for another split with
     until=TIME-less-N or until=leave-last-P-percent-out-less-N, where N is staleness. 0 evaluates up-to-date
     summaries."""
-    recall: bool = False
-    """Also report how well the stored summaries recall a user's events, by the age of the event. Takes some seconds."""
     out: str | None = None
     """JSON file for the metrics. An existing file is replaced. The metrics of each user are written to <out>.npz, which
     `vista compare` reads, and those of each baseline to <out>.<name>.npz. null only prints the metrics."""

@@ -30,7 +30,6 @@ from vista.evaluation.protocol import (
     measure_next_items,
     measure_windows,
 )
-from vista.evaluation.recall import RecallReport, measure_recall
 from vista.examples.item_statistics import item_counts
 from vista.files import replace_text, writable_file
 from vista.installation import __version__
@@ -59,7 +58,6 @@ class EvaluationReport:
     impressions: ImpressionCases | None = None
     probabilities: Float32s | None = None
     popularity: PopularityReport | None = None
-    recall: RecallReport | None = None
     per_user: PerUserMetrics | None = None
     windows: WindowReport | None = None
     baselines: BaselineReport | None = None
@@ -79,7 +77,7 @@ class EvaluationReport:
 
     def __str__(self) -> str:
         # Reports print their own numbers, as tables.
-        reports = [report for report in (self.windows, self.popularity, self.recall) if report is not None]
+        reports = [report for report in (self.windows, self.popularity) if report is not None]
         hidden = {name for report in reports for name in report.metrics()}
         lines = [f"{self.num_cases} cases in {self.seconds:.1f} s"]
         lines += [f"  {name:<20} {value:.4f}" for name, value in self.metrics.items() if name not in hidden]
@@ -108,7 +106,7 @@ NO_STORE = "none"
 def evaluate(config: EvaluateConfig) -> EvaluationReport:
     """`vista evaluate`: measure, and write the result as JSON to `out` if it is set.
 
-    The ranks of a torchrun job divide the cases. Only rank 0 writes, and only its report has recall and baselines.
+    The ranks of a torchrun job divide the cases. Only rank 0 writes, and only its report has baselines.
 
     Raises:
         LeakageError: if the store, or a record, covers a label's event.
@@ -166,13 +164,8 @@ def evaluate_scorer(scorer: Scorer, log: EventLog, config: EvaluateConfig, ranks
     """
     _check(scorer.model, log, config)
     check_store(scorer, config)
-    evaluation = _measure(
-        scorer.model, log, config, ScorerAnswers(scorer, log, requests_per_batch=USERS_PER_BATCH), ranks
-    )
-    if not (config.recall and ranks.leads):
-        return evaluation
-    recall = measure_recall(scorer, log)
-    return replace(evaluation, metrics=evaluation.metrics | recall.metrics(), recall=recall)
+    answers = ScorerAnswers(scorer, log, requests_per_batch=USERS_PER_BATCH)
+    return _measure(scorer.model, log, config, answers, ranks)
 
 
 def evaluate_model(
@@ -207,8 +200,6 @@ def _check(model: RankingModel, log: EventLog, config: EvaluateConfig) -> None:
         raise ConfigError(
             "target=window: this model's retrieval head was not trained; train it with optim.next_weight above 0"
         )
-    if config.recall and not (isinstance(model, VistaModel) and model.decoder is not None):
-        raise ConfigError("recall=true: this model has no summaries; set recall=false")
     check_log(model, log, requests=True)
 
 

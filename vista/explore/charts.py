@@ -21,8 +21,6 @@ BAR_HEIGHT = 24
 MAX_LABEL_PX = 260
 NAME: dict[str, Any] = {"color": TEXT, "limit": 110}
 """How the name of an item is written next to a line."""
-LEAST_RECALL = 2.0
-"""Percentage points that the axis of recall shows at least, so that noise looks like noise."""
 
 
 def timeline_chart(line: Timeline, *, has_time: bool) -> Any:
@@ -59,29 +57,6 @@ def timeline_chart(line: Timeline, *, has_time: bool) -> Any:
         .encode(x=alt.X("time", type=kind), text="text")
     )
     return _styled(bars + rule + label, 260)
-
-
-def recall_chart(rows: list[dict[str, Any]]) -> Any:
-    """What a summary recalls by age, in percentage points: {"age", "recall", "own", "other", "events"}."""
-    low = min(0.0, *(row["recall"] for row in rows))
-    high = max(LEAST_RECALL, *(row["recall"] for row in rows))
-    chart = (
-        alt.Chart(pd.DataFrame(rows))
-        .mark_bar(color=SUMMARY, cornerRadiusEnd=2, width={"band": 0.55})
-        .encode(
-            x=alt.X("age:N", sort=None, title="age, in events before the end of the summary", axis=_flat_labels()),
-            y=alt.Y("recall:Q", title="recall (points)", scale=alt.Scale(domain=[low, high], nice=True)),
-            tooltip=[
-                "age:N",
-                alt.Tooltip("recall:Q", format="+.1f", title="recall (points)"),
-                alt.Tooltip("own:Q", format=".1%", title="own summary"),
-                alt.Tooltip("other:Q", format=".1%", title="another user's"),
-                alt.Tooltip("events:Q", format=","),
-            ],
-        )
-    )
-    zero = alt.Chart(pd.DataFrame([{"recall": 0}])).mark_rule(color=NEUTRAL).encode(y="recall:Q")
-    return _styled(chart + zero, 260)
 
 
 def parts_chart(rows: list[dict[str, Any]], parts: list[str], value_name: str) -> Any:

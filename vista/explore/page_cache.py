@@ -10,7 +10,6 @@ from typing import Any
 
 import streamlit as st
 
-from vista.evaluation.recall import RecallItems, RecallReport, recall_of_user
 from vista.explore.rankings import OverlapOfUsers, compare_users
 from vista.explore.results import EmptySummaryScorer, SummaryBenefit, summary_benefit
 from vista.explore.workspace import Places, ScorerPool, UserSearch, Workspace, log_version, open_page_scorer
@@ -51,16 +50,6 @@ def user_search(workspace: Workspace) -> UserSearch:
     return _search(served if log is None else str(log.path), version, scorer, log)
 
 
-def user_recall(workspace: Workspace, scorer: Scorer, user: int | str) -> RecallReport | None:
-    """What the user's summary recalls; None without a log, a record, or a summary."""
-    log = workspace.log
-    if log is None or user not in log or scorer.model.decoder is None:
-        return None
-    row = int(log.users.rows([user])[0])
-    place = str(workspace.places.model), scorer.store.summarizer_id, str(log.path), log_version(log.path)
-    return _recall(place, served_version(scorer), row, scorer, log)
-
-
 def overlap_of_users(key: tuple[Any, ...], a: Scorer, b: Scorer, users: list[int | str], top_k: int) -> OverlapOfUsers:
     """How alike two scorers rank for some users; `key` names the scorers."""
     served = served_version(a), served_version(b)
@@ -98,16 +87,6 @@ def _log(path: str, version: tuple[str, ...]) -> EventLog:
 @st.cache_resource(show_spinner=False, max_entries=2)
 def _search(place: Any, version: tuple[Any, ...], _scorer: Scorer | None, _log: EventLog | None) -> UserSearch:
     return UserSearch.of(_log, _scorer)
-
-
-@st.cache_resource(show_spinner=False, max_entries=2)
-def _popularity(place: tuple[Any, ...], _scorer: Scorer, _log: EventLog) -> RecallItems:
-    return RecallItems(_scorer.model, _log)
-
-
-@st.cache_data(show_spinner=False, max_entries=200)
-def _recall(place: Any, served: Any, row: int, _scorer: Scorer, _log: EventLog) -> RecallReport | None:
-    return recall_of_user(_scorer, _log, _popularity(place, _scorer, _log), row)
 
 
 @st.cache_data(show_spinner=False, max_entries=50)

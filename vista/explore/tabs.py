@@ -13,7 +13,6 @@ import streamlit as st
 from vista.config import ExploreConfig
 from vista.config.composition import value_text
 from vista.errors import DataError, VistaError, without_password
-from vista.evaluation.recall import bands
 from vista.explore.charts import (
     benefit_chart,
     coverage_chart,
@@ -21,7 +20,6 @@ from vista.explore.charts import (
     metric_chart,
     overlap_chart,
     parts_chart,
-    recall_chart,
     slope_chart,
     tail_chart,
     timeline_chart,
@@ -32,7 +30,6 @@ from vista.explore.page_cache import (
     other_scorer,
     overlap_of_users,
     scorer_for,
-    user_recall,
     user_search,
 )
 from vista.explore.rankings import (
@@ -85,7 +82,7 @@ MAX_EVENTS = 32
 
 
 def show_user(workspace: Workspace, user: int | str | None) -> None:
-    """Draw the history, the record, the tail, the counters, and what the summary recalls."""
+    """Draw the history, the record, the tail, and the counters."""
     scorer, log = workspace.scorer, workspace.log
     if scorer is None or user is None:
         st.info("A user's page needs a model and its store.")
@@ -113,28 +110,6 @@ def show_user(workspace: Workspace, user: int | str | None) -> None:
         else:
             st.markdown("#### Most frequent items")
             _show_frequent(workspace, history)
-    st.markdown("#### What the summary recalls")
-    with st.spinner("Measuring the recall of older events …"):
-        report = user_recall(workspace, scorer, user)
-    if report is None:
-        st.caption("Recall needs the log, a record, and a model with summaries.")
-        return
-    rows = [
-        {"age": band, "recall": 100 * (own - other), "own": own, "other": other, "events": count}
-        for band, own, other, count in zip(
-            bands(), report.own.tolist(), report.other.tolist(), report.num_events.tolist(), strict=True
-        )
-        if count
-    ]
-    if not rows:
-        st.caption("No event of this history could be measured: too few items are new to the user.")
-        return
-    st.altair_chart(recall_chart(rows), width="stretch")
-    st.caption(
-        "The decoder ranks each event of the history among 100 items that are about as popular and new to the user. "
-        "Recall is how many more of these items the event beats with this user's summary than with another user's, in "
-        "percentage points. A recall near 0 does not mean that the summary is useless for ranking; see *Results*."
-    )
 
 
 def _show_facts(facts: UserFacts) -> None:

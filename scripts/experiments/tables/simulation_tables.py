@@ -195,7 +195,6 @@ TABLES = {
         _ablations(4.5, AGES) | ORACLE,
         ("data.windows_per_chunk=32", "data.staleness_events=150", "optim.epochs=3"),
         {"num_users": 1200, "events_per_user": 2000},
-        recall=True,
     ),
     "tuning": TUNING,
     "features-simulation": replace(TUNING, rows=_features() | ORACLE),

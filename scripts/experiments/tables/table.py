@@ -91,8 +91,6 @@ class Table:
     """Whether to report popularity (`vista.evaluation.popularity_report`)."""
     costs: bool = False
     """Whether to report events per second of training, refresh time per user and time per request (serving_cost.py)."""
-    recall: bool = False
-    """Whether to report the recall of the summaries (`vista.evaluation.recall`)."""
     validation: bool = False
     """Whether to report the validation metrics of the exported pass, by which a row is chosen."""
     curve: bool = False
