@@ -145,7 +145,6 @@ def _without_summary(folder: Path) -> list[str]:
     return [
         f"run_dir={folder / 'without-summary'}",
         "model.num_seeds=0",
-        "optim.reconstruction_weight=0",
     ]
 
 

@@ -7,7 +7,7 @@ d=64, 2+2 layers, 4 heads, length 200, dropout, bfloat16 if the processor suppor
 alternate. The labels of a pass are equal except for each user's first event: an input only for RecTools, a label too
 for ours. These differ:
 
-- VISTA also trains the reconstruction, and its layers of stage 2 have no feed-forward network.
+- VISTA also trains summaries, and its layers of stage 2 have no feed-forward network.
 - Our SASRec has no dropout on attention weights.
 - Ours draw negatives once per batch, RecTools for every position. RecTools may use its softmax over the whole catalog
   instead, which has at least as many negatives.

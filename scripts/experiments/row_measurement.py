@@ -366,7 +366,6 @@ def _served(
     trained: RowOrigin,
 ) -> Iterator[RowMeasurement]:
     """The missing lines of a trained row, through the scorer, from a store of each codec and part of the split."""
-    optim = run.config["optim"]
     served = {name: how for name, how in run.row.served(run.name).items() if name in run.missing}
     refreshed: dict[Path, float] = {}
     for name, how in served.items():

@@ -124,7 +124,7 @@ def cases(draw: st.DrawFn) -> tuple[Chunks, int, dict[str, Any]]:
         "windows_per_chunk": draw(st.sampled_from([0, 0, 1, 3])),
         "num_cuts": draw(st.integers(1, 3)),
         "staleness_share": draw(st.sampled_from([0.0, 0.4, 1.0])),
-        "reconstruction_len": draw(st.integers(1, 8)),
+        "reconstruction_len": draw(st.integers(0, 8)),
         "anchors": draw(st.sampled_from([None, anchor_plan(), anchor_plan(by_time=True, keeps_other_windows=False)])),
     }
     if draw(st.booleans()):
@@ -202,6 +202,7 @@ def test_cuts_cover_the_events_that_they_name(case: tuple[Chunks, int, dict[str,
     first, length = batch.reconstruction.start, batch.reconstruction.length
     read = batch.reconstruction.cut
     assert (length > 0).all() and (length <= options.get("reconstruction_len", 5)).all()
+    assert len(read) or not options.get("reconstruction_len", 5) or not (batch.cuts.stop > batch.cuts.start).any()
     assert (first >= batch.cuts.start[read]).all() and (first + length <= batch.cuts.stop[read]).all()
 
 

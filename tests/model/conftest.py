@@ -45,6 +45,7 @@ def model(
     request_features: bool = False,
     num_tail_features: int | None = None,
     user_features: bool = False,
+    has_decoder: bool = False,
     **config: Any,
 ) -> VistaModel:
     """A model in eval mode in which every parameter matters: noise keeps biases and the like from being 0.
@@ -66,6 +67,7 @@ def model(
         num_tail_features=num_tail_features or 0,
         request_features=READER.columns if request_features else [],
         user_features=READER.columns if user_features else [],
+        has_decoder=has_decoder,
     )
     built = VistaModel(ModelConfig(**options), schema, Vocabulary.from_ids(np.arange(num_items) + 100), DataConfig())
     with torch.no_grad():

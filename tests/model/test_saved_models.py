@@ -326,7 +326,7 @@ def test_a_full_disk(make: SimpleNamespace, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mixing", Mixing)
 def test_summarizer_id_follows_stage_1_and_nothing_else(make: SimpleNamespace, mixing: Mixing) -> None:
-    model = make.model(mixing=mixing)
+    model = make.model(mixing=mixing, has_decoder=True)
     before = model.summarizer_id()
     assert len(before) == 32 and model.summarizer_id() == before
     packed = make.histories([12], 1)

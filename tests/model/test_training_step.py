@@ -124,7 +124,8 @@ def test_the_configuration_selects_the_losses(make: SimpleNamespace) -> None:
         with_window["window"] / 5
     )
     assert set(parts(optim=replace(optim, task_weight=0.0))) == {"next"}
-    with_summary = make.model()
+    assert set(parts(make.model())) == {"next", "click", "like"}, "no decoder, no reconstruction"
+    with_summary = make.model(has_decoder=True)
     assert set(parts(with_summary)) == {"next", "click", "like", "reconstruction"}
     assert set(parts(with_summary, replace(optim, reconstruction_weight=0.0))) == {"next", "click", "like"}
     bare, _ = make.chunks(make.histories([9, 4]), 1)
@@ -133,7 +134,7 @@ def test_the_configuration_selects_the_losses(make: SimpleNamespace) -> None:
 
 @pytest.mark.parametrize("mixing", Mixing)
 def test_an_event_shown_as_unknown_acts_like_an_unknown_item(make: SimpleNamespace, mixing: Mixing) -> None:
-    model = make.model(mixing=mixing)
+    model = make.model(mixing=mixing, has_decoder=True)
     with torch.no_grad():
         model.item_table[0] = 0.0  # as in every real model; here all parameters got noise
     chunks, _ = make.chunks(make.histories([20, 14], 2), 2, impressions=12)
@@ -160,7 +161,7 @@ def test_an_event_shown_as_unknown_acts_like_an_unknown_item(make: SimpleNamespa
         assert vectors.grad is not None
         return vectors.grad.any(1).nonzero().flatten()
 
-    of_tasks, of_reconstruction = learned(reconstruction_weight=0), learned(task_weight=0)
+    of_tasks, of_reconstruction = learned(), learned(task_weight=0, reconstruction_weight=1)
     assert len(of_tasks) and torch.isin(of_tasks, batch.impressions.item).all(), (
         "hidden items get no gradient from tasks"
     )
@@ -172,10 +173,10 @@ def test_an_event_shown_as_unknown_acts_like_an_unknown_item(make: SimpleNamespa
 def test_every_parameter_gets_a_gradient(make: SimpleNamespace, mixing: Mixing, kind: TargetAttentionKind) -> None:
     """Except those that a mixing does not use."""
     decay = {"decay": Decay.time, "decay_horizons": [1.0, 9.0]} if mixing is Mixing.separable else {}
-    model = make.model(mixing=mixing, target_attention=kind, **decay).train()
+    model = make.model(mixing=mixing, target_attention=kind, has_decoder=True, **decay).train()
     chunks, _ = make.chunks(make.histories([20, 14], 2), 2, impressions=12)
     batch = make.batch(chunks, make.plan(model))
-    model.losses(batch, model.item_table[batch.rows], NEXT_ONLY).total.backward()
+    model.losses(batch, model.item_table[batch.rows], replace(NEXT_ONLY, reconstruction_weight=0.1)).total.backward()
     without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     last = model.config.num_layers - 1
     # Separable mixing: events leave the last layer as keys and values, so its feed-forward of events is never used.
@@ -206,30 +207,26 @@ def test_counters_off_change_no_loss(
     make: SimpleNamespace, mixing: Mixing, total: float, window: float, click: float
 ) -> None:
     """The losses of one batch stay as they are."""
-    model = make.model(seed=5, mixing=mixing)
+    model = make.model(seed=5, mixing=mixing, has_decoder=True)
     chunks, _ = make.chunks(make.histories([27, 9, 1, 18], 6), 6, impressions=20, chunk_len=9)
     anchors = make.anchor_plan(spacing=3, timeless_share=0.2)
     batch = make.batch(
         chunks, make.plan(model, staleness_share=0.5, timeless_share=0.2, unknown_share=0.1, anchors=anchors), 6
     )
-    losses = model.losses(batch, model.item_vectors(batch.rows), replace(NEXT_ONLY, window_weight=0.7))
+    optim = replace(NEXT_ONLY, window_weight=0.7, reconstruction_weight=0.1)
+    losses = model.losses(batch, model.item_vectors(batch.rows), optim)
     measured = [float(value.detach()) for value in (losses.total, losses.parts["window"], losses.parts["click"])]
     assert measured == pytest.approx([total, window, click], rel=1e-6)
     assert batch.anchors.counters is None and batch.impressions.codes is None
 
 
-ALONE = OptimConfig(next_weight=0.0, window_weight=0.0, task_weight=0.0, reconstruction_weight=1.0)
-
-
 def test_the_targets_get_no_gradient() -> None:
     predicted, target = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
-    loss = reconstruction_loss(predicted, target, stop_gradient=True)
+    loss = reconstruction_loss(predicted, target)
     assert loss.item() == pytest.approx(((predicted - target) ** 2).sum().item() / 5)
     loss.backward()
     assert target.grad is None and predicted.grad is not None
-    reconstruction_loss(predicted, target, stop_gradient=False).backward()
-    assert target.grad is not None
-    assert float(reconstruction_loss(predicted[:0], target[:0], stop_gradient=True).detach()) == 0.0
+    assert float(reconstruction_loss(predicted[:0], target[:0]).detach()) == 0.0
 
 
 def test_a_prediction_sees_the_summary_and_the_events_before_it(make: SimpleNamespace) -> None:
@@ -252,7 +249,7 @@ def test_a_prediction_sees_the_summary_and_the_events_before_it(make: SimpleName
 
 
 def test_windows_of_a_batch_are_reconstructed_as_if_alone(make: SimpleNamespace) -> None:
-    model = make.model(seed=2)
+    model = make.model(seed=2, has_decoder=True)
     assert model.decoder is not None
     torch.manual_seed(0)
     offsets, age = torch.tensor([0, 4, 5, 9]), torch.tensor([4, 1, 300])

@@ -25,11 +25,11 @@ from vista.log.event_log import EventLog
 from vista.log.histories import UNKNOWN_GAP
 from vista.log.splits import visible_counts
 from vista.model.inference import empty_summary
-from vista.model.vista_model import VistaModel
+from vista.model.vista_model import STAGE1_WEIGHTS, VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.store import StoreReader, Tail
-from vista.training.downstream import KEPT_WEIGHTS, Downstream
+from vista.training.downstream import Downstream
 from vista.training.log_schema import schema_and_readers, schema_of
 from vista.training.trainer import Trainer, train
 
@@ -92,11 +92,11 @@ def liked(
 def test_the_base_stays_as_it_is(served_tasks: Served, liked: tuple[TrainConfig, VistaModel]) -> None:
     config, model = liked
     base, weights = served_tasks.model.state_dict(), model.state_dict()
-    kept = [name for name in base if name.startswith(KEPT_WEIGHTS)]
-    assert {name.split(".")[0] for name in kept} == {"item_table", "item_space", "encoder", "summarizer", "decoder"}
+    kept = [name for name in base if name.startswith(STAGE1_WEIGHTS)]
+    assert {name.split(".")[0] for name in kept} == {"item_table", "item_space", "encoder", "summarizer"}
     assert all(torch.equal(weights[name], base[name]) for name in kept)
     assert model.summarizer_id() == served_tasks.model.summarizer_id()
-    learned = [name for name in weights if not name.startswith(KEPT_WEIGHTS)]
+    learned = [name for name in weights if not name.startswith(STAGE1_WEIGHTS)]
     torch.manual_seed(config.seed)
     with Downstream.open(config, served_tasks.log) as downstream:
         fresh = downstream.model(*schema_and_readers(served_tasks.log, config)).state_dict()
@@ -139,7 +139,7 @@ def test_frozen_weights_are_in_no_optimizer(served_tasks: Served, past_store: Pa
         made = Trainer(config, served_tasks.log, downstream)
         updated = {id(p) for group in made.optimizers.dense.param_groups for p in group["params"]}
         names = {name for name, p in made.model.named_parameters() if id(p) in updated}
-        assert names == {name for name, _ in made.model.named_parameters() if not name.startswith(KEPT_WEIGHTS)}
+        assert names == {name for name, _ in made.model.named_parameters() if not name.startswith(STAGE1_WEIGHTS)}
         made._step(made.source.batch(0, 0), 0.0)
         assert made.model.item_table.grad is None and not made.optimizers.table.state
 

@@ -14,7 +14,7 @@ import torch
 from tests.conftest import DAY, START, Served, model_config, small_config, small_frame
 from tests.training.conftest import assert_served_as_validated
 from tests.training.worlds import feature_frame
-from vista.config import DataConfig, OptimConfig, SourceColumns, TrainConfig
+from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.checks import Architecture, Codec, Decay, InitFreeze, Split, to_dict
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
@@ -25,8 +25,9 @@ from vista.model.registry import with_items
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer, Tail
-from vista.training.log_schema import frequent_items, rating_range, schema_of
+from vista.training.log_schema import frequent_items, rating_range, schema_and_readers, schema_of
 from vista.training.trainer import Trainer, train, train_model
+from vista.training.warm_start import drawn_model
 
 
 def test_what_a_log_offers(event_log: EventLog, order_log: EventLog, impression_log: EventLog) -> None:
@@ -79,6 +80,17 @@ def test_baselines_that_rank_only_need_labeled_impressions(
 def test_some_head_must_be_trained(event_log: EventLog) -> None:
     with pytest.raises(ConfigError, match=r"optim\.next_weight=0: .* no head would be trained"):
         schema_of(event_log, TrainConfig(optim=OptimConfig(next_weight=0)))
+
+
+def test_a_decoder_is_only_made_where_it_is_trained(event_log: EventLog) -> None:
+    def has_decoder(config: TrainConfig) -> bool:
+        made = drawn_model(config, event_log, *schema_and_readers(event_log, config))
+        return any(name.startswith("decoder.") for name in made.state_dict())
+
+    assert not has_decoder(TrainConfig())
+    trained = OptimConfig(reconstruction_weight=0.1)
+    assert has_decoder(TrainConfig(optim=trained))
+    assert not has_decoder(TrainConfig(model=ModelConfig(num_seeds=0), optim=trained))
 
 
 @pytest.mark.parametrize("name", ["next", "loss", "step", "reconstruction"])

@@ -496,7 +496,6 @@ def downstream_config(base: tuple[TrainConfig, VistaModel, Path], run_dir: Path,
     return replace(
         config,
         model=replace(config.model, **{"tail_features": None, "ignore": [], **model}),
-        optim=replace(config.optim, reconstruction_weight=0.0),
         base=str(Path(config.run_dir) / "best"),
         store=str(store),
         run_dir=str(run_dir),

@@ -197,7 +197,7 @@ class CutPlan:
     staleness_share: float
     unknown_share: float
     reconstruction_len: int
-    """Number of events before a sampled cut that the decoder reconstructs."""
+    """Number of events before a sampled cut that the decoder reconstructs; 0 draws none."""
     timeless_share: float = 0.1
     """Share of windows whose requests have no time, because callers of the scorer may not pass one."""
     featureless_share: float = 0.1
@@ -226,7 +226,7 @@ class CutPlan:
             staleness_events=data.staleness_events,
             staleness_share=data.staleness_share,
             unknown_share=data.unknown_share,
-            reconstruction_len=RECONSTRUCTION_LEN,
+            reconstruction_len=RECONSTRUCTION_LEN if config.trains_decoder else 0,
             anchors=AnchorPlan.of(config, has_time=has_time),
             summary_lag=model.summary_lag,
             pools_labels=model.space_dim > 0 and config.ranks_items and config.next_weight > 0 and not model.counters,
@@ -482,7 +482,7 @@ def _segments(offsets: Int, phase: Int, W: int) -> tuple[Int, Int]:
 def _draw_reconstruction(plan: CutPlan, rng: np.random.Generator, cuts: BatchCuts) -> BatchReconstruction:
     """One cut per chunk, among those that cover events, and a stretch of the events that it covers."""
     start, stop = cuts.start.numpy(), cuts.stop.numpy()
-    candidates = np.flatnonzero(stop > start)
+    candidates = np.flatnonzero(stop > start) if plan.reconstruction_len else np.zeros(0, np.int64)
     # Chunks without events have no candidates, so a chunk is named by its first event.
     order = candidates[np.lexsort((rng.random(len(candidates)), start[candidates]))]
     _, first = np.unique(start[order], return_index=True)

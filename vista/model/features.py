@@ -139,6 +139,8 @@ class Schema:
     """Categories and numbers of requests, which labeled tasks read."""
     user_features: list[FeatureSpec] = field(default_factory=list)
     """Categories and numbers of users, which stage 2 and the retrieval head read."""
+    has_decoder: bool = False
+    """Whether summaries were trained to be decoded (`optim.reconstruction_weight`)."""
 
     def __post_init__(self) -> None:
         for key, most in (("actions", MAX_ACTIONS), ("tasks", MAX_TASKS)):
@@ -166,7 +168,7 @@ class Schema:
             "schema.num_tail_features",
             f"must lie in 0 … {len(self.event_features)}, got {self.num_tail_features!r}",
         )
-        for key in ("has_time", "has_retrieval"):
+        for key in ("has_time", "has_retrieval", "has_decoder"):
             require(type(getattr(self, key)) is bool, f"schema.{key}", "must be true or false")
         if self.rating_range is not None:
             ratings = self.rating_range

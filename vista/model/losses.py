@@ -196,17 +196,17 @@ def task_parts(names: Iterable[str], logits: Tensor, label: Tensor, mask: Tensor
     return {name: LossPart(mean, count) for name, mean, count in zip(names, means, counts, strict=True)}
 
 
-def reconstruction_loss(predicted: Tensor, target: Tensor, *, stop_gradient: bool) -> Tensor:
+def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """Mean over events of the squared distance between predicted and embedded events (VISTA, L_rec).
+
+    Embeddings get no gradient. Otherwise they could shrink to a point, where the loss is 0 and the model useless.
 
     Args:
         predicted: [N, M]; target: [N, M] event embeddings.
-        stop_gradient: if False, the embeddings can shrink to a point, where the loss is 0 and the model useless.
     """
     if len(target) == 0:
         return predicted.sum() * 0.0
-    target = target.detach() if stop_gradient else target
-    return (predicted.float() - target.float()).square().sum(-1).mean()
+    return (predicted.float() - target.detach().float()).square().sum(-1).mean()
 
 
 # The loss of anchors: a softmax over the catalog whose labels are all items of the window after a question.

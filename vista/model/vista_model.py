@@ -138,7 +138,7 @@ class VistaModel(RankingModel):
         super().__init__(config, schema, items, data)
         dim = config.dim
         self.summarizer = Summarizer(self.stage1, config.dropout) if config.num_seeds else None
-        self.decoder = ReconstructionDecoder(config) if config.num_seeds else None
+        self.decoder = ReconstructionDecoder(config) if schema.has_decoder else None
         self.target_attention = TargetAttention(config)
         self.request = nn.Parameter(torch.randn(dim) * dim**-0.5 / self.target_attention.scale)
         """The retrieval head's query token, to which the newest event is added."""
@@ -352,9 +352,7 @@ class VistaModel(RankingModel):
             target = self.encoder(item_vectors[events.item[index]], events.action[index], events.gap[index], rating)
         age = batch.cuts.stop[part.cut] - part.start
         predicted = self.decoder(summaries[part.cut], target, offsets, age)
-        # Without the stop of the gradient, embeddings can collapse.
-        mean = reconstruction_loss(predicted, target, stop_gradient=True)
-        return LossPart(mean, len(target))
+        return LossPart(reconstruction_loss(predicted, target), len(target))
 
     def user_vectors(
         self, gap: Tensor | None, seen: Tensor, context: TargetContext, pooled: Tensor | None = None

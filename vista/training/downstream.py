@@ -42,8 +42,6 @@ KEYS_OF_STAGE_1 = {
 """Fields of Stage1Config -> the fields of ModelConfig that set them, where these have other names."""
 INHERITED_KEYS = ("counters", "temperature", "tail_features")
 """Fields of ModelConfig that are the base's if they are null."""
-KEPT_WEIGHTS = (*STAGE1_WEIGHTS, "decoder.")
-"""Prefixes of the names of the weights that the base provides. The decoder belongs to the summaries that it reads."""
 
 
 class Downstream:
@@ -124,18 +122,19 @@ class Downstream:
             self._base.schema,
             tasks=schema.tasks,
             has_retrieval=schema.has_retrieval,
+            has_decoder=False,
             request_features=schema.request_features,
             user_features=self._base.schema.user_features if self.config.model.reads("user_features") else [],
         )
         assert isinstance(self.config.model, ModelConfig)  # TrainConfig has checked
         model = VistaModel(self.config.model, kept, self._base.items, self.config.data)
-        weights = {name: value for name, value in self._base.state_dict().items() if name.startswith(KEPT_WEIGHTS)}
+        weights = {name: value for name, value in self._base.state_dict().items() if name.startswith(STAGE1_WEIGHTS)}
         model.load_state_dict(weights, strict=False)
         model.take_catalog(self._base)
         model.request_features = readers.get("request_features")
         model.user_features = self._base.user_features if kept.user_features else None
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not name.startswith(KEPT_WEIGHTS))
+            parameter.requires_grad_(not name.startswith(STAGE1_WEIGHTS))
         return model
 
     def identity(self) -> dict[str, Any]:

@@ -280,6 +280,7 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
         config.ranks_items,
         features,
         num_tail_features=num_tail_features,
+        has_decoder=config.trains_decoder,
         **{name: reader.columns for name, reader in readers.items()},
     )
     return schema, readers

@@ -40,7 +40,7 @@ from vista.model.registry import ARCHITECTURES, load_model
 from vista.model.saved_model import CONFIG_FILE
 from vista.model.vista_model import STAGE1_WEIGHTS
 from vista.training.checkpoint import check_moments, checked_state, load_checkpoint, newest_checkpoint, unpack_state
-from vista.training.downstream import COUNTER_KEYS, KEPT_WEIGHTS, with_settings_of
+from vista.training.downstream import COUNTER_KEYS, with_settings_of
 from vista.training.log_schema import encoded_features, features_of, frequent_items
 from vista.training.optimizers import Optimizers, moments_of
 
@@ -181,7 +181,7 @@ class WarmStart:
             )
         base = load_model(config.init_from)
         config = with_settings_of(base, config)
-        if config.init_freeze is InitFreeze.summarizer:  # the decoder belongs to the summaries that it reads
+        if config.init_freeze is InitFreeze.summarizer:  # a decoder trains summaries
             config = replace(config, optim=replace(config.optim, reconstruction_weight=0.0))
         check_start(config, base, log)
         return cls(config, log, base)
@@ -226,7 +226,7 @@ class WarmStart:
             made.num_trained_items = base.num_trained_items
             for name, parameter in made.named_parameters():
                 trains = len(self._items) > base.num_trained_items if name == "item_table" else False
-                parameter.requires_grad_(trains or not name.startswith(KEPT_WEIGHTS))
+                parameter.requires_grad_(trains or not name.startswith(STAGE1_WEIGHTS))
         logger.info(
             "starting from %s: %d items, of which %d are new to it%s",
             self._folder,
@@ -335,7 +335,7 @@ class WarmStart:
         features: dict[str, Any] = {key: columns.columns for key, columns in grown.items()}
         if self.freezes:
             features = {"request_features": schema.request_features} | features
-            return replace(known, tasks=schema.tasks, has_retrieval=schema.has_retrieval, **features)
+            return replace(known, tasks=schema.tasks, has_retrieval=schema.has_retrieval, has_decoder=False, **features)
         # Codes of actions are those of the log, so actions that only the model knows come last.
         actions = [*schema.actions, *(name for name in known.actions if name not in schema.actions)]
         features["num_tail_features"] = known.num_tail_features  # new columns come last, so stage 2 does not read them

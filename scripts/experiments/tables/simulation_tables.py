@@ -88,9 +88,9 @@ def _ablations(minutes: float, staleness: tuple[int, ...] = ()) -> dict[str, Tab
         "tail-only": (0.4, K0),
         "K=4": (0.9, ("model.num_seeds=4",)),
         "K=32": (1.3, ("model.num_seeds=32",)),
-        "no-reconstruction": (0.8, ("optim.reconstruction_weight=0",)),
-        "reconstruction-0.2": (1, ("optim.reconstruction_weight=0.2",)),
-        "reconstruction-1": (1, ("optim.reconstruction_weight=1",)),
+        "reconstruction-0.05": (1.25, ("optim.reconstruction_weight=0.05",)),
+        "reconstruction-0.2": (1.25, ("optim.reconstruction_weight=0.2",)),
+        "reconstruction-1": (1.25, ("optim.reconstruction_weight=1",)),
         "bidirectional": (1.5, ("model=bidirectional",)),
         "1-window": (0.5, ("data.windows_per_chunk=1",)),
         "cuts-every-8": (1.8, ("data.label_spacing=8",)),
@@ -134,7 +134,7 @@ def _five_minutes() -> Table:
         "factors": TableRow(5, (*budget, "model.item_start=factors")),
         "clicks alone": TableRow(5, (*budget, "optim.next_weight=0")),
         # The published choices and sizes: K = 128, d = 256, bidirectional, softmax layers in stage 2.
-        "paper": TableRow(5, (*budget, "model=paper")),
+        "paper": TableRow(5, (*budget, "model=paper", "optim.reconstruction_weight=0.1")),
     }
     return replace(SIMULATION, rows=rows | ORACLE, costs=False, validation=True)
 
