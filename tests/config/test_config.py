@@ -101,11 +101,6 @@ def test_words_are_choices() -> None:
         (OptimConfig, {"epochs": "2"}, r"optim\.epochs: expected int, got '2'"),
         (OptimConfig, {"epochs": True}, r"optim\.epochs: expected int, got True"),
         (ModelConfig, {"num_seeds": 65_535}, r"model\.num_seeds: a record would hold 65536 rows"),
-        (
-            ModelConfig,
-            {"tail_in_summary": False, "num_seeds": 0},
-            r"model\.tail_in_summary: false needs a model with a summary; set model\.num_seeds",
-        ),
         (ModelConfig, {"architecture": "sim"}, r"model\.architecture: expected vista, got sim; in .*SimConfig"),
         (ModelConfig, {"embedding_rows": -1}, r"model\.embedding_rows: must be at least 0, got -1"),
         (

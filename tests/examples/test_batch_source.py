@@ -238,14 +238,11 @@ def test_questions_per_event_do_not_depend_on_the_length_of_chunks(world: World)
 
 @pytest.mark.parametrize("chunk_len", [7, 1000])
 @pytest.mark.parametrize("since", [None, 1400 * MS])
-@pytest.mark.parametrize("tail_in_summary", [True, False])
-def test_counted_items_are_those_of_the_record_and_the_tail(
-    world: World, tail_in_summary: bool, since: int | None, chunk_len: int
-) -> None:
+def test_counted_items_are_those_of_the_record_and_the_tail(world: World, since: int | None, chunk_len: int) -> None:
     """Every event has an item of its own. Counters cover the whole history, also of a chunk that begins late."""
     stored = None if since is None else StoredSummaries(since, lambda users: np.zeros((len(users), 2, 8), np.float32))
-    spec, gaps, lag = CounterSpec(keys=(1000,)), 0, 0 if tail_in_summary else 4
-    options = {"optim": WITH_WINDOWS, "model": {"counters": True, "tail_in_summary": tail_in_summary}}
+    spec, gaps = CounterSpec(keys=(1000,)), 0
+    options = {"optim": WITH_WINDOWS, "model": {"counters": True}}
     options |= {"chunk_len": chunk_len, "staleness_share": 0.5, "anchor_spacing": 2}
     made = time_split(world, stored=stored, keys=only_items(spec), **options)
     for batch in whole_pass(made):
@@ -261,7 +258,7 @@ def test_counted_items_are_those_of_the_record_and_the_tail(
             if since is None:
                 cut, label = int(batch.windows.cut[window]), batch.labels.item[window]
                 oldest = items(world, batch, batch.events.item[batch.cuts.start[[cut]]])
-                counted_until = int(oldest[0]) + int(batch.cuts.stop[cut] - batch.cuts.start[cut]) + lag
+                counted_until = int(oldest[0]) + int(batch.cuts.stop[cut] - batch.cuts.start[cut])
                 first = min(counted_until, int(items(world, batch, label[label >= 0]).min()))
             else:
                 first = start + int((world.time[start : world.offsets[user + 1]] < since).sum())

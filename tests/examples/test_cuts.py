@@ -120,15 +120,12 @@ def cases(draw: st.DrawFn) -> tuple[Chunks, int, dict[str, Any]]:
         "mixing": draw(st.sampled_from(Mixing)),
         "tail_len": draw(st.integers(1, 9)),
         "label_spacing": draw(st.integers(1, 7)),
-        "summary_lag": 0,
         "windows_per_chunk": draw(st.sampled_from([0, 0, 1, 3])),
         "num_cuts": draw(st.integers(1, 3)),
         "staleness_share": draw(st.sampled_from([0.0, 0.4, 1.0])),
         "reconstruction_len": draw(st.integers(0, 8)),
         "anchors": draw(st.sampled_from([None, anchor_plan(), anchor_plan(by_time=True, keeps_other_windows=False)])),
     }
-    if draw(st.booleans()):
-        options["summary_lag"] = options["tail_len"] = max(options["tail_len"], options["label_spacing"])
     return coded_chunks(lengths, sorted(impressions), draw(st.integers(0, 7))), draw(st.integers(0, 1000)), options
 
 
@@ -161,24 +158,9 @@ def test_no_label_is_in_its_own_context(case: tuple[Chunks, int, dict[str, Any]]
             visible = visible[visible >= 0]
             assert start[window] <= stop[window] <= event, "the summary covers the label"
             assert (visible < event).all(), "the tail holds the label"
-            assert (visible >= stop[window]).all() or not options.get("summary_lag"), "an event is read twice"
             # The tail holds the newest events before the label, of this chunk only.
             newest = np.arange(max(start[window], event - max(seen, 0)), event)
             np.testing.assert_array_equal(visible, newest)
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=4), st.integers(1, 7), st.integers(0, 9), st.integers(0, 99))
-def test_a_fresh_summary_ends_where_the_tail_begins(lengths: list[int], spacing: int, more: int, seed: int) -> None:
-    """With tail_in_summary=false, summary and tail together hold each event before a window's boundary once."""
-    chunks, L = coded_chunks(lengths, []), spacing + more
-    batch = cut(chunks, seed, staleness_share=0.0, label_spacing=spacing, tail_len=L, summary_lag=L)
-    begin = np.where((label := label_events(batch)) >= 0, label, len(chunks.item)).min(1)
-    for cut_index, tail, boundary in zip(batch.windows.cut, batch.windows.tail_index.numpy(), begin, strict=True):
-        covered = np.arange(int(batch.cuts.start[cut_index]), int(batch.cuts.stop[cut_index]))
-        read = np.append(covered, tail[(tail >= 0) & (tail < boundary)])
-        np.testing.assert_array_equal(read, np.arange(int(batch.cuts.start[cut_index]), boundary))
-        assert (tail < chunks.offsets[np.searchsorted(chunks.offsets, boundary, side="right")]).all(), "of this chunk"
 
 
 @settings(max_examples=60, deadline=None)

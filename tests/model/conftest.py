@@ -235,7 +235,6 @@ def plan(model: VistaModel, **changes: Any) -> CutPlan:
         "unknown_share": 0.0,
         "featureless_share": 0.0,
         "reconstruction_len": 6,
-        "summary_lag": model.config.summary_lag,
         "pools_labels": model.config.space_dim > 0 and not model.config.counters,
     }
     return CutPlan(**{**options, **changes})

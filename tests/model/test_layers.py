@@ -1,4 +1,4 @@
-"""Layers against their formulas: embeddings of events, SiLU, pointwise and quasi-linear attention, frozen maps."""
+"""Layers against their formulas: embeddings of events, SiLU, pointwise attention, frozen maps."""
 
 from __future__ import annotations
 

@@ -37,8 +37,6 @@ SHAPES = {
     "decay by position": {"decay": Decay.position, "decay_horizons": [5.0, 40.0]},
     "bidirectional": {"mixing": Mixing.bidirectional, "num_layers": 3},
     "no summary": {"num_seeds": 0},
-    "tail not in the summary": {"tail_in_summary": False},
-    "tail not in the summary, bidirectional": {"tail_in_summary": False, "mixing": Mixing.bidirectional},
     "one layer": {"num_layers": 1, "num_target_layers": 1},
     "no times": {"has_time": False, "conv_width": 1},
     "request features": {"request_features": True},
@@ -60,7 +58,6 @@ SHAPES = {
     },
 }
 COMBINED = (
-    "tail not in the summary, bidirectional",
     "request features, no times",
     "three layers",
     "softmax, no summary",
@@ -129,9 +126,7 @@ def served_context(
     in_tail = batch.windows.tail_index[window].numpy()
     visible = int(((in_tail >= 0) & (in_tail < start + position)).sum())
     tail = make.tail(model, history.slice(0, position - visible, position))
-    # A summary leaves out as many newest events, of any kind.
-    whole = np.append(np.arange(covered), np.zeros(model.config.summary_lag, np.int64))
-    summary = inference.summarize(model, history.at(whole, np.array([0, len(whole)])))
+    summary = inference.summarize(model, history.slice(0, 0, covered))
     own = make.users(packed).select(np.array([owner]))
     return inference.request_context(model, summary, tail, users=own), tail
 
@@ -295,20 +290,6 @@ def test_a_summary_covers_the_newest_history_limit_events(make: SimpleNamespace)
     assert torch.equal(inference.summarize(model, packed), inference.summarize(model, newest))
     unlimited = make.model(seed=11)
     assert not torch.allclose(inference.summarize(model, packed)[0], inference.summarize(unlimited, packed)[0])
-
-
-@pytest.mark.parametrize("mixing", Mixing)
-def test_a_summary_leaves_the_events_of_the_tail_out(make: SimpleNamespace, mixing: Mixing) -> None:
-    model, whole = make.model(seed=11, mixing=mixing, tail_in_summary=False), make.model(seed=11, mixing=mixing)
-    packed = make.histories([10, 3, 6, 5], 13)
-    before = packed.select(np.zeros(4, np.int64), np.array([5, 0, 1, 0]))
-    summary = inference.summarize(model, packed)
-    assert torch.equal(summary, inference.summarize(whole, before))
-    torch.testing.assert_close(summary[[1, 3]], inference.empty_summary(model).expand(2, -1, -1), atol=2e-6, rtol=1e-5)
-    shorter = model.with_tail(2)
-    before = packed.select(np.zeros(4, np.int64), packed.lengths - 2)
-    assert torch.equal(inference.summarize(shorter, packed), inference.summarize(whole, before))
-    assert len({each.summarizer_id() for each in (model, whole, shorter)}) == 3
 
 
 def test_padded_tails_hold_the_newest_events_and_the_gaps_between_them(make: SimpleNamespace) -> None:

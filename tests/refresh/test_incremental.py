@@ -45,32 +45,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "pooled vectors alone": {"num_seeds": 0},
     "event features": {"num_tail_features": 1},
     "decay by time": {"decay": Decay.time, "decay_horizons": [3.0, 0.0]},
-    "event features, decay by time, tail not in the summary": {
+    "event features, decay by time": {
         "num_tail_features": 2,
-        "tail_in_summary": False,
         "decay": Decay.time,
         "decay_horizons": [3.0, 0.0],
     },
     "counters": COUNTERS,
     "categories, decay by position": CATEGORIES | {"decay": Decay.position, "decay_horizons": [8.0, 0.0]},
     "counters, bidirectional": COUNTERS | {"mixing": Mixing.bidirectional, "conv_width": 1},
-    "counters, tail not in the summary": COUNTERS | {"tail_in_summary": False},
-    "decay by position, tail not in the summary": {
-        "tail_in_summary": False,
-        "decay": Decay.position,
-        "decay_horizons": [8.0, 0.0],
-    },
-    "bidirectional, tail not in the summary": {"tail_in_summary": False, "mixing": Mixing.bidirectional},
     "counters alone": COUNTERS | {"num_seeds": 0, "pooled_dim": 0},
 }
-WITHOUT_STATES = (
-    *("a history limit", "no summary"),
-    *("counters, bidirectional", "bidirectional, tail not in the summary"),
-)
-COMBINED = (
-    *("event features, decay by time, tail not in the summary", "counters"),
-    *("decay by position, tail not in the summary", "bidirectional, tail not in the summary", "counters alone"),
-)
+WITHOUT_STATES = "a history limit", "no summary", "counters, bidirectional"
+COMBINED = "event features, decay by time", "counters", "counters alone"
 """Models whose parts other models have, one by one; `make nightly` has them."""
 DRIFT = 5e-4
 """Subtraction loses up to three digits before a state is recomputed (`DRIFT_LIMIT`)."""
@@ -203,8 +189,6 @@ def test_readers_see_new_records_without_a_reload(tmp_path, grow):
     [
         *(({}, at) for at in (1, 2, 5)),
         *(pytest.param({}, at, marks=pytest.mark.nightly) for at in (3, 4, 6)),
-        ({"tail_in_summary": False}, 2),
-        pytest.param({"tail_in_summary": False}, 5, marks=pytest.mark.nightly),
         ({"num_seeds": 0}, 3),
     ],
     ids=str,

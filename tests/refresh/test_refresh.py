@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROUNDING, START, draw_space, small_config, small_frame
+from tests.conftest import START, draw_space, small_config, small_frame
 from tests.faults.nursery import Say
 from tests.refresh.conftest import fail_at
 from vista.cli.serving_commands import run_refresh, run_score
 from vista.config import ModelConfig, RefreshConfig, ScoreConfig, SourceColumns
-from vista.config.checks import Codec, Decay, OnMissing, Precision, StateDtype
+from vista.config.checks import Codec, Decay, OnMissing, Precision
 from vista.errors import ConfigError, RecordError, StoreError, UnknownUserError, UserKeyError
 from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
@@ -387,23 +387,6 @@ def test_a_few_failing_users_change_no_others(tmp_path, grow):
     with StoreReader.open(tmp_path / "store") as store, StoreReader.open(tmp_path / "healthy") as healthy:
         assert sorted(store.keys()) == others and len(store) == 248
         assert (store.get_many(others).summary == healthy.get_many(others).summary).all()
-
-
-@pytest.mark.parametrize("state", [StateDtype.float32, StateDtype.none])
-def test_summaries_without_the_tail_cover_the_events_before_it(tmp_path, grow, state):
-    model, whole = grow.model(tail_in_summary=False, counters=True), grow.model(counters=True)
-    log = grow.append(tmp_path / "log", grow.events({1: 12, 2: 5, 3: 30, 4: 1}))
-    for name, each in (("store", model), ("whole", whole)):
-        refresh(each, log, tmp_path / name, options=RefreshOptions(codec=Codec.float32, state=state))
-    history = log.gather(np.arange(4), np.array([7, 0, 25, 0]))
-    history = replace(history, item=model.rows_of(log.items)[history.item].astype(np.int32))
-    with StoreReader.open(tmp_path / "store") as store, StoreReader.open(tmp_path / "whole") as other:
-        batch, of_all = (opened.get_many(log.users.ids(np.arange(4))) for opened in (store, other))
-    np.testing.assert_allclose(batch.summary[:, :-1], inference.summarize(whole, history).numpy(), atol=ROUNDING)
-    np.testing.assert_array_equal(batch.summary[:, -1], of_all.summary[:, -1])  # pooled vectors cover the tail
-    assert batch.event_count.tolist() == [12, 5, 30, 1] and np.diff(batch.tail.offsets).tolist() == [5, 5, 5, 1]
-    for name in ("key", "codes", "offsets", "clock"):  # counters cover the tail
-        np.testing.assert_array_equal(getattr(batch.counters[0], name), getattr(of_all.counters[0], name))
 
 
 def test_an_incremental_failure_keeps_the_old_record(tmp_path, grow):

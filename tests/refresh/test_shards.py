@@ -119,10 +119,10 @@ features = st.sampled_from([None, 0, 1, 2])
 
 
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), decay=st.sampled_from([Decay.none, Decay.time]), tail_in_summary=st.booleans())
-def test_merged_stores_equal_the_store_of_all_events(tmp_path_factory, grow, data, decay, tail_in_summary):
+@given(data=st.data(), decay=st.sampled_from([Decay.none, Decay.time]))
+def test_merged_stores_equal_the_store_of_all_events(tmp_path_factory, grow, data, decay):
     folder, horizons = tmp_path_factory.mktemp("merge"), [20.0, 0.0] if decay is Decay.time else []
-    options = {"decay": decay, "decay_horizons": horizons, "tail_in_summary": tail_in_summary}
+    options = {"decay": decay, "decay_horizons": horizons}
     counted = {"counters": True, "counter_categories": ["genre"]} if data.draw(st.booleans()) else {}
     model = grow.model(num_tail_features=data.draw(features), **options, **counted)
     frame = grow.events(data.draw(st.dictionaries(st.integers(1, 6), st.integers(1, 20), min_size=1)), spread=10**7)

@@ -40,7 +40,6 @@ COUNTERS = {"model__counters": True, "optim__window_weight": 0.5}
 MODELS: dict[str, dict[str, Any]] = {
     "vista": {},
     "bidirectional": {"model__mixing": Mixing.bidirectional},
-    "lag": {"model__tail_in_summary": False},
     "counters": COUNTERS,
     "unknown items": {"data__unknown_share": 0.3},
     "hashed": {"model__embedding_rows": 30, "model__hashed_features": ["surface:2", "device:2"]},

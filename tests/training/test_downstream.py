@@ -360,21 +360,6 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=r"model\.mixing \(separable -> bidirectional\)"):
             train(config, served_tasks.log)
 
-    def test_another_tail_if_the_records_leave_the_tail_out(self, served_tasks: Served, tmp_path: Path) -> None:
-        log, given = served_tasks.log, replace(served_tasks.config.model, tail_in_summary=False)
-        base = VistaModel(given, served_tasks.model.schema, log.items, served_tasks.config.data).eval()
-        base.save_pretrained(tmp_path / "base")
-        refresh(base, log, tmp_path / "store", until=past_of(served_tasks))
-        for changes, message in (
-            ({"tail_in_summary": True}, r"changes model\.tail_in_summary \(False -> True\)"),
-            ({"tail_len": 5}, r"changes model\.tail_len \(6 -> 5\)"),
-        ):
-            config = downstream_config(served_tasks, tmp_path / "store", tmp_path / "run", base=str(tmp_path / "base"))
-            with pytest.raises(ConfigError, match=message):
-                train(replace(config, model=replace(given, **changes)), log)
-        config = replace(config, model=given, optim=replace(config.optim, epochs=1))
-        assert train(config, log).summarizer_id() == base.summarizer_id()
-
     def test_the_store_of_another_model(self, served_tasks: Served, served: Served, tmp_path: Path) -> None:
         with pytest.raises(SummarizerMismatchError):
             train(downstream_config(served_tasks, served.store, tmp_path), served_tasks.log)

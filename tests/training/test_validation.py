@@ -289,15 +289,12 @@ def test_validation_is_served_on_the_schedule_of_refreshes(served_tasks: Served,
     assert stale(model)["ne/click"] != pytest.approx(expected["ne/click"], abs=1e-3)
 
 
-@pytest.mark.parametrize("tail_in_summary", [True, False])
 @pytest.mark.parametrize("kind", ["served", "served_tasks"])
-def test_validation_scores_as_a_store_does(
-    kind: str, tail_in_summary: bool, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_validation_scores_as_a_store_does(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """After the events of the record (leave-last-out), and with newer events that callers pass (a split by time)."""
     given: Served = request.getfixturevalue(kind)
     log, config = given.log, given.config
-    config = replace(config, model=replace(config.model, tail_in_summary=tail_in_summary, counters=True, pooled_dim=4))
+    config = replace(config, model=replace(config.model, counters=True, pooled_dim=4))
     model = Trainer(replace(config, run_dir=str(tmp_path / "run")), log).model.eval()
     assert isinstance(model, VistaModel)
     draw_counter_weights(model, statistics=False)

@@ -157,11 +157,6 @@ class RankingConfig:
         return Decay.none
 
     @property
-    def summary_lag(self) -> int:
-        """How many of a user's newest events a summary leaves to the tail."""
-        return 0
-
-    @property
     def hashed_rows(self) -> dict[str, int]:
         """Number of rows of each feature of `hashed_features`, by name."""
         parts = [word.rpartition(":") for word in self.hashed_features]
@@ -354,9 +349,6 @@ class ModelConfig(NextItemConfig):
     decay_horizons: list[float] = field(default_factory=list)
     """One decay horizon tau per head, in days for decay=time or in events for decay=position. With 0, a head does not
     decay."""
-    tail_in_summary: bool = True
-    """Whether the summary also covers the events of the tail. With false, stage 2 reads each event once, and training
-    cuts summaries where the tails of its windows begin. Only for models with a summary."""
     pooled_dim: int = 32
     """Number of dimensions of the item space, but at most dim. Training fits a fixed vector per item to which users had
     which items. Scores read the cosines of a candidate with the sums of these vectors over all of a user's events, and
@@ -373,11 +365,6 @@ class ModelConfig(NextItemConfig):
         require_counts(self, "model.", ("conv_width",), most=1024)
         features = self.tail_features or []
         require(len({*features}) == len(features), "model.tail_features", f"names a column twice, got {features}")
-        require(
-            self.tail_in_summary or self.num_seeds > 0,
-            "model.tail_in_summary",
-            "false needs a model with a summary; set model.num_seeds above 0, or true",
-        )
         if self.decay is not Decay.none:
             self._check_decay()
         require(
@@ -394,11 +381,6 @@ class ModelConfig(NextItemConfig):
     def num_rows(self) -> int:
         """Rows of width dim of a record: the summary tokens, and that of pooled vectors."""
         return self.num_seeds + (self.space_dim > 0)
-
-    @property
-    def summary_lag(self) -> int:
-        """How many of a user's newest events a summary leaves to the tail."""
-        return 0 if self.tail_in_summary else self.tail_len
 
     def _check_decay(self) -> None:
         require(

@@ -6,10 +6,9 @@ p) are divided into windows [b, e] of at most W positions. A window reads
 - a summary whose cut (number of events covered) is at most b, and
 - a tail, the events e-L .. e-1, of which position p sees those before p.
 
-So neither holds the label of any position of the window. With tail_in_summary=false, the cut is at most e-L, where the
-tail begins, so no window reads an event twice. With stored summaries, labels begin after the events that the record
-covers. Such a chunk starts with a lead, events that serve as context only, and all its windows read the one record.
-Letters: B chunks, T packed events, N impressions, NC cuts, NW windows, W positions per window, L tail length, I
+So neither holds the label of any position of the window. With stored summaries, labels begin after the events that the
+record covers. Such a chunk starts with a lead, events that serve as context only, and all its windows read the one
+record. Letters: B chunks, T packed events, N impressions, NC cuts, NW windows, W positions per window, L tail length, I
 impressions per window.
 """
 
@@ -205,8 +204,6 @@ class CutPlan:
     does not know those of users without a record."""
     anchors: AnchorPlan | None = None
     """None draws no anchors."""
-    summary_lag: int = 0
-    """0, or tail_len if summaries leave the events of the tail out."""
     pools_labels: bool = False
     """Whether next items are trained at all positions of windows, by a model with pooled vectors."""
     exact_counters: bool = False
@@ -228,15 +225,9 @@ class CutPlan:
             unknown_share=data.unknown_share,
             reconstruction_len=RECONSTRUCTION_LEN if config.trains_decoder else 0,
             anchors=AnchorPlan.of(config, has_time=has_time),
-            summary_lag=model.summary_lag,
             pools_labels=model.space_dim > 0 and config.ranks_items and config.next_weight > 0 and not model.counters,
             exact_counters=model.architecture is not Architecture.vista,
         )
-
-    @property
-    def cut_distance(self) -> int:
-        """Events between a window's boundary and the newest cut that the window may read."""
-        return self.summary_lag + 1 - self.label_spacing if self.summary_lag else 0
 
 
 # Windows: the label positions of chunks, divided into runs that share one summary and one tail.
@@ -262,12 +253,9 @@ class ChunkWindows:
         return ChunkWindows(self.chunk[rows], self.index[rows], self.begin[rows], self.end[rows])
 
 
-def divide_chunks(chunks: Chunks, label_spacing: int, phase: Int, *, cut_last: bool) -> ChunkWindows:
-    """All windows. They begin at 0, phase, phase + W, … after a chunk's lead, and end before the next one.
-
-    The last one ends at the chunk's last position if `cut_last`. Otherwise it ends where it would if the chunk were
-    longer, so its tail begins as far before its boundary as the tails of other windows.
-    """
+def divide_chunks(chunks: Chunks, label_spacing: int, phase: Int) -> ChunkWindows:
+    """All windows. They begin at 0, phase, phase + W, … after a chunk's lead, and end before the next one, or at the
+    chunk's last position."""
     W, lead = label_spacing, chunks.num_context
     # A position after the last event has no next item, but impressions may lie there.
     num_positions = np.diff(chunks.offsets) - lead + (1 if len(chunks.impressions.chunk) else 0)
@@ -275,9 +263,7 @@ def divide_chunks(chunks: Chunks, label_spacing: int, phase: Int, *, cut_last: b
     chunk = np.repeat(np.arange(len(phase)), num_windows)
     index = ranges(0, num_windows)
     begin = np.where(index == 0, 0, phase[chunk] + (index - 1) * W)
-    end = np.where(index == 0, phase[chunk] - 1, begin + W - 1)
-    if cut_last:
-        end = np.minimum(end, num_positions[chunk] - 1)
+    end = np.minimum(np.where(index == 0, phase[chunk] - 1, begin + W - 1), num_positions[chunk] - 1)
     return ChunkWindows(chunk, index, begin + lead[chunk], end + lead[chunk])
 
 
@@ -340,7 +326,7 @@ def cut_batch(
         negatives: int64 [J] model item rows, shared by the batch; negative_log_weight: float32 [J].
     """
     phase = rng.integers(1, plan.label_spacing + 1, len(chunks.offsets) - 1)
-    all_windows = divide_chunks(chunks, plan.label_spacing, phase, cut_last=plan.summary_lag == 0)
+    all_windows = divide_chunks(chunks, plan.label_spacing, phase)
     impression_window = _windows_at(chunks.impressions, chunks, plan, phase, all_windows)
     keep = draw_windows(plan.windows_per_chunk, rng, all_windows, impression_window)
     anchors, anchor_window = None, np.zeros(0, np.int64)
@@ -446,18 +432,15 @@ def _place_cuts(
 
     Args:
         windows: all of them.
-        boundary: int64 [NW] of the kept windows: the window at whose boundary, or `cut_distance` before it, the summary
-            is cut.
+        boundary: int64 [NW] of the kept windows: the window at whose boundary the summary is cut.
     """
-    W, distance = plan.label_spacing, plan.cut_distance
-    first = (phase - 1 - distance) % W + 1  # the first cut after each chunk's first event
-    segment_offsets, chunk_offsets = _segments(chunks.offsets, first, W)
+    segment_offsets, chunk_offsets = _segments(chunks.offsets, phase, plan.label_spacing)
     used, window_cut = np.unique(boundary, return_inverse=True)
     chunk = windows.chunk[used]
     start = chunks.offsets[:-1][chunk]
-    place = np.maximum(windows.begin[used] - distance, 0)
-    stop = start + np.minimum(place, np.diff(chunks.offsets)[chunk])
-    segment = np.where(place == 0, -1, chunk_offsets[:-1][chunk] + (place - first[chunk]) // W)
+    place = windows.begin[used]
+    stop = start + place
+    segment = np.where(place == 0, -1, chunk_offsets[:-1][chunk] + (place - phase[chunk]) // plan.label_spacing)
     return BatchCuts(*map(_tensor, (segment_offsets, chunk_offsets, segment, start, stop))), window_cut
 
 
@@ -615,8 +598,7 @@ def _covered(chunks: Chunks, plan: CutPlan, windows: ChunkWindows, cuts: BatchCu
     if histories.covered is not None:
         return histories.covered[chunk]
     stop = cuts.stop.numpy()[window_cut] - chunks.offsets[:-1][chunk]
-    # A record also counts the events that its summary leaves to the tail, but here none after the window's boundary.
-    covered: Int = histories.start[chunk] + np.minimum(stop + plan.summary_lag, windows.begin)
+    covered: Int = histories.start[chunk] + stop
     return covered
 
 

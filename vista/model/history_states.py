@@ -41,16 +41,6 @@ def reach(model: VistaModel) -> int:
     return model.stage1.conv_width - 1 + model.stage1.has_gap
 
 
-def covered_lengths(model: VistaModel, lengths: Int) -> Int:
-    """How many events of histories of some lengths their summaries cover: all but those left to the tail."""
-    return np.maximum(lengths - model.stage1.summary_lag, 0)
-
-
-def covered_events(model: VistaModel, histories: Histories) -> Histories:
-    """The events of histories that their summaries cover."""
-    return histories.select(np.zeros_like(histories.lengths), covered_lengths(model, histories.lengths))
-
-
 def default_slice_len(model: VistaModel) -> int:
     """Events in one pass over the histories of this model."""
     if model.device.type != "cpu":
@@ -222,11 +212,11 @@ def merge_histories(
 
     Args:
         model: in eval mode.
-        states: of the events of `parts` that summaries cover (N = 1 each).
+        states: of `parts` (N = 1 each).
         parts: B = 1 each; disjoint events, items as model rows. Events with equal times keep the order of the parts.
 
     Returns:
-        (state, history) of the whole; the state is of the events that a summary covers.
+        (state, history) of the whole.
 
     Raises:
         ConfigError: if the model decays by position, which allows appending only.
@@ -235,24 +225,22 @@ def merge_histories(
     _refuse_decay_by_position(model, "merging states")
     summarizer, r = separable_summarizer(model), reach(model)
     whole, places = _interleaved(parts)
-    covered, covered_parts = covered_events(model, whole), [covered_events(model, part) for part in parts]
-    for state, part in zip(states, covered_parts, strict=True):
+    for state, part in zip(states, parts, strict=True):
         if state.num_events.tolist() != [part.num_events]:
             raise ValueError(f"state: covers {state.num_events.tolist()} events, but its history has {part.num_events}")
-    clock = clock_after(model, covered)
+    clock = clock_after(model, whole)
     total, old = summarizer.empty_state(1), summarizer.empty_state(1)
-    moved = np.ones(covered.num_events, np.bool_)
-    for state, part, places_of_part in zip(states, covered_parts, places, strict=True):
+    moved = np.ones(whole.num_events, np.bool_)
+    for state, part, place in zip(states, parts, places, strict=True):
         total = merge_states(total, state, summarizer.decay_rate)
         own = np.arange(part.num_events)
-        place = places_of_part[: part.num_events]
         before = np.minimum(r, own)
         moved_here = (place - place[own - before] != before) | ((before < r) & (place != own))
         moved[place] = moved_here
         old = merge_states(old, sum_of_ranges(model, part, *_runs(moved_here), clock), summarizer.decay_rate)
-    new = sum_of_ranges(model, covered, *_runs(moved), clock)
+    new = sum_of_ranges(model, whole, *_runs(moved), clock)
     changed = exchange(total, old, new, clock, summarizer.decay_rate)
-    return (history_states(model, covered) if bool(changed.needs_recomputation()[0]) else changed), whole
+    return (history_states(model, whole) if bool(changed.needs_recomputation()[0]) else changed), whole
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ from vista.log.event_log import EventLog
 from vista.log.features import row_features
 from vista.log.histories import UNKNOWN_GAP, Histories, RowColumn, RowFeatures, gap_bucket, token_groups
 from vista.model.features import EncodedRows, RowFeatureReader
-from vista.model.history_states import covered_events, default_slice_len, embed, history_states, reach
+from vista.model.history_states import default_slice_len, embed, history_states, reach
 from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.summarizer import Summarizer
 from vista.model.target_attention import TargetContext
@@ -124,14 +124,13 @@ def summarize(model: VistaModel, histories: Histories, slice_len: int | None = N
 
     Args:
         model: in eval mode.
-        histories: whole ones, with items as model rows (`VistaModel.item_rows`). With tail_in_summary=false, the newest
-            tail_len events of each are left out.
+        histories: whole ones, with items as model rows (`VistaModel.item_rows`).
         slice_len: events per pass, which bounds the memory; None takes `default_slice_len`.
 
     Returns:
         float32 [B, S, M]; for an empty history, what the seeds alone give.
     """
-    histories = newest(covered_events(model, histories), model.stage1.history_limit)
+    histories = newest(histories, model.stage1.history_limit)
     if model.summarizer is None:
         return torch.zeros(histories.num_users, 0, model.config.dim, device=model.device)
     if model.stage1.mixing is Mixing.separable:

@@ -64,8 +64,6 @@ class Stage1Config:
     """One per head, in days or events; empty without decay."""
     history_limit: int
     embedding_rows: int
-    summary_lag: int
-    """How many of a user's newest events a summary leaves to the tail."""
     pooled_dim: int
     """Dimensions of the item space that the pooled vector of a record lies in; 0 without pooled vectors."""
     has_gap: bool
@@ -99,7 +97,6 @@ class Stage1Config:
             decay_horizons=() if config.decay is Decay.none else tuple(map(float, config.decay_horizons)),
             history_limit=config.history_limit,
             embedding_rows=config.embedding_rows,
-            summary_lag=config.summary_lag,
             pooled_dim=config.space_dim,
             has_gap=config.reads("times") and schema.has_time,
             actions=tuple(schema.actions),

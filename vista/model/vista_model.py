@@ -443,8 +443,7 @@ class VistaModel(RankingModel):
         """The same model with a shorter tail: cheaper to score, and no training needed. The two share their weights.
 
         Training with label_spacing W shows stage 2 tails of tail_len - W + 1 to tail_len events, so these lengths are
-        trained. Summaries do not change, and a store with longer tails serves this model too. With
-        tail_in_summary=false, summaries then end where the shorter tail begins, and the model needs its own store.
+        trained. Summaries do not change, and a store with longer tails serves this model too.
 
         Args:
             tail_len: newest events that stage 2 reads alongside the summary.

@@ -32,7 +32,7 @@ from vista.log.event_log import EventLog
 from vista.log.histories import NO_TIMESTAMP, Histories, RowFeatures, token_groups
 from vista.log.splits import Until, parse_until, visible_counts
 from vista.model import inference
-from vista.model.history_states import covered_events, history_states, separable_summarizer
+from vista.model.history_states import history_states, separable_summarizer
 from vista.model.inference import LogUsers
 from vista.model.item_feature_table import largest_keys
 from vista.model.summarizer import SummaryState
@@ -194,13 +194,10 @@ def has_states(model: VistaModel) -> bool:
 
 
 def state_of(model: VistaModel, histories: Histories) -> SummaryState:
-    """States of histories with items as rows of the model; without numbers if the model has no summarizer.
-
-    They hold the events that a summary covers.
-    """
+    """States of histories with items as rows of the model; without numbers if the model has no summarizer."""
     if model.summarizer is None:
         return state_without_summary(histories.lengths)
-    return history_states(model, covered_events(model, histories))
+    return history_states(model, histories)
 
 
 def state_without_summary(num_events: Int) -> SummaryState:

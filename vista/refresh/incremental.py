@@ -31,8 +31,6 @@ from vista.log.segment_files import EVENTS, USERS, sources_of_events
 from vista.log.splits import Until
 from vista.model import inference
 from vista.model.history_states import (
-    covered_events,
-    covered_lengths,
     default_slice_len,
     insert_events,
     long_range_state,
@@ -280,7 +278,7 @@ class BatchRefresher:
         self._tokens_per_batch = tokens_per_batch
         self._encoder = BatchEncoder.of(model, log, Precision.float32, tokens_per_batch, _user_features(model, log))
         self._model, self._items = self._encoder.model, self._encoder.items
-        self._context = 0 if model.summarizer is None else reach(model) + model.stage1.summary_lag
+        self._context = 0 if model.summarizer is None else reach(model)
         """Most events before the new ones that an append reads."""
         self._append_only = model.stage1.decay is Decay.position or model.summarizer is None
         self._older_logs: dict[int, EventLog] = {}
@@ -396,7 +394,7 @@ class BatchRefresher:
             in_order[both] = new.timestamp[new.offsets[both]] >= newest.timestamp[newest.offsets[both]]
             nothing_deleted = new.lengths == self._log.lengths[these] - old
             # Otherwise the state holds the events of another log, or of one that was edited by hand.
-            of_this_log = num_events[behind] == covered_lengths(self._model, old)
+            of_this_log = num_events[behind] == old
             append[behind] = of_this_log & in_order & nothing_deleted
             exchange[behind] = of_this_log & ~(in_order & nothing_deleted) & (not self._append_only)
         return {"reread": reread, "append": append, "exchange": exchange}
@@ -404,15 +402,13 @@ class BatchRefresher:
     def _append(self, users: Int, states: StateArrays, segment: int) -> Updated:
         """Add the terms of the events that came after a segment to the states."""
         old = self._lengths_at(users, segment)
-        covered = covered_lengths(self._model, old)
-        context = np.minimum(reach(self._model), covered)
-        start = covered - context
+        context = np.minimum(reach(self._model), old)
+        start = old - context
         with self._run.stage("read"):
             history = self._log.gather_ranges(users, start, self._log.lengths[users])
             new = history.select(old - start, history.lengths)
             digest = states.history_digest + self._items.digests(new)
-            # The state receives the events that leave the tail, if summaries do not cover the tail.
-            history, new = self._items.model_rows(covered_events(self._model, history)), self._items.model_rows(new)
+            history, new = self._items.model_rows(history), self._items.model_rows(new)
         with self._run.stage("summarize"):
             sums = _with_new_events(self._model, states, new)
             if self._model.summarizer is None:
@@ -431,15 +427,14 @@ class BatchRefresher:
         user = int(users[0])
         with self._run.stage("read"):
             old, new = self._log_at(segment).slice(user), self._log.slice(user)
-            digest, whole = self._items.digests(new), self._items.model_rows(new)
-            old, new = covered_events(self._model, self._items.model_rows(old)), covered_events(self._model, whole)
+            digest, old, new = self._items.digests(new), self._items.model_rows(old), self._items.model_rows(new)
             changed = changed_positions(old, new)
         if changed is None or sum(map(len, changed)) * 2 * (1 + reach(self._model)) >= new.num_events:
             yield from self._recompute(users)
             return
         deleted, late = changed
         with self._run.stage("summarize"):
-            sums = sums_of_histories(self._model, whole)
+            sums = sums_of_histories(self._model, new)
             state = from_arrays(states, self._model.device)
             if len(deleted):
                 state = remove_events(self._model, state, old, deleted)

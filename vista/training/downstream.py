@@ -35,7 +35,6 @@ from vista.store.record_encoding import read_key
 logger = logging.getLogger(__name__)
 COUNTER_KEYS = ("counters", "counter_keys", "counter_categories", "counter_days", "counter_events")
 KEYS_OF_STAGE_1 = {
-    "summary_lag": ("tail_in_summary", "tail_len"),
     "has_gap": ("ignore",),
     "counters": COUNTER_KEYS,
 }
@@ -179,8 +178,6 @@ def _check_model(config: TrainConfig, base: VistaModel) -> None:
     names = [field.name for field in fields(stage1) if getattr(stage1, field.name) != getattr(base.stage1, field.name)]
     keys = [key for name in names for key in KEYS_OF_STAGE_1.get(name, (name,))]
     changed = [key for key in (*keys, "tail_features") if asked[key] != kept[key]]
-    if "tail_in_summary" in changed and "tail_len" in changed:
-        changed.remove("tail_len")  # The length of the tail matters only if summaries leave the tail out.
     if changed:
         differences = ", ".join(f"model.{key} ({kept[key]} -> {asked[key]})" for key in changed)
         words = " ".join(f"model.{key}={value_text(kept[key])}" for key in changed)

@@ -69,10 +69,6 @@ ML_1M = {
         tails=(2, 4, 8, 16, 32),
         apart=(16, 32),
     ),
-    # The same, but summaries leave the newest 64 events to the tail by themselves.
-    "vista-wide-apart": TableRow(
-        85, (*WIDE, "model.tail_len=64", "data.label_spacing=32", "model.tail_in_summary=false")
-    ),
     # Their baseline: the same width, passes and share of unknown items, over the last 200 events.
     "hstu-wide": TableRow(65, ("model=hstu", "model.num_layers=8", *WIDE)),
     "softmax-wide": TableRow(55, (*TWO_SOFTMAX, "model.dim=128", "model.dropout=0.3"), codecs=BOTH, tails=TAILS),

@@ -59,7 +59,6 @@ VARIED = {
     "vista, counters, one head": ("model.num_heads=1",),
     "vista, counters, next items alone": NEXT,
     # No event is in both the summary and the tail.
-    "vista, counters, tail left out": ("model.tail_in_summary=false",),
 }
 """Each row changes one setting of vista."""
 CATEGORIES = {
