@@ -50,7 +50,7 @@ from vista.config import (
     SourceConfig,
     TrainConfig,
 )
-from vista.config.checks import Architecture, ItemStart, Split, to_dict
+from vista.config.checks import Architecture, Split, to_dict
 from vista.config.model_config import CONFIGS, RankingConfig
 from vista.examples.item_spaces import GRID
 from vista.examples.transitions import TransitionTable
@@ -197,7 +197,6 @@ def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainCon
             tail_len=6,
             dropout=0.1,
             temperature=0.05,
-            item_start=ItemStart.random,
             counters=False,
             # Epoch 0 is often the best epoch of so small a run, and then there is nothing that attention does.
             pooled_dim=0,

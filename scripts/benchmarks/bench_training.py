@@ -47,7 +47,7 @@ import torch
 from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, recording, timing_of
 from scripts.benchmarks.workloads import find_ml_1m
 from vista.config import DataConfig, OptimConfig, SourceColumns, TrainConfig
-from vista.config.checks import Architecture, ItemStart, to_dict
+from vista.config.checks import Architecture, to_dict
 from vista.config.model_config import CONFIGS
 from vista.config.train_config import without_places
 from vista.device import keep_freed_memory
@@ -202,7 +202,7 @@ def our_config(who: Architecture, log: EventLog, negatives: int, dropout: float,
     sizes: dict[str, Any] = {"dim": DIM, "num_heads": HEADS, "num_layers": LAYERS}
     sizes |= {"num_target_layers": LAYERS} if who is Architecture.vista else {"history_limit": LENGTH}
     return TrainConfig(
-        model=CONFIGS[who](**sizes, dropout=dropout, item_start=ItemStart.random),
+        model=CONFIGS[who](**sizes, dropout=dropout),
         data=DataConfig(path=str(log.path), tokens_per_batch=8192, num_negatives=negatives, windows_per_chunk=0),
         optim=OptimConfig(epochs=1, warmup_steps=100, validate_every=0),
         run_dir=run_dir,

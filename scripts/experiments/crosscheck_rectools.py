@@ -58,7 +58,7 @@ from vista.config import (
     SourceConfig,
     TrainConfig,
 )
-from vista.config.checks import ItemStart, Precision, to_dict
+from vista.config.checks import Precision, to_dict
 from vista.config.model_config import HstuConfig, SasrecConfig
 from vista.config.train_config import without_places
 from vista.device import cpu_settings
@@ -185,7 +185,6 @@ def our_config(options: argparse.Namespace, log: EventLog, seed: int, run_dir: P
             dropout=options.dropout,
             temperature=TEMPERATURE,
             ignore=[] if options.times else ["times"],
-            item_start=ItemStart.random,
         ),
         data=DataConfig(
             path=str(log.path),

@@ -203,6 +203,7 @@ def newest_rows(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str],
 
 REMOVED: dict[str, Any] = {
     "model.num_interests": 0,
+    "model.item_start": "random",
     "model.tail_in_summary": True,
     "model.use_action": True,
     "model.use_rating": True,

@@ -45,7 +45,7 @@ OF_ROW_FEATURES = ("tail_features", "hashed_features")
 UNTRAINED_SEED = 0
 PLANNED = {
     "data": ("exclude_seen", "num_negatives", "tokens_per_batch"),
-    "model": ("item_start", "counters", "temperature"),
+    "model": ("counters", "temperature"),
     "optim": ("epochs", "warmup_steps", "next_weight", "window_weight"),
 }
 """Settings that `vista.training.run_plan.plan_run` decides where they are null."""

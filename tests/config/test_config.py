@@ -282,7 +282,7 @@ def test_passwords_are_left_out_in_linear_time(unit: str) -> None:
 def test_each_architecture_has_keys_of_its_own(architecture: Architecture, most: int) -> None:
     """A key of another one is refused (at most so many are tried), but left out if it comes from an experiment."""
     made = compose_config(TrainConfig, ["experiment=ml-1m", f"model={architecture.value}"]).model
-    assert type(made) is CONFIGS[architecture] and made.architecture is architecture and made.item_start is not None
+    assert type(made) is CONFIGS[architecture] and made.architecture is architecture
     assert model_config_of(to_dict(made)) == made
     keys = ConfigKeys.of(TrainConfig).keys
     foreign = [name for name, key in keys.items() if key.readers and architecture not in key.readers]

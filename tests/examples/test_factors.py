@@ -1,4 +1,4 @@
-"""Item vectors from factorizations of co-occurrences and of users: values, and what they may read."""
+"""Item vectors from factorizations of co-occurrences: values, and what they may read."""
 
 from __future__ import annotations
 
@@ -10,24 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
-from tests.conftest import small_config
 from tests.examples.test_item_statistics import visible
 from vista.arrays import Int
-from vista.config.checks import ItemStart
 from vista.examples.item_statistics import (
     REACH,
     SMOOTHING,
-    START_RMS,
     PairCounts,
     item_factors,
     pair_counts,
 )
 from vista.log.event_log import EventLog
-from vista.training.trainer import Trainer, train
-from vista.training.warm_start import start_from_factors
 
 HIDDEN = 2
 """Newest events of each user that are not visible."""
@@ -107,7 +101,7 @@ def test_vectors_are_those_of_a_dense_svd(tmp_path: Path, dim: int, tolerance: f
     assert rows.tolist() == expected_rows.tolist() and vectors.dtype == np.float32
     # Signs and rotations of equal singular values are free, so cosines are compared.
     np.testing.assert_allclose(cosines(vectors), cosines(expected), atol=tolerance)
-    np.testing.assert_allclose(np.sqrt(np.mean(vectors**2, axis=1)), START_RMS, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
 
 
 def test_more_columns_than_items_are_zero(tmp_path: Path) -> None:
@@ -124,30 +118,6 @@ def test_no_vector_depends_on_hidden_events(tmp_path: Path) -> None:
     )
     assert np.array_equal(known, other_known) and np.array_equal(vectors, others)
     assert not np.array_equal(item_factors(first, rows, first.lengths, 8, seed=1)[1][: len(vectors)], vectors)
-
-
-def test_items_without_pairs_keep_their_drawn_vectors(tmp_path: Path) -> None:
-    log = log_of(tmp_path / "log")
-    model = Trainer(small_config(log, tmp_path / "run"), log).model
-    drawn, counts = model.item_table.detach().clone(), np.zeros(log.num_users, np.int64)
-    start_from_factors(model, log, counts, seed=1)
-    assert torch.equal(model.item_table, drawn)
-    counts[1] = 5
-    start_from_factors(model, log, counts, seed=1)
-    changed = (model.item_table != drawn).any(1)
-    assert set(changed.nonzero().flatten().tolist()) == {int(item) + 1 for item in log.slice(1, 0, 5).item}
-    assert model.item_table.requires_grad and not model.item_table[0].any()
-
-
-def test_training_starts_from_factors_of_the_training_events(tmp_path: Path) -> None:
-    log = log_of(tmp_path / "log")
-    config = small_config(
-        log, tmp_path / "run", model__item_start=ItemStart.factors, optim__table_rate=0.0, optim__epochs=1
-    )
-    model = train(config, log)
-    rows, vectors = item_factors(log, np.arange(NUM_ITEMS) + 1, np.maximum(log.lengths - HIDDEN, 0), 16, seed=1)
-    assert len(rows) == NUM_ITEMS
-    np.testing.assert_array_equal(model.item_table[1:].detach().numpy(), vectors)
 
 
 def counted(log: EventLog, *, most_events: int = 1 << 20, seed: int = 1) -> PairCounts:

@@ -33,6 +33,9 @@ from vista.examples.item_spaces import (
 )
 from vista.examples.item_statistics import CounterRequests, ItemStatistics
 from vista.log.event_log import EventLog
+from vista.runs.tracking import MetricsWriter
+from vista.training.trainer import Trainer
+from vista.training.warm_start import START_RMS
 
 NUM_ITEMS, NUM_USERS, HIDDEN = 24, 14, 2
 ROWS = np.where(np.arange(NUM_ITEMS) == 2, 0, np.arange(NUM_ITEMS) + 1)
@@ -140,6 +143,21 @@ def test_large_logs_read_some_users(
         drawn = {ItemSpaces(log, ROWS, visible(log), 4, seed=seed).of_each.tobytes() for seed in range(4)}
     assert len(drawn) > 1 and whole.tobytes() not in drawn
     assert f"random users of {NUM_USERS}" in caplog.text
+
+
+def test_item_vectors_start_from_the_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all users; those of items without a vector are drawn."""
+    monkeypatch.setattr("vista.examples.item_spaces.MIN_USERS", 10)
+    config = small_config(drawn_log(tmp_path / "log"), tmp_path, model__pooled_dim=5, optim__table_rate=0.0)
+    made = Trainer(config, EventLog.open(tmp_path / "log"))
+    drawn = made.model.item_table.detach().clone()
+    assert made.source.spaces is not None
+    space = made.source.spaces.of_all(1 + len(made.model.items))
+    made._start(MetricsWriter(tmp_path))
+    table, known = made.model.item_table.detach(), space.any(1)
+    assert 5 < known.sum() < NUM_ITEMS
+    torch.testing.assert_close(table[known, :5], space[known] * START_RMS * 4)
+    assert not table[known, 5:].any() and torch.equal(table[~known], drawn[~known])
 
 
 def test_a_log_without_visible_events_has_empty_spaces(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ SIMULATED = {"demo", "demo-movielens", "simulation"}
 """Experiments on logs that vista makes, or on any MovieLens set."""
 TINY = (
     *("model.dim=8", "model.num_heads=2", "model.num_seeds=2", "model.num_layers=1", "model.num_target_layers=1"),
-    *("model.tail_len=4", "model.decay=none", "model.decay_horizons=[]", "model.item_start=random"),
+    *("model.tail_len=4", "model.decay=none", "model.decay_horizons=[]"),
     *("data.label_spacing=4", "data.tokens_per_batch=4096", "data.num_negatives=8"),
     *("optim.epochs=1", "optim.warmup_steps=1", "device=cpu", "num_threads=1"),
 )

@@ -17,7 +17,7 @@ from tests.conftest import Served, small_config
 from tests.training.conftest import copies_of_run
 from tests.training.test_trainer import assert_same_result, metrics
 from vista.config import DataConfig, ModelConfig, OptimConfig, SimConfig, TrainConfig
-from vista.config.checks import ItemStart, Mixing, Split, TableKind, planned
+from vista.config.checks import Mixing, Split, TableKind, planned
 from vista.config.composition import compose_config
 from vista.errors import ConfigError, MissingDependencyError
 from vista.log.event_log import EventLog
@@ -41,7 +41,6 @@ PLANNED = {
     "data.num_negatives": 40,
     "optim.epochs": 30,
     "optim.warmup_steps": 1,
-    "model.item_start": ItemStart.factors,
     "model.counters": True,
     "model.temperature": 0.3,
     "optim.window_weight": 1.0,
@@ -89,7 +88,6 @@ def test_null_settings_follow_the_log(event_log: EventLog, caplog: pytest.LogCap
         ("data.num_negatives", 5),
         ("optim.epochs", 0),
         ("optim.warmup_steps", 0),
-        ("model.item_start", ItemStart.random),
         ("model.counters", False),
         ("model.temperature", 0.05),
         ("optim.window_weight", 0.0),
@@ -188,25 +186,16 @@ def test_short_runs_warn(optim: OptimConfig, steps: int, warns: str, caplog: pyt
     assert len(caplog.messages) == bool(warns) and re.search(warns, "".join(caplog.messages))
 
 
-def test_hashed_rows_start_random_and_refuse_factors(event_log: EventLog) -> None:
-    config = TrainConfig(model=ModelConfig(embedding_rows=100))
-    assert plan_run(config, event_log).model.item_start is ItemStart.random
-    with pytest.raises(ConfigError, match=r"model\.item_start: factors need one row per item"):
-        ModelConfig(embedding_rows=100, item_start=ItemStart.factors)
-
-
 def test_a_downstream_run_counts_the_labels_after_its_store(served_tasks: Served) -> None:
     base = served_tasks.config
     config = replace(base, base="best", store="store", optim=OptimConfig(), model=ModelConfig())
     whole, late = (plan_run(config, served_tasks.log, since) for since in (0, int(base.data.validation_from or 0) - 1))
-    assert whole.model.item_start is None  # the base's table
     assert planned(late.optim.warmup_steps, "") < planned(whole.optim.warmup_steps, "")
 
 
 def test_the_run_folder_has_the_resolved_settings(event_log: EventLog, tmp_path: Path) -> None:
-    config = small_config(event_log, tmp_path, optim__warmup_steps=None, model__item_start=None, optim__epochs=1)
-    model = train(config, event_log)
-    assert model.config.item_start is ItemStart.factors
+    config = small_config(event_log, tmp_path, optim__warmup_steps=None, optim__epochs=1)
+    train(config, event_log)
     written = compose_config(TrainConfig, config_file=tmp_path / "config.yaml")
     assert written == plan_run(config, event_log) != config
     assert "settings from the log: optim.warmup_steps=" in (tmp_path / "train.log").read_text()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.conftest import small_config, small_frame
 from tests.training.conftest import assert_served_as_validated, copies_of_run
@@ -26,9 +27,8 @@ from tests.training.worlds import (
     saved_moments,
     warm_config,
 )
-from vista.config.checks import Architecture, Codec, InitFreeze, ItemStart, Split
+from vista.config.checks import Architecture, Codec, InitFreeze, Split
 from vista.errors import CheckpointError, ConfigError, LeakageError
-from vista.examples.item_statistics import item_factors
 from vista.log.event_log import EventLog
 from vista.log.features import selected
 from vista.model.registry import with_items
@@ -41,7 +41,7 @@ from vista.training import warm_start
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
-from vista.training.warm_start import start_from_factors
+from vista.training.warm_start import start_from_space
 
 
 def test_the_same_log_gives_the_same_model(feature_log: EventLog, earlier: Run, tmp_path: Path) -> None:
@@ -185,22 +185,24 @@ def test_baselines_start_warm_too(
     assert len(train_model(config, grown_log).items) == len(ids) + len(NEW_ITEMS)
 
 
-def test_factors_of_new_items_fit_the_trained_vectors(grown_log: EventLog, tmp_path: Path) -> None:
-    """If the trained vectors are factors, rotated and scaled, the new ones are rotated and scaled alike."""
-    made = Trainer(small_config(grown_log, tmp_path, model__ignore=["item_features"]), grown_log)
-    counts = made.source.counts
-    rows, vectors = item_factors(grown_log, made.model.rows_of(grown_log.items), counts, 16, seed=1)
+def test_spaces_of_new_items_fit_the_trained_vectors(grown_log: EventLog, tmp_path: Path) -> None:
+    """If the trained vectors are those of the space, rotated and scaled, the new ones are rotated and scaled alike."""
+    settings = {"model__ignore": ["item_features"], "model__pooled_dim": 8}
+    made = Trainer(small_config(grown_log, tmp_path, **settings), grown_log)
+    assert made.source.spaces is not None
+    model, space = made.model, made.source.spaces.of_all(1 + len(made.model.items))
+    model.item_space.copy_(space)
+    rows = space.any(1).nonzero().squeeze(1)
     turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0))).Q
-    expected = 3 * torch.from_numpy(vectors) @ turn
-    new = rows[::5]
-    is_new = np.isin(rows, new)
+    expected = 3 * F.pad(space[rows], (0, 8)) @ turn
+    is_new = torch.arange(len(rows)) % 5 == 0
     with torch.no_grad():
-        made.model.item_table[torch.from_numpy(rows[~is_new])] = expected[~is_new]
-    before = made.model.item_table.detach().clone()
-    start_from_factors(made.model, grown_log, counts, 1, new)
-    torch.testing.assert_close(made.model.item_table[torch.from_numpy(new)], expected[is_new], rtol=1e-4, atol=1e-5)
-    others = np.setdiff1d(np.arange(len(before)), new)
-    assert torch.equal(made.model.item_table[torch.from_numpy(others)], before[torch.from_numpy(others)])
+        model.item_table[rows[~is_new]] = expected[~is_new]
+    before = model.item_table.detach().clone()
+    start_from_space(model, rows[is_new].numpy())
+    torch.testing.assert_close(model.item_table[rows[is_new]], expected[is_new], rtol=1e-4, atol=1e-5)
+    others = np.setdiff1d(np.arange(len(before)), rows[is_new].numpy())
+    assert len(others) < len(before) and torch.equal(model.item_table[others], before[others])
 
 
 @pytest.mark.parametrize("freeze", [InitFreeze.summarizer, pytest.param(InitFreeze.none, marks=pytest.mark.nightly)])
@@ -209,7 +211,6 @@ def test_a_run_resumes_bit_identically(grown_log: EventLog, earlier: Run, tmp_pa
         "init_freeze": freeze,
         "checkpoint_every": 4,
         "optim__epochs": 1,
-        "model__item_start": ItemStart.factors,
     }
     with copies_of_run(tmp_path) as copies:
         train(warm_config(earlier[0], grown_log, tmp_path / "whole", **changes), grown_log, metrics_every=1)

@@ -87,7 +87,7 @@ COMMANDS: dict[str, Command] = {
             *("data.split", "data.validation_from", "data.test_from", "data.exclude_seen", "data.min_item_events"),
             *("data.tokens_per_batch", "data.num_negatives", "data.windows_per_chunk"),
             *("model.dim", "model.num_heads", "model.num_seeds", "model.num_layers", "model.num_target_layers"),
-            *("model.tail_len", "model.history_limit", "model.dropout", "model.counters", "model.item_start"),
+            *("model.tail_len", "model.history_limit", "model.dropout", "model.counters"),
             *("optim.learning_rate", "optim.epochs", "optim.minutes", "optim.tasks", "optim.next_weight"),
             *("optim.window_weight", "optim.patience", "optim.validation_users"),
         ),

@@ -345,15 +345,6 @@ class TargetAttentionKind(Enum):
     """A normalized and gated sum of SiLU(score) * value, without a feed-forward network (HSTU)."""
 
 
-class ItemStart(Enum):
-    """What the vectors of items are before training."""
-
-    random = "random"
-    """Small normal values."""
-    factors = "factors"
-    """A factorization of which items lie close together in the training histories; random for items without one."""
-
-
 class TableKind(Enum):
     """Where the rows of the item table are while a model trains."""
 

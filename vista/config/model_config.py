@@ -9,7 +9,6 @@ from vista.config.checks import (
     MAX_DAYS,
     Architecture,
     Decay,
-    ItemStart,
     Mixing,
     TableKind,
     TablePrecision,
@@ -84,9 +83,6 @@ class RankingConfig:
     table_precision: TablePrecision = TablePrecision.float32
     """Data type of the item table in training. float16 needs table=torchrec and optim.table_optimizer=rowwise_adagrad.
     The exported table is float32."""
-    item_start: ItemStart | None = None
-    """What the vectors of items are before training: random, or factors of their co-occurrences in the training events.
-    null: factors, or random with embedding_rows."""
 
     def __post_init__(self) -> None:
         check_types(self, "model.")
@@ -112,11 +108,6 @@ class RankingConfig:
                 self.dim % EMBEDDING_HASHES == 0,
                 "model.dim",
                 f"must be a multiple of {EMBEDDING_HASHES} with model.embedding_rows, got {self.dim}",
-            )
-            require(
-                self.item_start in (None, ItemStart.random),
-                "model.item_start",
-                "factors need one row per item; set model.item_start=random, or model.embedding_rows=0",
             )
         self._check_hashed_features()
 

@@ -297,8 +297,6 @@ MOST_EVENTS = 1 << 20
 OVERSAMPLING = 16
 """Columns of the sketch beyond M."""
 POWER_ITERATIONS = 4
-START_RMS = 0.05
-"""Root mean square of each row's values."""
 
 
 def item_factors(log: EventLog, item_rows: Int, counts: Int, dim: int, *, seed: int) -> tuple[Int, NDArray[np.float32]]:
@@ -313,7 +311,7 @@ def item_factors(log: EventLog, item_rows: Int, counts: Int, dim: int, *, seed: 
         seed: of the sketch, and of the choice of users.
 
     Returns:
-        Sorted model rows int64 [R], and their vectors float32 [R, M], each with the same root mean square.
+        Sorted model rows int64 [R], and their vectors float32 [R, M] of length 1.
     """
     rng = np.random.default_rng(seed)
     low, high, times = pair_counts(log, item_rows, counts, most_events=MOST_EVENTS, rng=rng)
@@ -326,9 +324,9 @@ def item_factors(log: EventLog, item_rows: Int, counts: Int, dim: int, *, seed: 
     order = np.lexsort((right, left))
     value = _ppmi(left, right, twice, len(rows))
     vectors = _factorized(left[order], right[order], value[order], len(rows), dim, seed)
-    length = np.sqrt(np.mean(vectors**2, axis=1))
+    length = np.linalg.norm(vectors, axis=1)
     kept = length > 1e-6 * length.max()
-    return rows[kept], (vectors[kept] * (START_RMS / length[kept, None])).astype(np.float32)
+    return rows[kept], (vectors[kept] / length[kept, None]).astype(np.float32)
 
 
 def _ppmi(left: Int, right: Int, count: Int, size: int) -> NDArray[np.float32]:

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vista.config import OptimConfig, TrainConfig
-from vista.config.checks import ItemStart, TableKind, require
+from vista.config.checks import TableKind, require
 from vista.config.composition import flat_settings, value_text
 from vista.config.model_config import NextItemConfig, RankingConfig
 from vista.examples.batch_source import trained_tasks
@@ -75,11 +75,6 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
         steps = batches * optim.epochs
         optim.warmup_steps = math.ceil(WARMUP_SHARE * steps)
         reasons.append(f"optim.warmup_steps={optim.warmup_steps} (about {steps:,} steps)")
-    if model.item_start is None and config.base is None:  # a downstream model has the item table of its base
-        model.item_start = ItemStart.random if model.embedding_rows else ItemStart.factors
-        reasons.append(
-            f"model.item_start={model.item_start.value} ({'hashed' if model.embedding_rows else 'own'} rows)"
-        )
     if reasons:
         logger.info("settings from the log: %s", ", ".join(reasons))
     return replace(config, data=data, optim=optim, model=model)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+import torch.nn.functional as F
 from torch import Tensor
 
 from vista.arrays import Int
 from vista.config import DataConfig, TrainConfig
-from vista.config.checks import Architecture, InitFreeze, ItemStart, Precision, Split, to_dict
+from vista.config.checks import Architecture, InitFreeze, Precision, Split, to_dict
 from vista.config.composition import value_text
 from vista.device import autocast
 from vista.errors import CheckpointError, ConfigError, LeakageError
 from vista.examples.batch import Batch
 from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
-from vista.examples.item_statistics import item_factors
 from vista.log.event_log import EventLog
 from vista.log.histories import ColumnValues
 from vista.log.splits import split_until
@@ -46,7 +44,7 @@ from vista.training.optimizers import Optimizers, moments_of
 
 # What a warm start refuses: another model, another kind of log, and labels that the earlier model was trained on.
 
-FREE_KEYS = ("dropout", "counted_dropout", "item_start", "hashed_features")
+FREE_KEYS = ("dropout", "counted_dropout", "hashed_features")
 """Fields of ModelConfig that may differ from the earlier model's."""
 
 
@@ -366,23 +364,42 @@ def _reader(grown: GrownColumns | None, known: RowFeatureReader | None) -> RowFe
 # Item vectors that training starts from, and those that it reads.
 
 
-def start_from_factors(model: RankingModel, log: EventLog, counts: Int, seed: int, new_rows: Int | None = None) -> None:
-    """Replace the drawn vectors of a model's items by factors of their co-occurrences, where they have any.
+START_RMS = 0.05
+"""Root mean square of the values of a vector that starts from the item space."""
+
+
+@torch.no_grad()
+def start_from_space(model: RankingModel, new_rows: Int | None = None) -> None:
+    """Replace the drawn vectors of a model's items by those of its item space, where they have any.
 
     Args:
-        counts: int64 [log.num_users], visible events per user.
-        new_rows: model rows to start. The vectors of other rows are trained: factors are rotated and scaled to fit
-            these, because the directions of factors are arbitrary. None starts all rows.
+        new_rows: model rows to start. The vectors of other rows are trained: those of the space are rotated and scaled
+            to fit these, because its directions are arbitrary. None starts all rows.
     """
-    began = time.perf_counter()
-    rows, vectors = item_factors(log, model.rows_of(log.items), counts, model.item_table.shape[1], seed=seed)
-    factors = torch.from_numpy(vectors)
+    rows = model.item_space.any(1).nonzero().squeeze(1).cpu()
+    width = model.item_table.shape[1]
+    vectors = F.pad(model.item_space[rows].cpu(), (0, width - model.item_space.shape[1])) * START_RMS * width**0.5
     if new_rows is not None:
-        is_new = np.isin(rows, new_rows)
-        factors = _fitted_factors(model, rows, factors, is_new)
+        is_new = torch.isin(rows, torch.from_numpy(new_rows))
+        vectors = _fitted(model, rows, vectors, is_new)
         rows = rows[is_new]
-    model.write_id_vectors(rows, factors)
-    _log_start(len(rows), len(model.items), began)
+    model.write_id_vectors(rows.numpy(), vectors)
+
+
+def _fitted(model: RankingModel, rows: Tensor, vectors: Tensor, is_new: Tensor) -> Tensor:
+    """ID embeddings [n, M] of the new ones among `rows`: orthogonal Procrustes with a scale (Schönemann, 1966).
+
+    Vectors of items include their features, so these are subtracted.
+    """
+    places = rows.to(model.device)
+    target = model.item_vectors(places).cpu().double()
+    vectors = vectors.double()
+    left, stretch, right = torch.linalg.svd(vectors[~is_new].T @ target[~is_new])
+    square = float(vectors[~is_new].square().sum())
+    scale = float(stretch.sum()) / square if square else 1.0
+    features = model.with_features(torch.zeros_like(model.id_vectors(places)), places).cpu().double()
+    fitted: Tensor = scale * vectors @ (left @ right) - features
+    return fitted[is_new].float()
 
 
 ID_DROPOUT = 0.1
@@ -400,27 +417,6 @@ def training_vectors(model: RankingModel, batch: Batch) -> Tensor:
         dropped = torch.rand(len(vectors), 1, device=vectors.device) < ID_DROPOUT
         vectors = vectors.masked_fill(dropped, 0.0)
     return model.with_features(vectors, batch.rows)
-
-
-@torch.no_grad()
-def _fitted_factors(model: RankingModel, rows: Int, factors: Tensor, is_new: NDArray[np.bool_]) -> Tensor:
-    """ID embeddings [n, M] of the new ones among `rows`: orthogonal Procrustes with a scale (Schönemann, 1966).
-
-    Vectors of items include their features, so these are subtracted.
-    """
-    known = torch.from_numpy(~is_new)
-    places = torch.from_numpy(rows).to(model.device)
-    target = model.item_vectors(places).cpu().double()
-    left, stretch, right = torch.linalg.svd(factors[known].double().T @ target[known])
-    square = float(factors[known].double().square().sum())
-    scale = float(stretch.sum()) / square if square else 1.0
-    features = model.with_features(torch.zeros_like(model.id_vectors(places)), places).cpu().double()
-    fitted: Tensor = scale * factors.double() @ (left @ right) - features
-    return fitted[~known].float()
-
-
-def _log_start(num_rows: int, num_items: int, began: float) -> None:
-    logger.info("%d of %d items have factors (%.1f s)", num_rows, num_items, time.perf_counter() - began)
 
 
 # What a new model has before its first step, besides drawn weights.
@@ -459,8 +455,8 @@ def start_model(
         model.transitions.copy_(source.transitions.table(1 + len(model.items)))
     if config.base is None:  # a base contains what is read here
         model.read_item_table(features_of(model.items, log))
-        if config.model.item_start is not ItemStart.random:
-            start_from_factors(model, log, source.counts, config.seed, None if warm is None else warm.new_rows)
+        if config.model.space_dim and not config.model.embedding_rows:
+            start_from_space(model, None if warm is None else warm.new_rows)
         if model.features is not None:
             unseen = np.setdiff1d(np.arange(UNKNOWN_ITEM + 1, 1 + len(model.items)), np.flatnonzero(source.frequency))
             model.zero_id_embeddings(unseen if warm is None else np.intersect1d(unseen, warm.new_rows))

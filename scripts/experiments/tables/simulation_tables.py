@@ -131,7 +131,6 @@ def _five_minutes() -> Table:
     budget = ("optim.epochs=null", "optim.minutes=5")
     rows = {
         "vista": TableRow(5, budget),
-        "factors": TableRow(5, (*budget, "model.item_start=factors")),
         "clicks alone": TableRow(5, (*budget, "optim.next_weight=0")),
         # The published choices and sizes: K = 128, d = 256, bidirectional, softmax layers in stage 2.
         "paper": TableRow(5, (*budget, "model=paper", "optim.reconstruction_weight=0.1")),
