@@ -145,6 +145,13 @@ def kuaivideo(folder: Path) -> None:
     longctr(folder, has_category=False)
 
 
+def assist17(folder: Path) -> None:
+    """Students have one of two skills, and answer problems of that skill right."""
+    rows = [(user, item, item % 2, order, (user + item) % 2) for order, (user, item, _) in enumerate(draws())]
+    schema = ["student", "problem", "skill", "order", "correct"]
+    pl.DataFrame(rows, schema=schema, orient="row").write_parquet(folder / "answers.parquet")
+
+
 def dev_packages(folder: Path) -> None:
     user, item, time = zip(*draws(), strict=True)
     seconds = [1_500_000_000 + int(1e8 * at) for at in time]
@@ -165,5 +172,6 @@ SAMPLES: dict[str, Callable[[Path], None]] = {
     "microvideo": longctr,
     "kuaivideo": kuaivideo,
     "dev-packages": dev_packages,
+    "assist17": assist17,
 }
 """Writes a sample into an empty folder, by the name of the experiment on the set."""

@@ -301,6 +301,40 @@ def test_bad_rows_are_named(tmp_path: Path, line: str, message: str) -> None:
         load(folder)
 
 
+ANSWERS = pl.DataFrame(
+    [(3, 70, 8, 5, 1), (3, 71, 8, 0, 0), (3, 70, 9, 9, 0), (1, 71, 7, 0, 1)],
+    schema=["student", "problem", "skill", "order", "correct"],
+    orient="row",
+)
+
+
+def test_answers_are_impressions_and_events(tmp_path: Path) -> None:
+    """In the order of the column, spread evenly over 300 days."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    ANSWERS.write_parquet(folder / "answers.parquet")
+    assert detect_kind(folder) == "assist17"
+    log = load(folder)
+    day = 86_400_000
+    answers = [(71, 50 * day, "wrong"), (70, 150 * day, "right"), (70, 250 * day, "wrong")]
+    assert events_of(log) == [(1, 71, 150 * day, "right"), *((3, *answer) for answer in answers)]
+    assert features_of(log) == {"skill": {70: ["8"], 71: ["8"]}}
+    shown = impression_cases(log, 0, None)
+    assert shown.tasks == ["correct"] and shown.label[:, 0].tolist() == [1, 0, 1, 0] and shown.mask.all()
+    assert shown.timestamp.tolist() == [day * at - 1000 for at in (150, 50, 150, 250)]
+    assert shown.seen.tolist() == [0, 0, 1, 2]
+    ANSWERS.with_columns(correct=pl.lit(None, pl.Int8)).write_parquet(folder / "answers.parquet")
+    with pytest.raises(DataError, match="row 1, column 'correct': the value is missing"):
+        load(folder.rename(tmp_path / "other"))
+
+
+@pytest.mark.data
+def test_the_split_of_assist17(tmp_path: Path) -> None:
+    log = load_real("assist17", tmp_path / "log")
+    assert (log.num_users, log.num_items, log.num_events) == (1705, 3162, 941_502)
+    assert len(impression_cases(log, parse_time("1970-09-13"), None).user) == 141_175
+
+
 VALID_FROM, TEST_FROM = parse_time("1980-01-01"), parse_time("1990-01-01")
 LONGCTR_SEQUENCES = [[], [11, 12, 13, 14], [12, 13], [14]]
 """By user_index."""
@@ -467,6 +501,7 @@ def test_events_and_named_features(tmp_path: Path, form: str, files: str) -> Non
     [
         *(("longctr", name, lost) for name, lost in [("user_info", "full_item_seq"), ("test", "seq_len")]),
         *(("longctr", name, lost) for name, lost in [("train", "is_click"), ("item_info", "item_index")]),
+        *(("assist17", "answers", lost) for lost in ("student", "skill", "order", "correct")),
         *(("yambda", "multi_event", lost) for lost in ("event_type", "played_ratio_pct")),
         *(("yambda", "listens", lost) for lost in ("uid", "played_ratio_pct")),
     ],
@@ -475,13 +510,14 @@ def test_a_missing_column_of_parquet_is_named(tmp_path: Path, kind: str, file: s
     folder, path = tmp_path / "set", tmp_path / "set" / f"{file}.parquet"
     if kind == "longctr":
         write_longctr(folder)
+    elif kind == "assist17":
+        folder.mkdir()
+        ANSWERS.write_parquet(path)
     else:
         folder.mkdir()
         YAMBDA_ROWS.write_parquet(path)
     pl.read_parquet(path).drop(lost).write_parquet(path)
-    message = (
-        rf"{file}\.parquet: column '{lost}' is missing, the file has: .*; get the set from https://huggingface\.co"
-    )
+    message = rf"{file}\.parquet: column '{lost}' is missing, the file has: .*; get the set from https://"
     with pytest.raises(DataError, match=message):
         load(folder, kind)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vista.installation import require_module
+from vista.log.histories import DAY_MS
 from vista.log.ingest.public.longctr import LONGCTR
 from vista.log.ingest.public.movielens import ML_1M, ML_100K, ML_LATEST_SMALL
 from vista.log.ingest.public.public_set import FileForm, PublicSet
@@ -278,6 +279,76 @@ YAMBDA = PublicSet(
 )
 
 
+# ASSISTments 2017: every row is an answer of a student to a problem. The set has the order of a student's answers, but
+# no times.
+
+ANSWER_DAYS = 300
+"""Answers are spread over so many days: the j-th of a student's n answers gets (j + 0.5) / n of them."""
+BEFORE_ANSWER_MS = 1000
+"""The impression of a problem comes this much before the event of its answer."""
+RIGHT, WRONG = "right", "wrong"
+_ANSWERS = {"user": "student", "item": "problem", "timestamp": "order"}
+
+
+def read_answers(file: Path) -> FileScan:
+    """The answers as events, whose action says whether they are right.
+
+    Raises:
+        DataError: if the file lacks a column.
+    """
+    rows = _timed_answers(file, "events")
+    is_right = pl.col("correct") == 1
+    action = pl.when(is_right).then(pl.lit(RIGHT)).when(is_right.not_()).then(pl.lit(WRONG)).alias("action")
+    frame = rows.select(ROW, "user", "item", "timestamp", action)
+    return FileScan(frame, _ANSWERS | {"action": "correct"}, is_text=False, time_form="ms")
+
+
+def read_asked(file: Path) -> FileScan:
+    """The answers as impressions with the label `correct`.
+
+    Raises:
+        DataError: if the file lacks a column.
+    """
+    asked = pl.col("timestamp") - BEFORE_ANSWER_MS
+    frame = _timed_answers(file, "impressions").select(
+        ROW, "user", "item", asked, pl.col("correct").alias("label:correct")
+    )
+    return FileScan(frame, _ANSWERS | {"label:correct": "correct"}, is_text=False, time_form="ms")
+
+
+def read_skills(file: Path) -> FileScan:
+    """The problems and their skill, which is that of the problem's first row.
+
+    Raises:
+        DataError: if the file lacks a column.
+    """
+    rows = pl.scan_parquet(file, glob=False)
+    names = {"item": "problem", "category:skill": "skill"}
+    check_columns(str(file), names, rows.collect_schema(), "items", ASSIST17.remedy)
+    frame = rows.group_by("problem", maintain_order=True).agg(pl.col("skill").first().cast(pl.String))
+    own = {name: name for name in ("problem", "skill")}
+    return FileScan(frame.select(*own).with_row_index(ROW, 1), own, is_text=False)
+
+
+def _timed_answers(file: Path, table: str) -> pl.LazyFrame:
+    """Columns ROW, user, item, timestamp (ms), and correct of all answers."""
+    rows = pl.scan_parquet(file, glob=False)
+    columns = _ANSWERS | {"label:correct": "correct"}
+    check_columns(str(file), columns, rows.collect_schema(), table, ASSIST17.remedy)
+    place = pl.col("order").rank("ordinal").over("student") - 0.5
+    time = (place / pl.len().over("student") * (ANSWER_DAYS * DAY_MS)).cast(pl.Int64).alias("timestamp")
+    user, item = pl.col("student").alias("user"), pl.col("problem").alias("item")
+    return rows.with_columns(time).select(user, item, "timestamp", "correct").with_row_index(ROW, 1)
+
+
+ASSIST17 = PublicSet(
+    events=(FileForm(("answers.parquet",), read=read_answers),),
+    impressions=(FileForm(("answers.parquet",), read=read_asked),),
+    items=(FileForm(("answers.parquet",), {"item": "problem", "categories": ["skill"]}, read_skills),),
+    url="https://sites.google.com/view/assistmentsdatamining",
+)
+
+
 PUBLIC_SETS = {
     "ml-1m": ML_1M,
     "ml-latest-small": ML_LATEST_SMALL,
@@ -295,6 +366,7 @@ PUBLIC_SETS = {
     "yambda": YAMBDA,
     "longctr": LONGCTR,
     "t-ecd": T_ECD,
+    "assist17": ASSIST17,
 }
 """By the value of `kind`. `auto` takes the first that is recognized."""
 
