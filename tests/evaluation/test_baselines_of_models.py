@@ -18,9 +18,9 @@ from vista.config import DataConfig, EvaluateConfig, ItemTableConfig, PrepareCon
 from vista.config.checks import Split
 from vista.errors import ConfigError
 from vista.evaluation.answers import RawHistoryAnswers
-from vista.evaluation.baseline_evaluation import impression_baselines
 from vista.evaluation.cases import EarlierEvents, impression_cases, next_item_cases, with_tasks
 from vista.evaluation.evaluate import evaluate, evaluate_model
+from vista.evaluation.label_baselines import EarlierLabels, LabelFeatures, label_baselines
 from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
@@ -211,7 +211,7 @@ def test_they_learn_what_they_can_know(log: EventLog) -> None:
     from sklearn.metrics import roc_auc_score
 
     cases = impression_cases(log, START + 4_000_000, None)
-    found = impression_baselines(log, DATA, cases)
+    found = label_baselines(log, DATA, cases, trained=False)
     assert list(found) == ["item rate", "counters", "pooled vectors"]
     aucs = {name: roc_auc_score(cases.label[:, 0], values[:, 0]) for name, values in found.items()}
     assert all(
@@ -219,19 +219,70 @@ def test_they_learn_what_they_can_know(log: EventLog) -> None:
     )
     assert 0.4 < aucs["item rate"] < 0.6, "every item is clicked by one half of the users"
     assert aucs["counters"] > 0.85 and aucs["pooled vectors"] > 0.9
+    learned = label_baselines(log, DATA, cases, trained=True)
+    assert list(learned)[3:] == ["item and user rates", "label trees", "pooled label vectors"]
+    aucs = {name: roc_auc_score(cases.label[:, 0], values[:, 0]) for name, values in learned.items()}
+    assert 0.4 < aucs["item and user rates"] < 0.6 and aucs["label trees"] > 0.85
+    assert aucs["pooled label vectors"] > 0.9
+    products = LabelFeatures(log, DATA, "click").products(cases)
+    assert roc_auc_score(cases.label[:, 0], products[:, 0]) > 0.9, "users like the items of one half"
 
 
-def test_held_out_labels_change_nothing(log: EventLog) -> None:
-    cases = impression_cases(log, START + 4_000_000, None)
-    other = dataclasses.replace(cases, label=1 - cases.label)
-    one, two = (impression_baselines(log, DATA, each) for each in (cases, other))
-    assert all(np.array_equal(one[name], two[name]) for name in one)
+def test_held_out_labels_change_nothing(log: EventLog, tmp_path: Path) -> None:
+    """Not those of other users, nor later ones of the same user; earlier ones of the same user are known."""
+    table = log.impressions
+    assert table is not None
+    asked = START + 4_500_000
+    label = np.asarray(table.label)[:, 0]
+    user = np.repeat(np.arange(log.num_users), np.diff(table.offsets))
+    time = np.asarray(table.timestamp)
+
+    def answers(change: np.ndarray, name: str) -> dict[str, np.ndarray]:
+        """Of the impressions at one time, where some labels of the log are other ones."""
+        rows = {"user": log.users.ids(user), "item": log.items.ids(np.asarray(table.item)), "timestamp": time}
+        events = log.gather(np.arange(log.num_users), log.lengths)
+        changed = EventLog.from_frame(
+            {
+                "user": log.users.ids(events.owner),
+                "item": log.items.ids(np.asarray(events.item)),
+                "timestamp": events.timestamp,
+            },
+            tmp_path / name,
+            time_unit="ms",
+            impressions=rows | {"click": np.where(change, 1 - label, label)},
+            columns=SourceColumns(labels=["click"]),
+        )
+        return label_baselines(changed, DATA, impression_cases(changed, asked, asked + 1), trained=True)
+
+    one = answers(np.zeros(len(time), np.bool_), "same")
+    later = answers(time >= asked, "later")
+    assert all(np.array_equal(one[name], later[name]) for name in one)
+    of_others = answers((time >= START + 3_500_000) & (user % 2 == 1), "others")
+    even = impression_cases(log, asked, asked + 1).user % 2 == 0
+    assert all(np.array_equal(one[name][even], of_others[name][even]) for name in one)
+    assert not np.array_equal(one["label trees"][~even], of_others["label trees"][~even])
+
+
+def test_earlier_labels_against_a_loop() -> None:
+    rng = np.random.default_rng(0)
+    group, time, label = rng.integers(0, 4, 60), rng.integers(0, 20, 60), rng.integers(0, 2, 60).astype(float)
+    asked_group, asked_time = rng.integers(-1, 6, 40), rng.integers(0, 22, 40)
+    found = EarlierLabels.of(group, time, label, asked_group, asked_time, (3,))
+    order = np.argsort(time, kind="stable")
+    for n in range(40):
+        own = [m for m in order if group[m] == asked_group[n] and time[m] < asked_time[n]]
+        assert found.count[n] == len(own) and found.total[n] == label[own].sum()
+        assert found.recent[3][0][n] == min(len(own), 3)
+        assert found.age[n] == (asked_time[n] - time[own[-1]] if own else np.inf)
+        if len({*time[own[-4:]]}) == len(own[-4:]):  # the last three are known
+            assert found.recent[3][1][n] == label[own[-3:]].sum()
+    assert found.rate(0.25, 4).tolist() == ((found.total + 1) / (found.count + 4)).tolist()
 
 
 def test_nothing_is_fitted_without_earlier_labels(log: EventLog) -> None:
     early = dataclasses.replace(DATA, validation_from=str(START + 1000), test_from=str(START + 1000))
     cases = impression_cases(log, START + 1000, None)
-    assert impression_baselines(log, early, cases) == {}
+    assert label_baselines(log, early, cases, trained=True) == {}
 
 
 def questions(log: EventLog, num: int = 400) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,24 +11,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import Served
+from tests.conftest import Served, small_config
 from tests.evaluation.conftest import evaluated
 from tests.evaluation.test_window_evaluation import ASKED
 from vista.arrays import Floats, Int
 from vista.cli.run_commands import run_compare
-from vista.config import CompareConfig, DataConfig, EvaluateConfig
+from vista.config import CompareConfig, DataConfig, DinConfig, EvaluateConfig
 from vista.config.checks import AskedBaselines, Split, Target
 from vista.errors import ConfigError
 from vista.evaluation import baseline_evaluation
-from vista.evaluation.baseline_evaluation import asked_horizons, measure_baseline, measure_by_horizon
+from vista.evaluation.baseline_evaluation import (
+    BaselineReport,
+    asked_horizons,
+    measure_baseline,
+    measure_by_horizon,
+)
 from vista.evaluation.cases import next_item_cases
 from vista.evaluation.comparison import Comparison, PerUserMetrics, compare, per_user_path
 from vista.evaluation.counting_baselines import OwnFrequency, Popularity, Transitions, scores_in_columns
 from vista.evaluation.evaluate import evaluate, evaluate_scorer
+from vista.evaluation.label_baselines import label_baselines
+from vista.evaluation.metrics import auc, log_loss
 from vista.evaluation.trained_baselines import PooledFactors
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.scorer import Scorer
+from vista.training.trainer import train_model
 
 QUESTION = {"target": "window", "split": "test", "horizon": ["50 events"], "cases": ["abc"]}
 
@@ -216,7 +224,7 @@ def test_next_items_are_ranked_as_without_a_model(
     assert written["baselines"]["transitions"] == pytest.approx(expected)
     assert ("own frequency" in written["baselines"]) != exclude_seen
     row = next(line for line in str(report).splitlines() if line.startswith("transitions  "))
-    assert row.split()[1::3] == [f"{expected['hr@5']:.4f}", f"{expected['ndcg@5']:.4f}"]
+    assert row.split()[1::4] == [f"{expected['hr@5']:.4f}", f"{expected['ndcg@5']:.4f}"]
     paired = compare(CompareConfig(a=[str(out)], b=[f"{out}.transitions"]))
     assert f"{expected['hr@5'] - report.metrics['hr@5']:+.4f}" in str(paired)
 
@@ -259,13 +267,31 @@ def test_windows_are_asked_of_the_same_users(served_tasks: Served) -> None:
             assert value == pytest.approx(len(best & set(window)) / 4)
     text = str(report)
     assert "baselines, next 3 events" in text and "baselines, next 8 events" in text and "recall@4:new" in text
-    best = dict.fromkeys(report.metrics, 1.0)
-    assert "the model is below a baseline" not in str(replace(report, metrics=best))
-    means = {name: metrics["precision@4/3-events"] for name, metrics in report.baselines.metrics().items()}
-    name = max(means, key=lambda each: means[each])
-    below = str(replace(report, metrics=best | {"precision@4/3-events": 0.0, "recall@4/3-events": np.nan}))
-    expected = f"the model is below a baseline: precision@4/3-events 0.0000 ({name}: {means[name]:.4f})"
-    assert below.splitlines()[-1] == expected
+
+
+def test_a_model_is_ahead_or_behind_by_two_standard_errors_of_the_paired_difference() -> None:
+    rng = np.random.default_rng(0)
+    users, spread = np.arange(400), rng.normal(size=400)
+
+    def measured(**values: np.ndarray) -> PerUserMetrics:
+        return PerUserMetrics(users, values, {})
+
+    model = measured(hr=spread, **{"log_loss/click": spread})
+    noise = rng.normal(size=400)
+    noise -= noise.mean()
+    error = noise.std(ddof=1) / 20
+    others = {"lower": -2.1 * error, "equal": -1.9 * error, "higher": 2.1 * error, "unknown": np.nan}
+    baselines = {
+        name: measured(hr=spread + noise + shift, **{"log_loss/click": spread + noise + shift})
+        for name, shift in others.items()
+    }
+    report = BaselineReport(model, baselines, {"labels": {"HR": "hr"}})
+    # The users differ far more than the two do, and a paired difference does not care.
+    assert [report.standing(name, "hr") for name in others] == ["ahead", "tie", "behind", "–"]
+    assert [report.standing(name, "log_loss/click") for name in others] == ["behind", "tie", "ahead", "–"]
+    header, own, first, *_, last = str(report).splitlines()
+    assert header.split() == ["baselines,", "labels", "HR"] and own.startswith("the model") and "±" in own
+    assert first.split()[0] == "lower" and first.endswith("ahead") and "two standard errors" in last
 
 
 class AskedAt(Popularity):
@@ -332,11 +358,29 @@ def test_a_part_without_labels_is_refused(event_log: EventLog) -> None:
         measure_baseline(Popularity(), event_log, data, EvaluateConfig(), np.arange(event_log.num_items))
 
 
-def test_a_model_that_ranks_no_items_is_refused(served: Served) -> None:
-    with (
-        Scorer.open(served.model, served.test_store) as scorer,
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(ConfigError, match="baselines=counting: this model does not rank items"),
-    ):
-        patch.setattr(type(served.model), "has_retrieval", False)
-        evaluate_scorer(scorer, served.log, EvaluateConfig(baselines=AskedBaselines.counting))
+def test_labels_have_baselines_of_their_own(served_tasks: Served, tmp_path: Path) -> None:
+    """Also for a model that ranks no items."""
+    out = tmp_path / "metrics.json"
+    config = replace(
+        small_config(served_tasks.log, tmp_path / "run", model=DinConfig(history_limit=9, dim=16)),
+        data=served_tasks.config.data,
+    )
+    train_model(config, served_tasks.log)
+    asked = {"data": str(served_tasks.log.path), "model": str(tmp_path / "run" / "best"), "out": str(out)}
+    report = evaluate(EvaluateConfig(**asked, baselines=AskedBaselines.trained, num_threads=1))
+    written = json.loads(out.read_text())
+    assert report.per_user is None and report.labels is not None and report.impressions is not None
+    expected = label_baselines(served_tasks.log, served_tasks.config.data, report.impressions, trained=True)
+    assert list(written["baselines"]) == list(expected)
+    assert report.probabilities is not None
+    click = report.impressions.mask[:, 0]
+    for name, answers in [("label trees", expected["label trees"]), ("", report.probabilities)]:
+        label, answer = report.impressions.label[click, 0], answers[click, 0]
+        found = written["baselines"][name] if name else written["metrics"]
+        assert found["log_loss/click"] == pytest.approx(log_loss(label, answer))
+        assert found["auc/click"] == pytest.approx(auc(label, answer))
+    assert {"auc/click", "log_loss/click"} <= set(written["standard_errors"])
+    assert "baselines, labels" in str(report) and "label trees" in str(report)
+    paired = compare(CompareConfig(a=[f"{out}.labels"], b=[f"{out}.labels.label-trees"]))
+    gain = written["baselines"]["label trees"]["auc/click"] - written["metrics"]["auc/click"]
+    assert f"{gain:+.4f}" in str(paired)

@@ -11,11 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from vista.evaluation.comparison import drawn_aucs
 from vista.evaluation.metrics import (
     auc,
+    auc_values,
     calibration,
     gauc,
     log_loss,
+    log_loss_values,
+    mean_and_error,
     normalized_entropy,
     ranks_of_targets,
 )
@@ -47,6 +51,36 @@ def test_auc_equals_scikit_learn(sk: Any, rows: list[tuple[int, int, int]]) -> N
     else:
         assert auc(label, score) == pytest.approx(sk.roc_auc_score(label, score), abs=1e-12)
     assert auc([1, 0, 1], [-math.inf, 0.0, math.inf]) == 0.5
+
+
+@settings(max_examples=60)
+@given(ROWS)
+def test_values_of_users_have_the_metric_of_all_rows_as_their_mean(rows: list[tuple[int, int, int]]) -> None:
+    user, label, score = columns(rows)
+    _, user = np.unique(user, return_inverse=True)
+    np.testing.assert_allclose(auc_values(user, label, score).mean(), auc(label, score), atol=1e-12)
+    probability = 1 / (1 + np.exp(-score))
+    np.testing.assert_allclose(log_loss_values(user, label, probability).mean(), log_loss(label, probability))
+
+
+def test_errors_over_users_are_those_of_drawing_users_again() -> None:
+    """Users differ in their numbers of rows, in their rates, and in how well they are predicted."""
+    rng = np.random.default_rng(0)
+    user = np.repeat(np.arange(150), rng.integers(1, 60, 150))
+    bias = rng.normal(size=150)[user]
+    signal = rng.normal(size=len(user))
+    label = (rng.random(len(user)) < 1 / (1 + np.exp(-bias - signal))).astype(np.float32)
+    probability = 1 / (1 + np.exp(-signal * rng.random(150)[user]))
+    draws = drawn_aucs(user, label, {"x": probability})["x"]
+    _, error = mean_and_error(auc_values(user, label, probability))
+    assert error == pytest.approx(draws.std(), rel=0.2)  # 200 draws: an error of 5 % of their spread
+    losses = []
+    for _ in range(400):
+        drawn = rng.integers(0, 150, 150)
+        rows = np.concatenate([np.flatnonzero(user == one) for one in drawn])
+        losses.append(log_loss(label[rows], probability[rows]))
+    _, error = mean_and_error(log_loss_values(user, label, probability))
+    assert error == pytest.approx(np.std(losses), rel=0.2)
 
 
 @settings(max_examples=40)

@@ -441,10 +441,11 @@ class EvaluateConfig(RunsOn, AsksLabels, UsesStore, UsesModel, UsesLog):
     popularity: bool = False
     """Also report how closely the retrieval head's lists follow training popularity."""
     baselines: AskedBaselines = AskedBaselines.none
-    """Baselines to measure too, on the same users. counting takes seconds for a million events: popularity, own
-    frequency, transitions, item neighbors, and with features of items, content neighbors. trained adds those that
-    learn, which takes minutes: EASE, TIFU-KNN, pooled factors, pooled vectors, and boosted trees. It needs the extra
-    `baselines`."""
+    """Baselines to measure too, on the same users, in a table that says whether the model is ahead. counting takes
+    seconds for a million events: popularity, own frequency, transitions, item neighbors, and with features of items,
+    content neighbors; for labels of impressions, item rates, counters, and pooled vectors. trained adds those that
+    learn, which takes minutes: EASE, TIFU-KNN, pooled factors, pooled vectors, and boosted trees; for labels, item and
+    user rates, and trees on earlier labels, without and with pooled vectors. It needs the extra `baselines`."""
     staleness: int = 0
     """Number of each user's newest visible events that the store's summaries lack; the tail has them. Refresh with
     until=leave-last-N-out, where N is 1 + staleness (validation: 2 + staleness), or for another split with
@@ -452,7 +453,8 @@ class EvaluateConfig(RunsOn, AsksLabels, UsesStore, UsesModel, UsesLog):
     summaries."""
     out: str | None = None
     """JSON file for the metrics. An existing file is replaced. The metrics of each user are written to <out>.npz, which
-    `vista compare` reads, and those of each baseline to <out>.<name>.npz. null only prints the metrics."""
+    `vista compare` reads, and those of each baseline to <out>.<name>.npz; those of labels of impressions to
+    <out>.labels.npz and <out>.labels.<name>.npz. null only prints the metrics."""
 
     def __post_init__(self) -> None:
         AsksLabels.__post_init__(self)

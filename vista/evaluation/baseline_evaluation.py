@@ -1,25 +1,19 @@
-"""Counting baselines on the cases of a model: the same users, questions, and items to choose from."""
+"""Baselines on the cases of a model: the same users, questions, items to choose from, and impressions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
-from vista.arrays import Float32s, Floats, Int
+from vista.arrays import Int
 from vista.config import DataConfig, EvaluateConfig
 from vista.config.checks import AskedBaselines, Split, Target
 from vista.errors import ConfigError
-from vista.evaluation.cases import (
-    EarlierEvents,
-    ImpressionCases,
-    impression_cases,
-    questions_by_user,
-    with_tasks,
-)
+from vista.evaluation.cases import ImpressionCases
 from vista.evaluation.comparison import PerUserMetrics, mean_cell, per_user_path
 from vista.evaluation.counting_baselines import (
     CountingBaseline,
@@ -29,26 +23,40 @@ from vista.evaluation.counting_baselines import (
     counting_baselines,
     scores_in_columns,
 )
-from vista.evaluation.protocol import measure_next_items, measure_windows, window_lengths, window_metric
+from vista.evaluation.label_baselines import label_baselines
+from vista.evaluation.metrics import mean_and_error
+from vista.evaluation.protocol import (
+    measure_labels,
+    measure_next_items,
+    measure_windows,
+    window_lengths,
+    window_metric,
+)
 from vista.evaluation.trained_baselines import (
     CounterTrees,
     NewItemTrees,
     PooledFactors,
     PooledItemVectors,
-    factor_vectors,
 )
-from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
 from vista.log.splits import leaves_out_seen, split_until, visible_counts
-from vista.logistic_regression import fit_probability, predict_probability
 from vista.model.ranking_model import RankingModel
-from vista.progress_bar import elapsed_time, progress_bar, ticking
+from vista.progress_bar import progress_bar, ticking
 from vista.text_table import text_table
+
+ERRORS_APART = 2
+"""Standard errors of the paired difference that a model needs to be ahead of a baseline, or behind it."""
+STANDING = "ahead, tie, behind: the model against the baseline, by two standard errors over users (paired)"
+LOSS = "log_loss"
+"""Metrics whose name begins with this are better if they are smaller."""
 
 
 @dataclass(frozen=True, slots=True)
 class BaselineReport:
     """Metrics of each user, by baseline."""
+
+    model: PerUserMetrics
+    """Those of the model, of the same users."""
 
     per_user: dict[str, PerUserMetrics]
     tables: dict[str, dict[str, str]]
@@ -58,15 +66,15 @@ class BaselineReport:
         """Means over users, by baseline and metric."""
         return {name: own.means() for name, own in self.per_user.items()}
 
-    def ahead_of(self, model: Mapping[str, float]) -> list[str]:
-        """The metrics in which the best baseline is ahead of a model: "hr@10 0.1200 (own frequency: 0.1300)"."""
-        measured, found = self.metrics(), []
-        for name in dict.fromkeys(name for metrics in measured.values() for name in metrics):
-            best = max(measured, key=lambda baseline: measured[baseline].get(name, -math.inf))
-            value, bar = model.get(name, math.nan), measured[best][name]
-            if value < bar:  # not if one is undefined
-                found.append(f"{name} {value:.4f} ({best}: {bar:.4f})")
-        return found
+    def standing(self, baseline: str, metric: str) -> str:
+        """Whether the model is ahead of a baseline, behind it, or neither (tie): by two standard errors of the paired
+        difference. A dash if the metric is undefined."""
+        gain, error = mean_and_error(self.model.values[metric] - self.per_user[baseline].values[metric])
+        if metric.startswith(LOSS):
+            gain = -gain
+        if not math.isfinite(gain):
+            return "–"
+        return "tie" if not abs(gain) > ERRORS_APART * error else "ahead" if gain > 0 else "behind"
 
     def save(self, out: str) -> None:
         """Write the metrics of each user where `vista compare` finds them under the name <out>.<baseline>."""
@@ -77,12 +85,12 @@ class BaselineReport:
         tables = []
         for title, columns in self.tables.items():
             header = [f"baselines, {title}", *columns]
-            rows = [
-                [baseline, *(mean_cell(own.values[name]) for name in columns.values())]
-                for baseline, own in self.per_user.items()
-            ]
+            rows = [["the model", *(mean_cell(self.model.values[name]) for name in columns.values())]]
+            for baseline, own in self.per_user.items():
+                cells = [(mean_cell(own.values[name]), self.standing(baseline, name)) for name in columns.values()]
+                rows.append([baseline, *(f"{cell} {standing}" for cell, standing in cells)])
             tables.append(text_table(header, rows))
-        return "\n".join(tables)
+        return "\n".join([*tables, STANDING])
 
 
 LEARNED = (Tuned, PooledFactors, CounterTrees, NewItemTrees)
@@ -114,8 +122,13 @@ def trained_baselines(*, horizon_events: int, at_one_time: bool) -> list[Countin
     ]
 
 
-def measure_baselines(model: RankingModel, log: EventLog, config: EvaluateConfig) -> BaselineReport:
+def measure_baselines(
+    model: RankingModel, log: EventLog, config: EvaluateConfig, own: PerUserMetrics
+) -> BaselineReport:
     """Measure the counting baselines on the cases of a model, and with baselines=trained also those that learn.
+
+    Args:
+        own: metrics of the model.
 
     Raises:
         ConfigError: as `measure_baseline`.
@@ -151,7 +164,24 @@ def measure_baselines(model: RankingModel, log: EventLog, config: EvaluateConfig
         tables = {
             f"next {window}": {head: window_metric(head, window) for head in heads} for window in window_lengths(config)
         }
-    return BaselineReport(measured, tables)
+    return BaselineReport(own, measured, tables)
+
+
+def measure_label_baselines(
+    model: RankingModel, log: EventLog, config: EvaluateConfig, cases: ImpressionCases, own: PerUserMetrics
+) -> BaselineReport | None:
+    """Measure the baselines for labels on the impressions of a model; None if they have nothing to be fitted to.
+
+    Args:
+        cases, own: impressions and metrics of the model.
+
+    Raises:
+        MissingDependencyError: scikit-learn is not installed, and trained baselines are asked for.
+    """
+    trained = config.baselines is AskedBaselines.trained
+    answers = label_baselines(log, model.data, cases, trained=trained)
+    measured = {name: measure_labels(log, cases, answer, config.split) for name, answer in answers.items()}
+    return BaselineReport(own, measured, {"labels": {name: name for name in own.values}}) if measured else None
 
 
 def asked_horizons(config: EvaluateConfig) -> list[int]:
@@ -205,129 +235,3 @@ def measure_baseline(
     if not len(per_user.users):
         raise ConfigError(f"{log.path} has no {config.split} label to rank; choose another split")
     return per_user
-
-
-# Baselines for labels of impressions, fitted to the labels before a cut: item rates, counters, and pooled vectors.
-#
-# They need no training of a model: a logistic regression on some features of the user's history and the candidate.
-# Letters: N impressions, R features, V items, M columns of item vectors, T events.
-
-MAX_FITTED = 50_000
-"""Most impressions to which they are fitted; more are sampled."""
-LAST = (32, 200)
-"""Numbers of newest events whose counts and means are features, next to those of all events."""
-_DIM = 64
-_PRIOR = 20
-"""Impressions with the mean rate that are added to those of each item."""
-
-
-def impression_baselines(log: EventLog, data: DataConfig, cases: ImpressionCases) -> dict[str, Float32s]:
-    """Probabilities float32 [N, tasks] of each baseline, by name; none if no impression precedes the held-out labels.
-
-    - item rate: the share of the item's impressions before the cut that have the label.
-    - counters: how often and how long ago the user had the item.
-    - pooled vectors: cosines of the item's vector and the means of the user's last 32, last 200, and all items.
-
-    Counters and pooled vectors also read the item rate and the item's popularity.
-
-    Args:
-        data: the split; everything is fitted to what is visible to its training.
-        cases: the questions, which may have fewer tasks than the log.
-    """
-    limit = split_until(data, "train")
-    table = log.impressions
-    if table is None or limit.before is None or not table.num_impressions:
-        return {}
-    begin = int(np.asarray(table.timestamp).min())
-    fitted = with_tasks(impression_cases(log, begin, limit.before, max_cases=MAX_FITTED), cases.tasks)
-    if not len(fitted.user):
-        return {}
-    counts = visible_counts(log, limit)
-    popularity = np.log1p(item_counts(log, counts))
-    with elapsed_time("item factors"):
-        vectors = factor_vectors(log, counts, _DIM, seed=0)
-    readers: dict[str, Callable[[ImpressionCases], Floats]] = {
-        "counters": lambda asked: _counters(log, asked),
-        "pooled vectors": lambda asked: _cosines(log, vectors, asked),
-    }
-    rates = [_ItemRate.of(fitted, task, log.num_items) for task in range(len(cases.tasks))]
-    out = {"item rate": np.stack([rate.probability[cases.item] for rate in rates], axis=1).astype(np.float32)}
-    for name, read in readers.items():
-        known, asked = (np.column_stack([read(each), popularity[each.item]]) for each in (fitted, cases))
-        columns = []
-        for task, rate in enumerate(rates):
-            mask = fitted.mask[:, task]
-            if not mask.any():  # the task has labels only after the cut
-                columns.append(rate.probability[cases.item])
-                continue
-            own = rate.without_own(fitted.item[mask], fitted.label[mask, task])
-            weights = fit_probability(_products(known[mask], own), fitted.label[mask, task])
-            columns.append(predict_probability(_products(asked, rate.log_odds(cases.item)), weights))
-        out[name] = np.stack(columns, axis=1).astype(np.float32)
-    return out
-
-
-@dataclass(frozen=True, slots=True)
-class _ItemRate:
-    """The rate of a task's labels per item, drawn to the mean rate where an item has few impressions."""
-
-    true: Floats
-    """float64 [V] labels of 1, with those of the prior."""
-    shown: Floats
-    """float64 [V] known labels, with those of the prior."""
-
-    @classmethod
-    def of(cls, cases: ImpressionCases, task: int, num_items: int) -> _ItemRate:
-        mask = cases.mask[:, task]
-        label = cases.label[mask, task].astype(np.float64)
-        mean = (label.sum() + 1) / (len(label) + 2)
-        shown = (np.bincount(cases.item[mask], minlength=num_items) + _PRIOR).astype(np.float64)
-        true = np.bincount(cases.item[mask], label, num_items) + _PRIOR * mean
-        return cls(true.astype(np.float64), shown)
-
-    @property
-    def probability(self) -> Floats:
-        return self.true / self.shown
-
-    def log_odds(self, item: Int) -> Floats:
-        """float64 [N] of items [N]."""
-        odds: Floats = np.log(self.true[item] / (self.shown - self.true)[item])
-        return odds
-
-    def without_own(self, item: Int, label: Float32s) -> Floats:
-        """`log_odds` of the impressions that the rates were counted from, each without its own label."""
-        true, shown = self.true[item] - label, self.shown[item] - 1
-        odds: Floats = np.log(true / (shown - true))
-        return odds
-
-
-def _products(raw: Floats, rate: Floats) -> Floats:
-    """A constant, the features [N, R] and the rate [N], and the products of each two: float64 [N, …]."""
-    columns = np.column_stack([np.ones(len(raw)), raw, rate])
-    left, right = np.triu_indices(columns.shape[1])
-    products: Floats = columns[:, left] * columns[:, right]
-    return products
-
-
-def _counters(log: EventLog, cases: ImpressionCases) -> Floats:
-    """Counts of the candidate among the user's events, and the age of the newest one: float64 [N, 4]."""
-    own = EarlierEvents.of(log, np.arange(log.num_items), cases.user, cases.seen, cases.item, LAST)
-    age = np.where(own.newest_age < 0, cases.seen, own.newest_age)
-    features: Floats = np.log1p(np.column_stack([own.count, *own.recent.values(), age]))
-    return features
-
-
-def _cosines(log: EventLog, vectors: Floats, cases: ImpressionCases) -> Floats:
-    """Cosines of the candidate and the means of the user's newest and of all events: float64 [N, 3]."""
-    out = np.zeros((len(cases.user), 1 + len(LAST)))
-    for row, chosen in questions_by_user(cases.user, "pooled vectors"):
-        events = vectors[np.asarray(log.slice(row, 0, int(cases.seen[chosen].max())).item)]
-        sums = np.concatenate([np.zeros((1, events.shape[1])), np.cumsum(events, axis=0)])
-        seen = cases.seen[chosen]
-        for column, last in enumerate([None, *LAST]):
-            start = np.zeros_like(seen) if last is None else np.maximum(seen - last, 0)
-            total = sums[seen] - sums[start]
-            length = np.linalg.norm(total, axis=1)
-            dots = np.einsum("nm,nm->n", total, vectors[cases.item[chosen]])
-            out[chosen, column] = dots / np.where(length > 0, length, 1)
-    return out

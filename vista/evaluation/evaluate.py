@@ -18,7 +18,7 @@ from vista.config.checks import AskedBaselines, Target, to_dict
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.answers import RawHistoryAnswers, ScorerAnswers
-from vista.evaluation.baseline_evaluation import BaselineReport, measure_baselines
+from vista.evaluation.baseline_evaluation import BaselineReport, measure_baselines, measure_label_baselines
 from vista.evaluation.cases import ImpressionCases, impression_cases, with_tasks
 from vista.evaluation.comparison import PerUserMetrics, per_user_path
 from vista.evaluation.popularity_report import PopularityReport, popularity_report
@@ -27,6 +27,7 @@ from vista.evaluation.protocol import (
     RecommendedLists,
     WindowReport,
     impression_metrics,
+    measure_labels,
     measure_next_items,
     measure_windows,
 )
@@ -60,20 +61,35 @@ class EvaluationReport:
     popularity: PopularityReport | None = None
     per_user: PerUserMetrics | None = None
     windows: WindowReport | None = None
+    labels: PerUserMetrics | None = None
+    """Metrics of the labels of impressions."""
     baselines: BaselineReport | None = None
+    """Of next items or windows."""
+    label_baselines: BaselineReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values: metrics (null where undefined), standard errors over users, num_cases, seconds, baselines."""
-        errors = {} if self.per_user is None else self.per_user.standard_errors()
+        parts = [part for part in (self.per_user, self.labels) if part is not None]
+        errors = {name: error for part in parts for name, error in part.standard_errors().items()}
+        of_labels = {} if self.labels is None else self.labels.means()
         values = {
-            "metrics": _finite(self.metrics),
+            "metrics": _finite(of_labels | self.metrics),
             "standard_errors": _finite(errors),
             "num_cases": self.num_cases,
             "seconds": self.seconds,
         }
-        if self.baselines is not None:
-            values["baselines"] = {name: _finite(metrics) for name, metrics in self.baselines.metrics().items()}
+        if reports := self.baseline_reports():
+            found: dict[str, dict[str, float | None]] = {}
+            for report in reports.values():
+                for name, metrics in report.metrics().items():
+                    found.setdefault(name, {}).update(_finite(metrics))
+            values["baselines"] = found
         return values
+
+    def baseline_reports(self) -> dict[str, BaselineReport]:
+        """Reports of baselines by what is added to the name of `out`: nothing, or LABELS."""
+        found = {"": self.baselines, LABELS: self.label_baselines}
+        return {suffix: report for suffix, report in found.items() if report is not None}
 
     def __str__(self) -> str:
         # Reports print their own numbers, as tables.
@@ -83,10 +99,7 @@ class EvaluationReport:
         lines += [f"  {name:<20} {value:.4f}" for name, value in self.metrics.items() if name not in hidden]
         lines = [fitted(line, 4) for line in lines]
         lines += map(str, reports)
-        if self.baselines is not None:
-            lines.append(str(self.baselines))
-            if below := self.baselines.ahead_of(self.metrics):
-                lines.append(fitted(f"the model is below a baseline: {', '.join(below)}"))
+        lines += map(str, self.baseline_reports().values())
         return "\n".join(lines)
 
 
@@ -99,6 +112,8 @@ PLACES = (
     *("verify_log", "device", "num_threads"),
 )
 """Fields of EvaluateConfig that may differ between ranks."""
+LABELS = ".labels"
+"""Added to the name of `out` for metrics of labels, which have other users than those of next items."""
 NO_STORE = "none"
 """Written in place of a codec for a baseline."""
 
@@ -145,10 +160,11 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
         else:
             asked |= {"exclude_seen": leaves_out_seen(log, model.data)}
         replace_text(Path(config.out), json.dumps(asked | result.to_dict(), indent=2) + "\n")
-        if result.per_user is not None:
-            result.per_user.save(per_user_path(config.out))
-        if result.baselines is not None:
-            result.baselines.save(config.out)
+        for suffix, own in (("", result.per_user), (LABELS, result.labels)):
+            if own is not None:
+                own.save(per_user_path(config.out + suffix))
+        for suffix, report in result.baseline_reports().items():
+            report.save(config.out + suffix)
     return result
 
 
@@ -194,8 +210,6 @@ def _agree(ranks: Ranks, config: EvaluateConfig, log: EventLog, store: str) -> N
 def _check(model: RankingModel, log: EventLog, config: EvaluateConfig) -> None:
     if config.popularity and not model.has_retrieval:
         raise ConfigError("popularity=true: this model's retrieval head was not trained; set popularity=false")
-    if config.baselines is not AskedBaselines.none and not model.has_retrieval:
-        raise ConfigError(f"baselines={config.baselines.value}: this model does not rank items; set baselines=none")
     if config.target is Target.window and not model.has_retrieval:
         raise ConfigError(
             "target=window: this model's retrieval head was not trained; train it with optim.next_weight above 0"
@@ -239,7 +253,12 @@ def _measure(
     evaluation = replace(evaluation, seconds=time.perf_counter() - began)
     if config.baselines is AskedBaselines.none or not ranks.leads:
         return evaluation
-    return replace(evaluation, baselines=measure_baselines(model, log, config))
+    if (ranked := evaluation.per_user) is not None:
+        evaluation = replace(evaluation, baselines=measure_baselines(model, log, config, ranked))
+    if (cases := evaluation.impressions) is not None and (labels := evaluation.labels) is not None:
+        of_labels = measure_label_baselines(model, log, config, cases, labels)
+        evaluation = replace(evaluation, label_baselines=of_labels)
+    return evaluation
 
 
 def _measure_next_items(
@@ -252,7 +271,7 @@ def _measure_next_items(
 ) -> EvaluationReport:
     """Next items, and labels of impressions."""
     metrics: dict[str, float] = {}
-    places = impressions = probabilities = report = per_user = None
+    places = impressions = probabilities = report = per_user = labels = None
     num_cases = 0
     if model.has_retrieval:
         lists = RecommendedLists(len(model.items), config.top_k[0]) if config.popularity else None
@@ -273,13 +292,16 @@ def _measure_next_items(
         answered = answers.probabilities(own)
         probabilities = ranks.of_all_cases({"probability": answered})["probability"]
         metrics |= impression_metrics(impressions, probabilities)
+        labels = measure_labels(log, impressions, probabilities, config.split)
         num_cases += len(impressions.user)
     if num_cases == 0:
         raise ConfigError(
             f"{log.path} has no {config.split} case for this model: no label after "
             f"{split_until(model.data, config.split)}, and no impression of its tasks; choose another split"
         )
-    return EvaluationReport(metrics, num_cases, 0.0, places, impressions, probabilities, report, per_user=per_user)
+    return EvaluationReport(
+        metrics, num_cases, 0.0, places, impressions, probabilities, report, per_user=per_user, labels=labels
+    )
 
 
 def _popularity(

@@ -289,6 +289,52 @@ def _labels_and_probabilities(labels: ArrayLike, probabilities: ArrayLike) -> tu
     return label_N, np.clip(probability_N, eps, 1 - eps)
 
 
+# Errors over users of metrics of all rows: the rows of a user are not independent, and users have different numbers of
+# them. Each of G users gets a value whose mean is the metric, and whose spread is what the user's rows do to the metric
+# (the linear term of its expansion). So the mean, its standard error, and paired differences of models are those of any
+# other metric per user. For AUC these are the errors for clustered data of Obuchowski (Biometrics 1997).
+
+
+def log_loss_values(users: Int, labels: ArrayLike, probabilities: ArrayLike) -> Floats:
+    """Values float64 [G] per user whose mean is `log_loss` over all rows.
+
+    Args:
+        users: [N] of 0 … G-1, each at least once.
+        labels, probabilities: as in `log_loss`.
+    """
+    loss_N = log_losses(labels, probabilities)
+    mean, count_G = loss_N.mean(), np.bincount(users)
+    values: Floats = mean + (np.bincount(users, loss_N) - count_G * mean) * (len(count_G) / len(loss_N))
+    return values
+
+
+def auc_values(users: Int, labels: ArrayLike, scores: ArrayLike) -> Floats:
+    """Values float64 [G] per user whose mean is `auc` over all rows; NaN if one class is absent.
+
+    Args:
+        users: [N] of 0 … G-1, each at least once.
+        labels, scores: as in `auc`.
+    """
+    label_N, score_N = _labels_and_scores(labels, scores, "scores")
+    is_true = label_N == 1
+    true, false = np.sort(score_N[is_true]), np.sort(score_N[~is_true])
+    num_users = int(users.max()) + 1
+    if not len(true) or not len(false):
+        return np.full(num_users, np.nan)
+
+    def share_below(ranked: Floats, own: Floats) -> Floats:
+        """Of each of `own`, the share of `ranked` below it; equal scores count half."""
+        places = np.searchsorted(ranked, own, "left") + np.searchsorted(ranked, own, "right")
+        return np.asarray(places / (2 * len(ranked)))
+
+    wins = np.empty(len(score_N))  # of each row over all rows of the other class
+    wins[is_true], wins[~is_true] = share_below(false, score_N[is_true]), 1 - share_below(true, score_N[~is_true])
+    mean = wins[is_true].mean()
+    weight = np.where(is_true, 1 / len(true), 1 / len(false))
+    values: Floats = mean + num_users * np.bincount(users, (wins - mean) * weight)
+    return values
+
+
 def mean_and_error(values: Floats) -> tuple[float, float]:
     """Mean over the users that have a value, and its standard error; NaN without enough users."""
     known = values[~np.isnan(values)]

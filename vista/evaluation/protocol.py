@@ -27,9 +27,10 @@ from vista.evaluation.cases import (
 from vista.evaluation.comparison import PerUserMetrics, mean_cell
 from vista.evaluation.metrics import (
     auc,
+    auc_values,
     calibration,
     gauc,
-    log_losses,
+    log_loss_values,
     mean_and_error,
     normalized_entropy,
     ranks_of_targets,
@@ -287,7 +288,7 @@ def impression_metrics(cases: ImpressionCases, probability: Float32s) -> dict[st
 
 
 def entropy_of_users(cases: ImpressionCases, probability: Float32s, task: str) -> Floats:
-    """float64 [U] what each user with labels of a task adds to its NE, times U: their mean is the NE of the task.
+    """Values float64 [U] per user with labels of a task, whose mean is the NE of the task (see `log_loss_values`).
 
     Args:
         probability: float32 [N, num_tasks].
@@ -295,10 +296,34 @@ def entropy_of_users(cases: ImpressionCases, probability: Float32s, task: str) -
     index = cases.tasks.index(task)
     known = cases.mask[:, index]
     label, predicted = cases.label[known, index], probability[known, index]
-    losses = log_losses(label, predicted)
-    users, user = np.unique(cases.user[known], return_inverse=True)
-    of_users: Floats = np.bincount(user, losses, len(users)) * len(users) / losses.sum()
-    return of_users * normalized_entropy(label, predicted)
+    _, user = np.unique(cases.user[known], return_inverse=True)
+    values = log_loss_values(user, label, predicted)
+    of_users: Floats = values * (normalized_entropy(label, predicted) / values.mean())
+    return of_users
+
+
+def measure_labels(log: EventLog, cases: ImpressionCases, probability: Float32s, split: str) -> PerUserMetrics:
+    """AUC and log loss of each task with labels of both kinds, with their errors over users.
+
+    The values of a user are those of `auc_values` and `log_loss_values`: their mean is the metric over all impressions.
+
+    Args:
+        probability: float32 [N, num_tasks].
+        split: the part of the split that the cases are of.
+    """
+    users, row = np.unique(cases.user, return_inverse=True)
+    values: dict[str, Floats] = {}
+    for index, task in enumerate(cases.tasks):
+        known = cases.mask[:, index]
+        label, predicted = cases.label[known, index], probability[known, index]
+        if len(np.unique(label)) < 2:
+            continue
+        own, place = np.unique(row[known], return_inverse=True)
+        for name, measured in (("auc", auc_values), ("log_loss", log_loss_values)):
+            values[f"{name}/{task}"] = np.full(len(users), np.nan)
+            values[f"{name}/{task}"][own] = measured(place, label, predicted)
+    digest = cases_digest(log, cases.user, cases.item, cases.timestamp, cases.mask.ravel().astype(np.int64))
+    return PerUserMetrics(log.users.ids(users), values, {"target": "labels", "split": split, "cases": [digest]})
 
 
 def measure_next_items(

@@ -19,10 +19,11 @@ from vista.config import EvaluateConfig, RefreshOptions, TrainConfig
 from vista.config.checks import Target
 from vista.config.composition import compose_config
 from vista.errors import ConfigError
-from vista.evaluation.baseline_evaluation import impression_baselines, measure_baseline, measure_baselines
+from vista.evaluation.baseline_evaluation import measure_baseline, measure_baselines
 from vista.evaluation.cases import ImpressionCases, next_item_cases
 from vista.evaluation.comparison import AucMeasure, MeanMeasure, Measure, PerUserMetrics
 from vista.evaluation.evaluate import EvaluationReport, evaluate_model, evaluate_scorer
+from vista.evaluation.label_baselines import label_baselines
 from vista.evaluation.protocol import split_windows, window_lengths, window_metric
 from vista.evaluation.trained_baselines import PooledItemVectors
 from vista.files import read_limited
@@ -228,7 +229,7 @@ class ComparisonData:
         if baselines and ranking:
             ranking |= _ranking_baselines(own, log, config)
         if baselines and cases is not None:
-            probabilities |= impression_baselines(log, own.model.data, cases)
+            probabilities |= label_baselines(log, own.model.data, cases, trained=False)
         if cases is not None and cases.probability is not None:
             probabilities[ORACLE] = cases.probability.astype(np.float32)
         names = [run.name for run in runs]
@@ -254,7 +255,8 @@ def _ranking_baselines(own: MeasuredRun, log: EventLog, config: EvaluateConfig) 
     horizon = 1 if config.target is Target.next else config.horizon_events[0]
     columns = own.model.rows_of(log.items) - 1
     pooled = PooledItemVectors(horizon_events=horizon)
-    measured = measure_baselines(own.model, log, config).per_user
+    assert own.evaluation.per_user is not None
+    measured = measure_baselines(own.model, log, config, own.evaluation.per_user).per_user
     return measured | {pooled.name: measure_baseline(pooled, log, own.model.data, config, columns)}
 
 
