@@ -17,6 +17,16 @@ from typing import Any
 
 import numpy as np
 
+from scripts.experiments.label_rows import (
+    PARTS,
+    answers_file,
+    baseline_answers,
+    part_cases,
+    save_answers,
+    scheduled_answers,
+    stacked_answers,
+    trained_answers,
+)
 from scripts.experiments.results import defined, newest_rows
 from scripts.experiments.row_origin import RowOrigin, train_noted
 from scripts.experiments.serving_cost import history_model_latency_ms, scorer_latency_ms, training_speed
@@ -30,6 +40,7 @@ from scripts.experiments.table_run import (
     train_config,
 )
 from scripts.experiments.tables import TABLES
+from scripts.experiments.tables.label_tables import SERVED, STACK
 from scripts.experiments.tables.table import Table, TableRow
 from vista.arrays import Floats, Int
 from vista.config import (
@@ -39,21 +50,21 @@ from vista.config import (
     TrainConfig,
 )
 from vista.config.checks import Split, Target
-from vista.evaluation.answers import ScorerAnswers
+from vista.errors import ConfigError
 from vista.evaluation.baseline_evaluation import (
     asked_horizons,
     measure_by_horizon,
     trained_baselines,
 )
-from vista.evaluation.cases import impression_cases, with_tasks
+from vista.evaluation.cases import impression_cases
 from vista.evaluation.comparison import Comparison, PerUserMetrics
 from vista.evaluation.counting_baselines import CountingBaseline, counting_baselines
 from vista.evaluation.evaluate import EvaluationReport, evaluate_model, evaluate_scorer
-from vista.evaluation.protocol import USERS_PER_BATCH, impression_metrics, split_windows, window_metric
+from vista.evaluation.protocol import impression_metrics, measure_labels, split_windows, window_metric
 from vista.examples.item_statistics import item_counts
 from vista.files import make_folders
 from vista.log.event_log import EventLog
-from vista.log.splits import Until, parse_time, part_counts, part_times, refresh_times, split_until
+from vista.log.splits import parse_time, part_counts, split_until
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel
@@ -71,6 +82,8 @@ WINDOW_METRICS = (
     *("recall@50:new/200-events", "ndcg@50:new/200-events"),
 )
 """Metrics of a line of a table with `windows`; the file of `per_user_file` has all."""
+LABEL_METRICS = ("log_loss", "auc")
+"""Metrics of the label of a table with `task`."""
 COLD_METRICS = ("recall@50:cold/200-events", "ndcg@50:cold/200-events")
 """More metrics of a line of a table with `cold`."""
 
@@ -88,32 +101,6 @@ class PopularityAfterwards:
 
     def scores(self, user: Int, seen: Int, now: Int | None) -> Floats:
         return np.tile(self._counts, (len(user), 1))
-
-
-def scheduled_metrics(
-    model: VistaModel, log: EventLog, store: Path, options: RefreshOptions, part: str, requests_per_batch: int
-) -> dict[str, float]:
-    """Metrics of the impressions of a part of the model's split by time, with a store refreshed on a schedule.
-
-    `vista evaluate` measures one refresh, whose summaries grow old while the part goes on. Here, as in service
-    (`data.refresh_days`), each impression is scored from the last refresh before it.
-
-    Args:
-        store: folder of a store, which is refreshed once per period.
-    """
-    begin, end = part_times(model.data, part)
-    assert begin is not None
-    cases = with_tasks(impression_cases(log, begin, end), model.schema.tasks)
-    times = refresh_times(model.data, part, int(cases.timestamp.max(initial=begin)) + 1)
-    period = np.searchsorted(times, cases.timestamp, side="right") - 1
-    out = np.zeros(cases.label.shape, np.float32)
-    for index, begin_ms in enumerate(times.tolist()):
-        own = np.flatnonzero(period == index)
-        refresh(model, log, store, until=Until(before=begin_ms), options=options)
-        with Scorer.open(model, store) as scorer:
-            answers = ScorerAnswers(scorer, log, requests_per_batch=requests_per_batch)
-            out[own] = answers.probabilities(cases.part(own))
-    return impression_metrics(cases, out)
 
 
 def yambda_metrics(
@@ -164,14 +151,16 @@ class RowMeasurement:
     metrics: dict[str, float]
     origin: RowOrigin
     errors: dict[str, float] = field(default_factory=dict)
-    """Standard errors over users, in tables with `windows`."""
+    """Standard errors over users, in tables with `windows` or `task`."""
 
 
 def measure(settings: argparse.Namespace, run: TableRun, log: EventLog) -> Iterator[RowMeasurement]:
     """Measure the missing lines of a run."""
     table, row = TABLES[settings.table], run.row
     folder, configs = row_folder(settings, run.name, run.seed), part_configs(table, row)
-    if row.untrained == "oracle":
+    if table.task:
+        yield _measured_labels(settings, run, configs["test"], log, folder)
+    elif row.untrained == "oracle":
         yield RowMeasurement(run.name, _oracle_metrics(log, configs["test"]), RowOrigin(0.0))
     elif row.untrained in SIMULATED:
         yield RowMeasurement(run.name, _reference_metrics(table, row.untrained), RowOrigin(0.0))
@@ -202,13 +191,62 @@ def measure(settings: argparse.Namespace, run: TableRun, log: EventLog) -> Itera
         yield _measurement(table, run.name, reports, costs, trained, folder)
 
 
+def _measured_labels(
+    settings: argparse.Namespace, run: TableRun, config: TrainConfig, log: EventLog, folder: Path
+) -> RowMeasurement:
+    """The line of a row of a table with `task`."""
+    table, name = TABLES[settings.table], run.row.untrained
+    began, origin = time.perf_counter(), None
+    if not name:
+        one = _trained(settings, run, config, log, folder)
+        origin = RowOrigin.read({"test": folder})
+        answered = list(trained_answers(one.model, log, folder, table.task))
+    else:
+        cases = part_cases(log, config.data, "test", table.task)
+        if name == STACK:
+            answers = stacked_answers(log, config.data, table.task, _answers_of_served(settings))
+        else:
+            answers = baseline_answers(log, config.data, table.task)[name]
+        answered = [("test", cases, answers)]
+    metrics: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for part, cases, answers in answered:
+        save_answers(folder, run.name, part, answers)
+        per_user = measure_labels(log, cases, answers, part)
+        file = per_user_file(folder, run.name, part)
+        make_folders(file.parent)
+        per_user.save(file)
+        prefix, own, error = "" if part == "test" else f"{part} ", per_user.means(), per_user.standard_errors()
+        metrics |= {prefix + metric: own[metric] for metric in reported_metrics(table)}
+        errors |= {prefix + metric: error[metric] for metric in reported_metrics(table)}
+    return RowMeasurement(run.name, metrics, origin or RowOrigin(time.perf_counter() - began), errors)
+
+
+def _answers_of_served(settings: argparse.Namespace) -> list[dict[str, Path]]:
+    """{part: file of the answers} of the rows that the stack reads, of the first seed.
+
+    Raises:
+        ConfigError: if one of them was not measured in this work folder.
+    """
+    seed, found = settings.seeds[0], []
+    for row in SERVED:
+        folder = row_folder(settings, row, seed)
+        files = {part: answers_file(folder, row, part) for part in PARTS}
+        if not all(file.exists() for file in files.values()):
+            raise ConfigError(f"--rows {STACK}: needs the row {row} with seed {seed} in {settings.work}; run it first")
+        found.append(files)
+    return found
+
+
 def reported_metrics(table: Table) -> tuple[str, ...]:
-    """Metrics of a line of a table with `windows`."""
+    """Metrics of a line of a table with `windows` or `task`."""
+    if table.task:
+        return tuple(f"{metric}/{table.task}" for metric in LABEL_METRICS)
     return (*WINDOW_METRICS, *COLD_METRICS) if table.cold else WINDOW_METRICS
 
 
 def per_user_file(folder: Path, line: str, part: str) -> Path:
-    """Where a line of a table with `windows` keeps the metrics per user, for paired comparisons."""
+    """Where a line of a table with `windows` or `task` keeps the metrics per user, for paired comparisons."""
     return folder / "per-user" / f"{line}, {part}.npz"
 
 
@@ -387,7 +425,10 @@ def _served(
                 reports[part] = _reported(table, evaluate_scorer(scorer, log, asked), log, model.data, asked)
                 if model.data.refresh_days and not how.staleness:
                     options, place = RefreshOptions(codec=how.codec), store.with_name(f"{store.name}-scheduled")
-                    scheduled = scheduled_metrics(shown, log, place, options, part, USERS_PER_BATCH)
+                    cases = reports[part].impressions
+                    assert cases is not None
+                    answers = scheduled_answers(shown, log, place, options, part, cases)
+                    scheduled = impression_metrics(cases, answers)
                     reports[part] = replace(reports[part], metrics=reports[part].metrics | scheduled)
                 if table.costs:
                     costs = {

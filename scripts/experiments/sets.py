@@ -9,6 +9,10 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
 
 from vista.cli.item_commands import run_items_embed, run_items_tokenize
 from vista.config import (
@@ -22,7 +26,9 @@ from vista.config import (
 )
 from vista.config.composition import compose_config
 from vista.errors import ConfigError
+from vista.log.histories import DAY_MS
 from vista.log.ingest.prepare import prepare
+from vista.log.ingest.public.public_sets import ANSWER_DAYS, BEFORE_ANSWER_MS
 from vista.simulation.simulate import ITEMS_FILE, simulate
 
 
@@ -36,6 +42,10 @@ class DataSet:
     """Arguments of `vista prepare` for its files and filter; empty for a set that vista recognizes."""
     item: str = "item"
     """Column of item ids in its table of items."""
+    folder: str = ""
+    """Folder under VISTA_DATA_DIR, if it has another name than the set."""
+    liked: bool = False
+    """Whether its ratings become answers (`prepare_ratings`)."""
 
 
 SETS = {
@@ -53,6 +63,12 @@ SETS = {
         name: DataSet(words=(f"experiment={name}",), prepare=(f"set={name}",))
         for name in ("amazon-reviews-2023", "kuairand", "yambda", "microvideo", "kuaivideo", "t-ecd")
     },
+    # Labels of impressions, at the times of `vista.log.ingest.public.public_sets`.
+    "assist17": DataSet(words=("experiment=assist17",), prepare=("set=assist17",)),
+    **{
+        f"{name}-liked": DataSet(words=("experiment=assist17",), folder=name, liked=True)
+        for name in ("ml-1m-half", "ml-latest-small")
+    },
 }
 """Name of the folder -> data set."""
 
@@ -64,7 +80,7 @@ def set_folder(name: str, given: Path | None = None) -> Path:
         ConfigError: if the folder does not exist.
     """
     root = os.environ.get("VISTA_DATA_DIR")
-    folder = given or (Path(root) / name if root else None)
+    folder = given or (Path(root) / (SETS[name].folder or name) if root else None)
     if folder is None or not folder.exists():
         raise ConfigError(
             f"--data: {'missing' if folder is None else f'{folder} does not exist'}; give the folder of {name}, or set "
@@ -89,10 +105,44 @@ def prepare_set(name: str, folder: Path, out: Path) -> None:
     Raises:
         ConfigError, DataError: if a file is missing or has other columns.
     """
+    if SETS[name].liked:
+        prepare_ratings(folder, out)
+        return
     config = compose_config(PrepareConfig, SETS[name].prepare or ["events.kind=auto"])
     source = folder / "events.parquet" if config.events.kind == "table" else folder
     events = replace(config.events, paths=[str(source)])
     prepare(replace(config, out=str(out), events=events))
+
+
+LIKED = 4
+"""Ratings of this or more have the label `liked`."""
+
+
+def prepare_ratings(folder: Path, out: Path) -> None:
+    """Make the log of a MovieLens set whose ratings are answers: was the movie rated 4 or more?
+
+    As for assist17, each rating is an event, whose action is the rating, so that tails have it, and one second before,
+    an impression with the label `liked`; the j-th of a user's n ratings gets the time (j + 0.5) / n of 300 days. So all
+    users have the same share of ratings before any time, as most of them rate for a day only.
+
+    Args:
+        folder: with events.npz, whose ratings are in the order of time.
+    """
+    with np.load(folder / "events.npz") as file:
+        rated = pl.DataFrame({name: file[name] for name in ("user", "item", "rating")})
+    place = (pl.int_range(pl.len()) + 0.5) / pl.len()
+    time = (place * (ANSWER_DAYS * DAY_MS)).cast(pl.Int64).over("user")
+    events = rated.with_columns(timestamp=time, action=pl.col("rating").cast(pl.String))
+    asked = pl.col("timestamp") - BEFORE_ANSWER_MS, (pl.col("rating") >= LIKED).cast(pl.Int8).alias("liked")
+    source = source_folder(out)
+    shutil.rmtree(source, ignore_errors=True)
+    source.mkdir(parents=True)
+    events.write_parquet(source / "events.parquet")
+    events.select("user", "item", *asked).write_parquet(source / "impressions.parquet")
+    times: dict[str, Any] = {"timestamp": "timestamp", "time_unit": "ms"}
+    read = SourceConfig(paths=[str(source / "events.parquet")], action="action", **times)
+    shown = ImpressionsConfig(paths=[str(source / "impressions.parquet")], labels=["liked"], **times)
+    prepare(PrepareConfig(out=str(out), events=read, impressions=shown))
 
 
 def prepare_with_texts(name: str, folder: Path, out: Path, texts: str) -> None:

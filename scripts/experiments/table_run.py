@@ -152,7 +152,7 @@ def train_config(table: Table, row: TableRow) -> TrainConfig:
     words += SETS[table.data].words if table.simulation is None else ()
     ignored = {*_composed(*words).model.ignore, "item_features", "user_features"}
     words.append(f"model.ignore=[{','.join(sorted(ignored))}]")
-    words += () if table.windows or table.curve else NO_RETURNS
+    words += () if table.windows or table.curve or table.task else NO_RETURNS
     return deepcopy(_composed(*words, *table.words, *row.words))
 
 
@@ -204,6 +204,8 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
     # The log's size is part of the experiment.
     recorded = {"data": data} | ({} if table.simulation is None else {"simulation": table.simulation})
     recorded |= {"asked": dict(table.asked)} if table.asked else {}
+    if row.untrained and table.task:
+        return recorded | {"baseline": {"name": row.untrained}}
     if row.untrained:
         target = Target.window if table.windows else Target.next
         settings = baseline_settings(row.untrained, asked_horizons(EvaluateConfig(target=target)))
@@ -259,7 +261,7 @@ def command_of(settings: argparse.Namespace, rows: Sequence[str], seeds: Sequenc
     """The command that reproduces some rows for some seeds."""
     table = TABLES[settings.table]
     words = ["python", "-m", "scripts.experiments.reproduce", settings.table, "--rows", *rows]
-    words += [] if table.simulation is not None else ["--data", table.data]
+    words += [] if table.simulation is not None else ["--data", SETS[table.data].folder or table.data]
     words += [] if all(table.rows[row].untrained for row in rows) else ["--seeds", *map(str, seeds)]
     words += ["--threads", str(settings.threads)] if settings.threads else []
     return shlex.join(words)

@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 
 from scripts.experiments import reproduce
+from scripts.experiments.label_rows import part_cases
 from scripts.experiments.results import read_results
 from scripts.experiments.row_measurement import WINDOW_METRICS, yambda_metrics
 from scripts.experiments.sets import (
@@ -35,11 +36,17 @@ from vista.config import EvaluateConfig, TrainConfig
 from vista.config.checks import Codec, Target
 from vista.config.composition import compose_config
 from vista.errors import DataError
-from vista.evaluation.cases import WindowCases
+from vista.evaluation.answers import ScorerAnswers
+from vista.evaluation.cases import WindowCases, impression_cases
+from vista.evaluation.metrics import log_loss
 from vista.evaluation.protocol import measure_windows
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until
+from vista.log.splits import Until, parse_time, split_until
 from vista.model.item_feature_table import category_codes
+from vista.model.registry import load_model
+from vista.model.vista_model import VistaModel
+from vista.refresh import refresh
+from vista.scorer import Scorer
 
 pytestmark = pytest.mark.research
 
@@ -229,12 +236,19 @@ SHORT = ("kuairand", "yambda")
 """Sets that `make test-research` runs; `make nightly` runs all."""
 
 
+LABELED = ("assist17",)
+"""Sets whose table is about labels alone."""
 WINDOWS = {"complete-journey": "window-cj", "dev-packages": "window-dev"}
 """Tables of sets that do not have the name of the set."""
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in SHORT else pytest.param(name, marks=pytest.mark.nightly) for name in SAMPLES]
+    "name",
+    [
+        name if name in SHORT else pytest.param(name, marks=pytest.mark.nightly)
+        for name in SAMPLES
+        if name not in LABELED
+    ],
 )
 def test_from_the_files_to_the_metrics(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -262,6 +276,63 @@ def test_from_the_files_to_the_metrics(
     for line in lines:
         assert f"{title}, {line['model']}, seed {line['seed']}\n" in printed
         assert f"  {metric:<22} {line['metrics'][metric]:.4f}\n" in printed
+
+
+def test_labels_as_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "files").mkdir()
+    SAMPLES["assist17"](tmp_path / "files")
+    table = TABLES["labels-assist17"]
+    kept = ("vista", "tail-only", "din", "label trees", "stack")
+    pairs = tuple(pair for pair in table.pairs if {*pair} <= {*kept})
+    assert ("vista", "tail-only") in pairs and ("vista", "stack") in pairs
+    rows = {row: table.rows[row] for row in kept}
+    tiny = replace(table, words=(*table.words, *TINY_MODEL), rows=rows, pairs=pairs)
+    monkeypatch.setitem(TABLES, "labels-assist17", tiny)
+    work, places = tmp_path / "work", ["--work", str(tmp_path / "work"), "--results", str(tmp_path)]
+    words = ["labels-assist17", "--data", str(tmp_path / "files"), *places, "--threads", "1"]
+    assert reproduce.main([*words, "--rows", "stack"]) == 1
+    assert "--rows stack: needs the row vista with seed 1" in capsys.readouterr().err
+    assert reproduce.main(words) == 0, capsys.readouterr().err
+    lines = {line["model"]: line for line in read_results(tmp_path / "labels-assist17.jsonl")}
+    assert list(lines) == [*kept, *(" − ".join(pair) for pair in pairs)]
+    of_test = {"log_loss/correct", "auc/correct"}
+    assert set(lines["stack"]["metrics"]) == set(lines["din"]["metrics"]) == of_test
+    assert set(lines["vista"]["metrics"]) == {*of_test, *(f"validation {name}" for name in of_test)}
+    log = EventLog.open(next((work / "logs").glob("assist17")))
+    cases = part_cases(log, train_config(tiny, rows["vista"]).data, "test", "correct")
+    assert len(cases.user) == 48  # of 8 students with 40 answers each
+    for name in kept:
+        answers = np.load(next(work.rglob(f"{name}, test.npy")))
+        assert lines[name]["metrics"]["log_loss/correct"] == pytest.approx(log_loss(cases.label[:, 0], answers[:, 0]))
+        assert lines[name]["errors"]["log_loss/correct"] > 0
+    gain = lines["vista − din"]["metrics"]["auc/correct"]
+    assert gain == pytest.approx(lines["vista"]["metrics"]["auc/correct"] - lines["din"]["metrics"]["auc/correct"])
+    # Each answer comes from the last refresh before it, as a store shows that is refreshed at that time alone.
+    file = next(work.rglob("vista, test.npy"))
+    model, found = load_model(file.parents[1] / "run" / "best"), np.load(file)
+    assert isinstance(model, VistaModel)
+    begin = parse_time("1970-09-13") + 3 * 5 * 86_400_000
+    own = np.flatnonzero((cases.timestamp >= begin) & (cases.timestamp < begin + 5 * 86_400_000))
+    refresh(model, log, tmp_path / "store", until=Until(before=begin))
+    with Scorer.open(model, tmp_path / "store") as scorer:
+        expected = ScorerAnswers(scorer, log, requests_per_batch=64).probabilities(cases.part(own))
+    np.testing.assert_allclose(found[own], expected, atol=1e-5)
+    assert 0 < len(own) < 48
+
+
+def test_ratings_become_answers(tmp_path: Path) -> None:
+    columns = {"user": [0, 0, 1], "item": [5, 3, 3], "rating": [4.0, 3.5, 5.0], "time": [9, 9, 1]}
+    np.savez(tmp_path / "events.npz", **{name: np.array(values) for name, values in columns.items()})
+    prepare_set("ml-1m-half-liked", tmp_path, tmp_path / "log")
+    log = EventLog.open(tmp_path / "log")
+    shown = impression_cases(log, 0, None)
+    assert log.items.ids(shown.item).tolist() == [5, 3, 3] and shown.label[:, 0].tolist() == [1, 0, 1]
+    assert shown.tasks == ["liked"] and shown.seen.tolist() == [0, 1, 0]
+    day = 86_400_000
+    assert shown.timestamp.tolist() == [75 * day - 1000, 225 * day - 1000, 150 * day - 1000]
+    events = log.gather(np.arange(2))
+    assert events.timestamp.tolist() == [75 * day, 225 * day, 150 * day]
+    assert [log.actions[action] for action in events.action] == ["4.0", "3.5", "5.0"]
 
 
 def test_the_metrics_of_yambda(tmp_path: Path) -> None:

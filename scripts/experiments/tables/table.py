@@ -106,5 +106,7 @@ class Table:
     as_yambda: bool = False
     """Whether to measure the window after a question on test, and to report the metrics of Yambda's benchmark
     (`yambda_metrics` of row_measurement.py) alone."""
+    task: str = ""
+    """Label of impressions to measure, with errors over users: vista on validation and test, others on test."""
     pairs: tuple[tuple[str, str], ...] = ()
-    """With `windows`: (row, reference): the difference row − reference is reported, user by user."""
+    """With `windows` or `task`: (row, reference): the difference row − reference is reported, user by user."""

@@ -1,0 +1,43 @@
+"""Labels of impressions on real logs: is the next answer correct, will the user rate the movie 4 or more?
+
+Trained rows and baselines are fitted to the labels before the validation part, which chooses the epoch. Then the test
+is read once per row, as served: summaries are from a store that is refreshed every five days, and tails are fresh.
+SASRec, HSTU, and DIN read the newest 200 events before each question.
+"""
+
+from __future__ import annotations
+
+from scripts.experiments.tables.table import K0, Table, TableRow
+
+BASELINES = (
+    *("item rate", "item and user rates", "counters", "pooled vectors"),
+    *("label trees", "pooled label vectors"),
+)
+SERVED = ("vista", "tail-only")
+"""Rows whose answers the stack reads: trees over these and all that the trees of BASELINES read, fitted to the
+validation part. It is the measured ceiling, not a model that can be served."""
+STACK = "stack"
+
+
+def _labels(data: str, task: str, minutes: int, counted: tuple[str, ...] = ()) -> Table:
+    """Every training takes so many minutes; counted: arguments of `vista train` for the row with counters."""
+    trained = {
+        "vista": (),
+        "tail-only": K0,
+        "epoch 0": (*K0, "optim.epochs=0"),
+        "vista, counters": ("model.counters=true", *counted),
+        **{name: (f"model={name}",) for name in ("din", "sasrec", "hstu")},
+    }
+    rows = {name: TableRow(1.5 * minutes, words) for name, words in trained.items()}
+    rows |= {name: TableRow(2, untrained=name) for name in (*BASELINES, STACK)}
+    all_rows = ("model.ignore=[user_features]", "optim.reconstruction_weight=0", "optim.validation_users=5000")
+    pairs = [(row, name) for row in SERVED for name in (*BASELINES, STACK)]
+    pairs += [("vista", name) for name in trained if name != "vista"]
+    return Table("", data, rows, (*all_rows, f"optim.minutes={minutes}"), task=task, pairs=tuple(pairs))
+
+
+TABLES = {
+    "labels-assist17": _labels("assist17", "correct", 20, ("model.counter_categories=[skill]",)),
+    "labels-ml-1m-half": _labels("ml-1m-half-liked", "liked", 10),
+    "labels-ml-latest-small": _labels("ml-latest-small-liked", "liked", 3),
+}
