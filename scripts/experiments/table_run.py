@@ -218,7 +218,10 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
     model = {key: value for key, value in values["model"].items() if key not in unread}
     model |= {"use_time": config.model.reads("times")}  # as lines from before the key `ignore` have it
     model |= {"use_item_features": True} if config.model.reads("item_features") else {}
-    recorded |= {"model": model, "optim": values["optim"]}
+    optim = values["optim"]
+    if optim["patience"] is None and optim["epochs"] is not None:
+        optim["patience"] = 0  # as it is planned, and as in lines from before it could be null
+    recorded |= {"model": model, "optim": optim}
     if row.texts:
         recorded["texts"] = row.texts
     if any(recorded[group].get(key, "absent") is None for group, keys in PLANNED.items() for key in keys):

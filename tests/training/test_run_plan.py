@@ -39,6 +39,7 @@ PLANNED = {
     "data.exclude_seen": False,
     "data.tokens_per_batch": 512,
     "data.num_negatives": 40,
+    "optim.patience": 5,
     "optim.epochs": 30,
     "optim.warmup_steps": 1,
     "model.counters": True,
@@ -87,6 +88,7 @@ def test_null_settings_follow_the_log(event_log: EventLog, caplog: pytest.LogCap
         ("data.tokens_per_batch", 77),
         ("data.num_negatives", 5),
         ("optim.epochs", 0),
+        ("optim.patience", 0),
         ("optim.warmup_steps", 0),
         ("model.counters", False),
         ("model.temperature", 0.05),
@@ -154,9 +156,21 @@ def test_with_counters_a_run_is_shorter(num_events: int, tokens: int, epochs: in
         return plan_run(TrainConfig(data=data, model=model, optim=OptimConfig(**optim)), log_with(num_events))
 
     assert (planned().data.tokens_per_batch, planned().optim.epochs) == (tokens, epochs)
-    timed = planned(minutes=10).optim
-    assert (timed.epochs, timed.warmup_steps) == (epochs, None)
     assert planned(epochs=7).optim.epochs == 7
+
+
+@pytest.mark.parametrize("counters", [False, True])
+def test_validation_ends_a_run_and_not_a_number_of_steps_if_time_is_left(counters: bool) -> None:
+    def planned(**optim: Any) -> OptimConfig:
+        model = ModelConfig(counters=counters)
+        config = TrainConfig(data=DataConfig(exclude_seen=True), model=model, optim=OptimConfig(**optim))
+        return plan_run(config, log_with(10**6)).optim
+
+    timed = planned(minutes=10)
+    assert (timed.epochs, timed.warmup_steps, timed.patience) == (None, None, 5)
+    assert planned().patience == 5
+    assert planned(epochs=7).patience == planned(epochs=7, minutes=10).patience == 0  # as many as were asked for
+    assert planned(minutes=10, patience=0).patience == 0 and planned(epochs=7, patience=3).patience == 3
 
 
 def test_the_warm_up_of_a_timed_run_is_a_tenth_at_most(event_log: EventLog) -> None:

@@ -167,11 +167,11 @@ class OptimConfig:
     optim.minutes, 50 steps and at most a tenth of all."""
     epochs: int | None = None
     """Maximum number of epochs, which are passes over the training histories. null: enough for about 1,000 steps with
-    model.counters, else about 3,000, and at most 30 epochs. With optim.minutes and no counters, only the time limits
-    training."""
+    model.counters, else about 3,000, and at most 30 epochs. With optim.minutes, only the time limits training, and
+    optim.patience."""
     minutes: float | None = None
     """Maximum number of minutes that training takes, validation included. vista times the first steps to decide how
-    many fit, and decays the learning rate over them. If optim.epochs or model.counters limits training further, it ends
+    many fit, and decays the learning rate over them. If optim.epochs or optim.patience limits training further, it ends
     earlier. null: no time limit."""
     next_weight: float | None = None
     """Weight of the sampled softmax over next items. 0 turns off next-item training and validates on windows instead.
@@ -189,8 +189,9 @@ class OptimConfig:
     reconstruction_weight: float = 0.0
     """Weight of the reconstruction loss of the paper: a decoder predicts events of a history from its summary. It takes
     a fifth of a step, and did not raise quality on any log where it was measured. 0 trains no decoder."""
-    patience: int = 0
-    """Number of validations without improvement after which training stops. 0 never stops early."""
+    patience: int | None = None
+    """Number of validations without improvement after which training stops. 0 never stops early. null: 5, or 0 if
+    optim.epochs is set."""
     validate_every: int = 1
     """Number of epochs between validations; the last epoch always has one. 0 never validates."""
     validation_users: int = 2000

@@ -22,10 +22,12 @@ from vista.log.splits import Until, leaves_out_seen, split_until, visible_counts
 logger = logging.getLogger(__name__)
 STEPS, BATCHES_PER_EPOCH = 3000, 400
 STEPS_WITH_COUNTERS, BATCHES_WITH_COUNTERS = 1000, 200
-"""With counters, models overfit in more steps, and in steps of fewer events (research log)."""
+"""With counters, models overfit in more steps, and in steps of fewer events (research log). A time budget is not cut:
+validation tells when to stop."""
 TOKENS_PER_BATCH = 512, 8192
 """Smallest and largest planned batch, in events."""
 MOST_EPOCHS = 30
+PATIENCE = 5
 MOST_NEGATIVES = 4096
 WARMUP_SHARE = 0.03
 TIMED_WARMUP_STEPS, TIMED_WARMUP_SHARE = 50, 0.1
@@ -68,7 +70,10 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
         "in every step; with model.table=torchrec set fewer negatives than items, or set model.table=plain",
     )
     batches = max(math.ceil(num_events / data.tokens_per_batch), 1)
-    if optim.epochs is None and (optim.minutes is None or model.counters):
+    if optim.patience is None:
+        optim.patience = PATIENCE if optim.epochs is None else 0
+        reasons += [f"optim.patience={PATIENCE}"] if optim.patience else []
+    if optim.epochs is None and optim.minutes is None:
         optim.epochs = min(max(round(wanted_steps / batches), 1), MOST_EPOCHS)
         reasons.append(f"optim.epochs={optim.epochs} (about {batches:,} steps per epoch)")
     if optim.warmup_steps is None and optim.epochs is not None and optim.minutes is None:

@@ -430,9 +430,10 @@ class Trainer:
         progress.bad_validations += 1
         if self._ranks.leads:
             (self.run_dir / PLAIN_WEIGHTS).unlink(missing_ok=True)
-        progress.stopped = 0 < optim.patience <= progress.bad_validations
+        patience = planned(optim.patience, "optim.patience")
+        progress.stopped = 0 < patience <= progress.bad_validations
         if progress.stopped:
-            logger.info("%s has not improved in %d validations: stopping", self.validation.metric, optim.patience)
+            logger.info("%s has not improved in %d validations: stopping", self.validation.metric, patience)
 
     def _export(self, model: RankingModel, validated: dict[str, float] | None = None) -> None:
         """Write a model from `plain_model`, with a card, to <run_dir>/best."""
