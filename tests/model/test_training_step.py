@@ -46,7 +46,7 @@ def trainer(log: EventLog, run_dir: Path, num_rows: int) -> Trainer:
     )
     made = Trainer(config, log)
     made.model.item_table = nn.Parameter(torch.randn(num_rows, DIM) * DIM**-0.5)
-    made.optimizers = Optimizers(made.model, config.optim)
+    made.optimizers = Optimizers(made.model, made.config.optim)
     made.source = BatchSource(log, ModelReads(1 + np.arange(log.num_items) * ((num_rows - 1) // log.num_items)), config)
     made.model.train()
     return made

@@ -16,11 +16,12 @@ import torch
 from tests.conftest import Served, small_config
 from tests.training.conftest import copies_of_run
 from tests.training.test_trainer import assert_same_result, metrics
-from vista.config import DataConfig, ModelConfig, OptimConfig, SimConfig, TrainConfig
+from vista.config import DataConfig, DinConfig, ModelConfig, OptimConfig, SimConfig, TrainConfig
 from vista.config.checks import Mixing, Split, TableKind, planned
 from vista.config.composition import compose_config
 from vista.errors import ConfigError, MissingDependencyError
 from vista.log.event_log import EventLog
+from vista.log.splits import split_until, visible_counts
 from vista.training import run_plan
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
 from vista.training.run_plan import (
@@ -157,6 +158,25 @@ def test_with_counters_a_run_is_shorter(num_events: int, tokens: int, epochs: in
 
     assert (planned().data.tokens_per_batch, planned().optim.epochs) == (tokens, epochs)
     assert planned(epochs=7).optim.epochs == 7
+
+
+def test_item_vectors_learn_slowly_from_few_labels(event_log: EventLog, served_tasks: Served) -> None:
+    def rate(log: EventLog, config: TrainConfig, **model: Any) -> float | None:
+        return plan_run(replace(config, model=replace(ModelConfig(), **model)), log).optim.table_rate
+
+    tasks = replace(served_tasks.config, optim=OptimConfig(next_weight=0, window_weight=0))
+    assert rate(served_tasks.log, tasks) == 0.1
+    assert rate(served_tasks.log, tasks, pooled_dim=0) == 1  # which has everything to learn
+    assert rate(served_tasks.log, replace(tasks, optim=OptimConfig(window_weight=0))) == 1  # next items too
+    assert rate(served_tasks.log, replace(tasks, optim=replace(tasks.optim, table_rate=1.0))) == 1
+    assert rate(event_log, TrainConfig()) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        events = int(visible_counts(served_tasks.log, split_until(tasks.data, "train")).sum())
+        for events_per_item, slow in ((0.99, False), (1.01, True)):
+            patch.setattr(run_plan, "RARE_EVENTS", events_per_item * events / served_tasks.log.num_items)
+            assert rate(served_tasks.log, tasks) == (0.1 if slow else 1)
+    din = plan_run(replace(tasks, model=DinConfig(history_limit=9), optim=OptimConfig()), served_tasks.log)
+    assert din.optim.table_rate == 1
 
 
 @pytest.mark.parametrize("counters", [False, True])

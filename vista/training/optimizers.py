@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vista.config import OptimConfig
-from vista.config.checks import TableOptimizer
+from vista.config.checks import TableOptimizer, planned
 from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work
 from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
 from vista.model.features import FeatureEncoder
@@ -68,7 +68,8 @@ class Optimizers:
         self._by_row = optim.table_optimizer is TableOptimizer.rowwise_adagrad
         self._row_scale = 1.0
         names = {id(p): name for name, p in model.named_parameters()}
-        tables = [(model.item_table, optim.table_rate)]
+        self._table_rate = planned(optim.table_rate, "optim.table_rate")
+        tables = [(model.item_table, self._table_rate)]
         encoders = [part for part in model.modules() if isinstance(part, FeatureEncoder)]
         tables += [(encoder.values, 1.0) for encoder in encoders]
         self._tables = [table for table, _ in tables]
@@ -117,7 +118,7 @@ class Optimizers:
         for group in (*self.dense.param_groups, *self.table.param_groups):
             group["lr"] = rate * group[FACTOR]
         if self._sharded is not None:
-            self._sharded.set_rate(rate * self._optim.table_rate)
+            self._sharded.set_rate(rate * self._table_rate)
         return rate
 
     def backward(self, loss: Tensor) -> float:

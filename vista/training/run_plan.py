@@ -28,6 +28,9 @@ TOKENS_PER_BATCH = 512, 8192
 """Smallest and largest planned batch, in events."""
 MOST_EPOCHS = 30
 PATIENCE = 5
+RARE_EVENTS, RARE_TABLE_RATE = 50, 0.1
+"""Training events per item below which item vectors that start from factors learn at this rate from labels alone. With
+the full rate they learn the labels by heart in two epochs (research log)."""
 MOST_NEGATIVES = 4096
 WARMUP_SHARE = 0.03
 TIMED_WARMUP_STEPS, TIMED_WARMUP_SHARE = 50, 0.1
@@ -80,6 +83,11 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
         steps = batches * optim.epochs
         optim.warmup_steps = math.ceil(WARMUP_SHARE * steps)
         reasons.append(f"optim.warmup_steps={optim.warmup_steps} (about {steps:,} steps)")
+    if optim.table_rate is None:
+        starts = model.space_dim > 0 and not model.embedding_rows  # from vectors that others' histories have made
+        is_slow = starts and num_events < RARE_EVENTS * log.num_items and not config.ranks_items
+        optim.table_rate = RARE_TABLE_RATE if is_slow else 1.0
+        reasons += [f"optim.table_rate={RARE_TABLE_RATE} (labels alone, and few per item)"] if is_slow else []
     if reasons:
         logger.info("settings from the log: %s", ", ".join(reasons))
     return replace(config, data=data, optim=optim, model=model)

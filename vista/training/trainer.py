@@ -169,7 +169,7 @@ class Trainer:
             drawn_model(config, log, schema, readers) if origin is None else origin.model(schema, readers)
         )
         self.model.to(self.device)
-        if config.optim.table_rate == 0:
+        if planned(config.optim.table_rate, "optim.table_rate") == 0:
             self.model.item_table.requires_grad_(False)
         reads = model_reads(self.model, log)
         self.source = BatchSource(log, reads, config, stored)
