@@ -22,6 +22,7 @@ from vista.config.composition import compose_config
 from vista.errors import ConfigError, MissingDependencyError
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
+from vista.model.ranking_model import RankingModel
 from vista.training import run_plan
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
 from vista.training.run_plan import (
@@ -35,6 +36,7 @@ from vista.training.run_plan import (
     warn_of_few_steps,
 )
 from vista.training.trainer import Trainer, train
+from vista.training.validation import Validation
 
 PLANNED = {
     "data.exclude_seen": False,
@@ -317,12 +319,21 @@ def test_the_time_counts_from_the_beginning(event_log: EventLog, tmp_path: Path)
 
 
 def test_a_budget_that_is_spent_ends_the_run_after_the_timed_steps(
-    event_log: EventLog, tmp_path: Path, few_timed_steps: None
+    event_log: EventLog, tmp_path: Path, few_timed_steps: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    validate, num_asked = Validation.__call__, 0
+
+    def counted(validation: Validation, model: RankingModel) -> dict[str, float]:
+        nonlocal num_asked
+        num_asked += 1
+        return validate(validation, model)
+
+    monkeypatch.setattr(Validation, "__call__", counted)
     config = small_config(event_log, tmp_path, optim__epochs=None, optim__minutes=1e-4)
     train(config, event_log)
-    (validated,) = [row for row in metrics(tmp_path) if "validation" in row and row["step"] == PLANNED_SOON_AT]
-    assert validated["is_best"] in (True, False) and (tmp_path / "best" / "README.md").is_file()
+    validated = [row for row in metrics(tmp_path) if "validation" in row]
+    assert validated[-1]["step"] == PLANNED_SOON_AT and (tmp_path / "best" / "README.md").is_file()
+    assert num_asked == len(validated)  # the plan takes the time of an earlier one
 
 
 def test_a_run_with_both_ends_after_its_epochs(event_log: EventLog, tmp_path: Path, few_timed_steps: None) -> None:

@@ -187,6 +187,8 @@ class Trainer:
         self.optimizers = self._new_optimizers(head_rate=1.0 if fits_wide else HEAD_RATE)
         self.progress = Progress()
         self._budget = None if config.optim.minutes is None else TimeBudget(config.optim.minutes)
+        self._validation_seconds = 0.0
+        """Time of the newest validation of this process."""
 
     def _new_optimizers(self, *, head_rate: float = HEAD_RATE, trains_tables: bool = True) -> Optimizers:
         return Optimizers(
@@ -392,16 +394,21 @@ class Trainer:
 
     def _plan_steps(self, budget: TimeBudget) -> None:
         """Fix the number of steps, and save it before it is used: a resumed run must end at the same step."""
-        began, seconds = time.perf_counter(), 0.0
-        if self.validation is not None:
-            self.validation(plain_model(self.model, self.run_dir, self._ranks))
-            seconds = time.perf_counter() - began
+        if self.validation is not None and not self._validation_seconds:  # after epoch 0, it is known
+            self._measured(self.validation, plain_model(self.model, self.run_dir, self._ranks))
         self.progress.seconds += self._clock.lap()
         batches = self.source.num_batches(self.progress.epoch)
-        steps = budget.planned_steps(self.progress, seconds, batches, self.config.optim)
+        steps = budget.planned_steps(self.progress, self._validation_seconds, batches, self.config.optim)
         self.progress.planned_steps = self._ranks.from_first(steps)
         warn_of_few_steps(self.config.optim, self.progress.planned_steps)
         self._save()
+
+    def _measured(self, validation: Validation, model: RankingModel) -> dict[str, float]:
+        """Metrics of a model; notes how long they take."""
+        began = time.perf_counter()
+        measured = validation(model)
+        self._validation_seconds = time.perf_counter() - began
+        return measured
 
     def _validate(self, metrics: MetricsWriter, epoch_seconds: float) -> None:
         """Validate if this epoch asks for it, export the model if it is the best so far, and decide whether to stop."""
@@ -410,7 +417,7 @@ class Trainer:
             return
         self._ranks.check_weights(self.model.replicated(), progress.step)
         model = plain_model(self.model, self.run_dir, self._ranks)
-        measured = self.validation(model)
+        measured = self._measured(self.validation, model)
         value = measured[self.validation.metric]
         is_best = self.validation.better(value, progress.best)
         progress.history.append({"epoch": progress.epoch, "step": progress.step, **measured})
