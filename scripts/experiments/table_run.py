@@ -17,7 +17,7 @@ from scripts.experiments.sets import SETS
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import WITHOUT_COUNTERS, Table, TableRow
 from vista.config import EvaluateConfig, TrainConfig
-from vista.config.checks import Architecture, ItemStart, Split, Target, to_dict
+from vista.config.checks import Architecture, Split, Target, to_dict
 from vista.config.composition import ConfigKeys, compose_config
 from vista.config.model_config import CONFIGS, TEMPERATURES
 from vista.errors import ConfigError
@@ -221,7 +221,7 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
     optim = values["optim"]
     if optim["patience"] is None and optim["epochs"] is not None:
         optim["patience"] = 0  # as it is planned, and as in lines from before it could be null
-    learns_slowly = not config.ranks_items and config.model.item_start in (None, ItemStart.factors)
+    learns_slowly = not config.ranks_items and config.model.space_dim > 0
     if optim["table_rate"] is None and not learns_slowly:
         optim["table_rate"] = 1.0
     recorded |= {"model": model, "optim": optim}
