@@ -227,8 +227,9 @@ def _space(user: Int, row: Int, num_rows: int, dim: int, seed: int) -> Float32s:
     out = np.zeros((num_rows, dim), np.float32)
     if not len(row):
         return out
-    shape = len(length), num_rows
-    index, value = torch.from_numpy(np.stack([user, row])), torch.from_numpy(weight.astype(np.float32))
+    rows, column = np.unique(row, return_inverse=True)  # most items of a large catalog have too few users
+    shape = len(length), len(rows)
+    index, value = torch.from_numpy(np.stack([user, column])), torch.from_numpy(weight.astype(np.float32))
     matrix = torch.sparse_coo_tensor(index, value, shape, is_coalesced=True, check_invariants=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -238,5 +239,5 @@ def _space(user: Int, row: Int, num_rows: int, dim: int, seed: int) -> Float32s:
     size = np.linalg.norm(vectors, axis=1, keepdims=True)
     # Where an item has no part in these dimensions, only rounding errors remain.
     vectors = np.where(size > 1e-5 * size.max(), vectors / np.maximum(size, 1e-30), 0)
-    out[:, : vectors.shape[1]] = np.round(vectors / GRID) * GRID
+    out[rows, : vectors.shape[1]] = np.round(vectors / GRID) * GRID
     return out
