@@ -335,7 +335,7 @@ def test_counters_have_a_share_of_the_score(opened: Opened, task: str, now: Any)
     scores = scorer.predict([user], items, tail=tail, now=time)[task][0]
     value = explanation.value if task == "next" else 1 / (1 + np.exp(-explanation.value))
     np.testing.assert_allclose(value, scores, rtol=ROUNDING, atol=ROUNDING)
-    added = explanation.summary.sum(1) + explanation.state + explanation.tail.sum(1) + explanation.own
+    added = explanation.summary.sum(1) + explanation.tail.sum(1) + explanation.own
     rest = explanation.value - added - explanation.counted - explanation.pooled - explanation.statistics
     np.testing.assert_allclose(rest, explanation.remainder, atol=1e-5)
     counts = explanation.counts[:, :1] if task == "next" else explanation.counts

@@ -407,7 +407,7 @@ def test_rankings_and_explanations_read_them(opened: Scorer, ids: Known, drawn: 
     np.testing.assert_allclose(np.sort(ranking.scores), np.sort(first), rtol=1e-5)
     told = opened.explain(users[0], items, now=now, request=request)
     np.testing.assert_allclose(1 / (1 + np.exp(-told.value)), scores, atol=ROUNDING)
-    total = told.summary.sum(1) + told.state + told.tail.sum(1) + told.own + told.counted + told.remainder
+    total = told.summary.sum(1) + told.tail.sum(1) + told.own + told.counted + told.remainder
     np.testing.assert_allclose(total + told.pooled + told.statistics, told.value, atol=1e-5)
     one = opened.explain(users[0], items[3:4], now=now, request=request | {"hour": request["hour"][0, 3]})
     np.testing.assert_allclose(one.own[0], told.own[3], atol=1e-5)

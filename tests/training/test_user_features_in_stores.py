@@ -103,7 +103,7 @@ def test_scores_of_users_do_not_depend_on_each_other(log: EventLog, best: Path, 
                 same(alone[task][0], scores[row])
             same(scorer.user_vectors([user])[0], vectors[row])
             explained = scorer.explain(user, ITEMS, task="click")
-            parts = explained.summary.sum(1) + explained.state + explained.tail.sum(1) + explained.own
+            parts = explained.summary.sum(1) + explained.tail.sum(1) + explained.own
             parts += explained.counted + explained.pooled + explained.statistics
             np.testing.assert_allclose(parts + explained.remainder, explained.value, atol=1e-4)
             assert np.abs(explained.remainder - explained.remainder[0]).max() < 1e-3  # it is the bias of the task
