@@ -314,6 +314,11 @@ def test_epoch_0_is_exported_until_attention_adds_something(event_log: EventLog,
     assert "is the model of epoch 0" in said and "attention changes" not in said
     assert isinstance(model, VistaModel) and not model.target_attention.final_norm.weight.any()
     assert model.statistics is not None and model.statistics.weight.bias.ne(0).any()
+    last = train(
+        small_config(event_log, tmp_path / "last", optim__epochs=0, optim__validate_every=0, **wide), event_log
+    )
+    for (name, weight), other in zip(last.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(weight, other), name
     # The same run goes from there: its first step has the whole norm again, and each epoch is compared with epoch 0.
     longer = tmp_path / "longer"
     trained = train(small_config(event_log, longer, optim__epochs=2, **wide), event_log)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, cast
@@ -212,7 +212,9 @@ class Trainer:
                 while not self.progress.finished(self.config.optim.epochs):
                     self._run_epoch(metrics, interrupted)
             if self.progress.best is None:
-                self._export(plain_model(self.model, self.run_dir, self._ranks))
+                wide = None if self.progress.epoch else self._wide  # with optim.epochs=0
+                with nullcontext() if wide is None else wide.wide_alone():
+                    self._export(plain_model(self.model, self.run_dir, self._ranks))
             self._ranks.wait()
             if self.validation is not None:
                 compare_with_baselines(self.progress, self.validation, counts=self.model.item_keys is not None)
