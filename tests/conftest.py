@@ -208,7 +208,9 @@ def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainCon
             label_spacing=4,
             num_negatives=20,
         ),
-        optim=OptimConfig(epochs=2, warmup_steps=4, learning_rate=5e-3, next_weight=1.0, window_weight=0.0),
+        optim=OptimConfig(
+            epochs=2, warmup_steps=4, learning_rate=5e-3, table_rate=1.0, next_weight=1.0, window_weight=0.0
+        ),
         run_dir=str(run_dir),
         device="cpu",
         num_threads=1,

@@ -203,11 +203,11 @@ class Trainer:
     def run(self) -> RankingModel:
         """Train to the end, from the newest checkpoint if there is one; returns the exported model."""
         with RunRecord(self.config, self.model, self.validation) as metrics:
-            self._start(metrics)
+            resumes = self._start(metrics)
             if self.validation is not None and not self.progress.baselines:
                 self.progress.baselines = self.validation.baselines()
             with deferred_interrupt() as interrupted:
-                if self._wide is not None and self.progress.step == 0:
+                if self._wide is not None and not resumes:
                     self._fit_wide(self._wide, metrics, interrupted)
                 while not self.progress.finished(self.config.optim.epochs):
                     self._run_epoch(metrics, interrupted)
@@ -225,8 +225,10 @@ class Trainer:
             logger.info("done: %d steps%s; model in %s", self.progress.step, waited, best)
             return load_model(best, self.device)
 
-    def _start(self, metrics: MetricsWriter) -> None:
-        """Set the weights and the state of the run, from the newest checkpoint if there is one, and its folder."""
+    def _start(self, metrics: MetricsWriter) -> bool:
+        """Set the weights and the state of the run, from the newest checkpoint if there is one, and its folder; whether
+        there is one.
+        """
         config, ranks = self.config, self._ranks
         newest = latest_checkpoint(self.run_dir / "checkpoints") if config.resume and ranks.leads else None
         newest = ranks.from_first(newest)
@@ -261,6 +263,7 @@ class Trainer:
             self._parallel.log_balance(self.source)
         if config.optim.epochs is not None and config.optim.minutes is None:
             warn_of_few_steps(config.optim, config.optim.epochs * self.source.num_batches(0))
+        return newest is not None
 
     def _fit_wide(self, model: VistaModel, metrics: MetricsWriter, interrupted: list[bool]) -> None:
         """Epoch 0: fit what scores read without attention, then validate and export the model that has nothing else.
@@ -287,6 +290,7 @@ class Trainer:
             with model.wide_alone():
                 self._validate(metrics, time.perf_counter() - began)
             progress.wide = self.validation.of_users.tolist()
+        self._save()
 
     def _run_epoch(self, metrics: MetricsWriter, interrupted: list[bool]) -> None:
         """Train the rest of an epoch, then validate."""
