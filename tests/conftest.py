@@ -209,7 +209,13 @@ def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainCon
             num_negatives=20,
         ),
         optim=OptimConfig(
-            epochs=2, warmup_steps=4, learning_rate=5e-3, table_rate=1.0, next_weight=1.0, window_weight=0.0
+            epochs=2,
+            patience=0,
+            warmup_steps=4,
+            learning_rate=5e-3,
+            table_rate=1.0,
+            next_weight=1.0,
+            window_weight=0.0,
         ),
         run_dir=str(run_dir),
         device="cpu",
