@@ -16,10 +16,8 @@ from vista.explore.rankings import (
     common_task,
     compare_rankings,
     compare_users,
-    compared,
     earlier_generations,
     explained_ranking,
-    ordinal,
     request_time,
     tail_of_events,
     what_if,
@@ -34,7 +32,7 @@ USER = 104
 
 
 @pytest.mark.parametrize("task", ["click", "next"])
-def test_parts_add_up_to_the_score(task_workspace: Workspace, task: str) -> None:
+def test_shares_add_up_to_the_score(task_workspace: Workspace, task: str) -> None:
     places = task_workspace.places
     with open_page_scorer(str(places.model), places.store, None, task=task) as scorer:
         user = scorer.store.keys().__next__()
@@ -42,49 +40,37 @@ def test_parts_add_up_to_the_score(task_workspace: Workspace, task: str) -> None
         ranking = explained_ranking(task_workspace, scorer, user, top_k=5, now=now)
         assert ranking is not None
         expected = scorer.rank(user, top_k=5, now=now)
-    assert ranking.items == expected.items.tolist() and np.array_equal(ranking.scores, expected.scores)
-    total = np.sum([*ranking.parts.values()], axis=0)
-    scores = 1 / (1 + np.exp(-total)) if task == "click" else total
+    told = ranking.explanation
+    assert told.items == expected.items.tolist() and np.array_equal(ranking.scores, expected.scores)
+    scores = 1 / (1 + np.exp(-told.value)) if task == "click" else told.value
     assert ranking.is_probability == (task == "click")
     np.testing.assert_allclose(scores, ranking.scores, atol=1e-4)
-    assert "summary" in ranking.parts and "counters" not in ranking.parts and "state" not in ranking.parts
-    for place in range(5):
-        assert np.isclose(
-            sum(row["share"] for row in ranking.tokens(place)), ranking.parts["summary"][place], atol=1e-4
-        )
+    for place, row in enumerate(ranking.rows()):
+        assert row["rank"] == place + 1 and row["score"] == ranking.scores[place]
+        assert sum(row[part] for part in told.shares) == pytest.approx(told.value[place] - told.mean, abs=1e-9)
         events = ranking.tail_events(place)
-        assert np.isclose(sum(row["share"] for row in events), ranking.parts["tail"][place], atol=1e-4)
-        assert [row["age"] for row in events] == list(range(1, len(events) + 1))
-    assert [row["rank"] for row in ranking.rows()] == [1, 2, 3, 4, 5]
+        assert np.isclose(sum(event["share"] for event in events), row["tail"], atol=1e-4)
+        assert [event["age"] for event in events] == list(range(1, len(events) + 1))
+        assert [event["item"] for event in events] == list(map(str, told.tail_items))[::-1]
 
 
-def test_the_reason_names_the_largest_part(workspace: Workspace) -> None:
+def test_the_reason_is_that_of_the_scorer(workspace: Workspace) -> None:
     assert workspace.scorer is not None
     now = request_time(USER, workspace.scorer)
     ranking = explained_ranking(workspace, workspace.scorer, USER, top_k=4, now=now)
     assert ranking is not None
-    reason = ranking.reason(0)
-    largest = max(ranking.parts, key=lambda part: abs(float(ranking.parts[part][0])))
-    assert reason.startswith(f"**Item {ranking.items[0]}** has rank 1.") and f"largest parts are {largest} " in reason
-    assert "Compared with the mean of the other 3 items" in reason
-    means = {part: float(shares[1:].mean()) for part, shares in ranking.parts.items()}
-    differs = max(means, key=lambda part: abs(float(ranking.parts[part][0]) - means[part]))
-    assert reason.endswith(f"is in the {differs}: it {compared(float(ranking.parts[differs][0]), means[differs])}.")
-    one = explained_ranking(workspace, workspace.scorer, USER, top_k=1, now=now)
-    assert one is not None and "Compared" not in one.reason(0)
-    token = int(np.abs(ranking.explanation.summary[0]).argmax()) + 1
-    assert "summary" not in reason.split("Compared")[0] or f"tokens {token} and" in reason
-    shares = ranking.explanation.tail[0]
-    event = int(np.abs(shares).argmax())
-    said = f"(largest: item {ranking.tail_names[event]}, the {ordinal(len(shares) - event)} newest event, "
-    assert "tail" not in reason.split("Compared")[0] or f"{said}{shares[event]:+.2f})" in reason
+    told = workspace.scorer.explain(USER, ranking.explanation.items, now=now)
+    above = told.value[0] - told.mean
+    score = f"a score of {told.value[0]:.2f}, {above:+.2f} compared with the average item"
+    assert ranking.reason(0) == f"**Item {told.items[0]}** has rank 1 and {score}: {told.why(0)}."
+    assert above > 0 and told.reasons[0]
 
 
 def test_a_user_without_a_record_is_ranked_as_an_empty_history(workspace: Workspace) -> None:
     assert workspace.scorer is not None
     now = request_time(999_999, workspace.scorer)
     ranking = explained_ranking(workspace, workspace.scorer, 999_999, top_k=3, now=now)
-    assert ranking is not None and ranking.tail_events(0) == [] and len(ranking.items) == 3
+    assert ranking is not None and ranking.tail_events(0) == [] and len(ranking.names) == 3
 
 
 def test_the_time_of_a_request_is_after_the_newest_event(workspace: Workspace) -> None:
@@ -201,21 +187,6 @@ def test_an_earlier_generation_can_be_compared(served: Served, tmp_path: Any) ->
         with open_page_scorer(str(served.model_dir), str(tmp_path / "store"), None, generation=1) as b:
             counts = [int(scorer.store.get_many([USER]).event_count[0]) for scorer in (a, b)]
     assert counts == [40, 38]
-
-
-@pytest.mark.parametrize(
-    ("own", "other", "text"),
-    [
-        (-0.06, -0.19, "lowers this score by 0.06, less than it lowers others (0.19)"),
-        (-0.3, -0.19, "lowers this score by 0.30, more than it lowers others (0.19)"),
-        (0.5, 0.25, "raises this score by 0.50, more than it raises others (0.25)"),
-        (0.1, 0.25, "raises this score by 0.10, less than it raises others (0.25)"),
-        (-0.1, 0.25, "lowers this score by 0.10 and raises others by 0.25"),
-        (0.1, -0.25, "raises this score by 0.10 and lowers others by 0.25"),
-    ],
-)
-def test_a_part_is_compared_with_that_of_other_items(own: float, other: float, text: str) -> None:
-    assert compared(own, other) == text
 
 
 def test_items_that_were_all_beyond_the_listed_ranks_are_new(workspace: Workspace) -> None:

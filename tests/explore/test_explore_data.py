@@ -44,8 +44,9 @@ from vista.explore.user_page import (
     timeline,
     user_facts,
 )
-from vista.explore.workspace import ItemNames, Places, UserSearch, Workspace, escaped, log_version, record_of
+from vista.explore.workspace import Places, UserSearch, Workspace, escaped, log_version, record_of
 from vista.log.event_log import EventLog
+from vista.log.inspection import ItemNames
 from vista.log.vocabulary import Vocabulary
 from vista.refresh import refresh
 from vista.runs.run_list import RunSummary
@@ -274,6 +275,12 @@ def test_rare_kinds_are_counted_together(tmp_path: Path) -> None:
     assert sum(row["events"] for row in line.rows if row["kind"] == OTHER) == 3
     assert names.of_ids([3, None, 0]) == ["Film 3 (3)", "unknown item", "Film 0 (0)"]
     assert names.groups_of_ids([2, None, 12345]) == ["c", "", ""]
+    assert ItemNames.of(log, "genre").of_ids([3, None]) == ["d (3)", "unknown item"]
+    for column in ("color", "item"):
+        with pytest.raises(
+            ConfigError, match=f"item_name: '{column}' is not a category of the log's items; it has .*'title'"
+        ):
+            ItemNames.of(log, column)
     long = replace(names, titles=replace(names.titles, values=type(names.items).from_ids(["x" * 99])))  # type: ignore[type-var]
     assert long.titles is not None and len(long.titles.values) == 1
 

@@ -300,9 +300,9 @@ API_CALLS: dict[str, ApiCall] = {
     **methods(
         a_scorer,
         Scorer.explain,
-        {"user": RAW_IDS, "candidates": IDS, "task": WORDS, "now": TIMES},
+        {"user": RAW_IDS, "items": IDS, "candidates": IDS, "task": WORDS, "now": TIMES},
         user=100,
-        candidates=[0],
+        items=[0],
     ),
     **methods(a_scorer, Scorer.follow, {"every_s": FLOATS}),
     **after(a_scorer, Scorer.close, Scorer.reload, Scorer.stats, Scorer.item_vectors),

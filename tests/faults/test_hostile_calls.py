@@ -48,7 +48,7 @@ NOT_CALLED = {
         *("StoredBatch.concatenated", "StoredBatch.spread"),
     ),
     "takes what only vista itself makes": (
-        *("RefreshOptions.require_only", "Explanation.of", "EventLog.event_sources"),
+        *("RefreshOptions.require_only", "Explanation.why", "Reason.words", "EventLog.event_sources"),
         *("Manifest.spec", "Manifest.with_records"),
     ),
     "without arguments, from fields that were checked when the manifest was read (`test_crafted_fields`)": (

@@ -327,42 +327,40 @@ def test_users_without_a_usable_record_have_no_scores(opened: Opened) -> None:
 @pytest.mark.parametrize("opened", ["fresh"], indirect=True)
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("now", ["now"], indirect=True)
-def test_counters_have_a_share_of_the_score(opened: Opened, task: str, now: Any) -> None:
+def test_parts_have_shares_of_the_score(opened: Opened, task: str, now: Any) -> None:
     user, tail = opened.users[2], opened.tail(TAIL_LEN, np.array([2]))
     time = None if now is None else int(now[2])
     scorer, items = opened.scorer, opened.scorer.item_vectors()[0]
-    explanation = scorer.explain(user, items, task=task, tail=tail, now=time)
+    told = scorer.explain(user, items, task=task, tail=tail, now=time)
     scores = scorer.predict([user], items, tail=tail, now=time)[task][0]
-    value = explanation.value if task == "next" else 1 / (1 + np.exp(-explanation.value))
+    value = told.value if task == "next" else 1 / (1 + np.exp(-told.value))
     np.testing.assert_allclose(value, scores, rtol=ROUNDING, atol=ROUNDING)
-    added = explanation.summary.sum(1) + explanation.tail.sum(1) + explanation.own
-    rest = explanation.value - added - explanation.counted - explanation.pooled - explanation.statistics
-    np.testing.assert_allclose(rest, explanation.remainder, atol=1e-5)
-    counts = explanation.counts[:, :1] if task == "next" else explanation.counts
+    np.testing.assert_allclose(sum(told.shares.values()), told.value - told.mean, atol=1e-12)
+    model, dim, width = scorer.model, scorer.model.config.dim, scorer.model.config.space_dim
+    only = "transitions" if task == "next" else "rate"
+    assert {"counters", "history", "recent", "popularity", only, "tail", "item"} <= told.shares.keys()
+    counts = told.counts[:, :1] if task == "next" else told.counts
     is_counted = np.isfinite(counts).any(1)
-    has_share = explanation.counted != 0
-    assert has_share[is_counted].all() and 4 < is_counted.sum() < len(items)
-    assert has_share[~is_counted].any() if task == "next" else not has_share[~is_counted].any(), "of transitions"
-    model = scorer.model
-    assert model.counted is not None and model.task_head is not None
+    assert 4 < is_counted.sum() < len(items)
     if task != "next":
-        assert model.candidate_head is not None
-        spec = model.counter_spec
-        assert spec is not None
-        nothing = torch.zeros(1, spec.num_fields * spec.num_columns + 1, dtype=torch.uint8)
-        of_head = model.candidate_head.logits(nothing, torch.zeros(1, len(model.candidate_head.input_scale)))
-        expected = np.full(len(items), (model.task_head.bias + of_head)[0, TASKS.index(task)].item())
-        assert np.abs(explanation.pooled).min() > 0 and np.abs(explanation.statistics).min() > 0
-    else:
-        expected = np.where(is_counted, model.counted.gate.bias.item(), 0.0)
-        vector = scorer.user_vectors([user], tail=tail, now=time)[0].astype(np.float64)
-        dim, width = model.config.dim, model.config.space_dim
-        of_pooled = model.item_space[1:].double().numpy() @ vector[dim : dim + width]
-        statistics = model.item_statistics[1:].double().numpy()
-        of_all_users = statistics @ vector[dim + width :][: statistics.shape[1]]
-        np.testing.assert_allclose(explanation.pooled, np.where(is_counted, 0, of_pooled), atol=1e-5)
-        np.testing.assert_allclose(explanation.statistics, np.where(is_counted, 0, of_all_users), atol=1e-5)
-    np.testing.assert_allclose(explanation.remainder, expected, atol=5e-5)
+        return
+    # Items that are not counted have a sum of products, so their shares differ as its terms do.
+    vector = scorer.user_vectors([user], tail=tail, now=time)[0].astype(np.float64)
+    statistics = model.item_statistics[1:].double().numpy()
+    terms = {
+        "history": model.item_space[1:].double().numpy() @ vector[dim : dim + width],
+        "popularity": statistics @ vector[dim + width :][: statistics.shape[1]],
+        "item": scorer.item_vectors()[1][:, :dim].astype(np.float64) @ vector[:dim] / model.temperature,
+    }
+    found = dict(told.shares)
+    found["history"] = found["history"] + found["recent"]
+    found["item"] = found["item"] + found["tail"] + found.get("summary", 0)
+    for name, term in terms.items():
+        np.testing.assert_allclose(
+            np.diff(found[name][~is_counted]), np.diff(term[~is_counted]), atol=1e-4, err_msg=name
+        )
+    assert np.ptp(told.shares["counters"][~is_counted]) == 0
+    assert np.ptp(told.shares["counters"][is_counted]) > 1e-3
 
 
 @pytest.mark.parametrize("opened", ["fresh"], indirect=True)

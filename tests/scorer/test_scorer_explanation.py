@@ -1,8 +1,10 @@
-"""Contributions add up to the score, and each is what its token adds with weights, gates and norms held fixed."""
+"""Shares add up to the score minus the mean score, and those of attention are what a token adds with weights, gates and
+norms held fixed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from vista.model.target_attention import PointwiseLayer, TargetContext
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
+from vista.scorer.explanation import shapley
 
 POINTWISE = TargetAttentionKind.pointwise
 
@@ -48,22 +51,25 @@ def test_contributions_add_up_to_the_score(opened: Scorer, task: str, with_now: 
     user = list(opened.store.keys())[2]
     now = int(opened.store.get_many([user]).last_event_ts[0]) + DAY if with_now else None
     items = opened.model.items.ids(np.arange(9))
-    explanation = opened.explain(user, items, task=task, now=now)
+    told = opened.explain(user, items, task=task, now=now)
     scores = opened.predict([user], items, now=now)[task][0]
-    value = explanation.value if task == "next" else 1 / (1 + np.exp(-explanation.value))
+    value = told.value if task == "next" else 1 / (1 + np.exp(-told.value))
     np.testing.assert_allclose(value, scores, atol=1e-5)
-    added = explanation.summary.sum(1) + explanation.tail.sum(1) + explanation.own
-    added = added + explanation.counted + explanation.pooled + explanation.statistics
-    np.testing.assert_allclose(added + explanation.remainder, explanation.value, rtol=1e-6, atol=1e-6)
-    head = opened.model.task_head
-    assert head is not None
-    bias = 0.0 if task == "next" else head.bias[opened.model.schema.tasks.index(task)].item()
-    np.testing.assert_allclose(explanation.remainder, bias, atol=ROUNDING)
-    assert explanation.summary.shape == (9, 3) and explanation.tail.shape == (9, 6)
-    for shares in (explanation.summary, explanation.tail, explanation.own):
-        assert np.abs(shares).max() > 1e-3
+    np.testing.assert_allclose(sum(told.shares.values()), told.value - told.mean, atol=1e-12)
+    assert told.items == items.tolist() and [*told.shares] == ["tail", "summary", "item"]
+    np.testing.assert_allclose(told.tail.sum(1), told.shares["tail"], atol=1e-6)
+    assert told.tail.shape == (9, 6) and all(np.abs(shares).max() > 1e-3 for shares in told.shares.values())
     tail = opened.store.get_many([user]).tail
-    assert explanation.tail_items == opened.model.items.ids(tail.items.astype(np.int64) - 1).tolist()
+    assert told.tail_items == opened.model.items.ids(tail.items.astype(np.int64) - 1).tolist()
+    every = opened.explain(user, opened.model.items.ids(np.arange(len(opened.model.items))), task=task, now=now)
+    for name, shares in every.shares.items():
+        assert abs(shares.mean()) < 1e-6, name
+        np.testing.assert_allclose(told.shares[name], shares[:9], atol=ROUNDING)
+    assert abs(every.value.mean() - told.mean) < 1e-6
+    some = opened.explain(user, items[:2], candidates=items, task=task, now=now)
+    assert abs(some.mean - told.value.mean()) < 1e-5
+    for name, shares in some.shares.items():
+        np.testing.assert_allclose(shares, (told.shares[name] - told.shares[name].mean())[:2], atol=ROUNDING)
 
 
 def frozen(model: VistaModel, context: TargetContext, vector: Tensor, task: int) -> Any:
@@ -159,12 +165,43 @@ def test_a_contribution_is_the_difference_without_the_token(opened: Scorer, impr
 
 def test_tails_of_requests_and_unknown_items_are_explained(scorer: Scorer, served: Served) -> None:
     fresh = tail_of([(108, [(777, START + 900 * DAY, 0), (20, START + 901 * DAY, 1)])])
-    explanation = scorer.explain(108, [0, 390], tail=fresh)
-    assert explanation.tail_items[-2:] == [None, 20] and explanation.tail.shape == (2, 6)
-    np.testing.assert_allclose(explanation.remainder, 0, atol=1e-4)
+    explanation = scorer.explain(108, [0, 777, 390], tail=fresh)
+    assert explanation.tail_items[-2:] == [None, 20] and explanation.tail.shape == (3, 6)
+    assert explanation.items == [0, None, 390]
     nobody = scorer.explain(999, [0, 390])
     assert nobody.tail.shape == (2, 0) and nobody.tail_items == []
+    assert scorer.explain(108, []).value.shape == (0,)
     with pytest.raises(ValueError, match=r"task: 'buy' is not one of this model's tasks, \['next'\]"):
         scorer.explain(103, [0], task="buy")
-    with pytest.raises(ValueError, match=r"candidates: must be of shape \[C\], got \(1, 1\)"):
+    with pytest.raises(ValueError, match=r"items: must be of shape \[C\], got \(1, 1\)"):
         scorer.explain(103, [[0]])
+    with pytest.raises(ValueError, match="items: the item in place 1 is not one of the candidates"):
+        scorer.explain(103, [0, 390], candidates=[10, 0])
+    with pytest.raises(ValueError, match="candidates: must name at least one item"):
+        scorer.explain(103, [], candidates=[])
+    alone = scorer.explain(103, [0], candidates=[0])
+    assert alone.why(0) == "nothing raises it above the average candidate"
+
+
+def test_shapley_values_are_means_over_all_orders() -> None:
+    """Of a function with products of its parts, against gains along each of the 24 orders."""
+    generator = torch.Generator().manual_seed(0)
+    given = {name: torch.randn(5, 2, generator=generator) for name in "abcd"}
+    absent = {name: torch.randn(1, 2, generator=generator) for name in "abcd"}
+
+    def value(parts: Any) -> Tensor:
+        a, b, c, d = (parts[name].double() for name in "abcd")
+        return (a * b * c).sum(1) + (a[:, 0] - d[:, 1]) ** 2 + d[:, 0] * torch.relu(b[:, 1])
+
+    found = shapley(value, given, absent)
+    hidden = {name: part.expand(5, 2) for name, part in absent.items()}
+    expected = {name: torch.zeros(5, dtype=torch.float64) for name in "abcd"}
+    for order in permutations("abcd"):
+        parts = dict(hidden)
+        for name in order:
+            before = value(parts)
+            parts[name] = given[name]
+            expected[name] += (value(parts) - before) / 24
+    for name in "abcd":
+        torch.testing.assert_close(found[name], expected[name])
+    torch.testing.assert_close(torch.stack(list(found.values())).sum(0), value(given) - value(hidden))

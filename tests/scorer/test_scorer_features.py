@@ -212,8 +212,11 @@ def test_what_is_not_given_is_missing(opened: Scorer, ids: Known) -> None:
 def test_features_that_are_refused(
     opened: Scorer, ids: Known, request_features: Any, error: type[Exception], message: str
 ) -> None:
+    def explained(users: Any, items: Any, **asked: Any) -> Any:
+        return opened.explain(users[0], items, candidates=items, **asked)
+
     users, items, _ = ids
-    for call in (opened.score, opened.predict, lambda users, items, **asked: opened.explain(users[0], items, **asked)):
+    for call in (opened.score, opened.predict, explained):
         with pytest.raises(error, match=message):
             call(users[:1], items, request=request_features)
 
@@ -405,12 +408,12 @@ def test_rankings_and_explanations_read_them(opened: Scorer, ids: Known, drawn: 
     ranking = opened.rank(users[0], candidates=items[[5, 4, 5]], now=now, request=twice)
     first = opened.score(users[:1], items[[5, 4]], now=now, request={"hour": [[3.0, 12.0]]})[0]
     np.testing.assert_allclose(np.sort(ranking.scores), np.sort(first), rtol=1e-5)
-    told = opened.explain(users[0], items, now=now, request=request)
-    np.testing.assert_allclose(1 / (1 + np.exp(-told.value)), scores, atol=ROUNDING)
-    total = told.summary.sum(1) + told.tail.sum(1) + told.own + told.counted + told.remainder
-    np.testing.assert_allclose(total + told.pooled + told.statistics, told.value, atol=1e-5)
+    told = opened.explain(users[0], items[3:5], candidates=items, now=now, request=request)
+    np.testing.assert_allclose(1 / (1 + np.exp(-told.value)), scores[3:5], atol=ROUNDING)
+    np.testing.assert_allclose(sum(told.shares.values()), told.value - told.mean, atol=1e-12)
+    np.testing.assert_allclose(told.mean, np.log(scores / (1 - scores)).mean(), atol=1e-4)
     one = opened.explain(users[0], items[3:4], now=now, request=request | {"hour": request["hour"][0, 3]})
-    np.testing.assert_allclose(one.own[0], told.own[3], atol=1e-5)
+    np.testing.assert_allclose(one.value[0], told.value[0], atol=1e-5)
 
 
 def test_values_have_many_forms(opened: Scorer, ids: Known) -> None:

@@ -175,6 +175,7 @@ FIELDS = {
     "users": or_odd(st.lists(USERS, max_size=3)),
     "user": USERS,
     "candidates": or_odd(st.lists(ITEMS, max_size=3)),
+    "items": or_odd(st.lists(ITEMS, max_size=3)),
     "now": or_odd(TIMES),
     "request": OF_REQUEST,
     "top_k": COUNTS,
@@ -205,7 +206,7 @@ KNOWN = {
         ("users",),
         ("top_k", "num_candidates", "within", "where", "exclude", "exclude_tail", "now", "request"),
     ),
-    "explain": (("user", "candidates"), ("task", "now", "request")),
+    "explain": (("user", "items"), ("candidates", "task", "now", "request")),
 }
 
 
@@ -357,7 +358,7 @@ def filled(name: str, place: str, element: Any, *, packed: bool) -> bytes:
     encode = msgspec.msgpack.encode if packed else msgspec.json.encode
     needed = KNOWN[name][0]
     body: dict[str, Any] = {"user": NAMES[0]} if "user" in needed else {"users": NAMES[:1]}
-    body |= {"candidates": SKUS[:1]} if "candidates" in needed else {}
+    body |= {each: SKUS[:1] for each in ("candidates", "items") if each in needed}
     is_map = callable(element) and isinstance(element(0), tuple)
     colon, comma = (b"", b"") if packed else (b":", b",")
     parts, size = list[bytes](), 200

@@ -80,11 +80,17 @@ def test_ranking(service: RunningService, scorer: Scorer) -> None:
 
 
 def test_explanation(service: RunningService, scorer: Scorer) -> None:
-    status, answer = service.fetch("/v1/explain", {"user": 103, "candidates": ITEMS, "now": NOW})
+    status, answer = service.fetch("/v1/explain", {"user": 103, "items": ITEMS, "now": NOW})
     expected = scorer.explain(103, ITEMS, now=NOW)
-    assert status == 200 and answer["tail_items"] == expected.tail_items
-    for name in ("value", "summary", "state", "tail", "own", "counted", "pooled", "statistics", "remainder"):
-        np.testing.assert_array_equal(bits(answer[name]), bits(getattr(expected, name)))
+    assert status == 200 and answer["items"] == ITEMS and answer["tail_items"] == expected.tail_items
+    np.testing.assert_array_equal(answer["value"], expected.value)
+    np.testing.assert_array_equal(answer["tail"], expected.tail)
+    assert answer["mean"] == expected.mean
+    assert answer["shares"] == {name: shares.tolist() for name, shares in expected.shares.items()}
+    words = [[(each["text"], each["share"]) for each in reasons] for reasons in answer["reasons"]]
+    assert words == [[(each.words(), each.share) for each in reasons] for reasons in expected.reasons] and any(words)
+    some = {"items": ITEMS[:1], "candidates": ITEMS, "now": NOW}
+    assert service.fetch("/v1/explain", {"user": 103, **some})[1]["mean"] == scorer.explain(103, **some).mean
 
 
 def test_messagepack(service: RunningService, scorer: Scorer) -> None:
@@ -111,7 +117,7 @@ def test_answers_say_what_they_were_computed_from(service: RunningService, serve
         ("predict", {"users": USERS, "candidates": ITEMS}),
         ("rank", {"user": 103}),
         ("retrieve", {"users": USERS}),
-        ("explain", {"user": 103, "candidates": ITEMS}),
+        ("explain", {"user": 103, "items": ITEMS}),
     ):
         packed = service.send(f"/v1/{path}", msgspec.msgpack.encode(asked), headers=MSGPACK)[2]
         for answer in (service.fetch(f"/v1/{path}", asked)[1], msgspec.msgpack.decode(packed)):
@@ -528,6 +534,7 @@ def test_actions_of_a_tail_are_those_of_the_model_that_answers(
         def answer() -> Any:
             asked: dict[str, Any] = {"candidates": ITEMS, "now": NOW}
             if endpoint in ("rank", "explain"):
+                asked |= {"items": ITEMS} if endpoint == "explain" else {}
                 body = json.dumps({**asked, "user": USER, "tail": [event]}).encode()
                 more = {"timeout_s": 60.0} if endpoint == "rank" else {}
                 return json.loads(getattr(service, endpoint)(body, JSON, **more).body)

@@ -261,8 +261,9 @@ def test_all_endpoints_name_the_variant(variants: RunningService, scorers: dict[
         if path == "users":
             status, answer = variants.fetch(f"/v1/users/{user}")
         else:
-            asked = {"users": [user]} if path in ("score", "predict") else {"user": user}
-            status, answer = variants.fetch(f"/v1/{path}", {**asked, "candidates": ITEMS, "now": NOW})
+            asked: dict[str, Any] = {"users": [user]} if path in ("score", "predict") else {"user": user}
+            asked |= {"items": ITEMS} if path == "explain" else {"candidates": ITEMS}
+            status, answer = variants.fetch(f"/v1/{path}", {**asked, "now": NOW})
         assert status == 200 and answer["variant"] == SPLIT.variant(user)
     assert variants.number(f'vista_requests_total{{endpoint="{path}",model="{answer["variant"]}",status="200"}}') >= 1
 

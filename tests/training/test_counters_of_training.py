@@ -359,7 +359,7 @@ def test_scores_read_the_counters_of_a_category(trained: Path, brand_log: EventL
         assert (np.isfinite(explanation.counts[:, 0]) == held).all()
         assert (np.isfinite(explanation.counts[:, num_values]) == same_brand).all()
         new = ~held & same_brand
-        assert new.any() and explanation.counted[new].all()
+        assert new.any() and explanation.shares["counters"][new].all()
         # A brand was had as often as its items.
         for key in brands.key.tolist():
             of_brand = explanation.counts[keys == key]

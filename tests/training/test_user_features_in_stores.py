@@ -103,10 +103,8 @@ def test_scores_of_users_do_not_depend_on_each_other(log: EventLog, best: Path, 
                 same(alone[task][0], scores[row])
             same(scorer.user_vectors([user])[0], vectors[row])
             explained = scorer.explain(user, ITEMS, task="click")
-            parts = explained.summary.sum(1) + explained.tail.sum(1) + explained.own
-            parts += explained.counted + explained.pooled + explained.statistics
-            np.testing.assert_allclose(parts + explained.remainder, explained.value, atol=1e-4)
-            assert np.abs(explained.remainder - explained.remainder[0]).max() < 1e-3  # it is the bias of the task
+            np.testing.assert_allclose(1 / (1 + np.exp(-explained.value)), together["click"][row], atol=1e-4)
+            np.testing.assert_allclose(sum(explained.shares.values()), explained.value - explained.mean, atol=1e-12)
         assert np.isfinite(scorer.score([10**6], ITEMS)).all()
         shorter = scorer.model.with_tail(scorer.model.config.tail_len - 1)
         assert shorter.user_features is scorer.model.user_features

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,18 +107,20 @@ def _is_lasting(error: Exception) -> bool:
 
 
 def run_score(config: ScoreConfig) -> str:
-    """`vista score`: a line of items and scores per user, as text.
+    """`vista score`: a line of items and scores per user, or with `explain` a line per item, as text.
 
     Raises:
         ItemIndexError: with `retrieve`, the index is missing, damaged, or of another model.
         ConfigError: no user is named, `now` is not a time in milliseconds, an id is text although the store's or the
-            model's ids are integers, or the model does not read a feature of `request` as it is given.
+            model's ids are integers, the model does not read a feature of `request` as it is given, or the log lacks
+            the column `item_name`.
+        LogFormatError: the log that `data` names is damaged.
     """
     from vista.cli.item_commands import INDEX_SUFFIX
     from vista.device import cpu_settings, set_threads
     from vista.log.splits import parse_time
     from vista.log.vocabulary import ids_of_words
-    from vista.model.ranking_model import UNKNOWN_ITEM
+    from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
     from vista.scorer.scorer import Scorer
     from vista.store.record_encoding import read_key
 
@@ -142,8 +144,12 @@ def run_score(config: ScoreConfig) -> str:
         candidates = ids_of_words(config.candidates, "candidates", scorer.model.items.kind)
         set_threads(config.num_threads, (len(candidates) or len(scorer.model.items)) * scorer.model.config.dim)
         lines = [f"task {scorer.task}, generation {scorer.store.generation}"]
+        if config.explain:
+            what = "the score" if scorer.task == NEXT_TASK else "the log-odds"
+            lines[0] += f"; what raises {what} above that of the average candidate, and by how much"
+        names = _item_names(config, scorer.model.items.kind)
         known = (scorer.model.item_rows(candidates) != UNKNOWN_ITEM).tolist() if candidates else []
-        items = [str(item) if known[i] else f"{item} (unknown)" for i, item in enumerate(candidates)]
+        items = [item if known[i] else f"{item} (unknown)" for i, item in enumerate(names(candidates))]
         for user in users:
             name = f"user {user}{_problem(scorer, user)}"
             try:
@@ -153,12 +159,39 @@ def run_score(config: ScoreConfig) -> str:
                     asked: dict[str, Any] = {"top_k": config.top_k, "now": now, "request": request}
                     retrieve = config.retrieve
                     ranking = scorer.retrieve([user], **asked)[0] if retrieve else scorer.rank(user, **asked)
-                    named, scores = ranking.items.tolist(), ranking.scores.tolist()
+                    named, scores = names(ranking.items.tolist()), ranking.scores.tolist()
+                pairs = [f"{item} {score:.4f}" for item, score in zip(named, scores, strict=True)]
+                if not config.explain:
+                    lines.append(f"{name}: {', '.join(pairs)}")
+                    continue
+                among = candidates if len(candidates) > 1 else None
+                asked = {"candidates": among, "now": now, "request": request}
+                told = scorer.explain(user, candidates or ranking.items, **asked)
             except ValueError as error:  # The message names the argument, which has the name of the key.
                 raise ConfigError(str(error)) from error
-            pairs = zip(named, scores, strict=True)
-            lines += [f"{name}: " + ", ".join(f"{item} {score:.4f}" for item, score in pairs)]
+            lines += [f"{name}:", *(f"  {pair}: {told.why(place, names)}" for place, pair in enumerate(pairs))]
         return "\n".join(lines)
+
+
+def _item_names(config: ScoreConfig, kind: str) -> Callable[[Sequence[Any]], list[str]]:
+    """Names of items, from the log if it was named or if items are explained, or else their ids.
+
+    Args:
+        kind: of the model's item ids; the ids of the log must have it too.
+    """
+    from vista.log.event_log import EventLog
+    from vista.log.inspection import ItemNames
+    from vista.runs.run_list import log_of_run
+
+    path = config.data
+    if path is None and config.explain:
+        path = log_of_run(Path(config.model).parent)
+    if path is None:
+        return lambda items: list(map(str, items))
+    log = EventLog.open(path)
+    if log.items.kind != kind:
+        raise ConfigError(f"data={path}: item ids are of type {log.items.kind}, but those of the model {kind}")
+    return ItemNames.of(log, config.item_name).of_ids
 
 
 def _features(words: Sequence[str], num_candidates: int) -> dict[str, Any]:

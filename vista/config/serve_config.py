@@ -219,8 +219,20 @@ def _split(given: Any, models: dict[str, ServedModel], where: str) -> dict[str, 
     return {name: float(share) for name, share in shares.items()}
 
 
+@dataclass(kw_only=True)
+class NamesItems(Checked):
+    """A command that shows items to people."""
+
+    __slots__ = ()
+    data: str | None = None
+    """Folder of the EventLog. null uses the log that the model was trained on, if it still exists."""
+    item_name: str | None = None
+    """Column of the items table with their names. null takes the first category with title, name, or description in its
+    name; without one, items are shown by their ids."""
+
+
 @dataclass(kw_only=True, slots=True)
-class ScoreConfig(Scores, NamesUsers, UsesStore, UsesModel):
+class ScoreConfig(Scores, NamesUsers, UsesStore, UsesModel, NamesItems):
     """Score candidates for users, rank the whole catalog for them, or retrieve from it."""
 
     candidates: list[str] = field(default_factory=list)
@@ -231,6 +243,8 @@ class ScoreConfig(Scores, NamesUsers, UsesStore, UsesModel):
     """Folder of the index. null uses the default of `vista index`: the model's folder with .index appended."""
     top_k: int = 10
     """Number of items to list per user if no candidates are given."""
+    explain: bool = False
+    """Say of each item what raises it above the average candidate, with names of items from `data`."""
     now: str | None = None
     """Time of the request: ISO date or time (UTC), or integer milliseconds. null if it is unknown."""
     request: list[str] = field(default_factory=list)
@@ -246,15 +260,13 @@ class ScoreConfig(Scores, NamesUsers, UsesStore, UsesModel):
 
 
 @dataclass(kw_only=True, slots=True)
-class ExploreConfig(Keyed):
+class ExploreConfig(NamesItems, Keyed):
     """A web page that shows users, rankings with explanations, the store, runs, and results."""
 
     model: str | None = None
     """Folder of the exported model. If model and store are null, the page shows the output of `make demo` in demo/."""
     store: str | None = None
     """Folder of the model's summary store, or its URL, such as redis://host:6379/mine."""
-    data: str | None = None
-    """Folder of the EventLog. null uses the log that the model was trained on, if it still exists."""
     runs: list[str] = field(default_factory=list)
     """Run folders to show under Training, or folders of run folders. An empty list shows the model's own run."""
     results: str = "docs/results"

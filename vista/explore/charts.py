@@ -7,13 +7,15 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from vista.explore.rankings import PARTS
 from vista.explore.user_page import OTHER, Timeline
 from vista.log.histories import DAY_MS
 from vista.runs.run_list import better_values
+from vista.scorer.explanation import PARTS
 
 SUMMARY, TAIL, COUNTERS, NEUTRAL = "#2f6fb0", "#e2803a", "#3f9b73", "#9aa0a8"
-PART_COLORS = dict(zip(PARTS, (SUMMARY, TAIL, COUNTERS, "#c2587a", "#a08d2f", "#b3bac3", "#dcdfe4"), strict=True))
+PART_COLORS = dict(
+    zip(PARTS, (COUNTERS, "#c2587a", "#e3a3b5", "#5aa9b8", "#a08d2f", "#d3c36b", TAIL, SUMMARY, "#b3bac3"), strict=True)
+)
 KIND_COLORS = ("#2f6fb0", "#74a9d8", "#3f9b73", "#e2803a", "#8766b5", "#c9a227")
 UP, DOWN = "#3f9b73", "#c8553d"
 GRID, TEXT, FONT = "#eceef1", "#3c4450", "Source Sans, Source Sans Pro, sans-serif"
@@ -60,7 +62,7 @@ def timeline_chart(line: Timeline, *, has_time: bool) -> Any:
 
 
 def parts_chart(rows: list[dict[str, Any]], parts: list[str], value_name: str) -> Any:
-    """What the scores of ranked items consist of, as stacked bars, the best item on top."""
+    """What raises ranked items above the average item, as stacked bars, the best item on top."""
     long = [
         {"item": f"{row['rank']}. {row['item']}", "part": part, "share": row[part], "order": place}
         for row in rows
@@ -81,24 +83,15 @@ def parts_chart(rows: list[dict[str, Any]], parts: list[str], value_name: str) -
     return _styled(chart, BAR_HEIGHT * len(rows) + 96)
 
 
-def token_chart(rows: list[dict[str, Any]]) -> Any:
-    """Shares of the summary's tokens."""
-    return _share_bars(rows, SUMMARY, "token:O", "summary token", ["token:O"])
-
-
 def tail_chart(rows: list[dict[str, Any]]) -> Any:
     """Shares of the tail's events, the newest event first."""
-    return _share_bars(rows, TAIL, "age:O", "event of the tail, 1 is the newest", ["age:O", "item:N"])
-
-
-def _share_bars(rows: list[dict[str, Any]], color: str, place: str, title: str, told: list[str]) -> Any:
     chart = (
         alt.Chart(pd.DataFrame(rows))
-        .mark_bar(color=color)
+        .mark_bar(color=TAIL)
         .encode(
-            x=alt.X(place, title=title, axis=_flat_labels("parity")),
+            x=alt.X("age:O", title="event of the tail, 1 is the newest", axis=_flat_labels("parity")),
             y=alt.Y("share:Q", title="share", scale=alt.Scale(nice=5)),
-            tooltip=[*told, alt.Tooltip("share:Q", format="+.4f")],
+            tooltip=["age:O", "item:N", alt.Tooltip("share:Q", format="+.4f")],
         )
     )
     return _styled(chart, 270)

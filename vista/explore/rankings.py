@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vista.arrays import Floats
 from vista.errors import ConfigError, UnfinishedError
 from vista.explore.workspace import Workspace, escaped, record_of
+from vista.log.inspection import ItemNames
 from vista.scorer import Explanation, Ranking, Scorer
 from vista.store.backend import open_backend
 from vista.store.record import Tail
@@ -20,79 +21,47 @@ from vista.store.record import Tail
 HOUR_MS = 3_600_000
 LISTED = 1_000
 """Ranks that are looked up before and after added events; items beyond have no rank."""
-PARTS = "summary", "tail", "counters", "whole history", "popularity", "item and request", "bias"
-"""What a score consists of, as the page names it: `Explanation` has the fields in another order."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExplainedRanking:
-    """The best C items for one user, best first."""
+    """The best C items of the catalog for one user, best first."""
 
-    items: list[Any]
     names: list[str]
     scores: NDArray[np.float32]
     """[C] as the scorer returns them."""
-    parts: dict[str, NDArray[np.float32]]
-    """By name in PARTS: [C] shares of the explained value. Parts that the model lacks are left out."""
     explanation: Explanation
-    tail_names: list[str]
-    """Names of the tail's items, oldest event first."""
+    """Relative to the catalog."""
+    item_names: ItemNames
     is_probability: bool
     """Whether a score is the sigmoid of the explained value; otherwise both are equal."""
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per item: rank, name, score, and its parts."""
+        """One row per item: rank, name, score, and its shares."""
         return [
             {
                 "rank": place + 1,
                 "item": name,
                 "score": float(self.scores[place]),
-                **{part: float(shares[place]) for part, shares in self.parts.items()},
+                **{part: float(shares[place]) for part, shares in self.explanation.shares.items()},
             }
             for place, name in enumerate(self.names)
         ]
 
-    def tokens(self, place: int) -> list[dict[str, Any]]:
-        """Shares of the summary's tokens in the score of one item, in the order of the tokens."""
-        shares = self.explanation.summary[place].tolist()
-        return [{"token": number + 1, "share": share} for number, share in enumerate(shares)]
-
     def tail_events(self, place: int) -> list[dict[str, Any]]:
         """Shares of the tail's events in the score of one item, newest event first."""
         shares = self.explanation.tail[place].tolist()
-        events = list(zip(self.tail_names, shares, strict=True))[::-1]
+        names = self.item_names.of_ids(self.explanation.tail_items)
+        events = list(zip(names, shares, strict=True))[::-1]
         return [{"age": age + 1, "item": name, "share": share} for age, (name, share) in enumerate(events)]
 
     def reason(self, place: int) -> str:
-        """Why an item has its rank, in Markdown: its largest parts, and what sets it apart from the other items."""
-        value = float(self.explanation.value[place])
-        ordered = sorted(self.parts, key=lambda part: -abs(float(self.parts[part][place])))
-        main = [f"{part} {self.parts[part][place]:+.2f}{self._detail(part, place)}" for part in ordered[:3]]
-        odds = f"the log-odds {value:+.2f} (probability {float(self.scores[place]):.2f})"
-        total = odds if self.is_probability else f"the score {value:.2f}"
-        name = escaped(self.names[place])
-        text = f"**Item {name}** has rank {place + 1}. Of {total}, the largest parts are {', '.join(main)}."
-        others = np.delete(np.arange(len(self.items)), place)
-        if len(others):
-            means = {part: float(shares[others].mean()) for part, shares in self.parts.items()}
-            best = max(means, key=lambda part: abs(float(self.parts[part][place]) - means[part]))
-            text += (
-                f" Compared with the mean of the other {len(others)} items, the largest difference is in the {best}: "
-                f"it {compared(float(self.parts[best][place]), means[best])}."
-            )
-        return text
-
-    def _detail(self, part: str, place: int) -> str:
-        if part == "summary" and self.explanation.summary.shape[1] > 1:
-            first, second = np.argsort(-np.abs(self.explanation.summary[place]))[:2] + 1
-            return f" (largest: tokens {first} and {second})"
-        if part == "tail" and self.tail_names:
-            largest = int(np.abs(self.explanation.tail[place]).argmax())
-            age, share = len(self.tail_names) - largest, float(self.explanation.tail[place][largest])
-            return (
-                f" (largest: item {escaped(self.tail_names[largest])}, the {ordinal(age)} newest event, {share:+.2f})"
-            )
-        return ""
+        """Why an item has its rank, in Markdown."""
+        value, told = float(self.explanation.value[place]), self.explanation
+        odds = f"log-odds of {value:+.2f} (probability {float(self.scores[place]):.2f})"
+        total = f"{odds if self.is_probability else f'a score of {value:.2f}'}, {value - told.mean:+.2f} compared with"
+        why = told.why(place, lambda items: [escaped(name) for name in self.item_names.of_ids(items)])
+        return f"**Item {escaped(self.names[place])}** has rank {place + 1} and {total} the average item: {why}."
 
 
 def explained_ranking(
@@ -104,32 +73,13 @@ def explained_ranking(
         StoreError, ValueError: as in `Scorer.rank`.
     """
     ranking = scorer.rank(user, top_k=top_k, exclude_tail=exclude_tail, now=now)
-    items = ranking.items.tolist()
-    if not items:
+    if not len(ranking.items):
         return None
-    explanation = scorer.explain(user, ranking.items, now=now)
-    parts = {
-        "summary": explanation.summary.sum(1),
-        "tail": explanation.tail.sum(1),
-        "counters": explanation.counted,
-        "whole history": explanation.pooled,
-        "popularity": explanation.statistics,
-        "item and request": explanation.own,
-        "bias": explanation.remainder,
-    }
-    has = {
-        "summary": scorer.model.config.num_seeds > 0,
-        "counters": scorer.model.counter_spec is not None,
-        "whole history": scorer.model.config.space_dim > 0,
-        "popularity": bool(np.any(explanation.statistics)),
-    }
     return ExplainedRanking(
-        items,
-        workspace.names.of_ids(items),
+        workspace.names.of_ids(ranking.items.tolist()),
         ranking.scores,
-        {part: parts[part] for part in PARTS if has.get(part, True)},
-        explanation,
-        workspace.names.of_ids(explanation.tail_items),
+        scorer.explain(user, ranking.items, now=now),
+        workspace.names,
         scorer.task in scorer.model.schema.tasks,
     )
 
@@ -147,22 +97,6 @@ def request_time(user: int | str, *scorers: Scorer, current: int | None = None) 
     if current is None:
         current = newest + HOUR_MS if newest > 0 else time.time_ns() // 1_000_000
     return max(current, newest)
-
-
-def compared(own: float, other: float) -> str:
-    """How a part changes this score and other scores, such as "lowers this score by 0.06 and raises others by 0.19"."""
-    verbs = ["raises" if value >= 0 else "lowers" for value in (own, other)]
-    text = f"{verbs[0]} this score by {abs(own):.2f}"
-    if verbs[0] != verbs[1]:
-        return f"{text} and {verbs[1]} others by {abs(other):.2f}"
-    more = "more" if abs(own) >= abs(other) else "less"
-    return f"{text}, {more} than it {verbs[1]} others ({abs(other):.2f})"
-
-
-def ordinal(number: int) -> str:
-    """1st, 2nd, 3rd, 4th, ..."""
-    ending = "th" if 10 <= number % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
-    return f"{number}{ending}"
 
 
 def tail_of_events(events: list[tuple[Any, int]], now: int | None, newest: int) -> Tail:

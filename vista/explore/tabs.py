@@ -23,7 +23,6 @@ from vista.explore.charts import (
     slope_chart,
     tail_chart,
     timeline_chart,
-    token_chart,
 )
 from vista.explore.page_cache import (
     measured_benefit,
@@ -49,7 +48,6 @@ from vista.explore.user_page import (
     generation_rows,
     history_of,
     record_sample,
-    shown_age,
     shown_time,
     store_freshness,
     timeline,
@@ -60,6 +58,7 @@ from vista.log.histories import Histories
 from vista.log.inspection import LogStats
 from vista.runs.run_list import better_values, is_run
 from vista.scorer import Scorer
+from vista.scorer.explanation import duration
 from vista.store.admin import verify_store
 from vista.store.layout import stores_in
 from vista.store.record_encoding import read_key
@@ -165,7 +164,7 @@ def _show_counters(facts: UserFacts) -> None:
     rows = [dict(row) for row in facts.counters[field][:SHOWN_ROWS]]
     for row in rows:
         if "seconds since the last" in row:
-            row["last"] = shown_age(1000 * row.pop("seconds since the last"))
+            row["last"] = duration(row.pop("seconds since the last"))
     sums = [name for row in rows[:1] for name in row if name.startswith("last ~")]
     formats = {name: st.column_config.NumberColumn(format="%.1f") for name in sums}
     formats["count"] = st.column_config.NumberColumn(format="%d")
@@ -213,29 +212,20 @@ def show_ranking(workspace: Workspace, user: int | str | None) -> None:
     )
     st.info(ranking.reason(place), icon=":material/lightbulb:")
     value_name = "the log-odds" if ranking.is_probability else "the score"
-    st.markdown("#### What the scores consist of")
-    if ranking.is_probability:
-        st.caption(
-            "The log-odds of a probability p is log(p / (1 − p)): 0 for 50 %, +2 for 88 %, and −2 for 12 %. A positive "
-            "part raises the probability, and a negative part lowers it."
-        )
-    st.altair_chart(parts_chart(ranking.rows(), list(ranking.parts), value_name), width="stretch")
-    left, right = st.columns(2, gap="large")
-    with left:
-        st.markdown(f"#### Summary tokens of rank {place + 1}")
-        if tokens := ranking.tokens(place):
-            st.altair_chart(token_chart(tokens), width="stretch")
-        else:
-            st.caption("This model has no summary.")
-    with right:
-        st.markdown(f"#### Tail events of rank {place + 1}")
-        if events := ranking.tail_events(place):
-            st.altair_chart(tail_chart(events), width="stretch")
-        else:
-            st.caption("This user has no tail.")
-    st.caption("The shares add up to the explained value. They do not show what the score would be without a part.")
+    st.markdown("#### What raises the best items above the average item")
+    st.altair_chart(parts_chart(ranking.rows(), list(ranking.explanation.shares), value_name), width="stretch")
+    of_probability = " (0 for a probability of 50 %, +2 for 88 %, and −2 for 12 %)" if ranking.is_probability else ""
+    st.caption(
+        f"The shares of an item add up to {value_name}{of_probability} minus the mean over the catalog, which is "
+        f"{ranking.explanation.mean:.2f}. They do not show what the score would be without a part."
+    )
+    st.markdown(f"#### Tail events of rank {place + 1}")
+    if events := ranking.tail_events(place):
+        st.altair_chart(tail_chart(events), width="stretch")
+    else:
+        st.caption("This user has no tail.")
     with st.expander("All numbers"):
-        formats = {part: st.column_config.NumberColumn(format="%+.3f") for part in ranking.parts}
+        formats = {part: st.column_config.NumberColumn(format="%+.3f") for part in ranking.explanation.shares}
         st.dataframe(
             pd.DataFrame(ranking.rows()), hide_index=True, width="stretch",
             column_config=formats | {"score": st.column_config.NumberColumn(format="%.4f")},

@@ -12,18 +12,19 @@ import numpy as np
 
 from vista.config.model_config import ITEM
 from vista.counters.counters import CounterSpec
-from vista.explore.workspace import ItemNames, UserSearch, Workspace, record_of
+from vista.explore.workspace import UserSearch, Workspace, record_of
 from vista.log.event_log import EventLog
 from vista.log.histories import LATEST_MS, NO_TIMESTAMP, YEAR_1971_MS, Histories, RowFeatures
+from vista.log.inspection import ItemNames
 from vista.log.splits import Until, parse_until
 from vista.scorer import Scorer
+from vista.scorer.explanation import duration
 from vista.store.admin import GenerationStats, StoreStats, store_stats
 from vista.store.backend import open_backend
 from vista.store.layout import stores_in
 from vista.store.manifest import OF_SEVERAL_LOGS, Manifest
 from vista.store.reader import StoredBatch
 
-SECONDS_PER_DAY = 86_400
 NUM_BINS = 60
 MAX_KINDS = 6
 """Kinds of events with a color of their own; the rest is "other"."""
@@ -168,16 +169,6 @@ def shown_time(time_ms: int | None) -> str:
     return str(np.datetime64(time_ms // 60_000, "m")).replace("T", " ")
 
 
-def shown_age(milliseconds: float) -> str:
-    """A duration in its largest fitting unit, such as "3 hours"."""
-    seconds = max(milliseconds, 0) / 1000
-    for unit, size in (("day", SECONDS_PER_DAY), ("hour", 3_600), ("minute", 60)):
-        if seconds >= size:
-            count = int(seconds // size)
-            return f"{count:,} {unit}{'s' * (count != 1)}"
-    return "less than a minute"
-
-
 def _time(time_ms: np.int64) -> int | None:
     return None if time_ms == NO_TIMESTAMP else int(time_ms)
 
@@ -259,7 +250,7 @@ def store_freshness(manifest: Manifest, log: EventLog | None, now_ms: int | None
         now_ms: the current time, ms; None asks the clock.
     """
     now = time.time_ns() // 1_000_000 if now_ms is None else now_ms
-    age = f"The last refresh started {shown_age(now - max(manifest.refreshed_at, manifest.created_at))} ago"
+    age = f"The last refresh started {duration((now - max(manifest.refreshed_at, manifest.created_at)) / 1000)} ago"
     if log is None:
         return StoreFreshness(Freshness.unknown, f"{age}. Without the log, newer events are unknown.")
     if manifest.applied_segment == OF_SEVERAL_LOGS:

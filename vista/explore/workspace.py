@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
@@ -21,10 +21,10 @@ from vista.config import ExploreConfig
 from vista.config.checks import Precision
 from vista.errors import ConfigError, VistaError, without_password
 from vista.log.event_log import EventLog
-from vista.log.features import Column
+from vista.log.inspection import ItemNames
 from vista.log.segment import find_segments
 from vista.log.vocabulary import Vocabulary, ids_of_words
-from vista.runs.run_list import read_settings, run_folders
+from vista.runs.run_list import log_of_run, run_folders
 from vista.scorer import Scorer
 from vista.scorer.serving_source import ServingSource
 from vista.store.reader import StoredBatch
@@ -32,12 +32,6 @@ from vista.store.record_encoding import read_key
 
 DEMO = Path("demo")
 """Where `make demo` puts its folders, one per data set."""
-TITLE_WORDS = ("title", "name", "description")
-"""Parts of the names of columns that hold a text of each item."""
-MAX_GROUPS = 200
-"""Most values of a category that sorts items into groups."""
-MAX_TITLE = 60
-"""Characters of a title that are shown."""
 HEAVY_SHARE = 0.01
 """Users with the most events, from whom a user is drawn as the first one to show."""
 
@@ -57,6 +51,8 @@ class Places:
     other_store: str | None = None
     key_file: str | None = None
     is_demo: bool = False
+    item_name: str | None = None
+    """Column with the names of items; None looks for one."""
 
     @classmethod
     def of(cls, config: ExploreConfig) -> Places:
@@ -73,12 +69,13 @@ class Places:
             if other_store is None and config.other_model is None and (demo / "store-test").is_dir():
                 other_store = str(demo / "store-test")
         run = Path(model).parent
-        log = Path(data) if data is not None else _log_of(run)
+        log = Path(data) if data is not None else log_of_run(run)
         named = [Path(folder) for folder in config.runs or [str(run)]]
         runs = tuple(dict.fromkeys(each for folder in named for each in run_folders(folder) or [folder]))
         other_model = None if config.other_model is None else Path(config.other_model)
         key_file, results = config.authentication_key_file, Path(config.results)
-        return cls(Path(model), store, log, runs, results, other_model, other_store, key_file, is_demo)
+        column = config.item_name
+        return cls(Path(model), store, log, runs, results, other_model, other_store, key_file, is_demo, column)
 
 
 def demo_folder() -> Path:
@@ -86,78 +83,6 @@ def demo_folder() -> Path:
     trained = sorted(path.parent.parent for path in DEMO.glob("*/vista/best"))
     simulation = DEMO / "simulation"
     return simulation if simulation in trained or not trained else trained[0]
-
-
-def _log_of(run: Path) -> Path | None:
-    """The log that a run was trained on, if its config.yaml names one that exists."""
-    if not (run / "config.yaml").is_file():
-        return None
-    problems: list[str] = []
-    path = read_settings(run, problems).get("data.path")
-    if problems:
-        raise ConfigError(f"{run}: {problems[0]}, so the log of the run is not known; name one with data=...")
-    return Path(path) if isinstance(path, str) and Path(path).is_dir() else None
-
-
-@dataclass(frozen=True, slots=True)
-class ItemNames:
-    """Titles and groups of a log's items, from its features; without such columns, items are shown by their ids."""
-
-    items: Vocabulary
-    titles: Column | None = None
-    groups: Column | None = None
-    group_name: str = ""
-    """Name of the column of groups, such as genres."""
-
-    @classmethod
-    def of(cls, log: EventLog | None) -> ItemNames:
-        """The names that a log has; None for a page without a log.
-
-        Raises:
-            LogFormatError: the log's features are damaged.
-        """
-        if log is None or not log.item_features:
-            return cls.by_id(log)
-        columns = {n: c for n, c in log.item_features.items() if c.kind == "category"}
-        titles = next((c for n, c in columns.items() if any(word in n.lower() for word in TITLE_WORDS)), None)
-        few = (n for n, c in columns.items() if c is not titles and 1 < c.size <= MAX_GROUPS)
-        group_name = next(few, "")
-        return cls(log.items, titles, columns.get(group_name), group_name)
-
-    @classmethod
-    def by_id(cls, log: EventLog | None) -> ItemNames:
-        """The ids of a log's items; None for a page without a log."""
-        return cls(Vocabulary.empty("int") if log is None else log.items)
-
-    def of_ids(self, ids: Iterable[Any]) -> list[str]:
-        """A name per item id; "unknown item" for None."""
-        known = list(ids)
-        titles = self._values(self.titles, known)
-        return [
-            "unknown item" if item is None else f"{_shortened(title)} ({item})" if title else str(item)
-            for item, title in zip(known, titles, strict=True)
-        ]
-
-    def groups_of_ids(self, ids: Iterable[Any]) -> list[str]:
-        """The first group of each item id; "" without one."""
-        return self._values(self.groups, list(ids))
-
-    def _values(self, column: Column | None, ids: list[Any]) -> list[str]:
-        """The first value of each item in a column; "" without one."""
-        if column is None or column.values is None:
-            return [""] * len(ids)
-        given = [place for place, item in enumerate(ids) if item is not None]
-        rows = np.full(len(ids), -1, np.int64)
-        rows[given] = self.items.rows([ids[place] for place in given]) if given else []
-        chosen = column.select(rows)
-        assert chosen.offsets is not None
-        has = chosen.is_known
-        texts = iter(column.values.ids(chosen.data[chosen.offsets[:-1][has]]).tolist())
-        return [str(next(texts)) if one else "" for one in has.tolist()]
-
-
-def _shortened(title: str) -> str:
-    return title if len(title) <= MAX_TITLE else f"{title[: MAX_TITLE - 1]}…"
 
 
 Opened = TypeVar("Opened")
@@ -206,7 +131,7 @@ class Workspace:
             problems["log"] = "There is no event log, so histories are not shown. Name a log with data=..."
         else:
             log = attempt("log", lambda: (open_log or EventLog.open)(path))
-        names = attempt("names", lambda: ItemNames.of(log)) or ItemNames.by_id(log)
+        names = attempt("names", lambda: ItemNames.of(log, places.item_name)) or ItemNames.by_id(log)
         return cls(places, scorer, log, names, problems)
 
 

@@ -1,19 +1,19 @@
-"""What an EventLog contains, for `vista log stats`."""
+"""What an EventLog contains, for `vista log stats`, and the names of its items, for people."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vista.errors import LogFormatError
+from vista.errors import ConfigError, LogFormatError
 from vista.files import checked_path
 from vista.log.event_log import EventLog
-from vista.log.features import described
+from vista.log.features import Column, described
 from vista.log.histories import ColumnValues
 from vista.log.segment import find_segments
 from vista.log.segment_files import (
@@ -25,6 +25,7 @@ from vista.log.segment_files import (
     read_segment_manifest,
     stream_offsets,
 )
+from vista.log.vocabulary import Vocabulary
 from vista.progress_bar import progress_bar
 
 
@@ -172,3 +173,82 @@ def verify_log(path: str | os.PathLike[str]) -> LogVerification:
         if not damaged:
             EventLog.open(place)
         return LogVerification(place, len(num_bytes), sum(num_bytes), damaged)
+
+
+TITLE_WORDS = ("title", "name", "description")
+"""Parts of the names of columns that hold a text of each item."""
+MAX_GROUPS = 200
+"""Most values of a category that sorts items into groups."""
+MAX_TITLE = 60
+"""Characters of a title that are shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemNames:
+    """Titles and groups of a log's items, from its features; without such columns, items are shown by their ids."""
+
+    items: Vocabulary
+    titles: Column | None = None
+    groups: Column | None = None
+    group_name: str = ""
+    """Name of the column of groups, such as genres."""
+
+    @classmethod
+    def of(cls, log: EventLog | None, column: str | None = None) -> ItemNames:
+        """The names that a log has; None for a page without a log.
+
+        Args:
+            column: a category of the items that has their names; None takes the first with one of TITLE_WORDS in its
+                name.
+
+        Raises:
+            LogFormatError: the log's features are damaged.
+            ConfigError: the log has no such column.
+        """
+        features = {} if log is None else log.item_features
+        columns = {n: c for n, c in features.items() if c.kind == "category"}
+        if column is not None and column not in columns:
+            raise ConfigError(f"item_name: {column!r} is not a category of the log's items; it has {sorted(columns)}")
+        if not columns:
+            return cls.by_id(log)
+        assert log is not None
+        word = next((n for n in columns if any(word in n.lower() for word in TITLE_WORDS)), "")
+        titles = columns.get(word if column is None else column)
+        few = (n for n, c in columns.items() if c is not titles and 1 < c.size <= MAX_GROUPS)
+        group_name = next(few, "")
+        return cls(log.items, titles, columns.get(group_name), group_name)
+
+    @classmethod
+    def by_id(cls, log: EventLog | None) -> ItemNames:
+        """The ids of a log's items; None for a page without a log."""
+        return cls(Vocabulary.empty("int") if log is None else log.items)
+
+    def of_ids(self, ids: Iterable[Any]) -> list[str]:
+        """A name per item id; "unknown item" for None."""
+        known = list(ids)
+        titles = self._values(self.titles, known)
+        return [
+            "unknown item" if item is None else f"{_shortened(title)} ({item})" if title else str(item)
+            for item, title in zip(known, titles, strict=True)
+        ]
+
+    def groups_of_ids(self, ids: Iterable[Any]) -> list[str]:
+        """The first group of each item id; "" without one."""
+        return self._values(self.groups, list(ids))
+
+    def _values(self, column: Column | None, ids: list[Any]) -> list[str]:
+        """The first value of each item in a column; "" without one."""
+        if column is None or column.values is None:
+            return [""] * len(ids)
+        given = [place for place, item in enumerate(ids) if item is not None]
+        rows = np.full(len(ids), -1, np.int64)
+        rows[given] = self.items.rows([ids[place] for place in given]) if given else []
+        chosen = column.select(rows)
+        assert chosen.offsets is not None
+        has = chosen.is_known
+        texts = iter(column.values.ids(chosen.data[chosen.offsets[:-1][has]]).tolist())
+        return [str(next(texts)) if one else "" for one in has.tolist()]
+
+
+def _shortened(title: str) -> str:
+    return title if len(title) <= MAX_TITLE else f"{title[: MAX_TITLE - 1]}…"

@@ -478,12 +478,17 @@ class StatisticsTerm(nn.Module):
         """
         with torch.autocast(unit.device.type, enabled=False):
             unit = self.gain * unit.to(self.weight.weight.dtype)
-            weights = self.weight(unit * math.sqrt(unit.shape[-1]))  # inputs near 0 ± 1
+            weights = self.weights(unit)
             if not self.num_pooled:
                 return torch.cat([unit, weights], -1)
             assert pooled is not None
             others, of_pooled = weights.split([weights.shape[-1] - self.num_pooled, self.num_pooled], -1)
             return torch.cat([unit, (of_pooled.unsqueeze(-1) * pooled).sum(-2), others], -1)
+
+    def weights(self, scaled: Tensor) -> Tensor:
+        """β(u), then w(u), of the first M numbers of retrieval vectors: unit vectors times `gain`."""
+        weights: Tensor = self.weight(scaled * math.sqrt(scaled.shape[-1]))  # inputs near 0 ± 1
+        return weights
 
 
 # Tables with drawn values, unless they are about to be read from a file.

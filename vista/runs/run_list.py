@@ -457,3 +457,14 @@ def _names(paths: Sequence[str]) -> list[str]:
     """The last parts of paths, or if these are not unique the paths."""
     last = [Path(path).resolve().name for path in paths]
     return last if len(set(last)) == len(last) else list(paths)
+
+
+def log_of_run(run: Path) -> Path | None:
+    """The log that a run was trained on, if its config.yaml names one that exists."""
+    if not (run / "config.yaml").is_file():
+        return None
+    problems: list[str] = []
+    path = read_settings(run, problems).get("data.path")
+    if problems:
+        raise ConfigError(f"{run}: {problems[0]}, so the log of the run is not known; name one with data=...")
+    return Path(path) if isinstance(path, str) and Path(path).is_dir() else None

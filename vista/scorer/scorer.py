@@ -26,7 +26,8 @@ from vista.errors import StoreError, VistaError
 from vista.log.vocabulary import Ids
 from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.model.vista_model import VistaModel
-from vista.scorer.ranking import Explanation, ItemFilter, Ranking, explained, ranked, retrieved
+from vista.scorer.explanation import Explanation, explained
+from vista.scorer.ranking import ItemFilter, Ranking, ranked, retrieved
 from vista.scorer.request import MAX_SCORES, ragged_offsets, require_max_age, require_most, split_ragged
 from vista.scorer.serving_snapshot import Call, CandidateSet, ServingSnapshot
 from vista.scorer.serving_source import Follower, ServingSource, repair_after_fork
@@ -469,28 +470,34 @@ class Scorer:
     def explain(
         self,
         user: int | str,
-        candidates: Any,
+        items: Any,
         *,
+        candidates: Any = None,
         task: str | None = None,
         tail: Tail | None = None,
         now: int | None = None,
         request: Mapping[str, Any] | None = None,
     ) -> Explanation:
-        """Contributions of the summary's tokens, the tail's events and the candidate itself to a user's scores.
+        """Why items have their scores: what raises each above the average candidate, in shares and in words.
 
-        Always in float32, and several times slower than `score`. Users without a record have an empty history.
+        Always in float32, and much slower than `score`: about a thousand candidates are explained to know the average
+        one. Users without a record have an empty history.
 
         Args:
             user: an id as in the log.
-            candidates: item ids [C], or a `CandidateSet` of them.
+            items: ids [C], or a `CandidateSet` of them.
+            candidates: as in `rank`, where the items were found: ids, or None for the whole catalog. Of more than
+                `MOST_COMPARED`, evenly spaced ones give the average.
             task: one of `tasks`; by default the scorer's own.
-            tail: as in `predict`, like `now` and `request`.
+            tail: as in `predict`, like `now`.
+            request: as in `rank`.
 
         Raises:
-            UnknownUserError: with on_missing="raise". Others as in `predict`.
+            UnknownUserError: with on_missing="raise".
+            ValueError: an item is not one of the candidates. Others as in `predict`.
         """
         with self._call([user], tail, now) as call:
-            return explained(call, self.task if task is None else task, candidates, request)
+            return explained(call, self.task if task is None else task, items, candidates, request)
 
     def _moved(self) -> bool:
         """Move to what is newer, as `reload` does, for one thread at a time."""

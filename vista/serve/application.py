@@ -179,7 +179,12 @@ def make_application(
             RetrieveBody,
             "The best items of a large catalog, from the item index.",
         ),
-        ("explain", queued(ScoringService.explain), ExplainBody, "Shares of scores, per part of the model's input."),
+        (
+            "explain",
+            queued(ScoringService.explain),
+            ExplainBody,
+            "Why items have their scores, in shares and in words.",
+        ),
     ):
         app.post(f"/v1/{name}", summary=summary, openapi_extra=operation(name, kind))(endpoint(name, compute))
 
@@ -536,7 +541,10 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
         "two users": {"value": {"users": [101, 102], "top_k": 5, "num_candidates": 100, "exclude_tail": True}},
         "items in stock": {"value": {"users": [101], "within": [10, 20, 30], "exclude": [20], "now": _NOW}},
     },
-    "explain": {"two candidates": {"value": {"user": 101, "candidates": [10, 20]}}},
+    "explain": {
+        "among the catalog": {"value": {"user": 101, "items": [10, 20]}},
+        "among some items": {"value": {"user": 101, "items": [10], "candidates": [10, 20, 30]}},
+    },
 }
 _SOURCE = {"generation": 7, "model_checksum": "93a1c04be1f2d687"}
 _RANKING = {"items": [20, 10], "scores": [0.75, 0.5], "num_dropped": 0}
@@ -547,16 +555,14 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "retrieve": {"task": "click", "rankings": [_RANKING]},
     "explain": {
         "task": "click",
+        "items": [10],
         "value": [1.0],
-        "summary": [[0.25, 0.25]],
-        "tail": [[0.125]],
+        "mean": 0.25,
+        "shares": {"tail": [0.5], "summary": [0.5], "item": [-0.25]},
+        "tail": [[0.5]],
         "tail_items": [30],
-        "own": [0.5],
-        "counted": [0.0],
         "counts": [[]],
-        "pooled": [0.25],
-        "statistics": [0.0],
-        "remainder": [-0.375],
+        "reasons": [[{"part": "tail", "share": 0.5, "text": "attention to the newest events, most of all to 30"}]],
     },
 }
 """Example answers by endpoint, without `_SOURCE` and `variant`, which services with several models add."""

@@ -48,7 +48,7 @@ JSON, MSGPACK = "application/json", "application/msgpack"
 Id = int | str
 Body = TypeVar("Body")
 MAX_EXPLAINED = 100
-"""Most candidates of an explanation, which takes several times as long as their scores."""
+"""Most items of an explanation, which takes several times as long as their scores."""
 OF_REQUESTS = (ValueError, TypeError, OverflowError, VistaError)
 """Errors that an invalid request causes."""
 MAX_REQUESTS = 16
@@ -144,9 +144,12 @@ class RankBody(BodyOfOne, kw_only=True):
 
 
 class ExplainBody(BodyOfOne, kw_only=True):
-    """A user, and the candidates whose scores are to be explained."""
+    """A user, and the items whose scores are to be explained."""
 
-    candidates: list[Id]
+    items: list[Id]
+    """Item ids, at most 100."""
+    candidates: list[Id] | bytes | None = None
+    """Item ids with which the items are compared, or null for the whole catalog, as in rank. They include the items."""
     task: str | None = None
     """By default the task of score and rank."""
 
@@ -341,17 +344,25 @@ class ScoringService:
         return _answer(held, media_type, None, sum(ranking.num_scored for ranking in rankings))
 
     def explain(self, body: bytes, media_type: str) -> Answer:
-        """Shares of scores, per part of the model's input."""
+        """What raises items above the average candidate: shares of their scores, and words."""
         asked = decoded(body, ExplainBody, media_type)
-        if len(asked.candidates) > MAX_EXPLAINED:
+        if len(asked.items) > MAX_EXPLAINED:
             raise BodyTooLargeError(
-                f"candidates: {len(asked.candidates):,} ids, but an explanation takes at most {MAX_EXPLAINED}; send "
-                "several requests"
+                f"items: {len(asked.items):,} ids, but an explanation takes at most {MAX_EXPLAINED}; send several "
+                "requests"
             )
-        told = self.scorer.explain(asked.user, asked.candidates, task=asked.task, **self._of_one(asked))
+        candidates = None if asked.candidates is None else item_ids(asked.candidates, "candidates")
+        self._require_most(0 if candidates is None else len(candidates), 1)
+        told = self.scorer.explain(
+            asked.user, asked.items, candidates=candidates, task=asked.task, **self._of_one(asked)
+        )
         shares = {name: getattr(told, name) for name in type(told).__dataclass_fields__}
+        shares["reasons"] = [
+            [{"part": each.part, "share": each.share, "text": each.words()} for each in reasons]
+            for reasons in told.reasons
+        ]
         held = self._sourced({"task": self.scorer.task if asked.task is None else asked.task, **shares})
-        return _answer(held, media_type, None, len(asked.candidates))
+        return _answer(held, media_type, None, len(asked.items))
 
     def user(self, word: str) -> Answer:
         """The record of a user in readable form.

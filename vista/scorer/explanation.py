@@ -1,0 +1,473 @@
+"""Why an item has its score: shares of what the model reads, relative to the average candidate, and words for them.
+
+A share says by how much a part raises the score of an item above the mean score of the candidates. So the shares of an
+item add up to its score minus that mean, and what all candidates have in common, such as a bias, has no share. There
+are two steps. First, each score is divided among its parts:
+
+- Attention over the summary and the tail is a sum if its weights, its gates, and the spreads of its norms are held
+  constant (`vista.model.attribution`). Weighted statistics, transitions, and pooled vectors are sums anyway.
+- A network over counters and other inputs is not a sum. Its inputs get Shapley values: what an input adds when it
+  joins, on average over all orders in which the inputs can join. Before it joins, the network reads the mean input of
+  the candidates, and that nothing is counted.
+
+Then the mean over the candidates is subtracted from the shares of each part.
+
+C items that are explained, N rows: these items, then the candidates that the mean is over. S seeds, L' events of the
+tail, M model dim, F values per key of G counted fields (`CounterSpec`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import comb
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vista.arrays import Floats, Int
+from vista.counters.counters import CounterSpec
+from vista.examples.item_spaces import NUM_POOLED, Pooled
+from vista.examples.transitions import RECENT_DECAY, newest_first
+from vista.model import inference
+from vista.model.attribution import attribute
+from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
+from vista.model.target_attention import TargetContext
+from vista.model.vista_model import VistaModel
+from vista.scorer.request import Request
+from vista.scorer.serving_snapshot import Call, ServingSnapshot
+
+PARTS = ("counters", "history", "recent", "transitions", "popularity", "rate", "tail", "summary", "item")
+"""What a score consists of, as far as a model has it:
+
+counters: how often and when the user had the item, or others of its categories;
+history, recent: how similar the item is to all that the user had, and to the newest events (pooled vectors);
+transitions: whether the item often comes right after the newest events;
+popularity: the item's statistics over all users; rate: how often its impressions have each label;
+tail, summary: what attention reads of the newest events, and of the summary;
+item: the item itself, with the time and the features of the request and of the user.
+"""
+MOST_COMPARED = 1000
+"""Candidates that the mean is over, at most: evenly spaced ones of longer lists and catalogs."""
+MOST_REASONS = 3
+LEAST_SIMILARITY = 0.2
+"""Least cosine of two items of which reasons say that they go together."""
+RISING = 0.5
+"""Standard deviations by which an item's events of 7 days exceed those of all time, relative to other items, if reasons
+call it rising."""
+
+Names = Callable[[Sequence[Any]], Sequence[str]]
+"""Names of item ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """A part that raises a score above the mean, in words."""
+
+    part: str
+    """One of PARTS."""
+    share: float
+    text: str
+    items: list[Any]
+    """Ids of items with which the text ends."""
+
+    def words(self, names: Names | None = None) -> str:
+        """The text with the names of its items, by default their ids."""
+        shown = map(str, self.items) if names is None else names(self.items)
+        return " ".join([self.text, " and ".join(shown)]) if self.items else self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The shares of C items in their scores for one user, relative to the mean candidate; float64.
+
+    `sum(shares.values())` equals `value - mean`, beyond the rounding of float64.
+    """
+
+    items: list[Any]
+    """[C] ids, as they were asked."""
+    value: Floats
+    """[C] the explained values: logits of a labeled task, whose sigmoid `score` returns, or the scores of `next`."""
+    mean: float
+    """Mean value of the candidates."""
+    shares: dict[str, Floats]
+    """By part of PARTS that the model has: [C]. What rounding leaves is in "item"."""
+    tail: Floats
+    """[C, L'] shares of the events of the tail, oldest first, which add up to that of "tail". The score of `next` of a
+    counted item is an exception: its head reads a score, of which these are shares."""
+    tail_items: list[Any]
+    """[L'] ids of their items; None for items that the model does not know."""
+    counts: NDArray[np.float32]
+    """[C, G * F] the user's counters as of the request, in the units and with the F columns of `CounterSpec`: of the
+    item, then of its value of each of `model.counter_categories`; NaN where it is not counted. G is 0 for a model
+    without counters."""
+    reasons: list[list[Reason]]
+    """[C] the parts with the largest positive shares, at most MOST_REASONS of each item, the largest first."""
+
+    def why(self, place: int, names: Names | None = None) -> str:
+        """The reasons of an item in one line, such as "89 times before, last 1 day ago (+6.21)".
+
+        Args:
+            place: of the item, from 0.
+            names: of items; by default their ids.
+        """
+        words = [f"{reason.words(names)} ({reason.share:+.2f})" for reason in self.reasons[place]]
+        return "; ".join(words) or "nothing raises it above the average candidate"
+
+
+def explained(call: Call, task: str, items: Any, candidates: Any, features: Any) -> Explanation:
+    """What `Scorer.explain` returns for the one user of a request; arguments and errors are those of that."""
+    snapshot, model = call.snapshot, call.snapshot.model
+    snapshot.require_task(task)
+    rows = call.rows(items, "items")
+    if candidates is None:
+        request = call.asked(features, None)
+        joint = np.concatenate([rows, _evenly(np.arange(UNKNOWN_ITEM + 1, len(model.items) + 1))])
+    else:
+        chosen = call.rows(candidates)
+        request = call.asked(features, len(chosen))
+        index = np.concatenate([_places(rows, chosen), _evenly(np.arange(len(chosen)))])
+        joint = chosen[index]
+        if request.features is not None:
+            request = replace(request, features=request.features.of_candidates(index))
+    call.tally(candidates=len(rows), unknown_candidates=int((rows == UNKNOWN_ITEM).sum()))
+    return _Scores(snapshot, request, task, joint, len(rows)).explanation()
+
+
+def _evenly(values: Int) -> Int:
+    """At most MOST_COMPARED of some values, evenly spaced."""
+    return values[np.unique(np.linspace(0, len(values) - 1, MOST_COMPARED).astype(np.int64))] if len(values) else values
+
+
+def _places(rows: Int, chosen: Int) -> Int:
+    """The first place of each model row int64 [C] among candidates; ValueError if there are none, or one lacks."""
+    if not len(chosen):
+        raise ValueError("candidates: must name at least one item, whose scores the others are compared with")
+    order = np.argsort(chosen, kind="stable")
+    found = order[np.minimum(np.searchsorted(chosen[order], rows), len(chosen) - 1)]
+    if (lacking := chosen[found] != rows).any():
+        raise ValueError(f"items: the item in place {int(lacking.argmax())} is not one of the candidates")
+    return found
+
+
+class _Scores:
+    """Scores of N rows for one user, and what they consist of."""
+
+    def __init__(self, snapshot: ServingSnapshot, request: Request, task: str, joint: Int, count: int) -> None:
+        """
+        Args:
+            request: of one user.
+            joint: int64 [N] model rows of the items and of the candidates.
+            count: C.
+        """
+        self.snapshot, self.request, self.task, self.count = snapshot, request, task, count
+        self.model: VistaModel = snapshot.model
+        self.rows = torch.from_numpy(joint).to(self.model.device)
+        self.cosines: Tensor | None = None
+        """float32 [N, J] with the pooled vectors."""
+        if request.pooled is not None:
+            pooled = request.pooled.expand(len(joint), -1, -1)
+            self.cosines = inference.pooled_cosines(pooled, self.model.item_space[self.rows])
+        self.codes: Tensor | None = None
+        """uint8 [N, G * F + 1] counters."""
+        if request.counters is not None:
+            self.codes = torch.from_numpy(request.counters.of_items(joint)).to(self.model.device)
+        model = self.model
+        self.context: TargetContext = inference.request_context(
+            model, request.summary, request.tail, users=request.users
+        )
+        self.seen = torch.full((1,), model.config.tail_len, device=model.device)
+
+    @torch.no_grad()
+    def explanation(self) -> Explanation:
+        """The shares of the first C rows, and words for them."""
+        value, parts, tail = self._of_next() if self.task == NEXT_TASK else self._of_task()
+        valid = self.request.tail.valid[0]
+        mean = float(value[self.count :].double().mean())
+        shares = {name: self._centered(parts[name]) for name in PARTS if name in parts and name != "item"}
+        own = value[: self.count].double().cpu().numpy()
+        shares["item"] = own - mean - sum(shares.values(), np.zeros(self.count))
+        events = self._centered(tail[:, valid])
+        rows = self.rows[: self.count].cpu().numpy()
+        counters = self.request.counters
+        counts = np.zeros((self.count, 0), np.float32) if counters is None else counters.counts(rows)
+        items = [self._id(row) for row in rows.tolist()]
+        tail_items = [self._id(row) for row in self.request.tail.item[0][valid].tolist()]
+        reasons: list[list[Reason]] = [[] for _ in rows]
+        told = Explanation(items, own, mean, shares, events, tail_items, counts, reasons)
+        words = _Words(self, told)
+        for place, found in enumerate(reasons):
+            best = sorted(shares, key=lambda part: -float(shares[part][place]))[:MOST_REASONS]
+            for part in best:
+                if (share := float(shares[part][place])) >= 0.005:
+                    found.append(Reason(part, share, *words.of(part, place)))
+        return told
+
+    def _id(self, row: int) -> Any:
+        """Id of an item; None for the unknown one."""
+        return None if row == UNKNOWN_ITEM else self.model.items.ids(np.array([row - 1])).tolist()[0]
+
+    def _centered(self, shares: Tensor) -> Floats:
+        """The first C of [N, ...], minus the mean over the others, float64."""
+        exact = shares.double()
+        centered: Floats = (exact[: self.count] - exact[self.count :].mean(0)).cpu().numpy()
+        return centered
+
+    def _of_next(self) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The scores [N] of `next`, the shares [N] of parts other than "item", and those of events [N, L].
+
+        What the query token starts from (`VistaModel.request_parts`) counts as a share of the newest event, or of the
+        item.
+        """
+        model, request, snapshot, dim = self.model, self.request, self.snapshot, self.model.config.dim
+        gap = inference.request_gap(model, request.now, request.tail)
+        items = snapshot.retrieval_vectors()[self.rows] / model.temperature
+        user = inference.user_vectors(model, self.context, gap, request.pooled)
+        value: Tensor = items @ user[0]
+        gain = 1.0 if model.statistics is None else model.statistics.gain
+
+        def head(out: Tensor) -> Tensor:
+            length = out.detach().square().sum(-1, keepdim=True).sqrt()
+            # The model of epoch 0 has outputs of 0.
+            return (gain * out / length.clamp(min=1e-12) * items[:, :dim]).sum(-1)
+
+        tokens = [part.reshape(1, -1).expand(len(items), -1) for part in model.request_parts(self.seen, self.context)]
+        read = attribute(model.target_attention, tokens, None if gap is None else gap[0], self.context, head)
+        tail = read.tail.clone()
+        tail[:, -1] += read.query[1]
+        # Columns: what is added to the score of an item that is not counted, and what the head of counted items reads.
+        parts = {"tail": tail.sum(1, keepdim=True), "item": read.query[0][:, None]}
+        if model.config.num_seeds:
+            parts["summary"] = read.summary.sum(1)[:, None]
+        if self.cosines is not None:
+            assert model.statistics is not None
+            weights = model.statistics.weights(user[0, :dim])[-len(Pooled) :]
+            for name, pooled in (("history", Pooled.all), ("recent", Pooled.recent)):
+                cosine = self.cosines[:, pooled]
+                parts[name] = torch.stack([weights[pooled] * cosine, cosine], 1)
+        if model.counted is not None:
+            products = (items * user)[:, dim + model.config.space_dim :].sum(1, keepdim=True)
+            parts["popularity"] = torch.cat([products, model.item_statistics[self.rows]], 1)
+        if (transitions := snapshot.transitions(request)) is not None:
+            sums = transitions.sums(self.rows)
+            added = inference.transition_scores(user, sums)[0]
+            parts["transitions"] = torch.cat([added[:, None], sums[0].t()], 1)
+            value = value + added
+        shares = {name: part[:, 0] for name, part in parts.items()}
+        if self.codes is None or model.counted is None or request.counters is None:
+            return value, shares, tail
+        counted, codes = self.codes[:, 0] > 0, self.codes[:, :-1]
+        num_events, gate = request.counters.num_events, model.counted.from_user(user[:, :dim])
+
+        def score(given: Mapping[str, Tensor]) -> Tensor:
+            """[n] of counted items whose counters may be hidden."""
+            codes = given["counters"]
+            total = sum((part[:, 0] for name, part in given.items() if name != "counters"), torch.zeros(len(codes)))
+            if not codes.any():
+                return total
+            inputs = [
+                given[name][:, 1:] for name in ("popularity", "transitions", "history", "recent") if name in given
+            ]
+            events = torch.from_numpy(num_events).to(total.device)
+            assert model.counted is not None
+            return model.counted.from_counters(codes[None], total[None], torch.cat(inputs, 1)[None], events)[0] + gate
+
+        mean = {name: part[self.count :].mean(0, keepdim=True) for name, part in parts.items()}
+        mean["counters"] = torch.zeros_like(codes[:1])
+        own = {name: part[counted] for name, part in (parts | {"counters": codes}).items()}
+        value[counted] = score(own)
+        shares = {name: part[:, 0] - mean[name][:, 0] for name, part in parts.items()}
+        shares["counters"] = torch.zeros_like(value)
+        for name, of_counted in shapley(score, own, mean).items():
+            shares[name] = shares[name].double().masked_scatter(counted, of_counted)
+        return value, shares, tail
+
+    def _of_task(self) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The logits [N] of a labeled task; others as of `_of_next`."""
+        model, request, dim = self.model, self.request, self.model.config.dim
+        assert model.task_head is not None
+        features = None if request.features is None else request.features.rows  # one row, or one per candidate
+        asked = inference.request_vectors(model, request.now, request.tail, features)
+        asked = None if asked is None else asked[:, 0]
+        index, added, network = model.schema.tasks.index(self.task), None, dict[str, Tensor]()
+        if self.codes is not None:
+            both = self.snapshot.added_by(self.codes.cpu().numpy())
+            added, network["counters"] = (both[:, :dim], both[:, dim:]), self.codes
+        inputs = None
+        if self.cosines is not None:
+            inputs = model.candidate_inputs(self.cosines, self.rows)[None]
+            widths = [1] * len(Pooled) + [model.item_statistics.shape[1], model.item_rates.shape[1]]
+            names = ("history", "recent", "popularity", "rate")
+            network |= dict(zip(names, inputs[0].split(widths, 1), strict=True))
+        vectors, weight = model.item_vectors(self.rows), model.task_head.weight[index : index + 1]
+        of_pairs = None if asked is None else asked.expand_as(vectors)[None]
+        codes = None if self.codes is None else self.codes[None]
+        value = model.candidate_logits(vectors[None], of_pairs, self.seen, self.context, codes=codes, inputs=inputs)
+        read = attribute(
+            model.target_attention, [vectors], asked, self.context, lambda out: F.linear(out, weight)[:, 0], added
+        )
+        shares = {"tail": read.tail.sum(1)}
+        if model.config.num_seeds:
+            shares["summary"] = read.summary.sum(1)
+        if network:
+
+            def logit(given: Mapping[str, Tensor]) -> Tensor:
+                of_items = [part for name, part in given.items() if name != "counters"]
+                assert model.candidate_head is not None
+                head = model.candidate_head.logits(given.get("counters"), torch.cat(of_items, 1) if of_items else None)
+                return head[:, index]
+
+            mean = {name: part[self.count :].float().mean(0, keepdim=True) for name, part in network.items()}
+            if self.codes is not None:
+                mean["counters"] = torch.zeros_like(self.codes[:1])
+            shares |= shapley(logit, network, mean)
+        if self.codes is not None:
+            shares["counters"] = shares["counters"] + read.counters
+        return value[0, :, index], shares, read.tail
+
+
+def shapley(
+    value: Callable[[Mapping[str, Tensor]], Tensor], given: Mapping[str, Tensor], absent: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Shapley values float64 [N] of parts: what each adds to a value, on average over all orders in which parts join.
+
+    They add up to value(given) - value(absent).
+
+    Args:
+        value: of parts by name, [N, ...] each: [N].
+        given: the parts that have joined; absent: what stands for each before, [1, ...].
+    """
+    names, num = list(given), len(given)
+    hidden = {name: part.expand_as(given[name]) for name, part in absent.items() if name in given}
+    worth = [
+        value({name: (given if members >> bit & 1 else hidden)[name] for bit, name in enumerate(names)}).double()
+        for members in range(1 << num)
+    ]
+    shares = {}
+    for bit, name in enumerate(names):
+        gains = [
+            (worth[members | 1 << bit] - worth[members]) / (num * comb(num - 1, members.bit_count()))
+            for members in range(1 << num)
+            if not members >> bit & 1
+        ]
+        shares[name] = torch.stack(gains).sum(0)
+    return shares
+
+
+class _Words:
+    """What reasons say, from the numbers of their parts."""
+
+    def __init__(self, scores: _Scores, told: Explanation) -> None:
+        self._model, self._told, self._task = scores.model, told, scores.task
+        self._request, self._id = scores.request, scores._id
+        self._rows = scores.rows.cpu().numpy()
+        cosines = scores.cosines
+        self._cosines = None if cosines is None else cosines.cpu().numpy()
+        self._mean_cosines = None if self._cosines is None else self._cosines[scores.count :].mean(0)
+
+    def of(self, part: str, place: int) -> tuple[str, list[Any]]:
+        """The text about a part of an item, and the ids of items with which it ends."""
+        texts: dict[str, Callable[[int], tuple[str, list[Any]]]] = {
+            "counters": self._counters,
+            "history": self._history,
+            "recent": self._recent,
+            "transitions": self._transitions,
+            "popularity": self._popularity,
+            "rate": self._rate,
+            "tail": self._tail,
+            "summary": lambda place: ("attention to the summary of the history", []),
+            "item": lambda place: ("the item itself, at the time of the request", []),
+        }
+        return texts[part](place)
+
+    def _counters(self, place: int) -> tuple[str, list[Any]]:
+        spec = self._model.counter_spec
+        assert spec is not None
+        for field, values in zip(spec.fields, np.split(self._told.counts[place], spec.num_fields), strict=True):
+            if np.isfinite(values[0]):
+                times = "once" if values[0] < 1.5 else f"{values[0]:,.0f} times"
+                what = "" if field == spec.fields[0] else f"others of its {field} "
+                return f"{what}{times} before, last {_age(spec, float(values[-1]))} ago", []
+        return "not one of the items that the user had most often", []
+
+    def _history(self, place: int) -> tuple[str, list[Any]]:
+        counters = self._request.counters
+        text = self._similarity("the whole history", Pooled.all, place)
+        if counters is None:
+            return text, []
+        found = self._similar(counters.codes.key.astype(np.int64), place)
+        return (f"{text}, such as" if found else text), found
+
+    def _recent(self, place: int) -> tuple[str, list[Any]]:
+        tail = self._request.tail
+        found = self._similar(tail.item[0][tail.valid[0]][-NUM_POOLED:], place)
+        text = self._similarity("the newest events", Pooled.recent, place)
+        return (f"{text}, such as" if found else text), found
+
+    def _similarity(self, what: str, pooled: Pooled, place: int) -> str:
+        assert self._cosines is not None and self._mean_cosines is not None
+        own, mean = float(self._cosines[place, pooled]), float(self._mean_cosines[pooled])
+        verb = "goes with" if own > mean else "is unlike"
+        return f"{verb} {what} (similarity {own:.2f}, on average {mean:.2f})"
+
+    def _similar(self, rows: Int, place: int) -> list[Any]:
+        """Ids of up to two items of model rows int64 [n] with vectors like that of the item, the most similar first."""
+        rows = np.unique(rows[(rows != UNKNOWN_ITEM) & (rows != self._rows[place])])
+        space = self._model.item_space
+        own = space[int(self._rows[place])].double()
+        cosines = (space[torch.from_numpy(rows).to(space.device)].double() @ own).cpu().numpy()
+        best = np.argsort(-cosines, kind="stable")[:2]
+        return [self._id(int(rows[each])) for each in best if cosines[each] >= LEAST_SIMILARITY]
+
+    def _transitions(self, place: int) -> tuple[str, list[Any]]:
+        table, recent = self._model.transitions, newest_first(self._request.tail.item)[0]
+        assert table is not None
+        follows = (table.item[recent.to(table.item.device)] == int(self._rows[place])).double()
+        weight = (follows * table.weight[recent.to(table.item.device)].double()).sum(1).cpu()
+        weight *= RECENT_DECAY ** torch.arange(len(recent))
+        best = int(weight.argmax()) if len(recent) else 0
+        if not len(recent) or weight[best] <= 0:
+            return "seldom comes right after the newest items", []
+        return "often comes right after", [self._id(int(recent[best]))]
+
+    def _popularity(self, place: int) -> tuple[str, list[Any]]:
+        statistics = self._model.item_statistics[1:].cpu().numpy()
+        own = statistics[max(int(self._rows[place]) - 1, 0)]
+        below = 100 * float((statistics[:, 0] < own[0]).mean())
+        text = f"more events than {below:.0f} % of all items" if below >= 50 else "fewer events than most items"
+        # Columns as of `ItemStatistics`: all events, then events and first-time users of 30 and of 7 days.
+        if len(own) > 1 and own[3] > own[0] + RISING:
+            text += ", rising in the last 7 days before training"
+        return text, []
+
+    def _rate(self, place: int) -> tuple[str, list[Any]]:
+        index = self._model.schema.tasks.index(self._task)
+        odds = float(self._model.item_rates[int(self._rows[place]), index].exp())
+        return f"the odds of {self._task} are {odds:.1f} times those of all impressions", []
+
+    def _tail(self, place: int) -> tuple[str, list[Any]]:
+        shares = self._told.tail[place]
+        best = int(shares.argmax()) if len(shares) else 0
+        if not len(shares) or shares[best] <= 0 or self._told.tail_items[best] is None:
+            return "attention to the newest events", []
+        return "attention to the newest events, most of all to", [self._told.tail_items[best]]
+
+
+def _age(spec: CounterSpec, age: float) -> str:
+    """The age of an event in words, from seconds, or from the number of later events."""
+    if not spec.has_time:
+        return f"{age:,.0f} event{'s' * (round(age) != 1)}"
+    return duration(age)
+
+
+def duration(seconds: float) -> str:
+    """A duration in its largest fitting unit, such as "3 hours"."""
+    for unit, size in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count:,} {unit}{'s' * (count != 1)}"
+    return "less than a minute"
