@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -361,6 +362,42 @@ def test_parts_have_shares_of_the_score(opened: Opened, task: str, now: Any) -> 
         )
     assert np.ptp(told.shares["counters"][~is_counted]) == 0
     assert np.ptp(told.shares["counters"][is_counted]) > 1e-3
+
+
+@pytest.mark.parametrize("opened", ["fresh"], indirect=True)
+@pytest.mark.parametrize("task", ["click", "next"])
+def test_reasons_say_what_parts_with_positive_shares_hold(opened: Opened, task: str) -> None:
+    user, tail = opened.users[2], opened.tail(TAIL_LEN, np.array([2]))
+    model, items = opened.scorer.model, opened.scorer.item_vectors()[0].tolist()
+    told = opened.scorer.explain(user, items, task=task, tail=tail)
+    space, texts, parts = model.item_space.double(), set[str](), set[str]()
+    newest = [item for item in told.tail_items if item is not None]
+    rows = dict(zip(items, range(1, 1 + len(items)), strict=True))
+    for place, reasons in enumerate(told.reasons):
+        shares = {part: float(of_items[place]) for part, of_items in told.shares.items()}
+        largest = sorted(shares.values(), reverse=True)[:3]
+        least = max(0.05 * largest[0], 0.005)
+        assert [reason.share for reason in reasons] == [share for share in largest if share >= least]
+        for reason in reasons:
+            assert reason.share == shares[reason.part] and f"{reason.words()} ({reason.share:+.2f})" in told.why(place)
+            parts.add(reason.part)
+            texts.add(re.sub(r"\d.*", "", reason.text))
+            number, own = told.counts[place, 0], space[1 + place]
+            if reason.part == "counters" and np.isfinite(number):
+                assert reason.text.startswith("once before" if number == 1 else f"{number:.0f} times before")
+            if reason.part in ("recent", "tail", "transitions"):
+                assert set(reason.items) <= set(newest)
+            if reason.part in ("history", "recent"):
+                assert all(space[rows[item]] @ own >= 0.2 and item != items[place] for item in reason.items)
+            if reason.part == "transitions" and reason.items:
+                assert 1 + place in model.transition_items[rows[reason.items[0]]]
+            if reason.part == "rate":
+                odds = float(model.item_rates[1 + place, 0].exp())
+                assert reason.text == f"the odds of click are {odds:.1f} times those of all impressions"
+    assert {"history", "recent", "popularity", "rate" if task == "click" else "transitions"} <= parts
+    assert {"goes with the whole history (similarity ", "more events than "} <= texts
+    reasons = next(found for found in told.reasons if found and found[0].items)
+    assert f"item {reasons[0].items[0]}" in reasons[0].words(lambda ids: [f"item {one}" for one in ids])
 
 
 @pytest.mark.parametrize("opened", ["fresh"], indirect=True)

@@ -66,6 +66,12 @@ def test_contributions_add_up_to_the_score(opened: Scorer, task: str, with_now: 
         assert abs(shares.mean()) < 1e-6, name
         np.testing.assert_allclose(told.shares[name], shares[:9], atol=ROUNDING)
     assert abs(every.value.mean() - told.mean) < 1e-6
+    best = every.tail[np.arange(len(every.tail)), every.tail.argmax(1)]
+    of_tail = [(place, each) for place, found in enumerate(every.reasons) for each in found if each.part == "tail"]
+    assert of_tail and all(best[place] > 0 for place, _ in of_tail)
+    for place, reason in of_tail:
+        item = every.tail_items[every.tail[place].argmax()]
+        assert reason.words() == f"attention to the newest events, most of all to {item}"
     some = opened.explain(user, items[:2], candidates=items, task=task, now=now)
     assert abs(some.mean - told.value.mean()) < 1e-5
     for name, shares in some.shares.items():

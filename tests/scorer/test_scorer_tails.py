@@ -29,6 +29,7 @@ from vista.errors import (
     UnknownUserError,
 )
 from vista.log.event_log import EventLog
+from vista.log.inspection import ItemNames
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
@@ -209,6 +210,7 @@ def test_scores_and_rankings_as_text(served: Served, scorer: Scorer) -> None:
         ({"users": ["100"], "candidates": [str(10**20)]}, r"candidates: ids must be integers, .*, got 1000"),
         ({"users": ["100"], "retrieve": True, "candidates": ["0"]}, "candidates: must be empty with retrieve=true"),
         ({"users": ["100"], "index": "items"}, "index: needs retrieve=true"),
+        ({"users": ["100"], "item_name": "title"}, "item_name: needs explain=true, or data="),
         ({"users": ["100"], "now": "noon"}, r"time 'noon': write an ISO date or time"),
         (
             {"users": ["100"], "now": "1706140800"},
@@ -238,6 +240,29 @@ def test_unknown_user_by_policy(served: Served) -> None:
     with pytest.raises(UnknownUserError, match=r"users \[999\] have no record"):
         run_score(score_config(served, users=["999"], on_missing=OnMissing.error))
     assert run_score(score_config(served, users=["999"], top_k=1)).count("user 999 (no record): ") == 1
+
+
+def test_items_are_explained_with_their_names(served: Served, scorer: Scorer, tmp_path: Path) -> None:
+    items = {"item": [*range(0, 400, 10)], "label": [f"Film {n}" for n in range(40)]}
+    log = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms", items=items)
+    named = {"explain": True, "data": str(log.path), "item_name": "label"}
+    names = ItemNames.of(log, "label").of_ids
+    lines = run_score(score_config(served, users=["103"], top_k=2, **named)).splitlines()
+    best = scorer.rank(103, top_k=2)
+    told = scorer.explain(103, best.items)
+    assert lines[0].startswith("task next, generation 1; what raises the score above ") and lines[1] == "user 103:"
+    for place, line in enumerate(lines[2:]):
+        assert line == f"  {names(best.items)[place]} {best.scores[place]:.4f}: {told.why(place, names)}"
+    assert len(lines) == 4 and names(best.items)[0].startswith("Film ")
+    chosen = run_score(score_config(served, users=["103"], candidates=["0", "390"], **named)).splitlines()[2:]
+    told = scorer.explain(103, [0, 390], candidates=[0, 390])
+    assert [line.split(": ", 1)[1] for line in chosen] == [told.why(place, names) for place in (0, 1)]
+    alone = run_score(score_config(served, users=["103"], candidates=["0"], explain=True)).splitlines()[2]
+    assert alone.endswith(f": {scorer.explain(103, [0]).why(0)}"), "compared with the catalog, shown by ids"
+    plain = run_score(score_config(served, users=["103"], top_k=1, data=str(log.path), item_name="label"))
+    assert plain.splitlines()[1] == f"user 103: {names(best.items)[0]} {best.scores[0]:.4f}"
+    with pytest.raises(ConfigError, match=r"item_name: 'title' is not a category .* it has \['label'\]"):
+        run_score(score_config(served, users=["103"], data=str(log.path), item_name="title"))
 
 
 def test_unknown_items_are_marked(served: Served) -> None:

@@ -257,6 +257,8 @@ class ScoreConfig(Scores, NamesUsers, UsesStore, UsesModel, NamesItems):
         require_counts(self, "", ("top_k",))
         require(not self.retrieve or not self.candidates, "candidates", "must be empty with retrieve=true")
         require(self.retrieve or self.index is None, "index", "needs retrieve=true")
+        named = self.item_name is None or self.explain or self.data is not None
+        require(named, "item_name", "needs explain=true, or data=... with the log that has the column")
 
 
 @dataclass(kw_only=True, slots=True)

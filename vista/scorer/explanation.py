@@ -53,7 +53,8 @@ item: the item itself, with the time and the features of the request and of the 
 """
 MOST_COMPARED = 1000
 """Candidates that the mean is over, at most: evenly spaced ones of longer lists and catalogs."""
-MOST_REASONS = 3
+MOST_REASONS, LEAST_OF_LARGEST = 3, 0.05
+"""Most reasons of an item, and the least share of one, relative to the largest."""
 LEAST_SIMILARITY = 0.2
 """Least cosine of two items of which reasons say that they go together."""
 RISING = 0.5
@@ -106,7 +107,7 @@ class Explanation:
     item, then of its value of each of `model.counter_categories`; NaN where it is not counted. G is 0 for a model
     without counters."""
     reasons: list[list[Reason]]
-    """[C] the parts with the largest positive shares, at most MOST_REASONS of each item, the largest first."""
+    """[C] the parts with the largest positive shares, the largest first, at most MOST_REASONS."""
 
     def why(self, place: int, names: Names | None = None) -> str:
         """The reasons of an item in one line, such as "89 times before, last 1 day ago (+6.21)".
@@ -201,10 +202,10 @@ class _Scores:
         told = Explanation(items, own, mean, shares, events, tail_items, counts, reasons)
         words = _Words(self, told)
         for place, found in enumerate(reasons):
-            best = sorted(shares, key=lambda part: -float(shares[part][place]))[:MOST_REASONS]
-            for part in best:
-                if (share := float(shares[part][place])) >= 0.005:
-                    found.append(Reason(part, share, *words.of(part, place)))
+            best = sorted(((float(of_items[place]), part) for part, of_items in shares.items()), reverse=True)
+            least = max(LEAST_OF_LARGEST * best[0][0], 0.005)  # a smaller share would be shown as 0.00
+            found += [Reason(part, share, *words.of(part, place)) for share, part in best if share >= least]
+            del found[MOST_REASONS:]
         return told
 
     def _id(self, row: int) -> Any:
@@ -437,11 +438,11 @@ class _Words:
     def _popularity(self, place: int) -> tuple[str, list[Any]]:
         statistics = self._model.item_statistics[1:].cpu().numpy()
         own = statistics[max(int(self._rows[place]) - 1, 0)]
-        below = 100 * float((statistics[:, 0] < own[0]).mean())
-        text = f"more events than {below:.0f} % of all items" if below >= 50 else "fewer events than most items"
+        below = int(100 * (statistics[:, 0] < own[0]).mean())
+        text = f"more events than {below} % of all items" if below >= 50 else "fewer events than most items"
         # Columns as of `ItemStatistics`: all events, then events and first-time users of 30 and of 7 days.
         if len(own) > 1 and own[3] > own[0] + RISING:
-            text += ", rising in the last 7 days before training"
+            text += ", rising in the 7 days before training"
         return text, []
 
     def _rate(self, place: int) -> tuple[str, list[Any]]:
