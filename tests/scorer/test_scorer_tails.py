@@ -32,7 +32,7 @@ from vista.log.event_log import EventLog
 from vista.log.inspection import ItemNames
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
-from vista.scorer import Scorer, Tail
+from vista.scorer import NOW, Scorer, Tail
 from vista.scorer.request import checked_tail, merge_tails
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
@@ -189,14 +189,14 @@ def score_config(served: Served, **changes: Any) -> ScoreConfig:
 
 def test_scores_and_rankings_as_text(served: Served, scorer: Scorer) -> None:
     lines = run_score(score_config(served, users=["103", "100"], candidates=["0", "390"])).splitlines()
-    scores = scorer.score([103, 100], [0, 390])
+    scores = scorer.score([103, 100], [0, 390], now=NOW)
     assert lines[0] == "task next, generation 1"
     assert lines[1] == f"user 103: 0 {scores[0, 0]:.4f}, 390 {scores[0, 1]:.4f}" and len(lines) == 3
     moment = {"now": "2024-05-01T12:00"}
     asked = run_score(score_config(served, users=["103"], candidates=["0"], **moment)).splitlines()
     then = scorer.score([103], [0], now=1_714_564_800_000)[0, 0]
     assert asked[1] == f"user 103: 0 {then:.4f}"
-    best = scorer.rank(103, top_k=2).items.tolist()
+    best = scorer.rank(103, top_k=2, now=NOW).items.tolist()
     words = run_score(score_config(served, users=["103"], top_k=2)).splitlines()[1].split()
     assert [words[2], words[4]] == [str(item) for item in best]
 
@@ -232,8 +232,28 @@ def test_candidates_of_an_index(served: Served, tmp_path: Path) -> None:
     lines = run_score(ScoreConfig(**asked, retrieve=True)).splitlines()
     assert lines == run_score(ScoreConfig(**asked, retrieve=True, index=f"{model}.index")).splitlines()
     with Scorer.open(model, served.store, index=f"{model}.index") as scorer:
-        for line, ranking in zip(lines[1:], scorer.retrieve([103, 100], top_k=3), strict=True):
+        for line, ranking in zip(lines[1:], scorer.retrieve([103, 100], top_k=3, now=NOW), strict=True):
             assert re.findall(r"(\d+) -?\d+\.\d{4}", line) == [str(item) for item in ranking.items]
+
+
+def test_requests_without_a_time_come_now(served: Served, scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But at most 30 days after the user's newest event; the other users of a call keep their own times."""
+    users = [103, 100, 999]
+    newest = scorer.store.get_many(users[:2]).last_event_ts
+    of_each = [*(newest + 30 * DAY), int(newest.max()) + 40 * DAY]
+    monkeypatch.setattr("vista.scorer.request.time.time_ns", lambda: of_each[2] * 1_000_000)
+
+    def same(now: Any, expected: Any, tail: Tail | None = None) -> None:
+        scores = scorer.score(users, ITEMS, now=now, tail=tail)
+        np.testing.assert_array_equal(scores, scorer.score(users, ITEMS, now=expected, tail=tail))
+
+    same(NOW, of_each)
+    same([NOW, int(newest[1]) + DAY, NOW], [of_each[0], int(newest[1]) + DAY, of_each[2]])
+    event = (20, int(newest[0]) + 20 * DAY, 0)
+    same(NOW, [min(event[1] + 30 * DAY, of_each[2]), *of_each[1:]], tail_of([(103, [event]), (100, []), (999, [])]))
+    monkeypatch.setattr("vista.scorer.request.time.time_ns", lambda: (int(newest[0]) + 5 * DAY) * 1_000_000)
+    told = scorer.explain(103, ITEMS, now=NOW)
+    np.testing.assert_array_equal(told.value, scorer.explain(103, ITEMS, now=int(newest[0]) + 5 * DAY).value)
 
 
 def test_unknown_user_by_policy(served: Served) -> None:
@@ -248,17 +268,17 @@ def test_items_are_explained_with_their_names(served: Served, scorer: Scorer, tm
     named = {"explain": True, "data": str(log.path), "item_name": "label"}
     names = ItemNames.of(log, "label").of_ids
     lines = run_score(score_config(served, users=["103"], top_k=2, **named)).splitlines()
-    best = scorer.rank(103, top_k=2)
-    told = scorer.explain(103, best.items)
+    best = scorer.rank(103, top_k=2, now=NOW)
+    told = scorer.explain(103, best.items, now=NOW)
     assert lines[0].startswith("task next, generation 1; what raises the score above ") and lines[1] == "user 103:"
     for place, line in enumerate(lines[2:]):
         assert line == f"  {names(best.items)[place]} {best.scores[place]:.4f}: {told.why(place, names)}"
     assert len(lines) == 4 and names(best.items)[0].startswith("Film ")
     chosen = run_score(score_config(served, users=["103"], candidates=["0", "390"], **named)).splitlines()[2:]
-    told = scorer.explain(103, [0, 390], candidates=[0, 390])
+    told = scorer.explain(103, [0, 390], candidates=[0, 390], now=NOW)
     assert [line.split(": ", 1)[1] for line in chosen] == [told.why(place, names) for place in (0, 1)]
     alone = run_score(score_config(served, users=["103"], candidates=["0"], explain=True)).splitlines()[2]
-    assert alone.endswith(f": {scorer.explain(103, [0]).why(0)}"), "compared with the catalog, shown by ids"
+    assert alone.endswith(f": {scorer.explain(103, [0], now=NOW).why(0)}"), "compared with the catalog, shown by ids"
     plain = run_score(score_config(served, users=["103"], top_k=1, data=str(log.path), item_name="label"))
     assert plain.splitlines()[1] == f"user 103: {names(best.items)[0]} {best.scores[0]:.4f}"
     with pytest.raises(ConfigError, match=r"item_name: 'title' is not a category .* it has \['label'\]"):

@@ -121,12 +121,13 @@ def run_score(config: ScoreConfig) -> str:
     from vista.log.splits import parse_time
     from vista.log.vocabulary import ids_of_words
     from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
+    from vista.scorer.request import NOW
     from vista.scorer.scorer import Scorer
     from vista.store.record_encoding import read_key
 
     if not config.users:
         raise ConfigError("users: name at least one user, such as users=[1,2]")
-    now = None if config.now is None else parse_time(config.now)
+    now = NOW if config.now is None else parse_time(config.now)
     request = _features(config.request, len(config.candidates))
     index = config.index or f"{Path(config.model)}{INDEX_SUFFIX}" if config.retrieve else None
     with (

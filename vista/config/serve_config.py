@@ -246,7 +246,8 @@ class ScoreConfig(Scores, NamesUsers, UsesStore, UsesModel, NamesItems):
     explain: bool = False
     """Say of each item what raises it above the average candidate, with names of items from `data`."""
     now: str | None = None
-    """Time of the request: ISO date or time (UTC), or integer milliseconds. null if it is unknown."""
+    """Time of the request: ISO date or time (UTC), or integer milliseconds. null takes the current time, but at most 30
+    days after the user's newest event."""
     request: list[str] = field(default_factory=list)
     """Features of the request or of the users, each written as name:value, such as [device:phone,hour:14]. If a value
     differs between candidates, give the name once per candidate, in their order, such as [price:2.99,price:3.49].

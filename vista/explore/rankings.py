@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +14,10 @@ from vista.errors import ConfigError, UnfinishedError
 from vista.explore.workspace import Workspace, escaped, record_of
 from vista.log.inspection import ItemNames
 from vista.scorer import Explanation, Ranking, Scorer
+from vista.scorer.request import current_times
 from vista.store.backend import open_backend
 from vista.store.record import Tail
 
-HOUR_MS = 3_600_000
 LISTED = 1_000
 """Ranks that are looked up before and after added events; items beyond have no rank."""
 
@@ -84,19 +83,16 @@ def explained_ranking(
     )
 
 
-def request_time(user: int | str, *scorers: Scorer, current: int | None = None) -> int | None:
-    """Time of a request to some scorers in ms: `current`, or an hour after the user's newest event in their records.
+def request_time(user: int | str, *scorers: Scorer) -> int | None:
+    """Time of a request to some scorers in ms, for which none is given (`current_times`); None if no model reads times.
 
-    A log that ended long ago would make every request look late, so the page asks an hour after the newest event. For
-    a user without an event, it asks the clock. None if no model reads times.
+    The newest of the events in their records counts.
     """
     timed = [scorer for scorer in scorers if scorer.model.schema.has_time]
     if not timed:
         return None
-    newest = max(int(record_of(scorer, user).last_event_ts[0]) for scorer in timed)
-    if current is None:
-        current = newest + HOUR_MS if newest > 0 else time.time_ns() // 1_000_000
-    return max(current, newest)
+    newest = max(record_of(scorer, user).last_event_ts for scorer in timed)
+    return int(current_times(newest)[0])
 
 
 def tail_of_events(events: list[tuple[Any, int]], now: int | None, newest: int) -> Tail:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,6 @@ from vista.store.record_encoding import read_key
 SHOWN_ROWS = 40
 TABLE_HEIGHT = 318
 RANKING_TOP_K = (5, 10, 20)
-LATER, NOW = "an hour after the newest event", "now"
 COMPARED_TOP_K = 10
 LISTED = 200
 """Ranks that are looked up in the other list."""
@@ -184,18 +182,18 @@ def show_ranking(workspace: Workspace, user: int | str | None) -> None:
     if workspace.scorer is None or user is None:
         st.info("A ranking needs a model, its store, and a user.")
         return
-    options = st.columns([2, 2, 3, 2], vertical_alignment="bottom")
+    options = st.columns([2, 2, 2], vertical_alignment="bottom")
     with options[0]:
         scorer = chosen_task(workspace, "ranking-task")
     top_k = options[1].segmented_control("Items", RANKING_TOP_K, default=10, required=True, key="top-k") or 10
-    when = options[2].selectbox("Time of the request", (LATER, NOW), key="when")
-    exclude_tail = options[3].toggle(
+    exclude_tail = options[2].toggle(
         "Hide the tail's items",
         key="exclude-tail",
         help="Leave out the items of the tail. Scores do not change.",
     )
-    current = time.time_ns() // 1_000_000 if when == NOW else None
-    now = request_time(user, scorer, current=current)
+    now = request_time(user, scorer)
+    if now is not None:
+        st.caption(f"The request comes at {shown_time(now)} (UTC): now, or 30 days after the newest event.")
     with st.spinner("Ranking the catalog …"):
         ranking = explained_ranking(workspace, scorer, user, top_k=top_k, now=now, exclude_tail=exclude_tail)
     if ranking is None:

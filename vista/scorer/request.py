@@ -7,6 +7,7 @@ fields, F values per key (`CounterSpec`), n counted pairs of user and candidate.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from vista.arrays import Int, id_array, offsets_of
 from vista.counters.counters import CounterCodes, ItemKeys, UserCounters, cells_of, decode_values
 from vista.errors import shown
 from vista.examples.item_spaces import pooled_vectors
-from vista.log.histories import LATEST_MS, YEAR_1971_MS, RowColumn
+from vista.log.histories import DAY_MS, LATEST_MS, YEAR_1971_MS, RowColumn
 from vista.model.features import EncodedRows
 from vista.model.inference import PaddedTail, pooled_sums
 from vista.model.ranking_model import RankingModel
@@ -39,6 +40,10 @@ MAX_IDS = 1 << 24
 """Most users, and most candidates, per call."""
 MAX_SCORES = 1 << 28
 """Most pairs of a user and a candidate per call; their scores take 1 GiB per task."""
+NOW = int(np.iinfo(np.int64).min)
+"""As the time of a request, the one for which no time is given: `current_times`."""
+MOST_IDLE_MS = 30 * DAY_MS
+"""Most time from a user's newest event to a request for which no time is given."""
 MAX_TAIL_EVENTS = 1 << 20
 """Most events in the tail of a call. Merging them takes up to 200 MB."""
 
@@ -493,6 +498,20 @@ def request_times(now: Any, num_users: int) -> Int | None:
     if times.shape not in ((), (num_users,)):
         raise ValueError(f"now: must be one time, or one for each of {num_users} users, got shape {times.shape}")
     return np.broadcast_to(times, (num_users,))
+
+
+def current_times(newest: Int) -> Int:
+    """When requests come for which no time is given, in ms: the current time, but at most MOST_IDLE_MS after the user's
+    newest event, so that answers about a log that ended long ago stay useful.
+
+    This is what `vista score`, the service, and the page ask if no time is named.
+
+    Args:
+        newest: int64 [B] ms of the users' newest events; 0 or less without an event.
+    """
+    now = time.time_ns() // 1_000_000
+    times: Int = np.where(newest > 0, np.minimum(now, newest + MOST_IDLE_MS), now)
+    return times
 
 
 def impossible_times(times: Int, newest: Int) -> NDArray[np.bool_]:

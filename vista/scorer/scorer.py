@@ -314,7 +314,8 @@ class Scorer:
                 the order of `users`. They may include events that the record covers. They are merged with the stored
                 tail by time, item and action, and the newest tail_len events are kept. Actions are names as in the log,
                 or codes, which can differ between models. `features` has columns by name; unknown values are missing.
-            now: time of the request in ms, one or [B]; None if unknown.
+            now: time of the request in ms, one or [B]; `vista.scorer.NOW` for the current time, but at most 30 days
+                after the user's newest event; None if unknown.
             request: features of the request by name, such as {"device": "phone"}: one value, one per user [B], or one
                 per candidate, such as its price: [B, C]; (values [N], offsets) or B lists for ragged candidates. Those
                 that are not given, and values that the model does not know, are missing. Only labeled tasks read them.

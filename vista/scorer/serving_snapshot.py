@@ -37,10 +37,12 @@ from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 from vista.scorer.request import (
     MAX_IDS,
+    NOW,
     Request,
     RequestCounters,
     Tally,
     array_of,
+    current_times,
     ids_of,
     impossible_times,
     item_rows,
@@ -211,7 +213,9 @@ class ServingSnapshot:
         refreshed_at = 0 if max_age_s is None else self.store.manifest.refreshed_at
         stored, damaged = self._stored(ids, on_missing, tally)
         bad = damaged
-        times = request_times(now, len(bad))
+        times, is_open = request_times(now, len(bad)), np.zeros(len(bad), np.bool_)
+        if times is not None and (is_open := times == NOW).any():
+            times = np.where(is_open, current_times(np.zeros(len(bad), np.int64)), times)
         if times is not None and model.schema.has_time:
             wrong = impossible_times(times, stored.last_event_ts)
             if wrong.any() and on_missing is not OnMissing.nan:
@@ -238,6 +242,9 @@ class ServingSnapshot:
             bad = bad | wrong
         tally(hits=num_hits, stale=num_found - num_hits, misses=num_missing, bad_users=int(bad.sum()))
         padded = pad_tail(model, merged.items, merged.times, merged.actions, merged.offsets, merged.features)
+        if times is not None and model.schema.has_time and is_open.any():
+            newest = np.maximum(stored.last_event_ts, np.where(padded.valid.any(1), padded.last_time, 0))
+            times = np.where(is_open, current_times(newest), times)
         summary = torch.from_numpy(stored.summary[:, : self.empty.shape[1]]).to(model.device)
         if unknown.any():
             summary[torch.from_numpy(unknown).to(summary.device)] = self.empty

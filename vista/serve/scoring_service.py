@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ from vista.model.features import require_known
 from vista.model.item_index import MANIFEST_FILE
 from vista.model.saved_model import CONFIG_FILE
 from vista.model.vista_model import VistaModel
-from vista.scorer import Ranking, Scorer, Tail
+from vista.scorer import NOW, Ranking, Scorer, Tail
 from vista.serve.http_protocol import Unrepeated, has_few_values
 from vista.store.reader import ShardedReader, StoreReader
 
@@ -82,7 +81,7 @@ class BodyOfUsers(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     tail: list[list[TailEvent]] | None = None
     """Per user, the events since the refresh."""
     now: int | list[int] | None = None
-    """Time of the request in ms, one or one per user; by default the server's clock."""
+    """Time of the request in ms, one or one per user; by default now, but at most 30 days after the newest event."""
     request: Values = msgspec.field(default_factory=dict)
     """Features of the request by name: one value, one per user, or, with candidates, one list per user with one value
     per candidate."""
@@ -123,7 +122,7 @@ class BodyOfOne(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     tail: list[TailEvent] | None = None
     """The user's events since the refresh."""
     now: int | None = None
-    """Time of the request in ms; by default the server's clock."""
+    """Time of the request in ms; by default now, but at most 30 days after the user's newest event."""
     request: Values = msgspec.field(default_factory=dict)
     """Features of the request by name: one value, or one list with one value per candidate."""
     model: str | None = None
@@ -466,7 +465,7 @@ class ScoringService:
             _require_one_per_user(len(asked.tail), asked, "tail")
         return {
             "tail": tail_of(asked.tail, self.scorer.model),
-            "now": server_time() if asked.now is None else asked.now,
+            "now": NOW if asked.now is None else asked.now,
             "request": asked.request or None,
         }
 
@@ -475,7 +474,7 @@ class ScoringService:
         features = {name: [value] if isinstance(value, list) else value for name, value in asked.request.items()}
         return {
             "tail": tail_of(None if asked.tail is None else [asked.tail], self.scorer.model),
-            "now": server_time() if asked.now is None else asked.now,
+            "now": NOW if asked.now is None else asked.now,
             "request": features or None,
         }
 
@@ -491,11 +490,6 @@ class ScoringService:
                 f"{num_candidates:,} candidates for {num_users} users, but at most {most:,} pairs per request "
                 "(max_candidates); send several requests"
             )
-
-
-def server_time() -> int:
-    """The time to use for a request that gives none, in ms. A model without times does not read it."""
-    return time.time_ns() // 1_000_000
 
 
 def _require_one_per_user(num_lists: int, asked: BodyOfUsers, name: str) -> None:
@@ -610,7 +604,6 @@ def _compute(batch: list[Entry], service: ScoringService) -> None:
 
 def _together(bodies: list[ScoreBody], media_types: list[str], service: ScoringService) -> list[Answer]:
     """Answers to several requests, from one call."""
-    clock = server_time()
     given = [candidate_ids(body.candidates) for body in bodies]
     users = [user for body in bodies for user in body.users]
     values: list[Any] = []
@@ -625,7 +618,7 @@ def _together(bodies: list[ScoreBody], media_types: list[str], service: ScoringS
             values += [candidates] * count
             lengths.append(np.full(count, len(candidates)))
         tails += body.tail if body.tail is not None else [[]] * count
-        now = body.now if body.now is not None else clock
+        now = body.now if body.now is not None else NOW
         times += now if isinstance(now, list) else [now] * count
     merged = ScoreBody(users=users, candidates=[], tail=tails if any(tails) else None, now=times)
     ids = [item for some in values for item in (some if isinstance(some, list) else some.tolist())]
