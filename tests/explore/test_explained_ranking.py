@@ -47,6 +47,7 @@ def test_shares_add_up_to_the_score(task_workspace: Workspace, task: str) -> Non
     np.testing.assert_allclose(scores, ranking.scores, atol=1e-4)
     for place, row in enumerate(ranking.rows()):
         assert row["rank"] == place + 1 and row["score"] == ranking.scores[place]
+        assert row["item"] == ranking.names[place] == str(told.items[place])
         assert sum(row[part] for part in told.shares) == pytest.approx(told.value[place] - told.mean, abs=1e-9)
         events = ranking.tail_events(place)
         assert np.isclose(sum(event["share"] for event in events), row["tail"], atol=1e-4)

@@ -339,7 +339,7 @@ def test_parts_have_shares_of_the_score(opened: Opened, task: str, now: Any) -> 
     np.testing.assert_allclose(sum(told.shares.values()), told.value - told.mean, atol=1e-12)
     model, dim, width = scorer.model, scorer.model.config.dim, scorer.model.config.space_dim
     only = "transitions" if task == "next" else "rate"
-    assert {"counters", "history", "recent", "popularity", only, "tail", "item"} <= told.shares.keys()
+    assert {"counters", "history", "recent", "popularity", only, "tail", "own"} <= told.shares.keys()
     counts = told.counts[:, :1] if task == "next" else told.counts
     is_counted = np.isfinite(counts).any(1)
     assert 4 < is_counted.sum() < len(items)
@@ -351,11 +351,11 @@ def test_parts_have_shares_of_the_score(opened: Opened, task: str, now: Any) -> 
     terms = {
         "history": model.item_space[1:].double().numpy() @ vector[dim : dim + width],
         "popularity": statistics @ vector[dim + width :][: statistics.shape[1]],
-        "item": scorer.item_vectors()[1][:, :dim].astype(np.float64) @ vector[:dim] / model.temperature,
+        "own": scorer.item_vectors()[1][:, :dim].astype(np.float64) @ vector[:dim] / model.temperature,
     }
     found = dict(told.shares)
     found["history"] = found["history"] + found["recent"]
-    found["item"] = found["item"] + found["tail"] + found.get("summary", 0)
+    found["own"] = found["own"] + found["tail"] + found.get("summary", 0)
     for name, term in terms.items():
         np.testing.assert_allclose(
             np.diff(found[name][~is_counted]), np.diff(term[~is_counted]), atol=1e-4, err_msg=name

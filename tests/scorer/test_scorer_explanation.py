@@ -56,7 +56,7 @@ def test_contributions_add_up_to_the_score(opened: Scorer, task: str, with_now: 
     value = told.value if task == "next" else 1 / (1 + np.exp(-told.value))
     np.testing.assert_allclose(value, scores, atol=1e-5)
     np.testing.assert_allclose(sum(told.shares.values()), told.value - told.mean, atol=1e-12)
-    assert told.items == items.tolist() and [*told.shares] == ["tail", "summary", "item"]
+    assert told.items == items.tolist() and [*told.shares] == ["tail", "summary", "own"]
     np.testing.assert_allclose(told.tail.sum(1), told.shares["tail"], atol=1e-6)
     assert told.tail.shape == (9, 6) and all(np.abs(shares).max() > 1e-3 for shares in told.shares.values())
     tail = opened.store.get_many([user]).tail

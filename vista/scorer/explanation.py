@@ -41,7 +41,7 @@ from vista.model.vista_model import VistaModel
 from vista.scorer.request import Request
 from vista.scorer.serving_snapshot import Call, ServingSnapshot
 
-PARTS = ("counters", "history", "recent", "transitions", "popularity", "rate", "tail", "summary", "item")
+PARTS = ("counters", "history", "recent", "transitions", "popularity", "rate", "tail", "summary", "own")
 """What a score consists of, as far as a model has it:
 
 counters: how often and when the user had the item, or others of its categories;
@@ -49,7 +49,7 @@ history, recent: how similar the item is to all that the user had, and to the ne
 transitions: whether the item often comes right after the newest events;
 popularity: the item's statistics over all users; rate: how often its impressions have each label;
 tail, summary: what attention reads of the newest events, and of the summary;
-item: the item itself, with the time and the features of the request and of the user.
+own: the item itself, with the time and the features of the request and of the user.
 """
 MOST_COMPARED = 1000
 """Candidates that the mean is over, at most: evenly spaced ones of longer lists and catalogs."""
@@ -96,7 +96,7 @@ class Explanation:
     mean: float
     """Mean value of the candidates."""
     shares: dict[str, Floats]
-    """By part of PARTS that the model has: [C]. What rounding leaves is in "item"."""
+    """By part of PARTS that the model has: [C]. What rounding leaves is in "own"."""
     tail: Floats
     """[C, L'] shares of the events of the tail, oldest first, which add up to that of "tail". The score of `next` of a
     counted item is an exception: its head reads a score, of which these are shares."""
@@ -189,9 +189,9 @@ class _Scores:
         value, parts, tail = self._of_next() if self.task == NEXT_TASK else self._of_task()
         valid = self.request.tail.valid[0]
         mean = float(value[self.count :].double().mean())
-        shares = {name: self._centered(parts[name]) for name in PARTS if name in parts and name != "item"}
+        shares = {name: self._centered(parts[name]) for name in PARTS if name in parts and name != "own"}
         own = value[: self.count].double().cpu().numpy()
-        shares["item"] = own - mean - sum(shares.values(), np.zeros(self.count))
+        shares["own"] = own - mean - sum(shares.values(), np.zeros(self.count))
         events = self._centered(tail[:, valid])
         rows = self.rows[: self.count].cpu().numpy()
         counters = self.request.counters
@@ -219,7 +219,7 @@ class _Scores:
         return centered
 
     def _of_next(self) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """The scores [N] of `next`, the shares [N] of parts other than "item", and those of events [N, L].
+        """The scores [N] of `next`, the shares [N] of parts other than "own", and those of events [N, L].
 
         What the query token starts from (`VistaModel.request_parts`) counts as a share of the newest event, or of the
         item.
@@ -241,7 +241,7 @@ class _Scores:
         tail = read.tail.clone()
         tail[:, -1] += read.query[1]
         # Columns: what is added to the score of an item that is not counted, and what the head of counted items reads.
-        parts = {"tail": tail.sum(1, keepdim=True), "item": read.query[0][:, None]}
+        parts = {"tail": tail.sum(1, keepdim=True), "own": read.query[0][:, None]}
         if model.config.num_seeds:
             parts["summary"] = read.summary.sum(1)[:, None]
         if self.cosines is not None:
@@ -381,7 +381,7 @@ class _Words:
             "rate": self._rate,
             "tail": self._tail,
             "summary": lambda place: ("attention to the summary of the history", []),
-            "item": lambda place: ("the item itself, at the time of the request", []),
+            "own": lambda place: ("the item itself, at the time of the request", []),
         }
         return texts[part](place)
 

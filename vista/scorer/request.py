@@ -40,8 +40,8 @@ MAX_IDS = 1 << 24
 """Most users, and most candidates, per call."""
 MAX_SCORES = 1 << 28
 """Most pairs of a user and a candidate per call; their scores take 1 GiB per task."""
-NOW = int(np.iinfo(np.int64).min)
-"""As the time of a request, the one for which no time is given: `current_times`."""
+NOW = -(1 << 62)
+"""A number that is not a time, for requests for which no time is given (`current_times`)."""
 MOST_IDLE_MS = 30 * DAY_MS
 """Most time from a user's newest event to a request for which no time is given."""
 MAX_TAIL_EVENTS = 1 << 20

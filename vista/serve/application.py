@@ -558,7 +558,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "items": [10],
         "value": [1.0],
         "mean": 0.25,
-        "shares": {"tail": [0.5], "summary": [0.5], "item": [-0.25]},
+        "shares": {"tail": [0.5], "summary": [0.5], "own": [-0.25]},
         "tail": [[0.5]],
         "tail_items": [30],
         "counts": [[]],
