@@ -55,10 +55,10 @@ SETS = {
     "ml-latest-small": DataSet(),
     # Baskets of a year. The order inside a basket is shuffled, so the question is asked at a time, for all users.
     "complete-journey": DataSet(
-        words=("data=time", "data.validation_from=2017-10-01", "data.test_from=2017-11-01"), item="product_id"
+        words=("data.split=time", "data.validation_from=2017-10-01", "data.test_from=2017-11-01"), item="product_id"
     ),
     # Developer activity: which package a maintainer touches next, of 13 collections, from 2002 to 2026.
-    "dev-packages": DataSet(words=("data=share",), prepare=("set=dev-packages",)),
+    "dev-packages": DataSet(words=("data.split=share",), prepare=("set=dev-packages",)),
     **{
         name: DataSet(words=(f"experiment={name}",), prepare=(f"set={name}",))
         for name in ("amazon-reviews-2023", "kuairand", "yambda", "microvideo", "kuaivideo", "t-ecd")

@@ -223,7 +223,8 @@ class TestShare:
 
 def test_users_without_enough_events_are_an_error(served: Served) -> None:
     with pytest.raises(
-        ConfigError, match=r"no user has min_seen=5 events until leave-last-out and min_after=2 later .*data=share"
+        ConfigError,
+        match=r"no user has min_seen=5 events until leave-last-out and min_after=2 later .*data.split=share",
     ):
         evaluated(served.model, served.test_store, served.log, **ASKED)
 

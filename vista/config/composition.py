@@ -540,9 +540,8 @@ def _option(group: str, option: Any, keys: ConfigKeys) -> str:
     known = list(options_of(group))
     if option not in known:
         text = value_text(option)
-        path = f", or give a path as {group}.path=..." if f"{group}.path" in keys.keys else ""
         raise ConfigError(
-            f"{group}: no option '{text}'{_hint(get_close_matches(text, known))}; use one of {', '.join(known)}{path}"
+            f"{group}: no option '{text}'{_hint(get_close_matches(text, known))}; use one of {', '.join(known)}"
         )
     return str(option)
 
@@ -554,7 +553,7 @@ def _hint(matches: Sequence[str]) -> str:
 def _leaves(
     key: str, value: Any, written: Any, keys: ConfigKeys, name: str, groups: Sequence[str]
 ) -> Iterator[tuple[str, Any]]:
-    """The single keys and values of a word, whose value may be a dict."""
+    """The single keys and values of a word, whose value may be a dict, or of `data` the path."""
     if key in keys.keys:
         value = _as_written(key, value, written) if keys.keys[key].is_text else value
         check_value(key, value)
@@ -568,6 +567,8 @@ def _leaves(
             yield from _leaves(f"{key}.{inner}", inner_value, _inner(written, inner), keys, name, groups)
     elif value is None and keys.sections[key].optional:
         yield key, None
+    elif f"{key}.path" in keys.keys and not isinstance(value, list):
+        yield from _leaves(f"{key}.path", value, written, keys, name, groups)
     else:
         examples = [known for known in keys.keys if known.startswith(f"{key}.")][:3]
         raise ConfigError(f"{key}: is a group of keys, not a key; set {', '.join(examples)}, ...")

@@ -46,12 +46,16 @@ PLACES = ("path",)
 MAX_HORIZON_EVENTS = 2**16
 
 
+DEFAULT_SHARE = 0.1
+"""Of the events of each user that are validation labels, and test labels, with split=share."""
+
+
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     """Which log is read, how it is split, and how batches are made from it."""
 
     path: str = "data/log"
-    """Folder of the EventLog."""
+    """Folder of the EventLog; on the command line, `data=...` for short."""
     split: Split = Split.leave_last_out
     """Which labels are test labels: each user's last event, with the one before for validation (leave-last-out), all
     from a given time on (time), or the last share of each user's events, with the share before it for validation
@@ -72,10 +76,11 @@ class DataConfig:
     Each refresh costs one pass over the histories per validation. 0 means a single refresh."""
     validation_share: float | None = None
     """With split=share: share of each user's events, in [0, 1), that are validation labels. They come just before the
-    test labels. 0 trains on all events before the test labels. null with any other split."""
+    test labels. 0 trains on all events before the test labels. null takes 0.1 with split=share, and is the only value
+    with any other split."""
     test_share: float | None = None
     """With split=share: share of each user's events, in (0, 1), that are test labels: the newest ones, rounded up to
-    whole events. null with any other split."""
+    whole events. null takes 0.1 with split=share, and is the only value with any other split."""
     exclude_seen: bool | None = None
     """Whether validation and evaluation exclude items of the visible history from rankings (never the label). null
     follows the log: false if users return to items, which is if at least 1 % of the training events repeat an item that
@@ -140,6 +145,8 @@ class DataConfig:
     def _check_shares(self) -> None:
         total = 0.0
         for key, may_be_zero in (("validation_share", True), ("test_share", False)):
+            if self.split is Split.share and getattr(self, key) is None:
+                setattr(self, key, DEFAULT_SHARE)
             share = getattr(self, key)
             require_only_with(share is not None, self.split is Split.share, f"data.{key}", "data.split=share")
             if share is not None:

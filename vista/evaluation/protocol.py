@@ -433,7 +433,7 @@ def split_windows(log: EventLog, data: DataConfig, config: EvaluateConfig) -> di
         raise ConfigError(
             f"{log.path}: no user has min_seen={config.min_seen} events until {split_until(data, config.split)} and "
             f"min_after={config.min_after} later events that are {config.split} labels; lower these, or train with "
-            "data=time or data=share, which hold out more than one event"
+            "data.split=time or data.split=share, which hold out more than one event"
         )
     return cases
 

@@ -259,8 +259,8 @@ class Validation:
             return cases
         logger.warning(
             "validation asks for next items, although only windows are trained: no user has %d events before the "
-            "validation labels, %d of these, and one in the next %s; train with data=time or data=share, which hold "
-            "out more than one event",
+            "validation labels, %d of these, and one in the next %s; train with data.split=time or data.split=share, "
+            "which hold out more than one event",
             *least.values(),
             self._length,
         )
