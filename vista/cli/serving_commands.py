@@ -186,7 +186,8 @@ def _item_names(config: ScoreConfig, kind: str) -> Callable[[Sequence[Any]], lis
 
     path = config.data
     if path is None and config.explain:
-        path = log_of_run(Path(config.model).parent)
+        found = log_of_run(Path(config.model).parent)
+        path = None if found is None else str(found)
     if path is None:
         return lambda items: list(map(str, items))
     log = EventLog.open(path)

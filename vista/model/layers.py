@@ -482,7 +482,7 @@ class StatisticsTerm(nn.Module):
             if not self.num_pooled:
                 return torch.cat([unit, weights], -1)
             assert pooled is not None
-            others, of_pooled = weights.split([weights.shape[-1] - self.num_pooled, self.num_pooled], -1)
+            others, of_pooled = torch.split(weights, [weights.shape[-1] - self.num_pooled, self.num_pooled], -1)
             return torch.cat([unit, (of_pooled.unsqueeze(-1) * pooled).sum(-2), others], -1)
 
     def weights(self, scaled: Tensor) -> Tensor:

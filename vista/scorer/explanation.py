@@ -303,7 +303,7 @@ class _Scores:
             inputs = model.candidate_inputs(self.cosines, self.rows)[None]
             widths = [1] * len(Pooled) + [model.item_statistics.shape[1], model.item_rates.shape[1]]
             names = ("history", "recent", "popularity", "rate")
-            network |= dict(zip(names, inputs[0].split(widths, 1), strict=True))
+            network |= dict(zip(names, torch.split(inputs[0], widths, 1), strict=True))
         vectors, weight = model.item_vectors(self.rows), model.task_head.weight[index : index + 1]
         of_pairs = None if asked is None else asked.expand_as(vectors)[None]
         codes = None if self.codes is None else self.codes[None]
