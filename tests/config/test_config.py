@@ -66,8 +66,8 @@ def test_words_are_choices() -> None:
         (DataConfig, {"split": "random"}, r"data\.split: 'random' is not one of leave-last-out, time, share"),
         (
             DataConfig,
-            {"split": "share", "test_share": 0.1},
-            r"data\.validation_share: is required with data\.split=share",
+            {"split": "share", "test_share": 0.95},
+            r"data\.test_share: must leave events to train on, but both shares sum to 1\.05",
         ),
         (EvaluateConfig, {"target": "window", "popularity": True}, r"popularity: only applies with target=next"),
         (DataConfig, {"test_share": 0.1}, r"data\.test_share: only applies with data\.split=share"),
