@@ -75,6 +75,14 @@ def conjunction(events: list[Event], item: int, topic: int, now: int) -> float:
     return -2.5 + 4.5 * min(topics.count(topic), topics.count(partner), 100) / 100
 
 
+def mixed(events: list[Event], item: int, topic: int, now: int) -> float:
+    if topic:
+        return conjunction(events, item, topic, now)
+    places = [place for place, event in enumerate(events) if event[0] == item]
+    recency = math.exp(-(len(events) - 1 - places[-1]) / 50) if places else 0
+    return -3.5 + math.log(1 + len(places)) / math.log(9) + 3.5 * recency
+
+
 def seasons(events: list[Event], item: int, topic: int, now: int) -> float:
     spans = [(now - years * 365 * DAY, now - years * 365 * DAY + 28 * DAY) for years in range(1, 4)]
     season = [event[1] for event in events for low, high in spans if low <= event[2] < high]
@@ -99,6 +107,7 @@ def drift(events: list[Event], item: int, topic: int, now: int) -> float:
 
 
 FORMULAS: dict[WorldName, Callable[[list[Event], int, int, int], float]] = {
+    WorldName.mixed: mixed,
     WorldName.returns: returns,
     WorldName.sequence: sequence,
     WorldName.conjunction: conjunction,
@@ -227,7 +236,7 @@ class TestLogs:
     )
     def test_unusual_sizes(self, name: WorldName, changes: dict[str, int]) -> None:
         if name != WorldName.share and changes.get("num_topics", 32) < 8:
-            changes = changes | {"num_topics": 14, "num_items": 14}
+            changes = changes | {"num_topics": 16, "num_items": 16}
         config = SimulateConfig(world=name, impressions_per_user=7, **changes)
         log, (begin, end) = generate(config), period(config)
         assert len(log.impression_item) == 7 * config.num_users
@@ -240,7 +249,7 @@ class TestLogs:
 
     @pytest.mark.parametrize("name", CLICK_WORLDS)
     def test_too_few_topics_are_refused(self, name: WorldName) -> None:
-        least = 14 if name == WorldName.conjunction else 8
+        least = {WorldName.conjunction: 14, WorldName.mixed: 16}.get(name, 8)
         SimulateConfig(world=name, num_topics=least)
         with pytest.raises(ConfigError, match=rf"num_topics: must be at least {least} with world={name.value}"):
             SimulateConfig(world=name, num_topics=least - 1)
@@ -256,9 +265,12 @@ class TestLogs:
 
 @pytest.mark.research
 class TestCalibration:
-    """What a summary must hold: neither the last 2,000 events nor pooled vectors come close to the oracle."""
+    """What a summary must hold: neither the last 2,000 events nor pooled vectors come close to the oracle.
 
-    @pytest.mark.parametrize("name", CLICK_WORLDS)
+    `mixed` is for the short histories of the demo, and has candidates whose newest events are enough.
+    """
+
+    @pytest.mark.parametrize("name", [name for name in CLICK_WORLDS if name != WorldName.mixed])
     def test_the_oracle_is_ahead_of_the_last_2000_and_of_pooled_vectors(self, name: WorldName) -> None:
         auc = {row.predictor: row.auc for row in oracle_metrics(standard(name))}
         assert auc["oracle"] - auc["last 2000"] > 0.05

@@ -305,6 +305,8 @@ class WorldName(Enum):
 
     share = "share"
     """How much of the user's whole history is about the candidate's topic."""
+    mixed = "mixed"
+    """How often and how recently the user had the candidate, for half of them; conjunction for the others."""
     returns = "returns"
     """Whether the candidate, which the user has had before, is due again."""
     sequence = "sequence"

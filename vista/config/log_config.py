@@ -464,7 +464,7 @@ class SimulateConfig(Seeded):
         require(items >= topics, "num_items", f"must be at least num_topics={topics}, got {items}")
         require(high < topics, "max_interests", f"must be below num_topics={topics}, got {high}")
         if self.world != WorldName.share:
-            taken = 2 * high if self.world == WorldName.conjunction else high
+            taken = {WorldName.conjunction: 2 * high, WorldName.mixed: 2 * high + 2}.get(self.world, high)
             message = (
                 f"must be at least {taken + 2} with world={self.world.value} and max_interests={high}, got {topics}"
             )

@@ -140,28 +140,13 @@ class ConjunctionWorld(ClickWorld):
 
     def draw(self, rng: Generator, config: SimulateConfig, catalog: Catalog, offsets: Int) -> Drawn:
         """Draw episodes about the topics of pairs. Most candidates are of either topic of a visited pair."""
-        num_users, num_pairs = len(offsets) - 1, config.num_topics // 2
-        pair = rng.random((num_users, num_pairs)).argsort(axis=1)
-        swap = rng.integers(0, 2, pair.shape)
-        first, second = 2 * pair + swap, 2 * pair + 1 - swap
-        num_slow = 2 * rng.integers(config.min_interests, config.max_interests + 1, num_users)
-        column = np.arange(2 * num_pairs)
-        visited = column < num_slow[:, None]
-        order = np.stack([first, second], axis=2).reshape(num_users, -1)
-        twice = np.repeat(rng.random(pair.shape) < 0.5, 2, axis=1)
-        order = np.where(visited & twice, np.repeat(first, 2, axis=1), order)
-        turns = np.where(visited, rng.random(order.shape), 1 + column).argsort(axis=1)
-        order = np.take_along_axis(order, turns, axis=1).astype(np.uint8)
+        order, num_slow = _draw_pairs(rng, config, len(offsets) - 1)
         interests = draw_interests(rng, config, offsets, order, num_slow)
         events, _ = draw_events(rng, config, catalog, offsets, interests)
 
         requests = draw_requests(rng, config, offsets, events.timestamp)
         user = requests.user
-        own = order[user, (rng.random(len(user)) * num_slow[user]).astype(np.int64)] ^ rng.integers(
-            0, 2, len(user), dtype=np.uint8
-        )
-        other = other_topics(rng, order, num_slow[user], user, (len(user),))
-        topic = np.where(rng.random(len(user)) < SHARE_OF_PAIRS, own, other)
+        topic = _draw_topics_of_pairs(rng, order, num_slow, user)
         return events, requests, draw_items(rng, config, catalog, topic, requests.time)
 
     def signals(self, catalog: Catalog, item: NDArray[np.int32], timestamp: Int, asked: Queries) -> Floats:
@@ -176,6 +161,40 @@ class ConjunctionWorld(ClickWorld):
     def pooled_views(self, catalog: Catalog) -> tuple[PooledView, ...]:
         """Events are compared by topic, and candidates ask for their topic and its partner."""
         return (PooledView(catalog.topic, (catalog.topic, partner(catalog.topic))),)
+
+
+def _draw_pairs(
+    rng: Generator, config: SimulateConfig, num_users: int, reserved: int = 0
+) -> tuple[NDArray[np.uint8], Int]:
+    """Draw each user's visited pairs, and the order of their episodes.
+
+    Args:
+        reserved: number of leading pairs that nobody visits.
+
+    Returns:
+        Topics uint8 [U, K - 2 reserved], those of the episodes first, and numbers of episodes int64 [U].
+    """
+    num_pairs = config.num_topics // 2 - reserved
+    pair = rng.random((num_users, num_pairs)).argsort(axis=1) + reserved
+    swap = rng.integers(0, 2, pair.shape)
+    first, second = 2 * pair + swap, 2 * pair + 1 - swap
+    num_slow = 2 * rng.integers(config.min_interests, config.max_interests + 1, num_users)
+    column = np.arange(2 * num_pairs)
+    visited = column < num_slow[:, None]
+    order = np.stack([first, second], axis=2).reshape(num_users, -1)
+    twice = np.repeat(rng.random(pair.shape) < 0.5, 2, axis=1)
+    order = np.where(visited & twice, np.repeat(first, 2, axis=1), order)
+    turns = np.where(visited, rng.random(order.shape), 1 + column).argsort(axis=1)
+    return np.take_along_axis(order, turns, axis=1).astype(np.uint8), num_slow
+
+
+def _draw_topics_of_pairs(rng: Generator, order: NDArray[np.uint8], num_slow: Int, user: Int) -> NDArray[np.uint8]:
+    """Topics uint8 [N] of candidates: of either topic of a visited pair, or outside of them."""
+    own = order[user, (rng.random(len(user)) * num_slow[user]).astype(np.int64)] ^ rng.integers(
+        0, 2, len(user), dtype=np.uint8
+    )
+    other = other_topics(rng, order, num_slow[user], user, (len(user),))
+    return np.where(rng.random(len(user)) < SHARE_OF_PAIRS, own, other)
 
 
 def partner(topic: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -256,16 +275,9 @@ class ReturnsWorld(ClickWorld):
 
     def draw(self, rng: Generator, config: SimulateConfig, catalog: Catalog, offsets: Int) -> Drawn:
         """Put favorites into a history of interests. Candidates are favorites of any age, and popular items."""
-        num_users, lengths = len(offsets) - 1, np.diff(offsets)
-        interests = draw_interests(rng, config, offsets, *draw_orders(rng, config, num_users, reserved=1))
+        interests = draw_interests(rng, config, offsets, *draw_orders(rng, config, len(offsets) - 1, reserved=1))
         events, _ = draw_events(rng, config, catalog, offsets, interests)
-        first_topic = catalog.ranked[0, : catalog.topic_start[1]]
-        favorite = first_topic[rng.random((num_users, len(first_topic))).argsort(axis=1)]
-        number = np.minimum(rng.integers(FAVORITES[0], FAVORITES[1] + 1, num_users), len(first_topic))
-        user, column = np.nonzero(np.arange(len(first_topic)) < number[:, None])
-        period = log_uniform(rng, RETURNS_PERIODS, len(user))
-        row, position = recurring_events(rng, period, lengths[user], RETURNS_JITTER)
-        events.item[offsets[user[row]] + position] = favorite[user[row], column[row]]
+        favorite, number = _put_favorites(rng, catalog, offsets, events.item, RETURNS_PERIODS)
 
         requests = draw_requests(rng, config, offsets, events.timestamp)
         user = requests.user
@@ -287,6 +299,72 @@ class ReturnsWorld(ClickWorld):
         due = np.where(known, np.exp(-(ratio**2) / DUE_WIDTH), 0)
         hints = [np.log1p(gap), np.log1p(period), np.log1p(asked.stop - asked.start), catalog.topic[asked.item] == 0]
         return np.stack([np.log1p(count) / np.log1p(FULL_COUNT), due, *hints], axis=1)
+
+
+def _put_favorites(
+    rng: Generator, catalog: Catalog, offsets: Int, item: NDArray[np.int32], periods: tuple[float, float]
+) -> tuple[NDArray[np.int32], Int]:
+    """Replace some of the items [T] by the users' favorites, each of which recurs with a period of its own.
+
+    Returns:
+        Favorites int32 [U, items of topic 0], the user's own first, and numbers of favorites int64 [U].
+    """
+    num_users, lengths = len(offsets) - 1, np.diff(offsets)
+    first_topic = catalog.ranked[0, : catalog.topic_start[1]]
+    favorite = first_topic[rng.random((num_users, len(first_topic))).argsort(axis=1)]
+    number = np.minimum(rng.integers(FAVORITES[0], FAVORITES[1] + 1, num_users), len(first_topic))
+    user, column = np.nonzero(np.arange(len(first_topic)) < number[:, None])
+    period = log_uniform(rng, periods, len(user))
+    row, position = recurring_events(rng, period, lengths[user], RETURNS_JITTER)
+    item[offsets[user[row]] + position] = favorite[user[row], column[row]]
+    return favorite, number
+
+
+# World `mixed`: items that come back, and two old interests at once. It is the world of `make demo`.
+
+MIXED_PERIODS = (40.0, 200.0)
+"""As RETURNS_PERIODS. Favorites that return so soon are among a user's 64 most frequent items."""
+RECENCY_EVENTS = 50.0
+"""Events after which the signal of recency has fallen to 1/e."""
+
+
+class MixedWorld(ClickWorld):
+    """Half of the candidates are favorites: the signals are how often and how recently the user had the item.
+
+    The others have the signal of `conjunction`.
+    """
+
+    bias, weights = -2.5, (1.0, 3.5, 4.5, -1.0)
+
+    def draw(self, rng: Generator, config: SimulateConfig, catalog: Catalog, offsets: Int) -> Drawn:
+        """Put favorites into a history of episodes about the topics of pairs."""
+        order, num_slow = _draw_pairs(rng, config, len(offsets) - 1, reserved=1)
+        events, _ = draw_events(rng, config, catalog, offsets, draw_interests(rng, config, offsets, order, num_slow))
+        favorite, number = _put_favorites(rng, catalog, offsets, events.item, MIXED_PERIODS)
+
+        requests = draw_requests(rng, config, offsets, events.timestamp)
+        user = requests.user
+        topic = _draw_topics_of_pairs(rng, order, num_slow, user)
+        other = draw_items(rng, config, catalog, topic, requests.time)
+        own = favorite[user, (rng.random(len(user)) * number[user]).astype(np.int64)]
+        return events, requests, np.where(rng.random(len(user)) < 0.5, own, other)
+
+    def signals(self, catalog: Catalog, item: NDArray[np.int32], timestamp: Int, asked: Queries) -> Floats:
+        """[N, 9]: count and recency of a favorite, the weaker interest of another item, is a favorite; and hints."""
+        index = TopicIndex(item)
+        count = np.log1p(index.count(asked.item, asked.start, asked.stop)) / np.log1p(FULL_COUNT)
+        age = index.age(asked.item, asked.start, asked.stop)
+        recency = np.where(age >= 0, np.exp(-age / RECENCY_EVENTS), 0)
+        pairs = ConjunctionWorld().signals(catalog, item, timestamp, asked)
+        is_favorite = catalog.topic[asked.item] == 0
+        signals = [count * is_favorite, recency * is_favorite, pairs[:, 0] * ~is_favorite, is_favorite]
+        return np.column_stack([*signals, count, recency, pairs[:, 1:]])
+
+    def pooled_views(self, catalog: Catalog) -> tuple[PooledView, ...]:
+        """The views of both worlds."""
+        identity = np.arange(len(catalog.topic))
+        topics = (catalog.topic, partner(catalog.topic))
+        return PooledView(identity, (identity,)), PooledView(catalog.topic, topics)
 
 
 # World `seasons`: what the user did at this time of earlier years, and on this weekday, decides a click.
@@ -572,6 +650,7 @@ def _joint(left: Int, right: Int) -> Floats:
 
 WORLDS: dict[WorldName, World] = {
     WorldName.share: ShareWorld(),
+    WorldName.mixed: MixedWorld(),
     WorldName.returns: ReturnsWorld(),
     WorldName.sequence: SequenceWorld(),
     WorldName.conjunction: ConjunctionWorld(),
