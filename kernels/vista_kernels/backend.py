@@ -151,4 +151,4 @@ def load_backend(name: str) -> Backend:
 
 @cache
 def _announce(asked: str, chosen: str, device_type: str) -> None:
-    _LOG.info("backend %s for %s tensors (requested: %s)", chosen, device_type, asked)
+    _LOG.debug("backend %s for %s tensors (requested: %s)", chosen, device_type, asked)

@@ -84,7 +84,7 @@ def processor() -> Processor:
     chosen = replace(chosen, packed_dtypes=tuple(filter(can_pack, chosen.packed_dtypes)))
     packed = ", ".join(str(dtype).removeprefix("torch.") for dtype in chosen.packed_dtypes) or "none"
     products = "bfloat16" if chosen.multiplies_bfloat16 else "float32"
-    _LOG.info("processor: %s; products of bfloat16 tokens in %s; packed weights: %s", chosen.name, products, packed)
+    _LOG.debug("processor: %s; products of bfloat16 tokens in %s; packed weights: %s", chosen.name, products, packed)
     return chosen
 
 

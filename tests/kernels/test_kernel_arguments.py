@@ -200,7 +200,7 @@ def test_forcing_a_profile(
     profile: str, force_processor: Callable[[str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     force_processor(profile)
-    with caplog.at_level(logging.INFO, logger="vista_kernels"):
+    with caplog.at_level(logging.DEBUG, logger="vista_kernels"):
         forced = processor()
         assert processor() is forced
     assert [record.getMessage().partition(";")[0] for record in caplog.records] == [
