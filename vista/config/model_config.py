@@ -222,9 +222,9 @@ class NextItemConfig(AttentionConfig):
     counters: bool | None = None
     """Score the items that a user had before by counters: how often and how recently the user had each of them. The
     store holds the counters of the user's most frequent items with each summary. Other items are scored by how popular
-    they are and how many users discover them, too, by a learned amount per user. null: if items are ranked, users
-    return to them (`data.exclude_seen` is false), and no task is trained. Over a base (`base`), null takes this and
-    the settings that follow from it from the base."""
+    they are and how many users discover them, too, by a learned amount per user. Labeled tasks read the counters of
+    every candidate. null: if items are ranked and users return to them (`data.exclude_seen` is false). Over a base
+    (`base`), null takes this and the settings that follow from it from the base."""
     counter_keys: int = 64
     """With counters, number of most frequent items stored per user, and of most frequent values of each counted
     category."""

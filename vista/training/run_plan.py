@@ -54,7 +54,9 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     data, optim, model = replace(config.data), replace(config.optim), replace(config.model)
 
     data.exclude_seen = leaves_out_seen(log, data)
-    reasons += _plan_counters(config, model, optim, returns=not data.exclude_seen and not trained_tasks(log, optim))
+    tasks_alone = optim.next_weight == 0 and optim.window_weight is None and trained_tasks(log, optim)
+    returns = not data.exclude_seen and not tasks_alone
+    reasons += _plan_counters(config, model, optim, returns=returns)
     wanted_steps, batches_per_epoch = STEPS, BATCHES_PER_EPOCH
     if model.counters:
         wanted_steps, batches_per_epoch = STEPS_WITH_COUNTERS, BATCHES_WITH_COUNTERS
@@ -100,7 +102,7 @@ def _plan_counters(config: TrainConfig, model: RankingConfig, optim: OptimConfig
         config: as given.
         model: a copy of its model, which is changed.
         optim: likewise.
-        returns: whether items that users may have had before are all that is ranked.
+        returns: whether items that users may have had before are ranked.
     """
     if isinstance(model, NextItemConfig):
         if model.counters is None:
