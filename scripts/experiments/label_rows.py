@@ -12,17 +12,17 @@ import numpy as np
 
 from vista.arrays import Float32s
 from vista.config import DataConfig
-from vista.evaluation.answers import RawHistoryAnswers, ScorerAnswers
+from vista.evaluation.answers import RawHistoryAnswers, RefreshedAnswers
 from vista.evaluation.cases import ImpressionCases, impression_cases, with_tasks
 from vista.evaluation.label_baselines import LabelFeatures, grown_trees, label_baselines
 from vista.evaluation.protocol import USERS_PER_BATCH
 from vista.files import make_folders
 from vista.log.event_log import EventLog
-from vista.log.splits import Until, part_times, refresh_times
+from vista.log.splits import part_times, split_until
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel
-from vista.refresh import RefreshOptions, refresh
+from vista.refresh import refresh
 from vista.scorer import Scorer
 
 PARTS = ("validation", "test")
@@ -35,29 +35,17 @@ def part_cases(log: EventLog, data: DataConfig, part: str, task: str) -> Impress
     return with_tasks(impression_cases(log, begin, end), [task])
 
 
-def scheduled_answers(
-    model: VistaModel, log: EventLog, store: Path, options: RefreshOptions, part: str, cases: ImpressionCases
-) -> Float32s:
-    """Probabilities of impressions of a part of the model's split by time, with a store refreshed on a schedule.
-
-    `vista evaluate` measures one refresh, whose summaries grow old while the part goes on. Here, as in service
-    (`data.refresh_days`), each impression is scored from the last refresh before it.
+def served_answers(model: VistaModel, log: EventLog, folder: Path, part: str, cases: ImpressionCases) -> Float32s:
+    """Probabilities of impressions of a part, from a store that is refreshed on a schedule (`data.refresh_days`).
 
     Args:
-        store: folder of a store, which is refreshed once per period.
+        folder: an existing one, for stores.
     """
-    begin, _ = part_times(model.data, part)
-    assert begin is not None
-    times = refresh_times(model.data, part, int(cases.timestamp.max(initial=begin)) + 1)
-    period = np.searchsorted(times, cases.timestamp, side="right") - 1
-    out = np.zeros(cases.label.shape, np.float32)
-    for index, begin_ms in enumerate(times.tolist()):
-        own = np.flatnonzero(period == index)
-        refresh(model, log, store, until=Until(before=begin_ms), options=options)
-        with Scorer.open(model, store) as scorer:
-            answers = ScorerAnswers(scorer, log, requests_per_batch=USERS_PER_BATCH)
-            out[own] = answers.probabilities(cases.part(own))
-    return out
+    store = folder / f"store-{part}"
+    refresh(model, log, store, until=split_until(model.data, part))
+    with Scorer.open(model, store) as scorer:
+        answers = RefreshedAnswers(scorer, log, part, folder, requests_per_batch=USERS_PER_BATCH)
+        return answers.probabilities(cases)
 
 
 def trained_answers(
@@ -67,7 +55,7 @@ def trained_answers(
     for part in PARTS:
         cases = part_cases(log, model.data, part, task)
         if isinstance(model, VistaModel):
-            yield part, cases, scheduled_answers(model, log, folder / "scheduled", RefreshOptions(), part, cases)
+            yield part, cases, served_answers(model, log, folder, part, cases)
         elif part == "test":
             assert isinstance(model, HistoryModel)
             yield part, cases, RawHistoryAnswers(model, log, model.rows_of(log.items)).probabilities(cases)

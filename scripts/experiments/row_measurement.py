@@ -23,7 +23,6 @@ from scripts.experiments.label_rows import (
     baseline_answers,
     part_cases,
     save_answers,
-    scheduled_answers,
     stacked_answers,
     trained_answers,
 )
@@ -422,14 +421,10 @@ def _served(
             asked = _asked(table, part)
             asked.staleness = how.staleness
             with Scorer.open(shown, store) as scorer:
-                reports[part] = _reported(table, evaluate_scorer(scorer, log, asked), log, model.data, asked)
-                if model.data.refresh_days and not how.staleness:
-                    options, place = RefreshOptions(codec=how.codec), store.with_name(f"{store.name}-scheduled")
-                    cases = reports[part].impressions
-                    assert cases is not None
-                    answers = scheduled_answers(shown, log, place, options, part, cases)
-                    scheduled = impression_metrics(cases, answers)
-                    reports[part] = replace(reports[part], metrics=reports[part].metrics | scheduled)
+                is_scheduled = model.data.refresh_days > 0 and not how.staleness
+                later = store.parent if is_scheduled else None
+                evaluation = evaluate_scorer(scorer, log, asked, refreshed=later)
+                reports[part] = _reported(table, evaluation, log, model.data, asked)
                 if table.costs:
                     costs = {
                         "train events/s": training_speed(one.folder / "run" / "metrics.jsonl"),

@@ -22,7 +22,8 @@ from vista.evaluation.cases import ImpressionCases
 from vista.evaluation.evaluate import evaluate, evaluate_scorer
 from vista.evaluation.protocol import LAST_RANK, impression_metrics
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until, visible_counts
+from vista.log.histories import DAY_MS
+from vista.log.splits import part_times, split_until, visible_counts
 from vista.model import inference
 from vista.model.inference import pad_tail
 from vista.model.vista_model import VistaModel
@@ -248,6 +249,33 @@ def test_validation_in_training_equals_evaluation_from_the_store(
     for name, value in expected.items():
         low, high = ranges.get(name, (served[name] - 1e-4, served[name] + 1e-4))
         assert low <= value <= high and high - low < 0.05, name
+
+
+def test_refreshes_on_a_schedule_are_those_of_validation(served_tasks: Served, tmp_path: Path) -> None:
+    """Impressions are answered from the last refresh before them, in training and with a store."""
+    log, split = served_tasks.log, "validation"
+    model = VistaModel.from_pretrained(served_tasks.model_dir)
+    begin, end = part_times(model.data, split)
+    assert begin is not None and end is not None
+    model.data = dataclasses.replace(model.data, refresh_days=(end - begin) / 3 / DAY_MS)
+    options = RefreshOptions(codec=Codec.float32)
+    refresh(model, log, tmp_path / "store", until=split_until(model.data, split), options=options)
+    with Scorer.open(model, tmp_path / "store") as scorer:
+        asked = EvaluateConfig(split=split, top_k=[10])
+        once = evaluate_scorer(scorer, log, asked)
+        often = evaluate_scorer(scorer, log, asked, refreshed=tmp_path)
+    assert once.impressions is not None and once.probabilities is not None and often.probabilities is not None
+    late = once.impressions.timestamp >= begin + (end - begin) // 3
+    # The batches differ, so float32 sums have another order.
+    np.testing.assert_allclose(often.probabilities[~late], once.probabilities[~late], atol=1e-6)
+    assert 0 < late.sum() < len(late) and not np.allclose(
+        often.probabilities[late], once.probabilities[late], atol=1e-4
+    )
+    config = dataclasses.replace(served_tasks.config, data=model.data)
+    expected = Validation(log, model.rows_of(log.items), config)(model)
+    # Records hold summaries in float32, but the scorer sums in another order.
+    assert often.metrics["ne/click"] == pytest.approx(expected["ne/click"], abs=1e-4)
+    assert often.metrics["ndcg@10"] == pytest.approx(expected["ndcg@10"], abs=1e-4)
 
 
 def test_seen_items_stay_in_if_training_kept_them(served: Served, tmp_path: Path) -> None:

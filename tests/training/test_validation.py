@@ -13,13 +13,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from scripts.experiments.row_measurement import scheduled_metrics
 from tests.conftest import Served, draw_counter_weights, small_config
-from vista.config import SourceColumns
+from vista.config import EvaluateConfig, SourceColumns
 from vista.config.checks import Codec, Split
 from vista.errors import NonFiniteLossError
 from vista.evaluation.answers import ScorerAnswers
 from vista.evaluation.cases import NextItemCases, impression_cases, next_item_cases, with_tasks
+from vista.evaluation.evaluate import evaluate_scorer
 from vista.evaluation.protocol import (
     LAST_RANK,
     case_batches,
@@ -30,10 +30,11 @@ from vista.evaluation.protocol import (
 )
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories
-from vista.log.splits import split_until, visible_counts
+from vista.log.splits import Until, split_until, visible_counts
 from vista.model import inference
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
+from vista.refresh.log_reading import item_values
 from vista.scorer import Scorer
 from vista.training.trainer import Trainer
 from vista.training.validation import Validation
@@ -276,16 +277,22 @@ def test_validation_is_served_on_the_schedule_of_refreshes(served_tasks: Served,
     model = Trainer(config, log).model.eval()
     assert isinstance(model, VistaModel)
     draw_counter_weights(model)
+    begin = int(str(data.validation_from))
+    known = item_values(model, log, log.counts_before(begin), Until(before=begin))
+    assert known is not None
+    model = model.with_item_values(known.statistics, known.rates, known.tasks)
     validation = Validation(log, model.rows_of(log.items), config)
-    assert len(validation._refreshes) > 2
-    options = RefreshOptions(codec=Codec.float32)
-    expected = scheduled_metrics(model, log, tmp_path / "store", options, "validation", 50)
+    refresh(model, log, tmp_path / "store", until=begin, options=RefreshOptions(codec=Codec.float32))
+    question = EvaluateConfig(split="validation")
+    with Scorer.open(model, tmp_path / "store") as scorer:
+        expected = evaluate_scorer(scorer, log, question, refreshed=tmp_path).metrics
     measured = validation(model)
+    assert len(validation._item_values) > 1
     for name in ("ne/click", "auc/like"):
         assert measured[name] == pytest.approx(expected[name], abs=1e-4)
     # Statistics that stay those of the model are another answer.
     stale = Validation(log, model.rows_of(log.items), config)
-    stale._refreshed = lambda model, index, covered: model  # type: ignore[method-assign]
+    stale._refreshed = lambda model, time, covered: model  # type: ignore[method-assign]
     assert stale(model)["ne/click"] != pytest.approx(expected["ne/click"], abs=1e-3)
 
 

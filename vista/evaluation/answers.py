@@ -6,24 +6,30 @@ Letters: N cases, V items of the model.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from vista.arrays import Float32s, Int
+from vista.config import RefreshOptions
+from vista.config.checks import Codec
 from vista.errors import LeakageError
 from vista.evaluation.cases import ImpressionCases, NextItemCases, WindowCases, case_requests, request_starts
 from vista.examples.item_statistics import HistoryCounters
 from vista.examples.transitions import NUM_RECENT
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, RowFeatures, token_groups
+from vista.log.splits import Until, last_refresh
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.features import log_encoder
 from vista.model.inference import LogUsers, catalog_scores, item_vectors
 from vista.progress_bar import progress_bar
+from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.store import Tail
 
@@ -125,6 +131,41 @@ class ScorerAnswers:
         values = events.features.named(log.event_features)
         features = {name: column for name, column in values.items() if name in read}
         return Tail(items, times, actions, events.offsets, features)
+
+
+class RefreshedAnswers(ScorerAnswers):
+    """A store that is refreshed every `data.refresh_days` while the questions of a part of a split by time are asked.
+
+    Next items are asked when the part begins, so the scorer's own store answers them. An impression is answered from
+    the last refresh before it.
+    """
+
+    def __init__(self, scorer: Scorer, log: EventLog, split: str, folder: Path, *, requests_per_batch: int) -> None:
+        """
+        Args:
+            scorer: of a store that was refreshed just before the labels of `split`.
+            folder: an existing one, in which each later refresh makes a store that is removed after its questions.
+        """
+        super().__init__(scorer, log, requests_per_batch=requests_per_batch)
+        self._split, self._folder = split, folder
+
+    def probabilities(self, cases: ImpressionCases) -> Float32s:
+        """As `ScorerAnswers.probabilities`."""
+        model, out = self._scorer.model, np.zeros(cases.label.shape, np.float32)
+        refresh_of, times = last_refresh(model.data, self._split, cases.timestamp)
+        options = RefreshOptions(codec=Codec(self._scorer.store.manifest.codec), verify_log=False)
+        for index in np.unique(refresh_of).tolist():
+            own = np.flatnonzero(refresh_of == index)
+            if index == 0:
+                out[own] = super().probabilities(cases.part(own))
+                continue
+            with tempfile.TemporaryDirectory(prefix=".refreshed-", dir=self._folder) as folder:
+                store = Path(folder) / "store"
+                refresh(model, self._log, store, until=Until(before=int(times[index])), options=options)
+                with Scorer.open(model, store) as scorer:
+                    later = ScorerAnswers(scorer, self._log, requests_per_batch=self._requests_per_batch)
+                    out[own] = later.probabilities(cases.part(own))
+        return out
 
 
 class RawHistoryAnswers:

@@ -17,7 +17,7 @@ from vista.config import EvaluateConfig
 from vista.config.checks import AskedBaselines, Target, to_dict
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
-from vista.evaluation.answers import RawHistoryAnswers, ScorerAnswers
+from vista.evaluation.answers import RawHistoryAnswers, RefreshedAnswers, ScorerAnswers
 from vista.evaluation.baseline_evaluation import BaselineReport, measure_baselines, measure_label_baselines
 from vista.evaluation.cases import ImpressionCases, impression_cases, with_tasks
 from vista.evaluation.comparison import PerUserMetrics, per_user_path
@@ -168,19 +168,26 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
     return result
 
 
-def evaluate_scorer(scorer: Scorer, log: EventLog, config: EvaluateConfig, ranks: Ranks = ALONE) -> EvaluationReport:
+def evaluate_scorer(
+    scorer: Scorer, log: EventLog, config: EvaluateConfig, ranks: Ranks = ALONE, *, refreshed: Path | None = None
+) -> EvaluationReport:
     """Measure a scorer on a part of its model's split of `log`.
 
     Args:
         config: how to measure; what it says about files is not read.
         ranks: processes that measure together.
+        refreshed: folder for stores that are refreshed for impressions as `data.refresh_days` of the model asks; None
+            answers all of them from the scorer's store.
 
     Raises:
         LeakageError, ConfigError: as `evaluate`.
     """
     _check(scorer.model, log, config)
     check_store(scorer, config)
-    answers = ScorerAnswers(scorer, log, requests_per_batch=USERS_PER_BATCH)
+    if refreshed is None:
+        answers = ScorerAnswers(scorer, log, requests_per_batch=USERS_PER_BATCH)
+    else:
+        answers = RefreshedAnswers(scorer, log, config.split, refreshed, requests_per_batch=USERS_PER_BATCH)
     return _measure(scorer.model, log, config, answers, ranks)
 
 

@@ -272,6 +272,24 @@ def refresh_times(data: DataConfig, part: str, end: int) -> Int:
     return np.arange(begin, max(end, begin + 1), round(data.refresh_days * DAY_MS))
 
 
+def last_refresh(data: DataConfig, part: str, timestamp: Int) -> tuple[Int, Int]:
+    """The last refresh before each of some impressions of a part of a split by time.
+
+    Args:
+        timestamp: int64 [N] ms of the impressions.
+
+    Returns:
+        Index int64 [N] of the refresh, and times of all refreshes, int64 [P] ms (`refresh_times`).
+
+    Raises:
+        ConfigError: as `split_until`.
+    """
+    begin, _ = part_times(data, part)
+    assert begin is not None
+    times = refresh_times(data, part, int(timestamp.max(initial=begin)) + 1)
+    return np.searchsorted(times, timestamp, side="right") - 1, times
+
+
 RETURNING = 0.01
 """Least share of repeats with which users return to items, so that rankings keep seen items. Logs of movies or news,
 seen once each, have hardly any."""

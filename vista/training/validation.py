@@ -50,10 +50,10 @@ from vista.log.splits import (
     EVENTS_PER_BLOCK,
     READ_EVENT_BYTES,
     Until,
+    last_refresh,
     leaves_out_seen,
     part_counts,
     part_times,
-    refresh_times,
 )
 from vista.model import inference
 from vista.model.baselines.history_model import HistoryModel
@@ -214,11 +214,8 @@ class Validation:
         if (tasks := trained_tasks(log, optim)) and begin is not None:
             shown = with_tasks(impression_cases(log, begin, end, max_cases=limit * 4), tasks)
             self._impressions = shown if len(shown.user) else None
-            last = int(shown.timestamp.max(initial=begin))
-            self._refreshes = refresh_times(data, "validation", last + 1)
-            """int64 [P] ms when summaries are refreshed."""
             self._item_values: dict[int, ItemValues | None] = {}
-            """By refresh, once a model was measured."""
+            """By time of a refresh in ms, once a model was measured."""
         if config.ranks_items:
             if config.next_weight == 0:
                 self._ranked = self._window_cases(stop, begin, limit)
@@ -356,27 +353,30 @@ class Validation:
         self, model: RankingModel, shown: ImpressionCases, first: RawHistoryAnswers | SummaryAnswers
     ) -> Float32s:
         """float32 [N, num_tasks] of impressions, from the last refresh before each; `first` answers as of the first."""
-        if isinstance(first, RawHistoryAnswers) or len(self._refreshes) == 1:
+        if isinstance(first, RawHistoryAnswers):
             return first.probabilities(shown)
         out = np.zeros(shown.label.shape, np.float32)
-        refresh = np.searchsorted(self._refreshes, shown.timestamp, side="right") - 1
+        refresh, times = last_refresh(model.data, "validation", shown.timestamp)
         for index in np.unique(refresh).tolist():
             own = np.flatnonzero(refresh == index)
             cases = shown.part(own)
-            covered = self._log.counts_before(int(self._refreshes[index]))
-            answers = self._answers(self._refreshed(model, index, covered), np.unique(cases.user), covered)
+            if index == 0:
+                out[own] = first.probabilities(cases)
+                continue
+            time = int(times[index])
+            covered = self._log.counts_before(time)
+            answers = self._answers(self._refreshed(model, time, covered), np.unique(cases.user), covered)
             assert answers is not None
             out[own] = answers.probabilities(cases)
         return out
 
-    def _refreshed(self, model: RankingModel, index: int, covered: Int) -> RankingModel:
-        """A model as it is served after a refresh, which also writes values of items."""
+    def _refreshed(self, model: RankingModel, time: int, covered: Int) -> RankingModel:
+        """A model as it is served after a refresh at a time in ms, which also writes values of items."""
         if not isinstance(model, VistaModel) or not model.reads_item_values:
             return model
-        if index not in self._item_values:
-            limit = Until(before=int(self._refreshes[index]))
-            self._item_values[index] = item_values(model, self._log, covered, limit)
-        values = self._item_values[index]
+        if time not in self._item_values:
+            self._item_values[time] = item_values(model, self._log, covered, Until(before=time))
+        values = self._item_values[time]
         return model if values is None else model.with_item_values(values.statistics, values.rates, values.tasks)
 
     def _answers(
