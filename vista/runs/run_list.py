@@ -37,6 +37,9 @@ _FACTS = {
     "ended": _NOTE,
 }
 
+EPOCH_0 = "epoch-0"
+"""Folder of the model after epoch 0, next to `best`, so that a report can say what attention adds to it."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:

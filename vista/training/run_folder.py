@@ -26,6 +26,7 @@ from vista.log.event_log import EventLog
 from vista.log.splits import parse_time
 from vista.model.ranking_model import RankingModel
 from vista.model.saved_model import check_is_model
+from vista.runs.run_list import EPOCH_0
 from vista.runs.tracking import MetricsWriter, TrackedRun, open_to_append, plot_curves, typed_errors
 from vista.training.checkpoint import remove_checkpoints
 from vista.training.log_schema import HashCollisions
@@ -106,7 +107,7 @@ def clean_folder(run_dir: Path, *, starts_over: bool) -> None:
     check_is_model(run_dir / "best")
     if starts_over:
         remove_checkpoints(run_dir / "checkpoints")
-        for name in ("best", "best.old"):
+        for name in ("best", "best.old", EPOCH_0, f"{EPOCH_0}.old"):
             if (run_dir / name).is_dir():
                 remove_folder(run_dir / name, partial_name(run_dir / name))
     recover_folder(run_dir / "best")

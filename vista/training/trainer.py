@@ -32,6 +32,7 @@ from vista.model.registry import load_model
 from vista.model.vista_model import VistaModel
 from vista.progress_bar import progress_bar
 from vista.ranks import ALONE, JobRanks, Ranks
+from vista.runs.run_list import EPOCH_0
 from vista.runs.tracking import MetricsWriter, typed_errors
 from vista.training.checkpoint import PLAIN_WEIGHTS, latest_checkpoint, plain_model, restore_run, save_run
 from vista.training.downstream import Downstream
@@ -449,11 +450,13 @@ class Trainer:
             logger.info("%s has not improved in %d validations: stopping", self.validation.metric, patience)
 
     def _export(self, model: RankingModel, validated: dict[str, float] | None = None) -> None:
-        """Write a model from `plain_model`, with a card, to <run_dir>/best."""
+        """Write a model from `plain_model`, with a card, to <run_dir>/best; after epoch 0 to epoch-0 as well."""
         if self._ranks.leads:
             card = model_card(model, self.config, self.log, validated, self._collisions)
             file = None if model is self.model else self.run_dir / PLAIN_WEIGHTS
             model.save_pretrained(self.run_dir / "best", card=card, weights_file=file)
+            if file is None and validated is not None and validated["epoch"] == 0:
+                model.save_pretrained(self.run_dir / EPOCH_0, card=card)
 
     def _save(self) -> None:
         """Write a checkpoint."""
