@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import re
 import shutil
@@ -90,12 +91,12 @@ VOID = {"meta", "link", "br", "img"}
 
 
 SECTIONS = [
-    "What was trained",
-    "Training",
     "Quality",
     "Quality by age of the deciding event",
     "Calibration",
     "Latency",
+    "What was trained",
+    "Training",
     "What was not measured",
 ]
 
@@ -175,7 +176,7 @@ def test_the_figures_are_those_of_an_evaluation(reported: Reported) -> None:
         metrics = evaluate_scorer(scorer, served.log, EvaluateConfig(top_k=[10])).metrics
     rows = [row for row in Page(reported.page).rows if row and row[0] == "run" and len(row) > 4]
     assert rows[0][1].startswith(f"{metrics['auc/click']:.4f} ±")
-    assert rows[0][3:] == [
+    assert rows[0][4:] == [
         f"{metrics[f'{name}/click']:{form}}" for name, form in (("gauc", ".4f"), ("ne", ".4f"), ("calibration", ".3f"))
     ]
     assert any(row[1].startswith(f"{metrics['ndcg@10']:.4f}") for row in Page(reported.page).rows if row[0] == "run")
@@ -194,7 +195,19 @@ def test_names_the_other_run_and_the_baselines(reported: Reported) -> None:
         "item neighbors",
     } <= named
     assert "EASE" not in named and "vista evaluate baselines=trained" in reported.page
-    assert re.search(r"AUC of click: run reaches 0\.\d{4}; .* k0; .*, the best baseline\.", reported.page)
+    assert re.search(r"AUC of click: run reaches 0\.\d{4}; \w+ .*, the best baseline \(", reported.page)
+
+
+def test_opens_with_a_verdict(reported: Reported) -> None:
+    better, added, fresh = reported.report.verdict
+    assert re.match(r"Better than simple baselines\? AUC of click 0\.\d{4}: (ahead of|tie with|behind) \w+", better)
+    assert re.match(r"What does the summary add to the same model without one, k0\? AUC of click [+-]0\.\d{4}", added)
+    assert re.match(r"Is it fresh\? The store is refreshed once, so half of the impressions come at most \d+ ev", fresh)
+    page = html.unescape(re.sub(r"</?[bp]>", "", reported.page))
+    assert page.index(better) < page.index(added) < page.index(fresh) < page.index("<h2")
+    assert str(reported.report).endswith(" s") and all(
+        line.split("?")[0] in str(reported.report) for line in (better, fresh)
+    )
 
 
 def test_the_latency_states_the_load(reported: Reported) -> None:
@@ -367,7 +380,7 @@ def test_the_command(served: Served, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["report", *words, "--quiet", "num_threads=1"]) == 0
     out, err = capsys.readouterr()
     assert not re.search(r"\d+%|latency", err)
-    assert out.startswith(f"{tmp_path / 'r.html'}: ") and "  Quality: ndcg@10 of the next item: run reaches" in out
+    assert f"{tmp_path / 'r.html'}: " in out and "Better than simple baselines? ndcg@10 of the next item 0." in out
     assert main(["report", f"run={tmp_path}"]) == 2
     assert "is not a run folder" in capsys.readouterr().err
 

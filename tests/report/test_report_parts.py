@@ -49,10 +49,12 @@ def test_an_estimate_of_users() -> None:
     values = np.array([1.0, 2.0, 4.0, np.nan])
     estimate = Estimate.of_users(values)
     assert estimate.value == pytest.approx(7 / 3)
-    assert estimate.half_width == pytest.approx(1.959964 * np.std([1, 2, 4], ddof=1) / np.sqrt(3))
-    assert estimate.text() == f"2.3333 ± {estimate.half_width:.4f}"
+    assert estimate.error == pytest.approx(np.std([1, 2, 4], ddof=1) / np.sqrt(3))
+    assert estimate.half_width == pytest.approx(1.959964 * estimate.error)
+    assert estimate.text() == f"2.3333 ± {estimate.error:.4f}"
     assert Estimate(float("nan")).text() == "–" and Estimate(0.5).text(signed=True) == "+0.5000"
-    assert Estimate(-0.2, 0.1).is_clear and not Estimate(0.1, 0.2).is_clear and not Estimate(0.1).is_clear
+    standings = [Estimate(value, 0.1).standing for value in (0.21, 0.2, -0.2, -0.21)]
+    assert standings == ["ahead", "tie", "tie", "behind"] and Estimate(0.1).standing == "unknown"
 
 
 def test_drawn_aucs_are_those_of_repeated_users() -> None:
@@ -76,7 +78,7 @@ def test_auc_and_its_paired_differences() -> None:
     estimates, gains = measure.estimates(), measure.gains()
     assert estimates["good"].value == pytest.approx(roc_auc_score(measure.label, measure.probabilities["good"]))
     assert 0 < estimates["good"].half_width < 0.1
-    assert gains["bad"].is_clear and gains["bad"].value > 0
+    assert gains["bad"].standing == "ahead"
     assert gains["same"] == Estimate(0.0, 0.0), "the same order of cases gives the same AUC"
     part = measure.user < 20
     assert measure.estimates(part)["bad"].value == pytest.approx(

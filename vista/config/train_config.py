@@ -72,8 +72,8 @@ class DataConfig:
     optim.task_weight=0."""
     refresh_days: float = 0.0
     """With split=time, for impressions: number of days between two refreshes of the store. Each impression is then
-    validated with the summaries of the last refresh before it; the first refresh is just before the validation labels.
-    Each refresh costs one pass over the histories per validation. 0 means a single refresh."""
+    validated with the summaries of the last refresh before it, and so are those of `vista report`; the first refresh is
+    just before the labels. Each refresh costs one pass over the histories per validation. 0 means a single refresh."""
     validation_share: float | None = None
     """With split=share: share of each user's events, in [0, 1), that are validation labels. They come just before the
     test labels. 0 trains on all events before the test labels. null takes 0.1 with split=share, and is the only value
@@ -498,7 +498,8 @@ class ReportConfig(AsksLabels):
     """Folder of the EventLog. null uses `data.path` of the training."""
     store: str | None = None
     """Folder or URL of a store of the run's summaries, refreshed with the `until` of its split. null refreshes one in a
-    temporary folder next to `out`. Other runs always get a temporary store."""
+    temporary folder next to `out`. Other runs, and later refreshes (`data.refresh_days`), always get a temporary
+    store."""
     horizon_events: int = 50
     """With target=window: length of the windows, in events."""
     top_k: int = 10

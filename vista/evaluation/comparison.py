@@ -11,6 +11,7 @@ import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -218,38 +219,50 @@ def compare(config: CompareConfig) -> Comparison:
     return Comparison.of(a, b)
 
 
+ERRORS_APART = 2
+"""Standard errors of a difference that is ahead or behind; a smaller one is a tie."""
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A value with a 95 % interval, which is NaN where there are too few users."""
+    """A value with its standard error, which is NaN where there are too few users."""
 
     value: float
-    half_width: float = float("nan")
+    error: float = float("nan")
 
     @classmethod
     def of_users(cls, values: Floats) -> Estimate:
         """Mean of a value per user; NaN stands for users without one."""
-        mean, error = mean_and_error(values)
-        return cls(mean, NORMAL_95 * error)
+        return cls(*mean_and_error(values))
+
+    @property
+    def half_width(self) -> float:
+        """Half of the 95 % interval."""
+        return NORMAL_95 * self.error
 
     def ends(self) -> tuple[float, float]:
-        """Ends of the interval."""
+        """Ends of the 95 % interval."""
         return self.value - self.half_width, self.value + self.half_width
 
     @property
-    def is_clear(self) -> bool:
-        """Of a difference: whether its interval does not contain 0."""
-        return abs(self.value) > self.half_width
+    def standing(self) -> str:
+        """Of a difference: ahead or behind by two standard errors, else tie; unknown without an error."""
+        if not math.isfinite(self.error):
+            return "unknown"
+        if abs(self.value) <= ERRORS_APART * self.error:
+            return "tie"
+        return "ahead" if self.value > 0 else "behind"
 
     def text(self, *, signed: bool = False) -> str:
-        """As a cell of a table: 0.7863 ± 0.0041; a dash if it is not defined."""
+        """As a cell of a table, with the standard error: 0.7863 ± 0.0041; a dash if it is not defined."""
         if not math.isfinite(self.value):
             return "–"
         value = f"{self.value:+.4f}" if signed else f"{self.value:.4f}"
-        return f"{value} ± {self.half_width:.4f}" if math.isfinite(self.half_width) else value
+        return f"{value} ± {self.error:.4f}" if math.isfinite(self.error) else value
 
 
 NUM_DRAWS = 200
-"""Draws of users with replacement, for the interval of an AUC."""
+"""Draws of users with replacement, for the standard error of an AUC."""
 
 
 def drawn_aucs(
@@ -294,7 +307,7 @@ def _weighted_aucs(
     return out
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AucMeasure:
     """AUC of one task of several predictors over N impressions, with intervals over users."""
 
@@ -325,6 +338,11 @@ class AucMeasure:
         """The predictors."""
         return list(self.probabilities)
 
+    @cached_property
+    def _draws(self) -> dict[str, Floats]:
+        """`drawn_aucs` over all impressions, which take seconds."""
+        return drawn_aucs(self.user, self.label, self.probabilities)
+
     def estimates(self, part: NDArray[np.bool_] | None = None) -> dict[str, Estimate]:
         """AUC of each predictor over a part of the impressions, bool [N], or all; NaN where a class is absent."""
         chosen = slice(None) if part is None else part
@@ -332,24 +350,24 @@ class AucMeasure:
         if len(np.unique(label)) < 2:
             return dict.fromkeys(self.names, Estimate(float("nan")))
         scores = {name: each[chosen] for name, each in self.probabilities.items()}
-        draws = drawn_aucs(self.user[chosen], label, scores)
-        return {name: Estimate(auc(label, scores[name]), half_width(draws[name])) for name in scores}
+        draws = self._draws if part is None else drawn_aucs(self.user[chosen], label, scores)
+        return {name: Estimate(auc(label, scores[name]), _spread(draws[name])) for name in scores}
 
     def gains(self) -> dict[str, Estimate]:
-        """Differences of the first predictor, whose intervals come from draws of the same users."""
-        draws = drawn_aucs(self.user, self.label, self.probabilities)
-        values = {name: auc(self.label, each) for name, each in self.probabilities.items()}
+        """Differences of the first predictor, whose errors come from draws of the same users."""
         own, *others = self.names
-        return {name: Estimate(values[own] - values[name], half_width(draws[own] - draws[name])) for name in others}
+        return {name: self.difference(own, name) for name in others}
+
+    def difference(self, one: str, other: str) -> Estimate:
+        """The AUC of one predictor minus that of another one."""
+        value = auc(self.label, self.probabilities[one]) - auc(self.label, self.probabilities[other])
+        return Estimate(value, _spread(self._draws[one] - self._draws[other]))
 
 
-def half_width(draws: Floats) -> float:
-    """Half of the 95 % interval, from the 2.5 % and 97.5 % quantiles of the draws; NaN without draws."""
+def _spread(draws: Floats) -> float:
+    """Standard deviation of the draws, which is the standard error; NaN without draws."""
     known = draws[np.isfinite(draws)]
-    if len(known) < 2:
-        return float("nan")
-    low, high = np.quantile(known, [0.025, 0.975])
-    return float(high - low) / 2
+    return float(known.std(ddof=1)) if len(known) > 1 else float("nan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,7 +395,11 @@ class MeanMeasure:
     def gains(self) -> dict[str, Estimate]:
         """Mean difference per user of the first predictor and each other one."""
         own, *others = self.names
-        return {name: Estimate.of_users(self.values[own] - self.values[name]) for name in others}
+        return {name: self.difference(own, name) for name in others}
+
+    def difference(self, one: str, other: str) -> Estimate:
+        """Mean difference per user of two predictors."""
+        return Estimate.of_users(self.values[one] - self.values[other])
 
 
 Measure = AucMeasure | MeanMeasure

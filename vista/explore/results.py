@@ -241,7 +241,7 @@ class BenefitRow:
         """From which value to which, and the verdict, in Markdown. Only of a row that could be measured."""
         value, half_width = self.gain.value, self.gain.half_width
         interval = f"± {half_width:.3f}" if math.isfinite(half_width) else "without an interval: too few users"
-        if self.gain.is_clear:
+        if self.gain.standing in ("ahead", "behind"):
             verdict = f"**{abs(value):.3f} {'more' if value > 0 else 'less'}** ({interval})"
         else:
             verdict = f"no clear difference ({value:+.3f} {interval})"

@@ -6,6 +6,7 @@ Charts are inline SVG, whose text and colors come from the style sheet of the pa
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -26,6 +27,7 @@ _PAGE = """<!doctype html>
 <body>
 <main>
 <h1>{title}</h1>
+{verdict}
 {intro}
 <nav><ol>{contents}</ol></nav>
 {sections}
@@ -41,23 +43,27 @@ _STYLE = """
   --soft: #1e242b; --c0: #56b4e9; --c1: #f08a4b; --c2: #2fbf93; --c3: #d993c0; --c4: #d9b948; --c5: #8fd0f5;
   --c6: #a5afba; } }
 body { margin: 0; background: var(--back); color: var(--text); font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 46rem; margin: 0 auto; padding: 1rem 1rem 4rem; }
+main { max-width: 60rem; margin: 0 auto; padding: 1rem 1rem 4rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 1rem 0 .5rem; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .3rem; padding-top: .6rem; border-top: 1px solid var(--line); }
+h2 { font-size: 1.2rem; margin: 1.6rem 0 .3rem; padding-top: .6rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; }
 p { margin: .4rem 0 .8rem; overflow-wrap: anywhere; }
 p.finding { font-weight: 600; }
-nav ol { padding-left: 1.4rem; columns: 2 14rem; }
+.verdict { background: var(--soft); border-left: 4px solid var(--c0); padding: .5rem 1rem; margin: 1rem 0; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 0 2rem; }
+nav ol { padding-left: 1.4rem; columns: 3 14rem; }
 a { color: var(--c0); }
 .note, figcaption, caption { color: var(--muted); font-size: .85rem; text-align: left; }
 .table { overflow-x: auto; margin: .6rem 0 1rem; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .7rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 7rem; }
+th, td { padding: .2rem .7rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line); }
+td { white-space: nowrap; }
+th { vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: min(13rem, 40vw); }
 table.text th, table.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 tr.own td { font-weight: 600; background: var(--soft); }
 figure { margin: .8rem 0; }
-figure svg { width: 100%; max-width: 40rem; height: auto; display: block; }
+figure svg { width: 100%; max-width: 29rem; height: auto; display: block; }
 svg text { font: 13px system-ui, sans-serif; fill: var(--text); }
 @media (min-width: 40rem) { svg text { font-size: 11px; } }
 svg .axis { stroke: var(--line); fill: none; }
@@ -69,10 +75,12 @@ details { margin: .6rem 0; }
 summary { cursor: pointer; }
 """
 
-_WIDTH, _HEIGHT = 480, 290
+_WIDTH, _HEIGHT = 480, 250
 """Of the view of a chart, so that text of 13 px stays readable on a screen of 400 px."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 46
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 22, 12, 46
 _NUM_COLORS = 7
+MAX_NAME = 32
+"""Most characters of a line of a name in a chart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +94,11 @@ class PageSection:
     """HTML below the sentence."""
 
 
-def render_page(title: str, intro: Sequence[str], sections: Sequence[PageSection]) -> str:
+def render_page(title: str, verdict: Sequence[str], intro: Sequence[str], sections: Sequence[PageSection]) -> str:
     """The complete page.
 
     Args:
+        verdict: sentences below the title.
         intro: HTML paragraphs above the table of contents.
     """
     contents, parts = [], []
@@ -99,11 +108,18 @@ def render_page(title: str, intro: Sequence[str], sections: Sequence[PageSection
         parts.append("\n".join([f"<section>\n{head}", *section.body, "</section>"]))
     return _PAGE.format(
         title=escape(title),
+        verdict='<div class="verdict">' + "".join(map(_answer, verdict)) + "</div>",
         style=_STYLE,
         intro="\n".join(intro),
         contents="".join(contents),
         sections="\n".join(parts),
     )
+
+
+def _answer(line: str) -> str:
+    """A paragraph that begins with a question."""
+    question, mark, answer = line.partition("?")
+    return f"<p><b>{escape(question + mark)}</b>{escape(answer)}</p>"
 
 
 def paragraph(text: str, kind: str = "note") -> str:
@@ -135,9 +151,19 @@ def table(
     return f'<div class="table"><table{" class=text" * is_text}>' + "\n".join(lines) + "</table></div>"
 
 
-def folded(title: str, text: str) -> str:
-    """Preformatted text that opens on a click."""
-    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+def preformatted(text: str) -> str:
+    """Text as it is."""
+    return f"<pre>{escape(text)}</pre>"
+
+
+def folded(title: str, *body: str) -> str:
+    """HTML that opens on a click."""
+    return f"<details><summary>{escape(title)}</summary>{''.join(body)}</details>"
+
+
+def pair(*charts: str) -> str:
+    """Charts next to each other where the screen is wide enough."""
+    return f'<div class="pair">{"".join(charts)}</div>'
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,24 +258,25 @@ def interval_chart(rows: Sequence[tuple[str, Estimate]], *, own: str, x_label: s
     rows = [(name, each) for name, each in rows if math.isfinite(each.value)]
     if not rows:
         return ""
-    left, step = 196, 26
-    height = _TOP + step * len(rows) + _BOTTOM
+    lines = [textwrap.wrap(name, MAX_NAME) for name, _ in rows]
+    left, step = 16 + 7 * max(len(line) for each in lines for line in each), 26
+    height = _TOP + step * len(rows) + _BOTTOM // 2
     low, high = _range(
         [end for _, each in rows for end in (each.value, *each.ends()) if math.isfinite(end)], False, 0.06
     )
-    axis = _Axis(low, high, left, _WIDTH - _RIGHT - 8)
-    parts, bottom = [], height - _BOTTOM
+    axis = _Axis(low, high, left, _WIDTH - _RIGHT)
+    parts, bottom = [], height - _BOTTOM // 2
     for tick in axis.ticks():
         x = axis.at(tick)
         parts.append(f'<path class="axis" d="M{x:.1f} {_TOP}V{bottom}"/>')
         parts.append(_text(x, bottom + 18, f"{tick:,.6g}", "middle"))
     for index, (name, each) in enumerate(rows):
         y, color = _TOP + step * (index + 0.5), 0 if name == own else 6
-        parts.append(_text(left - 10, y + 4, name if len(name) < 28 else name[:26] + "…", "end"))
+        for place, line in enumerate(lines[index]):
+            parts.append(_text(left - 10, y + 4 + 12 * (place - (len(lines[index]) - 1) / 2), line, "end"))
         low, high = (axis.at(end) if math.isfinite(end) else axis.at(each.value) for end in each.ends())
         parts.append(f'<path d="M{low:.1f} {y:.1f}H{high:.1f}" stroke="var(--c{color})" stroke-width="2"/>')
         parts.append(f'<circle cx="{axis.at(each.value):.1f}" cy="{y:.1f}" r="4.5" fill="var(--c{color})"/>')
-    parts.append(_text((left + _WIDTH) / 2, height - 8, x_label, "middle"))
     return _figure([], parts, x_label, height)
 
 

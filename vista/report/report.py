@@ -23,7 +23,7 @@ from vista.log.event_log import EventLog
 from vista.log.splits import leaves_out_seen, split_until, visible_counts
 from vista.progress_bar import progress_bar
 from vista.report.html_page import PageSection, paragraph, render_page
-from vista.report.report_data import ComparisonData, Latency, MeasuredRun, TrainedRun
+from vista.report.report_data import ComparisonData, Latency, MeasuredRun, TrainedRun, without_summary
 from vista.report.sections import (
     ACTIVE_DAYS,
     CasePart,
@@ -37,10 +37,13 @@ from vista.report.sections import (
     length_parts,
     limits_section,
     quality_section,
+    quality_text,
     similar_ages,
     split_section,
     training_section,
+    verdict,
 )
+from vista.runs.run_list import EPOCH_0
 from vista.store.record_encoding import read_key
 from vista.text_table import fitted
 
@@ -60,14 +63,16 @@ class WrittenReport:
     path: Path
     bytes: int
     seconds: float
+    verdict: list[str]
+    """Three lines: better than baselines, what the summary adds, and whether it is fresh."""
+    tables: str
+    """Quality next to all baselines, as plain text."""
     findings: dict[str, str]
     """{title of a section: its first sentence}."""
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {self.bytes / 1e3:.0f} kB in {self.seconds:.1f} s"]
-        return "\n".join(
-            fitted(line, 4) for line in lines + [f"  {name}: {text}" for name, text in self.findings.items()]
-        )
+        written = f"{self.path}: {self.bytes / 1e3:.0f} kB in {self.seconds:.1f} s"
+        return "\n\n".join([self.tables, "\n".join(fitted(line, 2) for line in self.verdict), written])
 
 
 def write_report(config: ReportConfig, *, latency: Latency | None = None, notes: tuple[str, ...] = ()) -> WrittenReport:
@@ -103,21 +108,24 @@ def write_report(config: ReportConfig, *, latency: Latency | None = None, notes:
         key = read_key(config.authentication_key_file) if config.store is not None else None
         own = MeasuredRun.of(name, record, log, asked, stack, store=config.store, key=key, scratch=out.parent)
         runs = [own]
+        if record.epoch_0 is not None:
+            runs.append(MeasuredRun.of(EPOCH_0, record, log, asked, stack, folder=record.epoch_0, scratch=out.parent))
         for other, other_record in others.items():
             logger.info("measuring %s", other_record.folder)
             runs.append(MeasuredRun.of(other, other_record, log, asked, stack, scratch=out.parent))
         data = ComparisonData.of(runs, log, asked, baselines=config.baselines)
         if latency is None and own.scorer is not None:
             latency = _latency(own, log, config.split)
+    lines = verdict(data, own, without_summary(runs), log, config.split)
     builders: list[Callable[[], PageSection | str]] = [
-        lambda: training_section(own, log),
-        lambda: curves_section(record.files),
         lambda: quality_section(data, config.split),
         lambda: _length_section(data),
         lambda: _activity_section(data, own, log, config),
         lambda: _age_section(data, own, log, config),
         lambda: calibration_section(data),
         lambda: "latency, because the model reads raw histories" if latency is None else latency_section(latency),
+        lambda: training_section(own, log),
+        lambda: curves_section(record.files),
     ]
     parts = [build() for build in progress_bar(builders, desc="sections", unit="section")]
     sections = [part for part in parts if isinstance(part, PageSection)]
@@ -129,10 +137,10 @@ def write_report(config: ReportConfig, *, latency: Latency | None = None, notes:
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     intro = [paragraph(note, "") for note in notes]
     intro.append(paragraph(f"Run {record.folder}; {config.split} labels; vista {__version__}; {when}."))
-    page = render_page(f"Report: {name}", intro, [*sections, limits_section(missing)])
+    page = render_page(f"Report: {name}", lines, intro, [*sections, limits_section(missing)])
     replace_text(out, page)
     findings = {section.title: section.finding for section in sections}
-    return WrittenReport(out, len(page.encode()), time.perf_counter() - began, findings)
+    return WrittenReport(out, len(page.encode()), time.perf_counter() - began, lines, quality_text(data), findings)
 
 
 def _name(folder: str, config: ReportConfig) -> str:

@@ -5,30 +5,30 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vista.arrays import Float32s
-from vista.config import EvaluateConfig, RefreshOptions, TrainConfig
+from vista.arrays import Float32s, Int
+from vista.config import EvaluateConfig, ModelConfig, RefreshOptions, TrainConfig
 from vista.config.checks import Target
 from vista.config.composition import compose_config
 from vista.errors import ConfigError
 from vista.evaluation.baseline_evaluation import measure_baseline, measure_baselines
 from vista.evaluation.cases import ImpressionCases, next_item_cases
-from vista.evaluation.comparison import AucMeasure, MeanMeasure, Measure, PerUserMetrics
+from vista.evaluation.comparison import AucMeasure, Estimate, MeanMeasure, Measure, PerUserMetrics
 from vista.evaluation.evaluate import EvaluationReport, evaluate_model, evaluate_scorer
 from vista.evaluation.label_baselines import label_baselines
 from vista.evaluation.protocol import split_windows, window_lengths, window_metric
 from vista.evaluation.trained_baselines import PooledItemVectors
 from vista.files import read_limited
 from vista.log.event_log import EventLog
-from vista.log.splits import part_counts, split_until
+from vista.log.splits import last_refresh, part_counts, split_until
 from vista.machine import usable_cores
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
@@ -37,7 +37,7 @@ from vista.model.saved_model import CONFIG_FILE, ModelDescription
 from vista.model.vista_model import VistaModel
 from vista.progress_bar import progress_bar
 from vista.refresh import refresh
-from vista.runs.run_list import RunFiles, RunSummary
+from vista.runs.run_list import EPOCH_0, RunFiles, RunSummary
 from vista.scorer import CandidateSet, Scorer
 
 MAX_CARD_BYTES = 1 << 20
@@ -64,6 +64,23 @@ class TrainedRun:
     def model_folder(self) -> Path:
         """Folder of the exported model."""
         return self.folder / "best"
+
+    @property
+    def epoch_0(self) -> Path | None:
+        """Folder of the model of epoch 0, if the run has one, and a later one is exported."""
+        has_both = self.best_epoch > 0 and (self.folder / EPOCH_0 / CONFIG_FILE).exists()
+        return self.folder / EPOCH_0 if has_both else None
+
+    @property
+    def best_epoch(self) -> int:
+        """Epoch of the exported model; -1 if it is not known."""
+        return int((self.files.best or {}).get("epoch", -1))
+
+    @property
+    def has_summary(self) -> bool:
+        """Whether its model reads a summary."""
+        model = self.config.model
+        return isinstance(model, ModelConfig) and model.num_seeds > 0
 
     @classmethod
     def read(cls, folder: str | Path, key: str = "run") -> TrainedRun:
@@ -134,14 +151,18 @@ class MeasuredRun:
         config: EvaluateConfig,
         stack: ExitStack,
         *,
+        folder: Path | None = None,
         store: str | None = None,
         key: bytes | None = None,
         scratch: Path,
     ) -> MeasuredRun:
         """Load a run's model and evaluate it, with summaries from a store if it has summaries.
 
+        Impressions are answered from a store that is refreshed as `data.refresh_days` asks.
+
         Args:
             name: how the report calls it.
+            folder: of the model; None is the exported one.
             config: what to ask; what it says about files is not read.
             stack: closes the scorer, and removes the temporary store.
             store: a store of the model's summaries; None refreshes one.
@@ -152,19 +173,32 @@ class MeasuredRun:
             CheckpointError, StoreError: the model or the store cannot be read, or the store is of another model.
             LeakageError, ConfigError: as `evaluate_scorer`.
         """
-        model = load_model(record.model_folder)
+        model = load_model(folder or record.model_folder)
         if isinstance(model, HistoryModel):
             if store is not None:
                 raise ConfigError(f"store: the model of {record.folder} has no summaries; leave it out")
             return cls(name, record, model, evaluate_model(model, log, config), None)
         assert isinstance(model, VistaModel)
+        own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".report-", dir=scratch)))
         if store is None:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".report-", dir=scratch))
             options = RefreshOptions(verify_log=False)
-            store = str(Path(folder) / "store")
+            store = str(own / "store")
             refresh(model, log, store, until=split_until(model.data, config.split), options=options)
         scorer = stack.enter_context(Scorer.open(model, store, key=key))
-        return cls(name, record, model, evaluate_scorer(scorer, log, config), scorer)
+        later = own if model.data.refresh_days else None
+        return cls(name, record, model, evaluate_scorer(scorer, log, config, refreshed=later), scorer)
+
+    def missing_events(self, log: EventLog, split: str) -> Int | None:
+        """Events between the last refresh and each impression, int64 [N]; None without impressions or a store."""
+        cases = self.evaluation.impressions
+        if cases is None or self.scorer is None:
+            return None
+        refresh_of, times = last_refresh(self.model.data, split, cases.timestamp)
+        missing = np.zeros_like(cases.seen)
+        for index in np.unique(refresh_of).tolist():
+            own = refresh_of == index
+            missing[own] = cases.seen[own] - log.counts_before(int(times[index]))[cases.user[own]]
+        return missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,11 +216,19 @@ class ComparisonData:
     """The first task's AUC, and the most important metric of ranking."""
     shown: list[str]
     """What sections show that split the cases: the runs, the oracle, pooled vectors, and the best other baseline."""
+    parts: dict[str, str] = field(default_factory=dict)
+    """{predictor: what it reads} of the parts of the model, each with one part more than the one before."""
 
     @property
     def own(self) -> str:
         """The run that the report is about."""
         return self.runs[0]
+
+    def best_baseline(self, measure: Measure, estimates: Mapping[str, Estimate]) -> str | None:
+        """The best baseline of a measure; None without any."""
+        others = (*self.runs, ORACLE, *self.parts)
+        rest = [name for name in measure.names if name not in others and np.isfinite(estimates[name].value)]
+        return max(rest, key=lambda name: estimates[name].value) if rest else None
 
     def color(self, name: str) -> int:
         """Number of the color of a predictor in all charts."""
@@ -248,7 +290,36 @@ class ComparisonData:
             )
         if ranking:
             measures.append(_ranking_measure(ranking, own, log, config))
-        return cls(names, ranking, cases, probabilities, measures, _shown(names, measures))
+        parts = _parts(runs)
+        shown = [name for name in names if name != EPOCH_0]
+        return cls(names, ranking, cases, probabilities, measures, _shown(shown, measures), parts)
+
+
+def _parts(runs: Sequence[MeasuredRun]) -> dict[str, str]:
+    """As `ComparisonData.parts`; empty if the first run's model has no summary."""
+    own = runs[0]
+    if not own.record.has_summary:
+        return {}
+    what = {
+        EPOCH_0: "counters and pooled vectors, no attention",
+        own.name: "and to the summary",
+    }
+    without = without_summary(runs)
+    if without is not None:
+        what[without] = "with attention to the newest events (K = 0)"
+    parts = {}
+    for name in (EPOCH_0, without, own.name):
+        for run in runs:
+            if run.name == name:
+                is_wide = name != EPOCH_0 and run.record.best_epoch == 0
+                parts[name] = what[name] + ("; validation chose epoch 0, without attention" if is_wide else "")
+    return parts
+
+
+def without_summary(runs: Sequence[MeasuredRun]) -> str | None:
+    """Name of the run with a vista model that reads no summary; None without one."""
+    is_vista = (run for run in runs[1:] if isinstance(run.model, VistaModel) and not run.record.has_summary)
+    return next((run.name for run in is_vista), None)
 
 
 def _ranking_baselines(own: MeasuredRun, log: EventLog, config: EvaluateConfig) -> dict[str, PerUserMetrics]:

@@ -26,9 +26,22 @@ from vista.log.splits import Until, split_until
 from vista.model.inference import item_vectors
 from vista.model.item_feature_table import category_codes
 from vista.model.ranking_model import RankingModel
-from vista.report.html_page import PageSection, Series, folded, heading, interval_chart, line_chart, paragraph, table
+from vista.model.vista_model import VistaModel
+from vista.report.html_page import (
+    PageSection,
+    Series,
+    folded,
+    heading,
+    interval_chart,
+    line_chart,
+    pair,
+    paragraph,
+    preformatted,
+    table,
+)
 from vista.report.report_data import ORACLE, WIDE_SPREAD, ComparisonData, Latency, MeasuredRun, TrainedRun
 from vista.runs.run_list import RunFiles, thinned
+from vista.text_table import text_table
 
 NUM_BINS = 10
 """Groups of predictions whose calibration is shown."""
@@ -52,42 +65,124 @@ MAX_PAIRS = 1 << 22
 """Limit on the pairs of a label and a history item that are compared at once."""
 
 
+def verdict(data: ComparisonData, own: MeasuredRun, without: str | None, log: EventLog, split: str) -> list[str]:
+    """Three lines: whether the run is better than the best baseline, what its summary adds, and whether it is fresh.
+
+    Args:
+        without: the run whose model has no summary; None without one.
+    """
+    lines = [" ".join(["Better than simple baselines?", *(_against_baselines(data, each) for each in data.measures)])]
+    if without is None:
+        lines.append(
+            "What does the summary add? Not measured: train the same model with model.num_seeds=0, and name its run in "
+            "`others`."
+        )
+    else:
+        added = [(each, each.difference(data.own, without)) for each in data.measures if without in each.names]
+        changes = "; ".join(f"{each.title} {gain.text(signed=True)} ({_added(gain)})" for each, gain in added)
+        unread = " Validation chose epoch 0, whose scores do not read it." if own.record.best_epoch == 0 else ""
+        lines.append(f"What does the summary add to the same model without one, {without}? {changes}.{unread}")
+    lines.append(f"Is it fresh? {_freshness(own, log, split)}")
+    return lines
+
+
+def _against_baselines(data: ComparisonData, measure: Measure) -> str:
+    estimates = measure.estimates()
+    own, best = estimates[data.own], data.best_baseline(measure, estimates)
+    if best is None:
+        return f"{measure.title} is {own.value:.4f}; no baseline was measured."
+    gain = measure.difference(data.own, best)
+    return f"{measure.title} {own.value:.4f}: {_standing(gain)} {best} ({gain.text(signed=True)})."
+
+
+def _standing(gain: Estimate) -> str:
+    return {"ahead": "ahead of", "behind": "behind", "tie": "tie with"}.get(gain.standing, "not comparable to")
+
+
+def _added(gain: Estimate) -> str:
+    return {"ahead": "better", "behind": "worse", "tie": "tie"}.get(gain.standing, "unknown")
+
+
+def _freshness(own: MeasuredRun, log: EventLog, split: str) -> str:
+    if not isinstance(own.model, VistaModel):
+        return "The model reads the history up to each question."
+    missing, tail_len, refresh_days = (
+        own.missing_events(log, split),
+        own.model.config.tail_len,
+        own.model.data.refresh_days,
+    )
+    if missing is None or not len(missing):
+        return "Without impressions, every question comes directly after the refresh."
+    often = f"The store is refreshed every {refresh_days:g} days" if refresh_days else "The store is refreshed once"
+    lost = float((missing > tail_len).mean())
+    return (
+        f"{often}, so half of the impressions come at most {np.median(missing):.0f} events after the refresh. The tail "
+        f"adds up to {tail_len} of them: {1 - lost:.0%} of the impressions know all earlier events."
+    )
+
+
+def quality_text(data: ComparisonData) -> str:
+    """What the parts of the model add, and the run next to everything else, as plain-text tables."""
+    tables = []
+    for measure in data.measures:
+        estimates, gains = measure.estimates(), measure.gains()
+        order = sorted(measure.names, key=lambda name: (np.isnan(estimates[name].value), -estimates[name].value))
+        rows = [[name, estimates[name].text()] for name in order]
+        for row in rows:
+            if row[0] in gains:
+                row += [gains[row[0]].text(signed=True), gains[row[0]].standing]
+        head = [measure.title, "", f"{data.own} minus it", data.own]
+        tables.append(text_table(head, [[*row, "", ""][: len(head)] for row in rows]))
+    return "\n\n".join(tables)
+
+
 def quality_section(data: ComparisonData, split: str) -> PageSection:
-    """Quality next to other runs and to baselines that need no training.
+    """What each part of the model adds, and quality next to other runs and to baselines that need no training.
 
     One chart and table for the labels of impressions, and one for the ranking of items.
     """
-    findings, body = [], []
+    findings, charts, tables = [], [], []
     for measure in data.measures:
         estimates, gains = measure.estimates(), measure.gains()
         findings.append(_finding(data, measure, estimates, gains))
-        body += [heading(f"{measure.title}, {split} labels"), paragraph(_cases(measure))]
         order = sorted(measure.names, key=lambda name: (np.isnan(estimates[name].value), -estimates[name].value))
-        body.append(
-            interval_chart(
-                [(name, estimates[name]) for name in order],
-                own=data.own,
-                x_label=f"{measure.title}, with 95 % intervals",
-            )
-        )
+        label = f"{measure.title}, {split} labels, with 95 % intervals"
+        charts.append(interval_chart([(name, estimates[name]) for name in order], own=data.own, x_label=label))
         more = _more_metrics(data, measure)
-        head = ["", measure.metric, f"{data.own} minus it"]
-        head += list(next(iter(more.values())))
+        head = ["", measure.metric, f"{data.own} minus it", data.own, *next(iter(more.values()))]
         rows = []
         for name in order:
-            gain = gains[name].text(signed=True) if name in gains else ""
-            rows.append((name, estimates[name].text(), gain, *more[name].values()))
-        body.append(table(head, rows, own=data.own))
+            gain = gains.get(name)
+            cells = ("", "") if gain is None else (gain.text(signed=True), gain.standing)
+            rows.append((name, estimates[name].text(), *cells, *more[name].values()))
+        tables += [heading(measure.title), paragraph(_cases(measure)), table(head, rows, own=data.own)]
+    body = [heading("What each part adds"), _parts(data)] if len(data.parts) > 1 else []
+    body += [pair(*charts), *tables]
     if data.impressions is not None and len(data.impressions.tasks) > 1:
         body += [heading("Further tasks"), _further_tasks(data)]
     body.append(
         paragraph(
-            "± is half of a 95 % confidence interval over users. Differences are paired: both models are evaluated on "
-            "the same cases of the same users. The baselines count events, or fit a logistic regression to earlier "
-            "labels (item rate, counters, pooled vectors)."
+            "± is one standard error over users. Differences are paired: both models answer the same cases of the same "
+            "users. Ahead and behind mean by two standard errors. The baselines count events, or fit a "
+            "logistic regression to earlier labels (item rate, counters, pooled vectors), and read all events before "
+            "each question."
         )
     )
     return PageSection("Quality", " ".join(findings), body)
+
+
+def _parts(data: ComparisonData) -> str:
+    """The parts of the model, one after the other, and what each changes."""
+    rows = []
+    for index, (name, what) in enumerate(data.parts.items()):
+        cells: list[str] = []
+        for measure in data.measures:
+            change = measure.difference(name, list(data.parts)[index - 1]) if index else None
+            added = ("", "") if change is None else (change.text(signed=True), _added(change))
+            cells += [measure.estimates()[name].text(), *added]
+        rows.append((f"{name}: {what}", *cells))
+    head = [column for measure in data.measures for column in (measure.title, "change", "")]
+    return table(["", *head], rows, own=None)
 
 
 def _cases(measure: Measure) -> str:
@@ -98,18 +193,13 @@ def _cases(measure: Measure) -> str:
 def _finding(data: ComparisonData, measure: Measure, estimates: dict[str, Estimate], gains: dict[str, Estimate]) -> str:
     """What the run gains on each other run, and on the best baseline."""
     finding = f"{measure.title}: {data.own} reaches {estimates[data.own].value:.4f}"
-    runs = [name for name in data.runs if name in gains]
-    rest = [name for name in gains if name not in (*runs, ORACLE) and np.isfinite(estimates[name].value)]
-    best = [max(rest, key=lambda name: estimates[name].value)] if rest else []
-    compared = [f"{_gain(gains[name])} {name}" for name in runs]
-    compared += [f"{_gain(gains[name])} {name}, the best baseline" for name in best]
+    runs = [name for name in data.runs if name in gains and name not in data.parts]
+    best = data.best_baseline(measure, estimates)
+    compared = [f"{_standing(gains[name])} {name} ({gains[name].text(signed=True)})" for name in runs]
+    compared += (
+        [f"{_standing(gains[best])} {best}, the best baseline ({gains[best].text(signed=True)})"] if best else []
+    )
     return f"{finding}; {'; '.join(compared)}." if compared else f"{finding}; it was not compared with anything."
-
-
-def _gain(gain: Estimate) -> str:
-    if not gain.is_clear:
-        return f"no measurable difference ({gain.text(signed=True)}) from"
-    return f"{abs(gain.value):.4f} ± {gain.half_width:.4f} {'more' if gain.value > 0 else 'less'} than"
 
 
 def _more_metrics(data: ComparisonData, measure: Measure) -> dict[str, dict[str, str]]:
@@ -154,7 +244,7 @@ def calibration_section(data: ComparisonData) -> PageSection | str:
     cases = data.impressions
     if cases is None or not cases.tasks:
         return "calibration, because there are no labeled impressions"
-    findings, body, measured = [], [], {}
+    findings, charts, bins, measured = [], [], [], {}
     for index, task in enumerate(cases.tasks):
         mask = cases.mask[:, index]
         label, predicted = cases.label[mask, index], data.probabilities[data.own][mask, index]
@@ -172,7 +262,8 @@ def calibration_section(data: ComparisonData) -> PageSection | str:
             y_label=f"{task}: share of labels that are 1",
             from_zero=True,
         )
-        body += [heading(task), chart, _bins(own.bin_predictions, own.bin_labels, own.bin_counts)]
+        charts.append(chart)
+        bins.append(heading(task) + _bins(own.bin_predictions, own.bin_labels, own.bin_counts))
     if not measured:
         return "calibration, because no task has labels of both kinds"
     errors = [(task, f"{own.ratio:.4f}", f"{own.expected_error:.4f}") for task, own in measured.items()]
@@ -184,7 +275,7 @@ def calibration_section(data: ComparisonData) -> PageSection | str:
         table(["task", "ratio", "error"], errors),
     ]
     finding = f"Ratio of the mean prediction to the mean label (1 is perfect): {', '.join(findings)}."
-    return PageSection("Calibration", finding, head + body)
+    return PageSection("Calibration", finding, [pair(*charts), *head, folded("Groups", *bins)])
 
 
 def _bins(predictions: Floats, labels: Floats, counts: Int) -> str:
@@ -197,7 +288,7 @@ def curves_section(files: RunFiles) -> PageSection | str:
     steps, validations = files.steps, files.validations
     if not steps and not validations:
         return f"training curves, because {files.metrics_problem or 'metrics.jsonl has no measurements'}"
-    body = []
+    charts, tables = [], []
     if steps:
         steps = thinned(steps, MAX_POINTS)
         names = [name for name in steps[0] if name not in NOT_LOSSES and _is_positive(steps[0][name])]
@@ -211,9 +302,9 @@ def curves_section(files: RunFiles) -> PageSection | str:
             )
             for index, name in enumerate(names)
         ]
-        body.append(line_chart(series, x_label="step", y_label="loss relative to its first value", from_zero=True))
+        charts.append(line_chart(series, x_label="step", y_label="loss relative to its first value", from_zero=True))
         losses = [(name, *(f"{_number(row.get(name)):.4f}" for row in (steps[0], steps[-1]))) for name in names]
-        body.append(table(["loss", f"step {steps[0]['step']}", f"step {steps[-1]['step']}"], losses))
+        tables.append(table(["loss", f"step {steps[0]['step']}", f"step {steps[-1]['step']}"], losses))
     finding = "The run was not validated, so only losses are shown."
     if validations:
         best = files.best or validations[-1]
@@ -221,11 +312,14 @@ def curves_section(files: RunFiles) -> PageSection | str:
         finding = f"Validation was best after epoch {best['epoch']} of {last['epoch']}; that model is measured below."
         if best is last:
             finding += " This is the last epoch, so longer training may improve the model further."
-        body += [heading("Validation"), *_validation(validations)]
-    return PageSection("Training", finding, body)
+        of_validation, rows = _validation(validations)
+        charts += of_validation
+        tables.append(rows)
+    return PageSection("Training", finding, [pair(*charts), folded("Tables", *tables)])
 
 
-def _validation(validations: Sequence[dict[str, Any]]) -> list[str]:
+def _validation(validations: Sequence[dict[str, Any]]) -> tuple[list[str], str]:
+    """Charts of the most important metrics, and a table of all."""
     names = list(validations[0]["validation"])
     plotted = [name for name in names if name.partition("@")[0] == "ndcg" or name.startswith("auc/")]
     plotted = plotted or names[:1]
@@ -238,7 +332,7 @@ def _validation(validations: Sequence[dict[str, Any]]) -> list[str]:
         for name in plotted[:2]
     ]
     rows = [(name, *(f"{_metric(row, name):.4f}" for row in validations)) for name in names]
-    return [*charts, table(["metric", *(f"epoch {row['epoch']}" for row in validations)], rows)]
+    return charts, table(["metric", *(f"epoch {row['epoch']}" for row in validations)], rows)
 
 
 def _metric(row: dict[str, Any], name: str) -> float:
@@ -287,7 +381,9 @@ def latency_section(latency: Latency) -> PageSection:
             "times the median. Rely on the medians alone, and measure again on an idle machine."
         )
     return PageSection(
-        "Latency", finding, [chart, table(["events", "median, ms", "p90, ms", "ratio"], rows), paragraph(conditions)]
+        "Latency",
+        finding,
+        [pair(chart, table(["events", "median, ms", "p90, ms", "ratio"], rows)), paragraph(conditions)],
     )
 
 
@@ -319,7 +415,7 @@ def split_section(
         parts: measures with their parts, in order; parts with few cases are left out.
         label: name of the horizontal axis.
     """
-    findings, body = [], [paragraph(definition)]
+    findings, charts, tables = [], [], []
     for measure, own_parts in parts:
         kept = [part for part in own_parts if part.cases.sum() >= MIN_CASES]
         if len(kept) < 2:
@@ -335,10 +431,11 @@ def split_section(
             (part.name, f"{int(part.cases.sum()):,}", *(each[name].text() for name in shown))
             for part, each in zip(kept, estimates, strict=True)
         ]
-        body += [heading(measure.title), chart, table([label, "cases", *shown], rows)]
+        charts.append(chart)
+        tables.append(heading(measure.title) + table([label, "cases", *shown], rows))
     if not findings:
         return f"{title[0].lower()}{title[1:]}, because fewer than two groups have {MIN_CASES} cases"
-    return PageSection(title, " ".join(findings), body)
+    return PageSection(title, " ".join(findings), [paragraph(definition), pair(*charts), folded("Tables", *tables)])
 
 
 def _series(name: str, data: ComparisonData, estimates: Sequence[dict[str, Estimate]]) -> Series:
@@ -424,9 +521,9 @@ def training_section(run: MeasuredRun, log: EventLog) -> PageSection:
         )
     changed = list(_changed(to_dict(record.config), to_dict(TrainConfig())))
     if changed:
-        body += [heading("Settings that differ from the defaults"), table(["key", "value"], changed, is_text=True)]
+        body.append(folded("Settings that differ from the defaults", table(["key", "value"], changed, is_text=True)))
     if record.card:
-        body.append(folded("Model card", record.card))
+        body.append(folded("Model card", preformatted(record.card)))
     return PageSection("What was trained", finding, body)
 
 
