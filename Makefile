@@ -141,7 +141,7 @@ wheel: setup ## build a source distribution and a wheel into dist/
 	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")' > /dev/null
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-index --no-build-isolation --wheel-dir dist dist/*.tar.gz
 
-demo: setup ## train, refresh, score and write an HTML report on simulated data, or on DATA=path/to/ml-1m (or another MovieLens folder)
+demo: setup ## train, refresh, score and write an HTML report on simulated data, or on DATA=events.csv (or a MovieLens folder)
 	$(BIN)/python -m scripts.demo $(if $(DATA),--data "$(DATA)")
 
 bench: setup ## run all benchmarks on the CPU and list the targets met and missed; BENCH_ARGS=--quick for a first look

@@ -1,7 +1,8 @@
 """Run the whole pipeline, from a log to a store, scores and metrics, and write a report.
 
     make demo                          simulates a lifelong log with labeled impressions
-    make demo DATA=path/to/ml-1m       uses MovieLens (ml-1m, ml-1m-half, ml-latest-small, ml-100k)
+    make demo DATA=events.csv          uses your own events, whose columns are guessed as by `vista prepare events.csv`
+    make demo DATA=path/to/ml-1m       MovieLens (ml-1m, ml-1m-half, ml-latest-small, ml-100k)
 
 All files go to demo/<name>: log/, vista/ and without-summary/ (two runs), the stores, and report.html.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from vista.config import PrepareConfig, ReportConfig, SimulateConfig, SourceColumns, TrainConfig
-from vista.config.checks import to_dict
+from vista.config.checks import WorldName, to_dict
 from vista.config.composition import compose_config
 from vista.config.train_config import without_places
 from vista.errors import ConfigError, VistaError
@@ -38,16 +39,16 @@ from vista.simulation.simulate import simulate
 from vista.training.trainer import train
 
 TRAINED_EVENTS = 1_600_000
-"""Events that training reads on MovieLens over all epochs, so that the demo takes some minutes on two cores."""
+"""Events that training reads over all epochs with DATA, so that the demo takes some minutes on two cores."""
 
 NOTE = (
-    "This page was written by make demo. It shows a small model after minutes of training, next to the same model "
-    "without a summary (K = 0), which reads only the last events and was trained for as many epochs, and to baselines "
-    "that need no training."
+    "This page was written by make demo. It shows a small model after a minute of training: after epoch 0, which fits "
+    "counters and pooled vectors without attention; with attention to the newest events (without-summary, K = 0); and "
+    "with a summary of the whole history. Baselines need no training, and read all events before each question."
 )
 SIMULATED_NOTE = (
-    "In this simulated world, a click depends on how often the user had the candidate's topic in the whole history. A "
-    "mean of item vectors holds almost all of that, so pooled vectors are hard to beat here."
+    "In this simulated world, half of the candidates are items that the user comes back to: how often and how recently "
+    "decides a click. The others need two old interests at once. The oracle knows the true probabilities."
 )
 
 
@@ -55,8 +56,9 @@ SIMULATED_NOTE = (
 class DemoSizes:
     """Sizes of the simulated log and of the measurement of latency."""
 
-    num_users: int = 300
+    num_users: int = 150
     events_per_user: int = 2_000
+    episode_events: int = 150
     history_lengths: tuple[int, ...] = (100, 1_000, 10_000, 100_000)
     num_candidates: int = 500
 
@@ -67,7 +69,9 @@ FULL_SIZES = DemoSizes()
 def main(arguments: list[str] | None = None) -> int:
     """Run the demo; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of a MovieLens set; default: simulate a log")
+    parser.add_argument(
+        "--data", type=Path, help="file of events, or folder of a MovieLens set; default: simulate a log"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all files; default: demo")
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="arguments of `vista train`, such as optim.epochs=1"
@@ -86,8 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
 def run(data: Path | None, out: Path, overrides: list[str], sizes: DemoSizes = FULL_SIZES) -> WrittenReport:
     """Run the demo and return what was written."""
     began = time.perf_counter()
-    folder = out / (data.resolve().name if data else "simulation")
-    words = ["experiment=demo-movielens" if data else "experiment=demo", f"data.path={folder / 'log'}"]
+    folder = out / ("simulation" if data is None else data.resolve().stem if data.is_file() else data.resolve().name)
+    words = ["experiment=demo-log" if data else "experiment=demo", f"data.path={folder / 'log'}"]
     words += [f"run_dir={folder / 'vista'}", *overrides]
     config = compose_config(TrainConfig, words)
     _clear_if_other(folder, data, config, sizes)
@@ -102,7 +106,7 @@ def run(data: Path | None, out: Path, overrides: list[str], sizes: DemoSizes = F
     _say(2, "train")
     model = train(config, log)
 
-    _say(3, "train the same model without a summary, which reads only the last events")
+    _say(3, "train the same model without a summary, which reads only counters, pooled vectors, and the newest events")
     without = compose_config(
         TrainConfig, config_file=folder / "vista" / "config.yaml", overrides=_without_summary(folder)
     )
@@ -121,7 +125,8 @@ def run(data: Path | None, out: Path, overrides: list[str], sizes: DemoSizes = F
         )
     latency = measure_latency(model, folder / "latency", sizes)
 
-    _say(5, "evaluate from the store, next to baselines, and write the report")
+    often = f"refreshed every {config.data.refresh_days:g} days" if config.data.refresh_days else "refreshed once"
+    _say(5, f"evaluate from the store ({often}), next to baselines, and write the report")
     report = write_report(
         ReportConfig(
             run=str(folder / "vista"),
@@ -174,11 +179,16 @@ def _prepare(data: Path | None, folder: Path, sizes: DemoSizes) -> None:
     if not (folder / "log").exists():
         if data is None:
             simulation = SimulateConfig(
-                out=str(source), num_users=sizes.num_users, events_per_user=sizes.events_per_user
+                out=str(source),
+                world=WorldName.mixed,
+                num_users=sizes.num_users,
+                events_per_user=sizes.events_per_user,
+                episode_events=sizes.episode_events,
             )
             print(simulate(simulation))
-        words = ["events.kind=auto" if data else "events.kind=simulated", f"events.paths=[{source}]"]
-        words += [] if data else [f"items.paths=[{source / 'items.parquet'}]", "items.categories=[topic]"]
+        words = ["events.kind=simulated", f"events.paths=[{source}]"]
+        words += [f"items.paths=[{source / 'items.parquet'}]", "items.categories=[topic]"]
+        words = [f"files=[{source}]"] if data else words
         print(prepare(compose_config(PrepareConfig, [f"out={folder / 'log'}", *words])))
 
 
@@ -190,7 +200,8 @@ def _clear_if_other(folder: Path, data: Path | None, config: TrainConfig, sizes:
         raise ConfigError(f"--out: {folder} overlaps with the folder of --data; choose another folder")
     if not mark.exists() and folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"--out: {folder} holds files that are not the demo's; choose another folder, or remove it")
-    source = [str(data.resolve()), TRAINED_EVENTS] if data else [sizes.num_users, sizes.events_per_user]
+    simulated = [sizes.num_users, sizes.events_per_user, sizes.episode_events]
+    source = [str(data.resolve()), TRAINED_EVENTS] if data else simulated
     trained = without_places(to_dict(config)) | {"seed": config.seed}
     asked = json.dumps({"data": source, "train": trained, "version": __version__})
     if mark.exists() and mark.read_text() != asked:

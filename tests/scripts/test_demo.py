@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from scripts import demo
@@ -23,8 +24,9 @@ def test_on_the_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     text = report.path.read_text()
     for shown in ("without-summary", "pooled vectors", "counters", "oracle", "own frequency", "load average"):
         assert shown in text, shown
-    assert "AUC of click: vista reaches" in report.findings["Quality"]
-    assert "without-summary" in report.findings["Quality"]
+    better, added, fresh = report.verdict
+    assert better.startswith("Better than simple baselines? AUC of click 0.") and "without-summary? AUC" in added
+    assert "The store is refreshed every 7 days" in fresh
     assert {"Quality by history length", "Quality by user activity"} <= set(report.findings)
     capsys.readouterr()
     assert demo.run(None, DEMO, [*SMALL, "data.tokens_per_batch=400"], SIZES).path == report.path
@@ -40,6 +42,16 @@ def test_on_movielens(tmp_path: Path) -> None:
     data = ratings_folder(tmp_path / "ml-1m")
     report = demo.run(data, tmp_path / "demo", SMALL, SIZES)
     assert "ndcg@10" in report.path.read_text() and report.path.parent == tmp_path / "demo" / "ml-1m"
+
+
+@pytest.mark.research
+def test_on_events_of_a_file(tmp_path: Path) -> None:
+    ratings = np.random.default_rng(0).integers(0, 12, (400, 2))
+    lines = [f"{user},{item},{1_700_000_000 + 600 * row}" for row, (user, item) in enumerate(ratings)]
+    data = tmp_path / "events.csv"
+    data.write_text("\n".join(["user,item,timestamp", *lines]) + "\n")
+    report = demo.run(data, tmp_path / "demo", SMALL, SIZES)
+    assert report.path.parent == tmp_path / "demo" / "events" and "ndcg@10 of the next item 0." in report.verdict[0]
 
 
 def test_files_of_others_are_not_removed(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from vista.log.ingest.prepare import prepare
 from vista.log.splits import part_counts, part_times
 from vista.training.trainer import train
 
-SIMULATED = {"demo", "demo-movielens", "simulation"}
+SIMULATED = {"demo", "demo-log", "simulation"}
 """Experiments on logs that vista makes, or on any MovieLens set."""
 TINY = (
     *("model.dim=8", "model.num_heads=2", "model.num_seeds=2", "model.num_layers=1", "model.num_target_layers=1"),
