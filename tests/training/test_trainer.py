@@ -178,7 +178,7 @@ def test_the_run_folder_is_complete_and_a_finished_run_does_not_change(event_log
     config = small_config(event_log, tmp_path / "run")
     model = train(config, event_log)
     run_dir = tmp_path / "run"
-    names = ["best", "checkpoints", "config.yaml", "metrics.jsonl", "run.json", "train.log"]
+    names = ["best", "checkpoints", "config.yaml", "epoch-0", "metrics.jsonl", "run.json", "train.log"]
     assert sorted(path.name for path in run_dir.iterdir()) == names
     assert (run_dir / "config.yaml").read_text() == to_yaml(config)
     log_text = (run_dir / "train.log").read_text()

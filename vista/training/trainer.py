@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import time
 from contextlib import ExitStack, nullcontext
 from itertools import count, islice
@@ -455,8 +456,8 @@ class Trainer:
             card = model_card(model, self.config, self.log, validated, self._collisions)
             file = None if model is self.model else self.run_dir / PLAIN_WEIGHTS
             model.save_pretrained(self.run_dir / "best", card=card, weights_file=file)
-            if file is None and validated is not None and validated["epoch"] == 0:
-                model.save_pretrained(self.run_dir / EPOCH_0, card=card)
+            if validated is not None and validated["epoch"] == 0:
+                shutil.copytree(self.run_dir / "best", self.run_dir / EPOCH_0, dirs_exist_ok=True)
 
     def _save(self) -> None:
         """Write a checkpoint."""
