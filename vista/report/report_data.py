@@ -308,11 +308,10 @@ def _parts(runs: Sequence[MeasuredRun]) -> dict[str, str]:
     if without is not None:
         what[without] = "with attention to the newest events (K = 0)"
     parts = {}
-    for name in (EPOCH_0, without, own.name):
-        for run in runs:
-            if run.name == name:
-                is_wide = name != EPOCH_0 and run.record.best_epoch == 0
-                parts[name] = what[name] + ("; validation chose epoch 0, without attention" if is_wide else "")
+    for run in sorted(runs, key=lambda run: (run.name != EPOCH_0, run.name != without)):
+        if run.name in what:
+            is_wide = run.name != EPOCH_0 and run.record.best_epoch == 0
+            parts[run.name] = what[run.name] + ("; validation chose epoch 0, without attention" if is_wide else "")
     return parts
 
 
