@@ -178,7 +178,7 @@ def test_the_run_folder_is_complete_and_a_finished_run_does_not_change(event_log
     config = small_config(event_log, tmp_path / "run")
     model = train(config, event_log)
     run_dir = tmp_path / "run"
-    names = ["best", "checkpoints", "config.yaml", "epoch-0", "metrics.jsonl", "run.json", "train.log"]
+    names = ["best", "checkpoints", "config.yaml", "metrics.jsonl", "run.json", "train.log"]
     assert sorted(path.name for path in run_dir.iterdir()) == names
     assert (run_dir / "config.yaml").read_text() == to_yaml(config)
     log_text = (run_dir / "train.log").read_text()
@@ -322,6 +322,8 @@ def test_epoch_0_is_exported_until_attention_adds_something(event_log: EventLog,
     # The same run goes from there: its first step has the whole norm again, and each epoch is compared with epoch 0.
     longer = tmp_path / "longer"
     trained = train(small_config(event_log, longer, optim__epochs=2, **wide), event_log)
+    kept = VistaModel.from_pretrained(longer / "epoch-0")
+    assert not kept.target_attention.final_norm.weight.any(), "a report can measure epoch 0 later"
     first, *later = [row["validation"]["ndcg@10"] for row in metrics(longer) if "validation" in row]
     assert first == row["validation"]["ndcg@10"]
     said = (longer / "train.log").read_text()
