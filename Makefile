@@ -44,7 +44,7 @@ help: ## list targets and variables
 	@echo
 	@echo "Variables: PYTHON=$(PYTHON)  VENV=$(VENV)  EXTRAS=$(EXTRAS)  PIP_OPTIONS  PYTEST_ARGS  BENCH_ARGS"
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml setup.py $(wildcard kernels/vista_kernels/cpp_backend/*.cpp kernels/vista_kernels/cpp_backend/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit("vista needs Python 3.11 or newer: make PYTHON=python3.11 ..." if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_OPTIONS) -e '.[$(EXTRAS)]'
@@ -136,7 +136,7 @@ docs: setup ## build the documentation site into build/site and check every link
 	$(BIN)/python -m docs.build_site
 
 # The wheel is built from the source distribution, which shows that this is complete. Neither needs a network.
-wheel: setup ## build a source distribution and a wheel into dist/
+wheel: setup ## build a source distribution, and a wheel with the compiled C++ library, into dist/
 	rm -rf dist
 	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")' > /dev/null
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-index --no-build-isolation --wheel-dir dist dist/*.tar.gz

@@ -7,6 +7,8 @@ from typing import NoReturn
 import pytest
 
 from scripts.benchmarks.explore_visit import browser_program
+from vista_kernels.cpp_backend.build import build
+from vista_kernels.cpp_backend.library import LibraryError, load
 
 
 def missing(reason: str) -> NoReturn:
@@ -29,3 +31,13 @@ def require_chromium() -> str:
 
 def require_compiler() -> str:
     return required(shutil.which("g++"), "g++", "g++")
+
+
+def require_library() -> None:
+    """Build the C++ library in this checkout, if it is missing or of other sources."""
+    try:
+        load()
+    except LibraryError:
+        require_compiler()
+        build()
+        load()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -19,13 +20,15 @@ import pytest
 
 import vista
 from tests.conftest import run_python
+from tests.required_program import require_compiler
 from vista.cli.command_table import COMMANDS
 from vista.config import TrainConfig
 from vista.config.composition import compose_config, to_yaml
 from vista.installation import install_command, source_commit
+from vista_kernels.cpp_backend.build import LIBRARY
 
 REPOSITORY = Path(__file__).parents[1]
-SOURCES = ("vista", "kernels", "conf", "pyproject.toml", "README.md", "LICENSE", "Makefile")
+SOURCES = ("vista", "kernels", "conf", "pyproject.toml", "setup.py", "README.md", "LICENSE", "Makefile")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in SOURCES:
         source = REPOSITORY / name
         if source.is_dir():
-            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so"))
         else:
             shutil.copy(source, copy / name)
     return copy
@@ -55,6 +58,7 @@ def pip(*words: str) -> None:
 @pytest.fixture(scope="module")
 def wheel(source_tree: Path) -> Path:
     """The wheel that `make wheel` builds."""
+    require_compiler()
     command = ["make", "--assume-old=setup", "wheel", f"VENV={sys.prefix}"]
     done = subprocess.run(command, cwd=source_tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -75,6 +79,7 @@ def run_installed(site: Path, cwd: Path, code: str) -> str:
 
 
 RUN_CFG = "import vista, vista_kernels; from vista.cli.main import main; main(['train', '--cfg', 'experiment=ml-1m'])\n"
+LOAD_LIBRARY = "from vista_kernels.cpp_backend.library import load; load()"
 PRINT_ORIGIN = "print('#', vista.__file__, vista_kernels.__file__)"
 
 
@@ -120,6 +125,10 @@ def test_wheel_contains_conf_kernels_and_typing_marks(wheel: Path) -> None:
         }
         assert sources <= files
     assert {"vista/py.typed", "vista_kernels/py.typed"} <= files
+    native = "vista_kernels/cpp_backend"
+    own = {path.name for path in LIBRARY.parent.iterdir() if path.suffix in (".cpp", ".h")} | {LIBRARY.name}
+    assert {f"{native}/{name}" for name in own} <= files
+    assert wheel.stem.endswith("-py3-none-linux_" + platform.machine())  # any Python, since the library uses none
     tops = {name.partition("/")[0] for name in files}
     assert tops == {"vista", "vista_kernels", f"vista_recsys-{vista.__version__}.dist-info"}
 
@@ -141,6 +150,7 @@ def test_installed_wheel_runs_from_another_directory(wheel: Path, tmp_path: Path
     cwd.mkdir()
     pip("install", str(wheel), "--target", str(site))
     printed = run_installed(site, cwd, RUN_CFG + PRINT_ORIGIN)
+    run_installed(site, cwd, LOAD_LIBRARY)
     text, _, origin = printed.partition("# ")
     assert text == to_yaml(compose_config(TrainConfig, ["experiment=ml-1m"]))
     assert origin.split() == [str(site / package / "__init__.py") for package in ("vista", "vista_kernels")]
@@ -178,11 +188,26 @@ def test_the_source_distribution_is_next_to_the_wheel(wheel: Path) -> None:
 
 
 @pytest.mark.research
+def test_a_wheel_without_a_compiler_lacks_only_the_library(
+    source_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    shutil.copytree(source_tree, tmp_path / "source", ignore=shutil.ignore_patterns("build", "*.so"))
+    pip("wheel", str(tmp_path / "source"), "--wheel-dir", str(tmp_path / "wheels"))
+    (wheel,) = (tmp_path / "wheels").glob("*.whl")
+    files = zipfile.ZipFile(wheel).namelist()
+    assert "vista_kernels/cpp_backend/library.py" in files
+    assert not [name for name in files if name.endswith(".so")]
+
+
+@pytest.mark.research
 def test_editable_install_runs_from_another_directory(source_tree: Path, tmp_path: Path) -> None:
     site, cwd = tmp_path / "site", tmp_path / "elsewhere"
     cwd.mkdir()
     pip("install", "--editable", str(source_tree), "--target", str(site))
     text, _, origin = run_installed(site, cwd, RUN_CFG + PRINT_ORIGIN).partition("# ")
+    run_installed(site, cwd, LOAD_LIBRARY)
     assert text == to_yaml(compose_config(TrainConfig, ["experiment=ml-1m"]))
     folders = ("vista", "kernels/vista_kernels")
     assert origin.split() == [str(source_tree / folder / "__init__.py") for folder in folders]
@@ -190,12 +215,12 @@ def test_editable_install_runs_from_another_directory(source_tree: Path, tmp_pat
 
 def test_the_container_copies_what_exists_and_starts_the_service(pyproject: dict[str, Any]) -> None:
     """What can be checked without a builder: the files, the extra, the command, its words, and the user."""
-    lines = (REPOSITORY / "Dockerfile").read_text().splitlines()
+    lines = (REPOSITORY / "Dockerfile").read_text().replace("\\\n", "").splitlines()
     steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
     assert {name for name, _ in steps} <= {"FROM", "WORKDIR", "COPY", "RUN", "USER", "EXPOSE", "ENTRYPOINT", "CMD"}
     copied = {source for name, words in steps if name == "COPY" for source in words.split()[:-1]}
     packages = {folder.partition("/")[0] for folder in pyproject["tool"]["setuptools"]["package-dir"].values()}
-    assert copied == packages | {"pyproject.toml", "README.md", "LICENSE"}
+    assert copied == packages | {"pyproject.toml", "setup.py", "README.md", "LICENSE"}
     allowed = (REPOSITORY / ".dockerignore").read_text().splitlines()
     assert copied == {line[1:] for line in allowed if line.startswith("!")}
     (extra,) = re.findall(r"'\.\[(\w+)\]'", "".join(words for name, words in steps if name == "RUN"))
