@@ -19,8 +19,9 @@ from vista.counters.counters import CounterCodes, CounterSpec, CounterTable
 from vista.errors import RecordError
 from vista.log.histories import NO_TIMESTAMP
 from vista.store.keys import _CHUNK, event_digests, history_digests, item_keys, user_keys
-from vista.store.record import HEADER, CounterLayout, RecordSpec, Tail, check_records, read_records
+from vista.store.record import HEADER, CounterLayout, RecordSpec, Tail, check_records
 from vista.store.record_encoding import encode_records
+from vista.store.record_reading import read_records
 from vista.store.state_record import HEADER as STATE_HEADER
 from vista.store.state_record import StateArrays, StateSpec, UserSummaries, decode_states, encode_states, restamp_states
 

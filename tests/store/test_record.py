@@ -26,11 +26,10 @@ from vista.store.record import (
     Tail,
     TailColumn,
     UserColumn,
-    decode_rows,
     dequantize_rows,
-    read_records,
 )
 from vista.store.record_encoding import encode_records, quantize_rows
+from vista.store.record_reading import read_records
 from vista.store.state_record import UserSummaries
 
 SPEC = RecordSpec(bytes(range(32)), 7, 2, 4, Codec.int8, created_at=1_700_000_000_123, applied_segment=3)
@@ -253,14 +252,14 @@ def test_round_trip_agrees_with_the_reference(data, codec, shape):
     )
     records = encode_records(users, spec)
     raw = read_records(records, keys, spec)
-    decoded = decode_rows(raw, spec)
+    decoded = raw.summary
     assert list(raw.tail.features) == list(features)
     read = {name: getattr(raw.tail, name) for name in ("items", "times", "actions", "offsets")} | raw.tail.features
     for name, column in read.items():
         expected = features[name] if name in features else getattr(tail, name)
         np.testing.assert_array_equal(column, expected)
         assert column.dtype == expected.dtype and column.flags.aligned and column.flags.c_contiguous
-        assert column.flags.writeable and not np.shares_memory(column, raw.rows)
+        assert column.flags.writeable and not np.shares_memory(column, raw.summary)
     np.testing.assert_array_equal(raw.headers["event_count"], counts)
     np.testing.assert_array_equal(raw.headers["history_digest"], digests)
     span = np.ptp(summary.astype(np.float64), axis=2)
@@ -423,9 +422,9 @@ def test_read_arrays_outlive_and_do_not_alias_the_values():
     raw = read_records([memoryview(value) for value in values], user_keys(USERS), SPEC)
     for value in values:
         value[HEADER_BYTES:] = bytes(len(value) - HEADER_BYTES)
-    np.testing.assert_allclose(decode_rows(raw, SPEC), SUMMARY, atol=1 / 255)
+    np.testing.assert_allclose(raw.summary, SUMMARY, atol=1 / 255)
     assert raw.tail.items.tolist() == [9, 1]
-    assert raw.tail.items.flags.writeable and raw.rows.flags.writeable
+    assert raw.tail.items.flags.writeable and raw.summary.flags.writeable
 
 
 def test_quantized_rows_are_fbgemm_rows():

@@ -1,9 +1,11 @@
-"""The decoder in C++ (docs/reference/record_decoder.hpp) against vista's own reader: same values, same refusals."""
+"""The decoders in C++ (docs/reference/record_decoder.hpp, and the one of the library) against vista's own reader: same
+values, same refusals."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ import pyarrow
 import pytest
 
 from tests.refresh import conftest as growing
-from tests.required_program import require_compiler
+from tests.required_program import require_compiler, require_library
 from tests.store import test_counters_and_states as counted
 from tests.store import test_record as plain
 from tests.store.conftest import records
@@ -22,10 +24,12 @@ from tests.store.test_record import with_checksum
 from vista.config.checks import Codec
 from vista.errors import RecordError
 from vista.refresh import refresh
+from vista.store import record_reading
 from vista.store.keys import user_keys
 from vista.store.reader import StoreReader
-from vista.store.record import CODEC_NUMBERS, HEADER_BYTES, RecordSpec, decode_rows, read_records
+from vista.store.record import CODEC_NUMBERS, HEADER_BYTES, RecordSpec
 from vista.store.record_encoding import KEY_VARIABLE, encode_records, key_id
+from vista.store.record_reading import checked_records, read_records
 
 SOURCES = Path(__file__).parents[2] / "docs" / "reference"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -81,11 +85,11 @@ def decode(program: Path, records: Sequence[bytes], keys: Sequence[bytes], spec:
 
 def assert_same(decoded: dict[str, Any], record: bytes, key: bytes, spec: RecordSpec) -> None:
     """The program's output and vista's reading of one record agree in every bit."""
-    raw = read_records([record], [key], spec)
+    raw = checked_records([record], [key], spec)
     header = raw.headers[0]
     for name in ("generation", "applied_segment", "history_digest", "created_at", "last_event_ts", "event_count"):
         assert decoded[name] == header[name].item(), name
-    summary, expected = np.array(decoded["summary"], np.float32), decode_rows(raw, spec).ravel()
+    summary, expected = np.array(decoded["summary"], np.float32), raw.summary.ravel()
     same = summary.view(np.uint32) == expected.view(np.uint32)
     assert (same | (np.isnan(summary) & np.isnan(expected))).all()  # NaN occurs only in mutated rows
     assert decoded["items"] == raw.tail.items.tolist()
@@ -191,13 +195,71 @@ def test_damaged_records_are_refused_where_vista_refuses_them(program, name):
     num_refused = 0
     for decoded, record, key in zip(decode(program, damaged, owners, spec), damaged, owners, strict=True):
         try:
-            read_records([record], [key], spec)
+            checked_records([record], [key], spec)
         except RecordError:
             assert "error" in decoded, record.hex()
             num_refused += 1
         else:
             assert_same(decoded, record, key, spec)
     assert 50 < num_refused < 400
+
+
+def assert_equal(ours: record_reading.RawRecords, expected: record_reading.RawRecords) -> None:
+    """Two readings agree in every bit, and in the types of all arrays."""
+
+    def parts(raw: record_reading.RawRecords) -> list[Any]:
+        tail = raw.tail
+        arrays = [raw.headers, raw.summary, tail.items, tail.times, tail.actions, tail.offsets]
+        arrays += [*tail.features.values(), *raw.features.values()]
+        return arrays + [part for one in raw.counters for part in (one.key, one.codes, one.offsets, one.clock)]
+
+    for mine, other in zip(parts(ours), parts(expected), strict=True):
+        assert mine.dtype == other.dtype and mine.shape == other.shape
+        if mine.dtype == np.float32:
+            nan = np.isnan(mine) & np.isnan(other)
+            mine, other = np.where(nan, 0, mine).view(np.uint32), np.where(nan, 0, other).view(np.uint32)
+        np.testing.assert_array_equal(mine, other)
+    assert list(ours.tail.features) == list(expected.tail.features) and list(ours.features) == list(expected.features)
+
+
+@pytest.mark.parametrize("name", [name for name in cases() if not name.startswith("authenticated")])
+def test_the_library_reads_and_refuses_what_vista_does(name):
+    require_library()
+    record_reading._decoder.cache_clear()
+    spec, records, keys = cases()[name]
+    decoder = record_reading._decoder(spec)
+    several = records + records[::-1] * 3, keys + keys[::-1] * 3
+    assert_equal(record_reading._decoded(decoder, *several, spec), checked_records(*several, spec))
+    rng = np.random.default_rng(1)
+    num_refused = 0
+    for index in rng.integers(0, len(records), 400):
+        damaged = mutated(records[index], rng)
+        found = record_reading._decoded(decoder, [damaged], [keys[index]], spec)
+        together = record_reading._decoded(decoder, [records[0], damaged], [keys[0], keys[index]], spec)
+        try:
+            expected = checked_records([damaged], [keys[index]], spec)
+        except RecordError as error:
+            assert found is None and together is None, damaged.hex()
+            with pytest.raises(RecordError, match=re.escape(str(error))):
+                read_records([damaged], [keys[index]], spec)
+            num_refused += 1
+        else:
+            assert_equal(found, expected)
+            assert together is not None
+    assert 50 < num_refused < 400
+
+
+@pytest.mark.parametrize("codec", Codec)
+@pytest.mark.parametrize("dim", [1, 7, 8, 33])
+def test_rows_of_the_library(codec, dim):
+    require_library()
+    record_reading._decoder.cache_clear()
+    rng = np.random.default_rng(dim)
+    summary = (rng.standard_normal((2, 6, dim)) * 10.0 ** rng.integers(-7, 4, (2, 6, 1))).astype(np.float32)
+    spec = dataclasses.replace(plain.SPEC, codec=codec, dim=dim, num_tokens=6)
+    records = plain.encode(spec, summary)
+    found = record_reading._decoded(record_reading._decoder(spec), records, KEYS, spec)
+    assert_equal(found, checked_records(records, KEYS, spec))
 
 
 def test_the_records_of_others_are_refused(program):

@@ -21,8 +21,9 @@ from vista.errors import ConfigError, RecordError, StoreError
 from vista.store import NO_TIMESTAMP, StoreReader, Tail, encode_records, user_keys
 from vista.store.admin import compact_store, copy_generation, roll_back, store_stats, verify_store
 from vista.store.layout import environment_path
-from vista.store.record import RecordSpec, decode_rows, read_records
+from vista.store.record import RecordSpec
 from vista.store.record_encoding import KEY_VARIABLE, key_id, read_key
+from vista.store.record_reading import read_records
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 OTHER = bytes(32)
@@ -51,7 +52,7 @@ def test_an_authenticated_record_differs_by_a_flag_and_16_more_bytes():
     changed = [place for place in range(120) if keyed[place] != plain[place]]
     assert changed == [8, 20] and keyed[8] == 1 and keyed[128:-16] == plain[128:]
     raw = read_records(encode(), user_keys(USERS), SPEC)
-    np.testing.assert_allclose(decode_rows(raw, SPEC).ravel(), np.arange(16), atol=0.01)
+    np.testing.assert_allclose(raw.summary.ravel(), np.arange(16), atol=0.01)
     assert raw.tail.items.tolist() == [0, 1] and raw.tail.actions.tolist() == [1, 1]
     fields = decode_record_reference(keyed)
     assert fields["flags"] == 1 and fields["items"].tolist() == [0, 1] and fields["actions"].tolist() == [1, 1]

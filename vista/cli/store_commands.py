@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from vista.simulation.simulate import SimulationReport
     from vista.store.admin import PublishReport
     from vista.store.backend import Generation
-    from vista.store.record import RawRecords
+    from vista.store.record_reading import RawRecords
 
 
 def run_store_stats(config: StoreStatsConfig) -> str:
@@ -224,8 +224,8 @@ def run_store_get(config: StoreGetConfig) -> str:
     from vista.store.keys import user_key
     from vista.store.layout import users_by_store
     from vista.store.reader import user_kind
-    from vista.store.record import read_records
     from vista.store.record_encoding import read_key
+    from vista.store.record_reading import read_records
 
     if config.user is None:
         raise ConfigError("user: name a user, such as user=42")
@@ -249,11 +249,10 @@ def _record_text(user: int | str, raw: RawRecords, reader: Generation, model: st
     import numpy as np
 
     from vista.store.manifest import OF_SEVERAL_LOGS
-    from vista.store.record import decode_rows
 
     header, manifest = raw.headers[0], reader.manifest
     segment = header["applied_segment"]
-    summary = decode_rows(raw, reader.spec)[0]
+    summary = raw.summary[0]
     norms = np.linalg.norm(summary.astype(np.float64), axis=1)
     items: list[Any] = [f"row {row}" for row in raw.tail.items.tolist()]
     features = raw.tail.features

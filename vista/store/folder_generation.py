@@ -39,7 +39,8 @@ from vista.store.layout import (
     state_path,
 )
 from vista.store.manifest import Manifest, Tally, read_manifest
-from vista.store.record import RawRecords, RecordSpec, check_keys, check_records, present_records
+from vista.store.record import RecordSpec, check_keys, check_records
+from vista.store.record_reading import RawRecords, present_records
 from vista.store.state_record import FoundStates, StateSpec, decode_states
 
 T = TypeVar("T")

@@ -41,8 +41,9 @@ from vista.store.layout import (
     store_path,
 )
 from vista.store.manifest import Manifest, Tally
-from vista.store.record import check_records, decode_rows, read_records
+from vista.store.record import check_records
 from vista.store.record_encoding import restamp_records
+from vista.store.record_reading import read_records
 
 if TYPE_CHECKING:
     import polars as pl
@@ -233,7 +234,7 @@ def _frame(keys: list[bytes], records: list[bytes], source: FolderGeneration, sc
         "tail_action": _lists(raw.tail.actions, bounds),
         **{f"user.{name}": values for name, values in raw.features.items()},
         **{f"tail.{name}": _lists(values, bounds) for name, values in raw.tail.features.items()},
-        "summary": decode_rows(raw, source.spec).reshape(len(keys), -1),
+        "summary": raw.summary.reshape(len(keys), -1),
         **_counter_columns(raw.counters),
         "key": keys,
         "record": records,

@@ -34,14 +34,8 @@ from vista.store.item_values import ItemValues
 from vista.store.keys import INT_PREFIX, STR_PREFIX, common_kind, user_id, user_keys
 from vista.store.layout import StoreUrl, complete_shards, shards_in, shards_of, store_address, stores_in
 from vista.store.manifest import Manifest
-from vista.store.record import (
-    RawRecords,
-    RecordSpec,
-    Tail,
-    TailColumn,
-    UserColumn,
-    decode_rows,
-)
+from vista.store.record import RecordSpec, Tail, TailColumn, UserColumn
+from vista.store.record_reading import RawRecords
 from vista.store.state_record import StateArrays
 
 if TYPE_CHECKING:
@@ -479,11 +473,11 @@ def assembled(num_users: int, parts: Sequence[tuple[Int, RawRecords]], spec: Rec
     rows, headers = _join([positions for positions, _ in parts]), _join([raw.headers for _, raw in parts])
     is_complete = len(rows) == num_users
     if is_complete and len(parts) == 1:
-        summary = decode_rows(parts[0][1], spec)
+        summary = parts[0][1].summary
     else:
         summary = np.zeros((num_users, spec.num_tokens, spec.dim), np.float32)
         for positions, raw in parts:
-            summary[positions] = decode_rows(raw, spec)
+            summary[positions] = raw.summary
     event_count, last_event_ts, created_at = (
         headers[name].astype(np.int64) for name in ("event_count", "last_event_ts", "created_at")
     )

@@ -308,7 +308,7 @@ def read_tails(
     actions_at = first + (event_bytes(short, ()) - ACTION_BYTES) * lengths
     items = np.array(records.cut(first, times_at)).reshape(-1).view("<i4")
     actions = np.array(records.cut(actions_at, actions_at + lengths)).reshape(-1)
-    features = _read_features(records, actions_at + lengths, lengths, columns, keys, "")
+    features = read_features(records, actions_at + lengths, lengths, columns, keys, "")
     if not short.any():
         times = np.array(records.cut(times_at, actions_at)).reshape(-1).view("<i8")
         return Tail(items, times, actions, offsets, features)
@@ -323,7 +323,7 @@ def read_tails(
     return Tail(items, times, actions, offsets, features)
 
 
-def _read_features(
+def read_features(
     records: JoinedRecords,
     first: Int | int,
     lengths: Int | int,
@@ -484,52 +484,6 @@ SIZE_BYTES = 2
 """The number of keys of a field of counters, uint16."""
 
 
-@dataclass(frozen=True, slots=True)
-class RawRecords:
-    """Records copied out of the store and checked, with their rows still quantized."""
-
-    headers: NDArray[np.void]
-    """[B] of dtype HEADER."""
-    rows: NDArray[np.uint8]
-    """Bytes of all rows, [B, R]; possibly a strided view, which `decode_rows` makes contiguous."""
-    tail: Tail
-    counters: tuple[CounterCodes, ...]
-    """One per field; empty if the generation has no counters."""
-    features: dict[str, NDArray[Any]]
-    """Of the users, [B] by name: codes or numbers; empty if the generation has none."""
-
-
-def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> RawRecords:
-    """Check a batch of stored values and copy them out; the values need not stay valid afterwards.
-
-    Args:
-        values: B stored values.
-        keys: their B keys.
-        spec: what the generation's records must hold.
-
-    Raises:
-        RecordError: a value is truncated, corrupt, of another format, generation or summarizer; the message names the
-            user and the field.
-    """
-    records, sizes = check_records(values, keys, spec)
-    headers, user_at = records.headers, HEADER_BYTES + spec.rows_bytes
-    rows = records.cut(HEADER_BYTES, user_at).reshape(len(values), spec.rows_bytes)
-    features = _read_features(records, user_at, 1, spec.user_columns, keys, " of the user")
-    first = user_at + spec.user_bytes
-    counters = () if spec.counters is None else read_counters(records, first, spec.counters, sizes)
-    tail_at = first + headers["counters_length"].astype(np.int64)
-    tails = read_tails(records, tail_at, headers["tail_length"].astype(np.int64), spec.tail_columns, keys)
-    return RawRecords(headers, rows, tails, counters, features)
-
-
-def decode_rows(raw: RawRecords, spec: RecordSpec) -> NDArray[np.float32]:
-    """Summaries of checked records as [B, K, d] float32."""
-    count = len(raw.headers)
-    # Flattened in between: for a single record NumPy keeps the stride, which torch refuses.
-    rows = np.ascontiguousarray(raw.rows).reshape(-1).reshape(count * spec.num_tokens, spec.row_bytes)
-    return dequantize_rows(rows, spec.codec, spec.dim).reshape(count, spec.num_tokens, spec.dim)
-
-
 def sum_of_checksums(records: Sequence[bytes | memoryview]) -> int:
     """Sum mod 2^64 of the checksums in the records' headers."""
     checksums = b"".join([record[CHECKSUM_OFFSET:HEADER_BYTES] for record in records])
@@ -607,7 +561,12 @@ def check_keys(keys: Sequence[bytes], values: Sequence[memoryview]) -> None:
 
 
 def key_hashes(keys: Sequence[bytes]) -> NDArray[np.uint64]:
-    return np.frombuffer(b"".join(map(xxhash.xxh3_64_digest, keys)), ">u8")
+    return np.frombuffer(key_hash_bytes(keys), ">u8")
+
+
+def key_hash_bytes(keys: Sequence[bytes]) -> bytes:
+    """Hashes of keys, 8 bytes each, big-endian."""
+    return b"".join(map(xxhash.xxh3_64_digest, keys))
 
 
 @lru_cache(maxsize=16)
@@ -627,17 +586,6 @@ def record_template(spec: RecordSpec) -> np.void:
     header["applied_segment"] = spec.applied_segment
     template: np.void = header[0]
     return template
-
-
-def present_records(
-    values: Sequence[bytes | memoryview | None], keys: list[bytes], first: int, spec: RecordSpec
-) -> tuple[Int, RawRecords]:
-    """Positions of the values that are not None, counted from `first`, and the records that they hold, checked."""
-    present = [value for value in values if value is not None]
-    if len(present) == len(keys):
-        return first + np.arange(len(keys)), read_records(present, keys, spec)
-    rows = [row for row, value in enumerate(values) if value is not None]
-    return first + np.array(rows, np.int64), read_records(present, [keys[row] for row in rows], spec)
 
 
 def counter_sizes(

@@ -18,7 +18,8 @@ from vista.errors import RecordError, StoreClosedError, StoreWriteError
 from vista.store.folder_generation import Batch
 from vista.store.layout import pointer_to
 from vista.store.manifest import CHECKSUM_DIGITS, Manifest, Tally, parse_cursor
-from vista.store.record import HEADER_BYTES, RawRecords, RecordSpec, check_records, present_records, user_of
+from vista.store.record import HEADER_BYTES, RecordSpec, check_records, user_of
+from vista.store.record_reading import RawRecords, present_records
 from vista.store.server_connection import (
     Command,
     GenerationKeys,
