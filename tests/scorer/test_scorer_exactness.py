@@ -19,6 +19,7 @@ from torch import nn
 
 from tests.conftest import DAY, ROUNDING, draw_counter_weights, small_config
 from tests.counters.counter_histories import category
+from tests.required_program import require_library
 from vista.config.checks import TargetAttentionKind
 from vista.errors import DeadlineError
 from vista.examples.transitions import NUM_SUMS
@@ -68,22 +69,27 @@ def same(actual: Any, expected: Any) -> None:
 @pytest.fixture(
     scope="module",
     params=[
-        (TargetAttentionKind.softmax, 16, ""),
-        (TargetAttentionKind.pointwise, 18, ""),
-        (TargetAttentionKind.pointwise, 16, "items"),
-        (TargetAttentionKind.softmax, 16, "items and a category"),
+        (TargetAttentionKind.softmax, 16, "", "torch"),
+        (TargetAttentionKind.pointwise, 18, "", "torch"),
+        (TargetAttentionKind.pointwise, 16, "items", "torch"),
+        (TargetAttentionKind.softmax, 16, "items and a category", "torch"),
+        (TargetAttentionKind.softmax, 16, "", "native"),
+        (TargetAttentionKind.pointwise, 16, "items", "native"),
     ],
 )
 def opened(
     request: pytest.FixtureRequest, impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scorer]:
-    """A scorer for each kind of layers, and two with counters, with three tasks and the next item."""
+    """A scorer for each kind of layers, and three with counters, with three tasks and the next item."""
     folder = tmp_path_factory.mktemp("exact")
-    kind, tail_len, counted = request.param
+    kind, tail_len, counted, backend = request.param
+    if backend == "native":
+        require_library()
     config = small_config(impression_log, "unused", model__dim=DIM, model__num_seeds=16, model__tail_len=tail_len)
     config.model.target_attention = kind
     config.model.counters = bool(counted)
     config.model.counter_keys = 10
+    config.model.pooled_dim = 12 if counted == "items" else 0
     schema, table = schema_of(impression_log, config), None
     if "category" in counted:
         columns, table = category("brand", np.arange(impression_log.num_items) % 6 - 1)
@@ -93,7 +99,7 @@ def opened(
     model.set_item_features(table)
     draw_counter_weights(model)
     refresh(model, impression_log, folder / "store")
-    with Scorer.open(model, folder / "store") as scorer:
+    with Scorer.open(model, folder / "store", backend=backend) as scorer:
         yield scorer
 
 
@@ -228,7 +234,8 @@ def test_item_projections_from_a_file_have_the_bits_of_computed_ones(
 ) -> None:
     users, items, now = ids
     opened.model.save_pretrained(tmp_path / "model")
-    with Scorer.open(tmp_path / "model", opened.store.path) as mapped:
+    backend = opened.backend.partition(",")[0].partition(":")[0]
+    with Scorer.open(tmp_path / "model", opened.store.path, backend=backend) as mapped:
         for task, scores in mapped.predict(users, items, now=now).items():
             np.testing.assert_array_equal(scores, opened.predict(users, items, now=now)[task])
 

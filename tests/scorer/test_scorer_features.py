@@ -380,6 +380,7 @@ def test_passes_are_bounded(opened: Scorer, ids: Known, monkeypatch: pytest.Monk
     count = 3000
     columns = np.arange(count) % NUM_ITEMS
     hours = np.arange(2 * count).reshape(2, count) % 24.0
+    opened = Scorer.open(opened.model, opened.store.path, backend="torch")
     whole = opened.score(users[:2], items[columns], now=now, request={"hour": hours})
     projected, rows_of = [], RequestProjections.of
 
@@ -392,6 +393,7 @@ def test_passes_are_bounded(opened: Scorer, ids: Known, monkeypatch: pytest.Monk
     assert max(projected) <= 1024 and 2 * count <= sum(projected) < 2 * count + 16 * len(projected)
     few = opened.score(users[:1], items[columns[2990:2995]], now=now, request={"hour": hours[:1, 2990:2995]})
     same(few[0], whole[0, 2990:2995])
+    opened.close()
 
 
 def test_rankings_and_explanations_read_them(opened: Scorer, ids: Known, drawn: Any) -> None:
@@ -483,7 +485,7 @@ def projections(request: pytest.FixtureRequest, opened: Scorer, monkeypatch: pyt
     if request.param == "large":
         monkeypatch.setattr("vista.scorer.request_features.MAX_PREPARED_ROWS", 3)
     made = RequestProjections(opened.model)
-    assert (made._table is None) == (request.param == "large")
+    assert (made.table is None) == (request.param == "large")
     return made
 
 

@@ -526,7 +526,7 @@ def test_the_cost_of_a_call_does_not_depend_on_the_history(event_log: EventLog, 
     log = EventLog.from_frame(frame, tmp_path / "log", time_unit="s")
     model = untrained(log, 1)
     refresh(model, log, tmp_path / "store")
-    with Scorer.open(model, tmp_path / "store") as scorer:
+    with Scorer.open(model, tmp_path / "store", backend="torch") as scorer:
         costs = []
         for user in lengths:
             scorer.score([user], [1, 2, 3])

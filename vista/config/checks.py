@@ -422,6 +422,17 @@ class Precision(Enum):
     bfloat16 = "bfloat16"
 
 
+class ScoringBackend(Enum):
+    """What computes the scores of requests."""
+
+    auto = "auto"
+    """The C++ library if it was built and can score the model, else torch."""
+    native = "native"
+    """The C++ library, which is for CPUs and float32."""
+    torch = "torch"
+    """PyTorch, which is the reference, and slower on CPUs."""
+
+
 class ExportFormat(Enum):
     """What runs an exported model without vista."""
 

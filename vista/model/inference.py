@@ -412,16 +412,22 @@ class UserTransitions:
         wanted = torch.from_numpy(counters.codes.padded()[0]).to(self.recent.device)
         return self.sums(wanted.clamp(min=0)).transpose(1, 2)[wanted >= 0]
 
-    def items(self) -> Int:
-        """Sorted model rows of the followers of all users' newest items."""
-        rows = np.unique(self.table.item[self.recent].cpu().numpy()).astype(np.int64)
-        known: Int = rows[rows != UNKNOWN_ITEM]
-        return known
-
     def select(self, users: slice) -> UserTransitions:
         """Those of some users."""
         whole = None if self.whole is None else self.whole[users]
         return UserTransitions(self.table, self.recent[users], whole)
+
+
+def follower_rows(model: RankingModel, tail: Int) -> list[Int]:
+    """Sorted model rows of the followers of each user's newest items; none for a model without transitions.
+
+    Args:
+        tail: as of `catalog_scores`.
+    """
+    if (table := model.transitions) is None:
+        return [np.zeros(0, np.int64)] * len(tail)
+    followers = table.item.cpu().numpy()[newest_first(tail).numpy()].astype(np.int64)
+    return [np.setdiff1d(of_user, [UNKNOWN_ITEM]) for of_user in followers]
 
 
 def transition_scores(users: Tensor, sums: Tensor) -> Tensor:

@@ -211,8 +211,8 @@ def _candidates(
         exclude_tail: whether to leave out the items of the user's tail too.
     """
     table, vectors = snapshot.retrieval_vectors(), snapshot.user_vectors(request)
-    counters, tail, candidates = request.counters, request.tail, []
-    transitions = snapshot.transitions(request)
+    counters, tail, nearest, of_users = request.counters, request.tail, [], []
+    followers = inference.follower_rows(snapshot.model, tail.item)
     for user in range(len(request)):
         own = own_tail = np.unique(tail.item[user][tail.valid[user]]).astype(np.int64)
         if counters is not None:
@@ -221,14 +221,15 @@ def _candidates(
         left_out = np.union1d(excluded, own_tail if exclude_tail else own_tail[:0])
         # The user's own items may be among the nearest, and the scores of counted items do not follow from distances.
         others = np.union1d(left_out, own)
-        nearest = index.nearest(table, vectors[user], count + len(others), allowed)
-        nearest = nearest[~np.isin(nearest, others)][:count]
-        if transitions is not None:
-            of_user = transitions.select(slice(user, user + 1))
-            found = np.setdiff1d(of_user.items(), others)
-            both = np.union1d(nearest, found if allowed is None else found[allowed[found]])
-            scores = snapshot.scores_of_others(vectors[user], of_user, both)
-            nearest = both[scores.topk(min(count, len(both))).indices.cpu().numpy()]
+        found = index.nearest(table, vectors[user], count + len(others), allowed)
+        found = found[~np.isin(found, others)][:count]
+        following = np.setdiff1d(followers[user], others)
+        nearest.append(np.union1d(found, following if allowed is None else following[allowed[following]]))
         own = own[(own != UNKNOWN_ITEM) & ~np.isin(own, left_out)]
-        candidates.append(np.union1d(nearest, own if allowed is None else own[allowed[own]]))
-    return candidates
+        of_users.append(own if allowed is None else own[allowed[own]])
+    if any(len(rows) > count for rows in nearest):
+        rows, offsets = np.concatenate(nearest), offsets_of(np.array([len(part) for part in nearest], np.int64))
+        scores = snapshot.ragged_scores(request, rows, offsets, [NEXT_TASK])[NEXT_TASK].numpy()
+        bounds = pairwise(offsets.tolist())
+        nearest = [_best(rows[first:stop], scores[first:stop], count)[0] for first, stop in bounds]
+    return [np.union1d(*parts) for parts in zip(nearest, of_users, strict=True)]

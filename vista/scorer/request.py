@@ -161,12 +161,34 @@ class RequestCounters(UserCounters):
             found = np.flatnonzero((key >= columns.start) & (key < columns.stop))
             return (cell[first:stop][found] >> 32) - users.start, key[found] - columns.start, found + first
         row = _rectangle(rows, users, columns)
-        wanted = cells_of(np.arange(users.start, users.stop)[:, None], row)
         if first == stop:
             return (np.zeros(0, np.int64),) * 3
+        count = users.stop - users.start
+        owner = np.repeat(np.arange(users.start, users.stop), row.shape[-1])
+        found, place = self.places(owner, np.broadcast_to(row, (count, row.shape[-1])).ravel())
+        user, column = np.divmod(found, row.shape[-1])
+        return user, column, place
+
+    def places(self, user: Int, row: Int) -> tuple[Int, Int]:
+        """Which of some pairs of user and model row, int64 [N] each, have a counted item, int64 [n], and its place in
+        `codes`, int64 [n]."""
+        cell, wanted = self.cells[0], cells_of(user, row)
+        if not len(cell):
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
         place = np.minimum(np.searchsorted(cell, wanted), len(cell) - 1)
-        user, column = np.nonzero(cell[place] == wanted)
-        return user, column, place[user, column]
+        found = np.flatnonzero(cell[place] == wanted)
+        return found, place[found]
+
+    def codes_of_pairs(self, user: Int, row: Int) -> tuple[Int, NDArray[np.uint8]]:
+        """Which of some pairs of user and model row, int64 [N] each, are counted, by item or category, int64 [n], and
+        their codes uint8 [n, G * F + 1] (`of_pairs`)."""
+        if not self.categories:
+            found, place = self.places(user, row)
+            return found, self._with_event_counts(self.codes.codes[place], user[found])
+        fields = zip((self.codes, *self.categories), self.cells, self.keys.of(row), strict=True)
+        codes = np.concatenate([one.at_cells(cells, cells_of(user, key)) for one, cells, key in fields], 1)
+        found = np.flatnonzero(codes[:, :: self.codes.spec.num_columns].any(1))
+        return found, self._with_event_counts(codes[found], user[found])
 
     def counted_pairs(self, users: slice, rows: Tensor | None, columns: slice) -> tuple[Int, Int, NDArray[np.uint8]]:
         """The candidates in a rectangle of which the item or a category is counted: user and column within it, int64
@@ -181,11 +203,9 @@ class RequestCounters(UserCounters):
         count = users.stop - users.start
         row = np.broadcast_to(row, (count, row.shape[-1])).ravel()
         owner = np.repeat(np.arange(users.start, users.stop), len(row) // count)
-        fields = zip((self.codes, *self.categories), self.cells, self.keys.of(row), strict=True)
-        codes = np.concatenate([one.at_cells(cells, cells_of(owner, key)) for one, cells, key in fields], 1)
-        found = np.flatnonzero(codes[:, :: self.codes.spec.num_columns].any(1))
+        found, codes = self.codes_of_pairs(owner, row)
         user, column = np.divmod(found, len(row) // count)
-        return user, column, self._with_event_counts(codes[found], owner[found])
+        return user, column, codes
 
     def of_items(self, rows: Int) -> NDArray[np.uint8]:
         """Codes uint8 [C, G * F + 1] of candidates int64 [C] for the first user (`of_pairs`)."""

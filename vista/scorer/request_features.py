@@ -215,7 +215,7 @@ class RequestProjections:
         values, dense = model.request_encoder.values, model.request_encoder.dense
         rows = values if dense is None else torch.cat([values, dense])
         self._dense_rows = np.arange(len(values), len(rows))
-        self._table = self._projected(rows) if len(rows) <= MAX_PREPARED_ROWS else None
+        self.table = self._projected(rows) if len(rows) <= MAX_PREPARED_ROWS else None
         """[R, 5M] of each value, then of each dense input; None if the encoder has too many."""
 
     @torch.inference_mode()
@@ -229,14 +229,14 @@ class RequestProjections:
         if features is None:
             assert self._model.request_features is not None
             features = self._model.request_features.missing(count)
-        if self._table is None:
+        if self.table is None:
             tiles = np.arange(-(-count // ROW_TILE) * ROW_TILE) % max(count, 1)  # repeated rows fill the last one
             assert self._model.request_encoder is not None
             return self._projected(self._model.request_encoder(features.select(tiles)))[:count]
         row = np.concatenate([features.entry, np.broadcast_to(self._dense_rows, features.dense.shape)], 1)
         weight = np.concatenate([np.ones(features.entry.shape, np.float32), features.dense], 1)
-        row_, weight_ = torch.from_numpy(row).to(self._table.device), torch.from_numpy(weight).to(self._table.device)
-        return F.embedding_bag(row_, self._table, mode="sum", per_sample_weights=weight_)
+        row_, weight_ = torch.from_numpy(row).to(self.table.device), torch.from_numpy(weight).to(self.table.device)
+        return F.embedding_bag(row_, self.table, mode="sum", per_sample_weights=weight_)
 
     def _projected(self, vectors: Tensor) -> Tensor:
         """[N, 5M] vectors [N, M], and their projections in the first layer of stage 2."""

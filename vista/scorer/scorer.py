@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.config.checks import OnMissing, Precision, choice_of
+from vista.config.checks import OnMissing, Precision, ScoringBackend, choice_of
 from vista.device import reuse_freed_memory
 from vista.errors import StoreError, VistaError
 from vista.log.vocabulary import Ids
@@ -158,6 +158,7 @@ class Scorer:
         precision: Precision | str = "float32",
         index: str | Path | None = None,
         project_per_request: bool = False,
+        backend: ScoringBackend | str = "auto",
     ) -> Scorer:
         """Open a model and the store that its summarizer wrote.
 
@@ -175,14 +176,26 @@ class Scorer:
             precision: of matrix products: float32, bfloat16, or auto (bfloat16 if the device multiplies it natively).
             index: the folder that `vista index` wrote for this model, for `retrieve`.
             project_per_request: compute projections of candidates in each call: less memory, more time.
+            backend: what computes scores: "native" (vista's C++ library, on CPUs in float32), "torch", or "auto" (the
+                library if it was built and can score the model, else torch; `Scorer.backend` tells).
 
         Raises:
             StoreError, CheckpointError, ItemIndexError: one of them is missing or damaged, or they do not match.
-            ValueError: on_missing, task or precision is not one of the allowed values; max_age_s is not positive.
+            ConfigError: backend is "native", and the library is missing or cannot score the model here.
+            ValueError: on_missing, task, precision or backend is not one of the allowed values; max_age_s is not
+                positive.
         """
         require_max_age(max_age_s)
-        dtype = choice_of(Precision, precision, "precision")
-        source = ServingSource(model, store, device, key, dtype, index, project_per_request)
+        source = ServingSource(
+            model,
+            store,
+            device,
+            key,
+            choice_of(Precision, precision, "precision"),
+            index,
+            project_per_request,
+            backend=choice_of(ScoringBackend, backend, "backend"),
+        )
         reuse_freed_memory()
         return cls(source, choice_of(OnMissing, on_missing, "on_missing"), task, max_age_s)
 
@@ -208,6 +221,11 @@ class Scorer:
     def store(self) -> StoreReader | ShardedReader:
         """The store in service; a `reload` that moves to another model closes it (`in_service` keeps it open)."""
         return self._current.store
+
+    @property
+    def backend(self) -> str:
+        """What computes the scores: "native, …", or "torch: …" with the reason."""
+        return self._current.backend
 
     @contextmanager
     def in_service(self) -> Iterator[ServingSnapshot]:

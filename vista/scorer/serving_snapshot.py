@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int, id_array, offsets_of
-from vista.config.checks import OnMissing, Precision
+from vista.config.checks import OnMissing, Precision, ScoringBackend
 from vista.counters.counters import MAX_CODE
 from vista.errors import ItemIndexError, RecordError, UnknownItemError, UnknownUserError, shown
 from vista.examples.item_spaces import Pooled
@@ -35,6 +35,7 @@ from vista.model.item_projections import ItemProjections
 from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
+from vista.scorer.native_scoring import NativeScoring, Pairs, native_scoring
 from vista.scorer.request import (
     MAX_IDS,
     NOW,
@@ -88,6 +89,7 @@ class ServingSnapshot:
         identity: of the model's export and of the index (`ServingSource`).
         checksum: of the model's config.json; None for a model that was not read from a folder.
         index: over the items, of this model; None without one.
+        backend: what computes scores.
         pairs_per_pass: pairs of user and candidate per pass through stage 2, so that its intermediates fit a cache for
             any request.
         cosines_per_pass: the same for the retrieval head, which computes only one product per candidate.
@@ -103,6 +105,7 @@ class ServingSnapshot:
         checksum: str | None = None,
         index: ItemIndex | None = None,
         *,
+        backend: ScoringBackend = ScoringBackend.auto,
         pairs_per_pass: int = 1024,
         cosines_per_pass: int = 65_536,
     ) -> None:
@@ -139,6 +142,12 @@ class ServingSnapshot:
             added, spec = model.candidate_head, model.counter_spec
             self._code_vectors = None if added is None or spec is None else added.of_each_code()
             """[G * F * 64, 5M] what each code of each column adds to the rows of `ItemProjections.candidate`."""
+        native = native_scoring(
+            backend, precision, model, items, self._time_projections, self._of_features, self._code_vectors
+        )
+        self._native = native if isinstance(native, NativeScoring) else None
+        self.backend = f"torch: {native}" if isinstance(native, str) else str(native)
+        """What computes the scores; of torch, also why."""
         # Weights are laid out at their first use. Use them here, so that forked workers share the result.
         none = np.zeros(0, np.int64)
         tail = pad_tail(model, none, none, none, np.zeros(2, np.int64))
@@ -286,6 +295,10 @@ class ServingSnapshot:
 
     def user_vectors(self, request: Request) -> Tensor:
         """User vectors of the retrieval head, float32 [B, M']."""
+        if self._native is not None:
+            vectors = self._native.run(request, user_vectors=True).user_vectors
+            assert vectors is not None
+            return torch.from_numpy(vectors)
         parts = [self._user_vectors(*self.context(part), part.pooled) for _, part in self._portions(request)]
         return torch.cat(parts) if parts else torch.empty(0, self.model.retrieval_dim, device=self.model.device)
 
@@ -294,12 +307,8 @@ class ServingSnapshot:
         items = self.retrieval_vectors()[UNKNOWN_ITEM + 1 :].cpu().numpy()
         vectors = self.user_vectors(request)
         scores: NDArray[np.float32] = (vectors / self.model.temperature).cpu().numpy() @ items.T
-        for users, part in self._portions(request):
-            if (transitions := self.transitions(part)) is not None:
-                sums = transitions.sums(range(UNKNOWN_ITEM + 1, UNKNOWN_ITEM + 1 + len(items)))
-                scores[users] += inference.transition_scores(vectors[users], sums).cpu().numpy()
-        rows, counted, offsets = self._counted_scores(request, vectors)
-        scores[np.repeat(np.arange(len(request)), np.diff(offsets)), rows - UNKNOWN_ITEM - 1] = counted
+        rows, of_rows, offsets = self.counted_items(request)
+        scores[np.repeat(np.arange(len(request)), np.diff(offsets)), rows - UNKNOWN_ITEM - 1] = of_rows
         return scores
 
     def counted_items(self, request: Request) -> tuple[Int, NDArray[np.float32], NDArray[np.int64]]:
@@ -313,44 +322,14 @@ class ServingSnapshot:
             ValueError: the model has no retrieval head.
         """
         self.retrieval_vectors()
-        vectors, transitions = self.user_vectors(request), self.transitions(request)
-        rows, scores, offsets = self._counted_scores(request, vectors)
-        if transitions is None:
-            return rows, scores, offsets
-        all_rows, all_scores, lengths = [rows[:0]], [scores[:0]], np.diff(offsets)
-        for user, (first, stop) in enumerate(pairwise(offsets.tolist())):
-            of_user = transitions.select(slice(user, user + 1))
-            others = np.setdiff1d(of_user.items(), rows[first:stop])
-            all_rows += rows[first:stop], others
-            all_scores += scores[first:stop], self.scores_of_others(vectors[user], of_user, others).cpu().numpy()
-            lengths[user] += len(others)
-        return np.concatenate(all_rows), np.concatenate(all_scores), offsets_of(lengths)
-
-    def scores_of_others(self, user: Tensor, transitions: UserTransitions, rows: Int) -> Tensor:
-        """Scores of `next` [n] of items that the counters of one user do not hold.
-
-        Args:
-            user: [M'] from `user_vectors`; transitions: of that user; rows: int64 [n].
-        """
-        wanted = torch.from_numpy(rows)
-        items = take(self.retrieval_vectors(), wanted, slice(1), slice(len(rows)))
-        scores = torch.mv(items, user / self.model.temperature)[: len(rows)]
-        return scores + inference.transition_scores(user[None], transitions.sums(wanted))[0]
-
-    def _counted_scores(self, request: Request, vectors: Tensor) -> tuple[Int, NDArray[np.float32], NDArray[np.int64]]:
-        """What `counted_items` returns of the items in the users' counters; vectors: [B, M'] from `user_vectors`."""
-        items, scores = self.retrieval_vectors()[UNKNOWN_ITEM + 1 :], [np.zeros(0, np.float32)]
-        if request.counters is None:
-            return np.zeros(0, np.int64), scores[0], np.zeros(len(request) + 1, np.int64)
-        for users, part in self._portions(request):
-            assert part.counters is not None
-            transitions = self.transitions(part)
-            counted = inference.counted_scores(
-                self.model, vectors[users], items, part.counters, transitions, part.pooled
-            )
-            scores.append(counted.cpu().numpy())
-        codes = request.counters.codes
-        return codes.key.astype(np.int64), np.concatenate(scores), codes.offsets
+        rows = inference.follower_rows(self.model, request.tail.item)
+        if (counters := request.counters) is not None:
+            bounds = pairwise(counters.codes.offsets.tolist())
+            rows = [np.union1d(rows[user], counters.codes.key[slice(*own)]) for user, own in enumerate(bounds)]
+        offsets = offsets_of(np.array([len(of_user) for of_user in rows], np.int64))
+        together = np.concatenate([np.zeros(0, np.int64), *rows]).astype(np.int64)
+        scores = self.ragged_scores(request, together, offsets, [NEXT_TASK])[NEXT_TASK]
+        return together, scores.numpy(), offsets
 
     def scores(
         self, request: Request, rows: Tensor | None, tasks: list[str], lengths: Int | None = None
@@ -367,6 +346,10 @@ class ServingSnapshot:
             lengths: [B] number of candidates per user, ascending; later columns are undefined.
         """
         count = len(self.model.items) + 1 if rows is None else rows.shape[-1]
+        if self._native is not None:
+            pairs = Pairs.of(None if rows is None else rows.numpy(), len(request), count)
+            flat = self._native.task_scores(request, pairs, tasks)
+            return {task: of_pairs.view(len(request), count) for task, of_pairs in flat.items()}
         scores = {task: torch.empty(len(request), count) for task in tasks}
         labeled = [task for task in tasks if task != NEXT_TASK]
         for users, part in self._portions(request):
@@ -395,6 +378,10 @@ class ServingSnapshot:
             request: of B users.
             rows: int64 model rows [B, C].
         """
+        if self._native is not None:
+            made = self._native.run(request, Pairs.of(rows.numpy(), *rows.shape), logits=True).logits
+            assert made is not None
+            return torch.from_numpy(made).view(*rows.shape, -1)
         logits = torch.empty(*rows.shape, len(self.model.schema.tasks))
         for users, part in self._portions(request):
             for cells, of_cells, _ in self._logits(
@@ -409,6 +396,8 @@ class ServingSnapshot:
         Users with similar numbers of candidates are scored together, so that the longest list does not determine time
         and memory.
         """
+        if self._native is not None:
+            return self._native.task_scores(request, Pairs(rows, offsets, False), tasks)
         lengths = np.diff(offsets)
         order = np.argsort(lengths, kind="stable")
         scores = {task: torch.empty(len(rows)) for task in tasks}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from vista.config.checks import IndexKind, Precision
+from vista.config.checks import IndexKind, Precision, ScoringBackend
 from vista.device import choose_precision, resolve_device
 from vista.errors import (
     CheckpointError,
@@ -51,6 +51,7 @@ class ServingSource:
     project_per_request: bool = False
     generation: int | None = None
     """Number of the store's generation to serve; None follows the published one."""
+    backend: ScoringBackend = ScoringBackend.auto
 
     def open(self) -> ServingSnapshot:
         """Open both. Opens them again if the model is replaced meanwhile, as by an export or `vista items add`.
@@ -89,7 +90,7 @@ class ServingSource:
         opened = self._opened_store(model.summarizer_id(), model.config.tail_len, model.schema, model.user_features)
         try:
             precision = choose_precision(self.precision, model.device)
-            return ServingSnapshot(model, items, opened, precision, identity, checksum, index)
+            return ServingSnapshot(model, items, opened, precision, identity, checksum, index, backend=self.backend)
         except BaseException:
             opened.close()
             raise
