@@ -185,7 +185,8 @@ def check_extras(config: DoctorConfig) -> Iterator[Finding]:
         else:
             yield Finding(extra, ", ".join(versions))
     compiler = next((path for name in COMPILERS if name and (path := shutil.which(name))), None)
-    yield Finding("C++ compiler", compiler or "none; only vista export format=aotinductor needs one")
+    needs = "none; vista export format=aotinductor needs one, and so did the C++ library when vista was installed"
+    yield Finding("C++ compiler", compiler or needs)
 
 
 def _requirements(extra: str) -> list[Requirement]:
@@ -622,6 +623,7 @@ def check_processor(config: DoctorConfig) -> Iterator[Finding]:
     """Its name, its instructions, and what vista makes of them."""
     import torch
 
+    from vista_kernels.cpp_backend.library import LibraryError, load
     from vista_kernels.processor import VARIABLE, processor
 
     capabilities = torch.cpu.get_capabilities()
@@ -641,6 +643,12 @@ def check_processor(config: DoctorConfig) -> Iterator[Finding]:
         "refresh wide models on a processor that has one of them"
     )
     yield _judged("precision=auto", f"{precision} ({chosen.name})", chosen.multiplies_bfloat16, advice)
+    try:
+        load()
+        yield Finding("C++ library", "built; it scores requests")
+    except LibraryError as error:
+        advice = f"requests on a CPU take about twice as long, because torch computes them: {error}"
+        yield Finding("C++ library", "none", Verdict.limited, advice)
 
 
 def check_threads(config: DoctorConfig) -> Iterator[Finding]:
