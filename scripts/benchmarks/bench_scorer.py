@@ -12,6 +12,8 @@ nothing is cached between calls.
   numbers of candidates and users, encoded beforehand.
 - counters: models with counters of 64 items per user, the default, against the same models without; and those with
   counters of a category too.
+- backends: the C++ library against torch, and against onnxruntime, which runs an export (`vista export`) over what the
+  store returns. Each has one thread, and its CPU time is measured.
 - features: models with eight features of items and four of requests, against the same models with ids alone.
 - recompute: the same scorer without a store, which reads and summarizes the history in the request, with bidirectional
   mixing: the paper without a cache.
@@ -26,6 +28,7 @@ Letters: B users, C candidates of each.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -34,6 +37,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import onnxruntime
 import torch
 
 from scripts.benchmarks.benchmark import BenchmarkRecorder, benchmark_parser, interleaved, recording
@@ -52,6 +56,8 @@ from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
 from vista.config.checks import Mixing, Precision
 from vista.device import choose_precision, keep_freed_memory, set_threads
+from vista.export.formats import ONNX_FILE, write_onnx
+from vista.export.serving_graph import ServingGraph, graph_inputs, request_arrays
 from vista.log.event_log import EventLog
 from vista.log.features import Column
 from vista.log.histories import RowFeatures
@@ -402,6 +408,54 @@ def bench_counters(
             )
 
 
+def bench_backends(recorder: BenchmarkRecorder, workload: ScorerWorkload, name: str) -> None:
+    """Compare requests of one user that the C++ library, torch, and onnxruntime score, from the look-up on."""
+    users: list[Any] = [1]
+    now = int(workload.log[1].timestamp[-1]) + 5000
+    with (
+        Scorer.open(workload.model_dir, workload.store, backend="native") as native,
+        Scorer.open(workload.model_dir, workload.store, backend="torch") as by_torch,
+        native.in_service() as snapshot,
+    ):
+        model = snapshot.model
+        export = recorder.folder / f"onnx-{workload}-{name}"
+        export.mkdir()
+        write_onnx(ServingGraph(model, snapshot.items), graph_inputs(model), export)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(export / ONNX_FILE, options, providers=["CPUExecutionProvider"])
+        names = {given.name for given in session.get_inputs()}
+        pool = native.encode(workload.candidates(NUM_CANDIDATES))
+
+        def by_onnx(output: str) -> Any:
+            stored = snapshot.store.get_many(users)
+            is_new = np.zeros(len(stored.tail.items), np.bool_)
+            arrays = request_arrays(model, stored, stored.tail, is_new, np.array([now]), pool.rows[None], {})
+            return session.run([output], {name: array for name, array in arrays.items() if name in names})[0]
+
+        for task, output in ((TASK, "logits"), (NEXT_TASK, NEXT_TASK)):
+            native.task = by_torch.task = task
+            calls = {
+                "native": partial(native.score, users, pool, now=now),
+                "torch": partial(by_torch.score, users, pool, now=now),
+                "onnx": partial(by_onnx, output),
+            }
+            expected = calls["torch"]()
+            given = calls["onnx"]()[0] if task == NEXT_TASK else 1 / (1 + np.exp(-calls["onnx"]()[0, :, 0]))
+            assert np.allclose(calls["native"](), expected, atol=1e-3) and np.allclose(given, expected, atol=1e-3)
+            rounds = 9 if recorder.quick else 41
+            timing = interleaved(calls, rounds=rounds, warmup=5, min_sample_s=0.01, clock=time.thread_time)
+            case = f"{workload}, {name}, {NUM_CANDIDATES} candidates, {task}: the C++ library against"
+            recorder.add_time(f"{case} torch", timing["native"], "ms", baseline=timing["torch"])
+            recorder.add_time(
+                f"{case} store and onnxruntime",
+                timing["native"],
+                "ms",
+                baseline=timing["onnx"],
+                bar="value <= baseline",
+            )
+
+
 def bench_features(recorder: BenchmarkRecorder, workload: ScorerWorkload, featured: ScorerWorkload) -> None:
     """Compare requests of models with and without features; both workloads have the same log and sizes."""
     with (
@@ -466,6 +520,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "features": untrained_with_features(log, **sizes),
                 }.items()
             )
+            bench_backends(recorder, ours, "ids")
+            bench_backends(recorder, counted, "counters")
             bench_counters(recorder, ours, counted, with_category, NUM_CANDIDATES)
             bench_features(recorder, ours, featured)
         for precision in precisions:
