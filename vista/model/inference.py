@@ -313,22 +313,12 @@ def user_vectors(
         pooled: float32 [B, J, r] from `pooled_vectors`; None for a model without.
         biases: `TargetAttention.query_biases` of queries that see the whole tail; None computes them.
     """
-    seen = torch.full((1,), model.config.tail_len, device=model.device)
-    tokens = request_tokens(model, context, gap)
-    outputs = model.target_attention.query(*tokens, None, seen, context, biases)
+    stage, seen = model.target_attention, torch.full((1,), model.config.tail_len, device=model.device)
+    # All rows of a tile are equal.
+    x = model.request_tokens(seen.expand(ROW_TILE), context)
+    tokens = stage.with_request(x, stage.layers[0].project(x), None if gap is None else gap.expand(-1, ROW_TILE, -1))
+    outputs = stage.query(*tokens, None, seen, context, biases)
     return model.retrieval_users(outputs, None if pooled is None else pooled.unsqueeze(1))[:, 0]
-
-
-@torch.inference_mode()
-def request_tokens(model: VistaModel, context: TargetContext, gap: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Request tokens [B, `ROW_TILE`, M] that see the whole tail, all equal, and their projections in layer 1 [..., 4M].
-
-    Args:
-        gap: [B, 1, M] from `request_gap`.
-    """
-    stage, seen = model.target_attention, torch.full((ROW_TILE,), model.config.tail_len, device=model.device)
-    x = model.request_tokens(seen, context)
-    return stage.with_request(x, stage.layers[0].project(x), None if gap is None else gap.expand(-1, ROW_TILE, -1))
 
 
 @torch.inference_mode()

@@ -356,17 +356,14 @@ class ServingSnapshot:
             wanted = np.full(len(part), count) if lengths is None else lengths[users]
             own = rows if rows is None or rows.ndim == 1 else rows[users]
             context, bucket = self.context(part)
-            vectors = None
             if labeled:
-                with_users = NEXT_TASK in tasks and wanted[0] > 0  # then all of them have candidates
-                for cells, logits, of_users in self._logits(part, context, bucket, own, wanted, with_users=with_users):
-                    vectors = of_users if vectors is None else vectors
+                for cells, logits in self._logits(part, context, bucket, own, wanted):
                     # The last bit of a float32 sigmoid depends on the position in a vector; float64 rounds it away.
                     probability = logits.double().sigmoid().float().cpu()
                     for task in labeled:
                         scores[task][users][cells] = probability[..., self.model.schema.tasks.index(task)]
             if NEXT_TASK in tasks:
-                vectors = self._user_vectors(context, bucket, part.pooled) if vectors is None else vectors
+                vectors = self._user_vectors(context, bucket, part.pooled)
                 for cells, cosine in self._next_scores(vectors, part, own, wanted):
                     scores[NEXT_TASK][users][cells] = cosine.cpu()
         return scores
@@ -384,9 +381,8 @@ class ServingSnapshot:
             return torch.from_numpy(made).view(*rows.shape, -1)
         logits = torch.empty(*rows.shape, len(self.model.schema.tasks))
         for users, part in self._portions(request):
-            for cells, of_cells, _ in self._logits(
-                part, *self.context(part), rows[users], np.full(len(part), rows.shape[1])
-            ):
+            wanted = np.full(len(part), rows.shape[1])
+            for cells, of_cells in self._logits(part, *self.context(part), rows[users], wanted):
                 logits[users][cells] = of_cells.cpu()
         return logits
 
@@ -469,9 +465,7 @@ class ServingSnapshot:
         bucket: Tensor | None,
         rows: Tensor | None,
         lengths: Int,
-        *,
-        with_users: bool = False,
-    ) -> Iterator[tuple[Cells, Tensor, Tensor | None]]:
+    ) -> Iterator[tuple[Cells, Tensor]]:
         """Ranges of users and columns, and their logits, float32 [users, columns, num_tasks].
 
         A range passes stage 2 as a matrix of queries. Each is the sum of an item, of what the request adds, and of what
@@ -480,15 +474,10 @@ class ServingSnapshot:
         Args:
             context: of the request, like `bucket` (`context`).
             rows: as in `scores`, like `lengths`.
-            with_users: with the first range, also give the user vectors [B, M']. All users must have candidates. The
-                users' tokens are queries of that range, which takes half as many operators as a pass of their own.
         """
         model, dim = self._scoring, self.model.config.dim
         assert model.task_head is not None
         of_requests = self._of_requests(request, bucket)
-        tokens = (
-            inference.request_tokens(model, context, self.model.encoder.gap_vectors(bucket)) if with_users else None
-        )
         for users, columns in rectangles(lengths, self._pairs_per_pass):
             some = context.select(users)
             vectors, projections = (
@@ -496,33 +485,25 @@ class ServingSnapshot:
             )
             count = vectors.shape[1]
             added = self._of_pairs(request, of_requests, users, columns.start, count)
-            shape = len(some.tail), count + (0 if tokens is None else ROW_TILE)
+            shape = len(some.tail), count
             x = torch.empty(*shape, dim, device=model.device)
             own = torch.empty(*shape, 4 * dim, dtype=some.keys[0].dtype, device=model.device)
             # Copy, convert, and add in one pass.
-            torch.add(vectors, 0.0 if added is None else added[..., :dim], out=x[:, :count])
-            torch.add(projections, 0.0 if added is None else added[..., dim:], out=own[:, :count])
-            if tokens is not None:
-                x[:, count:], own[:, count:] = tokens
+            torch.add(vectors, 0.0 if added is None else added[..., :dim], out=x)
+            torch.add(projections, 0.0 if added is None else added[..., dim:], out=own)
             counted = None
             if request.counters is not None:
                 counted = request.counters.counted_pairs(users, rows, columns)
                 self._add_counters(x, own, *counted)
-            outputs = model.target_attention.query(x, own, None, self._seen, some, self._biases)
-            logits = model.task_head(outputs)
+            logits = model.task_head(model.target_attention.query(x, own, None, self._seen, some, self._biases))
             if request.pooled is not None:
                 candidates = tiles(rows, users, columns).to(model.device)
-                logits[:, :count] += self._of_head(request.pooled[users], candidates, counted)
+                logits += self._of_head(request.pooled[users], candidates, counted)
             elif counted is not None and len(counted[2]):
                 user, column, codes = counted
-                index = torch.from_numpy(user * shape[1] + column).to(model.device)
+                index = torch.from_numpy(user * count + column).to(model.device)
                 logits.view(-1, logits.shape[-1]).index_add_(0, index, inference.counter_logits(model, codes))
-            of_users = None
-            if tokens is not None:
-                pooled = None if request.pooled is None else request.pooled[users].unsqueeze(1)
-                of_users = model.retrieval_users(outputs[:, -ROW_TILE:].contiguous(), pooled)[:, 0]
-                tokens = None
-            yield (users, columns), logits[:, : columns.stop - columns.start], of_users
+            yield (users, columns), logits[:, : columns.stop - columns.start]
 
     def _of_requests(self, request: Request, bucket: Tensor | None) -> Tensor | None:
         """[B, 1, 5M] what times and features of requests add to items; None if the model reads neither.
