@@ -204,11 +204,8 @@ def test_models_that_it_cannot_score_are_left_to_torch(impression_log: EventLog,
         assert scorer.backend.startswith("native, vectors of ")
     with Scorer.open(model, tmp_path / "store", precision="bfloat16") as scorer:
         assert scorer.backend == "torch: the C++ library multiplies float32, and precision=bfloat16"
-    config = replace(model.config, target_attention=TargetAttentionKind.quasi_linear)
-    reading = VistaModel(config, model.schema, model.items, model.data).eval()
-    refresh(reading, impression_log, tmp_path / "reading")
-    with pytest.raises(ConfigError, match="backend=native: the C\\+\\+ library lacks target_attention=quasi_linear"):
-        Scorer.open(reading, tmp_path / "reading", backend=ScoringBackend.native)
+    with pytest.raises(ConfigError, match="backend=native: the C\\+\\+ library multiplies float32"):
+        Scorer.open(model, tmp_path / "store", precision="bfloat16", backend=ScoringBackend.native)
     config = replace(model.config, dim=28, num_heads=14)
     odd = VistaModel(config, model.schema, model.items, model.data).eval()
     refresh(odd, impression_log, tmp_path / "odd")

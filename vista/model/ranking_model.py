@@ -316,7 +316,7 @@ class RankingModel(nn.Module):
         if "item_rates" in self._buffers and set(tasks) <= set(labels) and self.item_rates.any():
             new["item_rates"] = rates[:, [labels.index(task) for task in tasks]]
         for name, values in new.items():
-            other._buffers[name] = torch.from_numpy(np.array(values)).to(self.device)
+            other._buffers[name] = torch.from_numpy(np.array(values, order="C")).to(self.device)
         return other
 
     @property

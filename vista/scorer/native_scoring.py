@@ -100,8 +100,6 @@ class NativeScoring:
         Raises:
             LibraryError: the library is missing, or lacks this kind of model; the message says why.
         """
-        if model.target_attention.reads:
-            raise LibraryError("the C++ library lacks target_attention=quasi_linear")
         self._model = model
         self._native = ScoringModel(scoring_plan(model, _array(code_vectors)))
         self._candidates, self._retrieval = _array(items.candidate), _array(items.retrieval)

@@ -19,8 +19,9 @@ from vista.arrays import Int, offsets_of
 from vista.config.checks import OnMissing
 from vista.errors import DeadlineError
 from vista.log.vocabulary import Vocabulary
+from vista.model import inference
 from vista.model.item_index import ItemIndex
-from vista.model.ranking_model import UNKNOWN_ITEM
+from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
 from vista.scorer.request import (
     MAX_SCORES,
     Request,

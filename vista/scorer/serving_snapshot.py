@@ -110,7 +110,7 @@ class ServingSnapshot:
         cosines_per_pass: int = 65_536,
     ) -> None:
         sizes = partial(ServingSnapshot, pairs_per_pass=pairs_per_pass, cosines_per_pass=cosines_per_pass)
-        self._again = partial(sizes, model, items, store, precision, identity, checksum, index)
+        self._again = partial(sizes, model, items, store, precision, identity, checksum, index, backend=backend)
         values = store.item_values()
         self.items_digest = "" if values is None else values.digest
         """Of the values of items in service (`Manifest.items_digest`)."""
