@@ -1,7 +1,8 @@
 """Builds the documentation site into build/site and refuses broken links: `python -m docs.build_site`, or `make docs`.
 
 The pages are put together in build/docs: those of docs/, the generated reference, the notebooks, and kernels/README.md.
-Files of the repository that a page links to become part of the site.
+Design notes, result rows, and the research log stay in the repository. Files of the repository that a page links to
+become part of the site.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from docs.notebook_pages import NOTEBOOKS, notebook_pages, page_of_notebook
 ROOT = Path(__file__).resolve().parent.parent
 PAGES_ELSEWHERE = {"kernels/README.md": "explanation/kernels.md"}
 """Pages of the site that are not in docs/, and their path there."""
+NOT_ON_SITE = ("design/", "results/", "research-log.md")
+"""What the site leaves out, below docs/."""
 FILES = "repository"
-"""Folder of the site with the files of the repository that pages link to. They end in .txt, so a browser shows them."""
+"""Folder of the site with the files of the repository that pages link to. All but images end in .txt, so that a browser
+shows them."""
 
 
 class SiteError(Exception):
@@ -57,8 +61,11 @@ def stage(root: Path, generated: Mapping[str, str]) -> None:
     """Put the site's pages together in build/docs."""
     staged = root / "build" / "docs"
     shutil.rmtree(staged, ignore_errors=True)
-    shutil.copytree(root / "docs", staged, ignore=shutil.ignore_patterns("*.py", "__pycache__", ".ipynb_checkpoints"))
+    left_out = [name.rstrip("/") for name in NOT_ON_SITE]
+    ignored = shutil.ignore_patterns("*.py", "__pycache__", ".ipynb_checkpoints", *left_out)
+    shutil.copytree(root / "docs", staged, ignore=ignored)
     sources = {path: path.relative_to(root / "docs").as_posix() for path in (root / "docs").rglob("*.md")}
+    sources = {path: name for path, name in sources.items() if not name.startswith(NOT_ON_SITE)}
     sources |= {root / source: name for source, name in PAGES_ELSEWHERE.items()}
     texts = {name: _staged_text(root, path, name) for path, name in sources.items()}
     for name, text in {**texts, **generated}.items():
@@ -82,7 +89,7 @@ def _staged_link(root: Path, page: Path, name: str, link: re.Match[str]) -> str:
     if not parts.path or not path.is_relative_to(root.resolve()) or path.is_dir():
         return link[0]
     source = path.relative_to(root.resolve()).as_posix()
-    if source.startswith("docs/"):
+    if source.startswith("docs/") and not source.removeprefix("docs/").startswith(NOT_ON_SITE):
         there = source.removeprefix("docs/")
         if there.startswith(f"{NOTEBOOKS}/"):
             there = page_of_notebook(there)
@@ -91,7 +98,7 @@ def _staged_link(root: Path, page: Path, name: str, link: re.Match[str]) -> str:
     elif not path.exists():
         return link[0]
     else:
-        there = f"{FILES}/{source}.txt"
+        there = f"{FILES}/{source}" if path.suffix == ".png" else f"{FILES}/{source}.txt"
         copy = root / "build" / "docs" / there
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)

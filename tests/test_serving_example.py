@@ -29,7 +29,8 @@ def test_the_commands_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     first = next(block for block in blocks if block.language == "python")
     subprocess.run([sys.executable, "-c", first.code], cwd=tmp_path, env=environment(), check=True, capture_output=True)
     unrun = [place for place, block in enumerate(blocks) if block.no_run == "runs until stopped"]
-    console, *clients = unrun
+    console, *others = unrun
+    clients = [place for place in others if blocks[place].language == "python"]
     assert len(clients) == 2
     serve, *requests = re.split(r"^\$ ", blocks[console].code, flags=re.MULTILINE)[1:]
     words = serve.split()

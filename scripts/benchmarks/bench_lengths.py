@@ -5,8 +5,7 @@
 Histories have 200 to 64,000 simulated events; a request has 500 candidates, on one thread, in float32. VISTA answers
 through the scorer from an int8 store. Baselines read the raw history from the memory-mapped log in each request and
 cache nothing between requests. The models are those of scripts/experiments/tables with random weights; they
-alternate over the same users. scripts/experiments/reproduce.py measures their quality, and plots.py in that
-folder plots both.
+alternate over the same users. scripts/experiments/reproduce.py measures their quality.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python -m scripts.benchmarks.bench_neighbors
 
-README.md's first example, `vista train`, and `vista score` run in processes of their own, alone and next to one endless
-loop per core, in alternation. No thread settings are given. The fair share of each command is then half of the cores,
-so twice the time is the goal. Run it on an idle machine: the load average is printed, because every other process that
-computes brings the ratio closer to 1.
+The first example of docs/guides/serve.md, `vista train`, and `vista score` run in processes of their own, alone and
+next to one endless loop per core, in alternation. No thread settings are given. The fair share of each command is then
+half of the cores, so twice the time is the goal. Run it on an idle machine: the load average is printed, because every
+other process that computes brings the ratio closer to 1.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from vista.threads import NUM_THREADS, WAIT_POLICY
 
 ROOT = Path(__file__).resolve().parents[2]
 BAR = "value <= 2.5 * baseline"
-SPLIT = ("data.split=time", "data.validation_from=2024-04-01", "data.test_from=2024-04-06")
-TRAIN = ("train", "data.path=data/first", *SPLIT, "run_dir=runs/second", "resume=false", "data.tokens_per_batch=2048")
-SCORE = ("score", "model=runs/first/best", "store=stores/first", "users=[0]", "now=2024-04-12")
-CANDIDATES = "candidates=[garden-11,music-12,travel-13]"
+SPLIT = ("data.split=time", "data.validation_from=2026-01-02T06:00", "data.test_from=2026-01-02T09:00")
+TRAIN = ("train", "data.path=data/mine", *SPLIT, "run_dir=runs/second", "resume=false", "data.tokens_per_batch=2048")
+SCORE = ("score", "model=runs/mine/best", "store=stores/mine", "users=[anna0]", "now=2026-01-03")
+CANDIDATES = "candidates=[sku-1,sku-2,sku-3]"
 
 
-def first_example(epochs: int | None) -> str:
-    """The first Python block of README.md, with another number of epochs if one is given."""
-    found = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def first_example() -> str:
+    """The first Python block of docs/guides/serve.md: a log, a model, and a store."""
+    page = (ROOT / "docs" / "guides" / "serve.md").read_text(encoding="utf-8")
+    found = re.search(r"```python\n(.*?)```", page, re.DOTALL)
     assert found is not None
-    return found[1] if epochs is None else re.sub(r"\bepochs=\d+", f"epochs={epochs}", found[1])
+    return found[1]
 
 
 def run(folder: Path, *words: str) -> None:
@@ -76,9 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run all cases; returns the exit status."""
     with recording("neighbors", __doc__, arguments) as recorder:
         print(f"load average of this machine: {os.getloadavg()[0]:.1f} on {usable_cores()} cores")
-        folder, code = recorder.folder, first_example(1 if recorder.quick else None)
+        folder, code = recorder.folder, first_example()
         cases = {  # The first one leaves the log, the model, and the store of the others.
-            "README.md's first example": partial(run_first_example, folder, code),
+            "first example of serve.md": partial(run_first_example, folder, code),
             "vista train, two epochs": partial(run, folder, "-m", "vista.cli", *TRAIN, "optim.epochs=2"),
             "vista score, three candidates": partial(run, folder, "-m", "vista.cli", *SCORE, CANDIDATES),
         }

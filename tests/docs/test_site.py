@@ -51,12 +51,14 @@ def root(tmp_path: Path) -> Path:
             "kernels/kernel.py": "",
             "docs/figure.svg": "<svg xmlns='http://www.w3.org/2000/svg'/>",
             "docs/index.md": "# Home\n\n## A & `B`\n\n[first](guides/first.md#the_end), ![figure](figure.svg) "
-            "[notebook](notebooks/one.ipynb)\n",
+            "[notebook](notebooks/one.ipynb) [rows](results/rows.md) ![chart](results/chart.png)\n",
             "docs/notebooks/one.ipynb": json.dumps({"cells": NOTEBOOK}),
             "docs/guides/first.md": "# First\n\n[home](../index.md#a--b) [made](../reference/made.md#part)\n"
             "[small][s] [kernels](../../kernels/README.md#measured) [away](https://example.org)\n\n"
             "[s]: ../../conf/small.yaml\n\n"
             "```python no-run: needs a GPU\nnames[name](no_link)\n```\n\n`names[name](no_link)`\n\n## The_end\n",
+            "docs/results/rows.md": "# Rows\n",
+            "docs/results/chart.png": "",
             "docs/build.py": "",
             "docs/site.css": "",
         },
@@ -74,6 +76,9 @@ def test_a_site_without_broken_links_is_built(root: Path) -> None:
     assert 'href="../explanation/kernels.html#measured"' in first
     assert (site / "repository" / "conf" / "small.yaml.txt").read_text() == "dim: 8\n"
     assert 'href="../repository/kernels/kernel.py.txt"' in (site / "explanation" / "kernels.html").read_text()
+    home = (site / "index.html").read_text()
+    assert 'href="repository/docs/results/rows.md.txt"' in home and 'src="repository/docs/results/chart.png"' in home
+    assert not (site / "results").exists()
     assert "no-run" not in first and "language-python" in first
     assert not list(site.rglob("*.py"))
     assert 'href="notebooks/one.html"' in (site / "index.html").read_text()

@@ -1,4 +1,4 @@
-"""The recipes for Spark and Feast in docs/guides/ray-spark-feast.md, whose code runs as the page shows it.
+"""The recipes for Spark and Feast in docs/guides/refresh-every-night.md, whose code runs as the page shows it.
 
 `make test-recipes` installs both packages in an environment of its own and runs the tests marked `recipes`.
 """
@@ -27,7 +27,7 @@ from vista.store.reader import open_store
 ROOT = Path(__file__).parents[2]
 CODE = [
     block
-    for block in blocks_of(ROOT / "docs" / "guides" / "ray-spark-feast.md")
+    for block in blocks_of(ROOT / "docs" / "guides" / "refresh-every-night.md")
     if block.language == "python" and "RayEngine" not in block.code
 ]
 USERS = list(range(60))
@@ -54,8 +54,8 @@ def page(tmp_path, monkeypatch):
     """Names of the page's code after its first block, in a folder that also has the store of the Ray recipe."""
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {"__name__": "__main__"}
-    run(names, "EventLog.from_frame")
-    refresh(names["model"], names["log"], "stores/shop")
+    run(names, 'EventLog.from_frame(frame, "data/ray"')
+    refresh(names["model"], names["log"], "stores/ray")
     return names
 
 
@@ -65,7 +65,7 @@ def check_shards(page: dict[str, Any]) -> None:
         shard = Shard(index, page["NUM_SHARDS"])
         refresh(page["model"], page["log"], "stores/local", shard=shard, created_at=page["STARTED_MS"])
         assert contents(shard.path("stores/spark")) == contents(shard.path("stores/local"))
-    with open_store("stores/spark") as sharded, StoreReader.open("stores/shop") as whole:
+    with open_store("stores/spark") as sharded, StoreReader.open("stores/ray") as whole:
         assert sorted(sharded.keys()) == sorted(whole.keys()) == USERS
         np.testing.assert_allclose(sharded.get_many(USERS).summary, whole.get_many(USERS).summary, atol=2e-2)
 
@@ -108,7 +108,7 @@ def test_the_spark_recipe(local_spark, page, capsys):
 def test_the_feast_recipe(page, monkeypatch):
     need("feast")
     run(page, "StoreReader.open", "FeatureView(")
-    with Scorer.open("runs/shop/best", "stores/shop") as scorer:
+    with Scorer.open("runs/ray/best", "stores/ray") as scorer:
         stored = scorer.store.get_many(USERS)
         assert page["online"].tobytes() == stored.summary[3:5].tobytes()
         assert page["answer"]["event_count"] == stored.event_count[3:5].tolist()

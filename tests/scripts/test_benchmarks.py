@@ -214,7 +214,7 @@ CASES = {
     "index": ["20,000 items, ivfpq: recall@100", "20,000 items, hnsw: CPU time of a query, against a scan of 32"],
     "ingest": ["ingest of 20,000 events, ratings.dat", "ids and times only: events per CPU second"],
     "lengths": ["200 events: vista", "1,000 events: twin"],
-    "neighbors": ["README.md's first example, busy cores", "vista train, two epochs, busy", "vista score, three"],
+    "neighbors": ["first example of serve.md, busy cores", "vista train, two epochs, busy", "vista score, three"],
     "scorer": [
         "a user of 20,000 events against one of 200",
         "32 users x 100 candidates, float32: times over its roofline",

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import signal
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from scripts.benchmarks.benchmark import BenchmarkRecorder
 from scripts.experiments import plots, reproduce
 from scripts.experiments.results import changed_settings, markdown_table, read_results
 from scripts.experiments.table_run import PLAN, recorded_config, train_config
@@ -19,7 +17,6 @@ from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.table import BOTH, COUNTING_BASELINES, K0, ORACLE, Table, TableLine, TableRow
 from tests.conftest import ratings_folder
 from vista.config.checks import Codec
-from vista.errors import DataError
 from vista.log.splits import parse_time
 from vista.model.features import Schema
 from vista.model.summarizer import Stage1Config
@@ -102,21 +99,10 @@ def test_a_simulated_table(
     assert all(metrics["request ms"] > 0 for metrics in costs.values())
     assert costs["vista 1"]["refresh ms/user"] > 0 and "refresh ms/user" not in costs["din 1"]
     assert str(tmp_path) not in json.dumps(lines)
-    plot = partial(plots.plot_lengths, tmp_path / "results", {"tiny": 200, "length-1k": 1_000})
-    with pytest.raises(DataError, match=r"bench_lengths.jsonl does not exist; run scripts\.benchmarks\.bench_lengths"):
-        plot()
-    recorder = BenchmarkRecorder("lengths", out=tmp_path / "results" / "bench_lengths.jsonl")
-    measured = {
-        f"200 events: {name}": recorder.add(f"200 events: {name}", 7.0, "ms")["value"] for name in ("vista", "din")
-    }
-    plot().savefig(tmp_path / "lengths.png")
+    plots.plot_lengths(tmp_path / "results", {"tiny": 200, "length-1k": 1_000}).savefig(tmp_path / "lengths.png")
     assert (tmp_path / "lengths.png").stat().st_size > 10_000
     qualities = plots.qualities_of(read_results(tmp_path / "results" / "tiny.jsonl"))
-    points = plots.points_of(200, qualities, measured)
-    assert points.keys() == {"vista", "din"} and points["din"] == (7.0, costs["din 1"]["auc/click"])
-    tuned = {"sim-tuned": 0.7, "twin": 0.5, "twin-tuned": 0.6, "sasrec": 0.4}
-    costs_ms = {"200 events: sim": 1.0, "200 events: twin": 2.0}
-    assert plots.points_of(200, tuned, costs_ms) == {"sim": (1.0, 0.7), "twin": (2.0, 0.6)}
+    assert {"oracle", "vista", "din"} <= qualities.keys() and qualities["din"] == costs["din 1"]["auc/click"]
     table = tmp_path / "results" / "tiny.jsonl"
     assert table.with_suffix(".md").read_text() == markdown_table(read_results(table))
     before = table.read_bytes()

@@ -284,35 +284,20 @@ def test_an_interrupted_run_names_both_commits(
     assert RowOrigin(2.0).fields().keys() == {"commit", "hardware", "seconds"}
 
 
-MINUTES_TABLE = "newcomer-ml-latest-small"
-
-
-def minutes_line(model: str, **values: Any) -> str:
-    fields = {
-        "table": MINUTES_TABLE,
-        "data": "ml-latest-small",
-        "model": model,
-        "seed": 1,
-        "config": {},
-        "command": "c",
-    }
-    return json.dumps({**fields, "commit": "c", "hardware": {}, "seconds": 1.0, "metrics": {"ndcg@10": 0.1}, **values})
+def length_line(model: str, auc: float) -> str:
+    fields = {"table": "length-1k", "data": "simulation", "model": model, "seed": 1, "config": {}, "command": "c"}
+    rest = {"commit": "c", "hardware": {}, "seconds": 1.0, "metrics": {"auc/click": auc}}
+    return json.dumps({**fields, **rest})
 
 
 @pytest.mark.research
-def test_curves_become_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["minutes", "--results", str(tmp_path), "--out", str(tmp_path / "minutes.png")]
-    (tmp_path / f"{MINUTES_TABLE}.jsonl").write_text(minutes_line("popularity") + "\n")
+def test_lengths_become_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--results", str(tmp_path), "--out", str(tmp_path / "lengths.png")]
     assert plots.main(words) == 1
-    assert "has a curve; run scripts.experiments.reproduce ml-1m-20min or newcomer-cj or " in capsys.readouterr().err
-    (tmp_path / f"{MINUTES_TABLE}.jsonl").write_text("{}\n")
+    assert "has auc/click; run scripts.experiments.reproduce length-1k" in capsys.readouterr().err
+    (tmp_path / "length-1k.jsonl").write_text("{}\n")
     assert plots.main(words) == 1 and "line 1: result: missing keys" in capsys.readouterr().err
-    curves = [
-        minutes_line("vista", curve=[[60, 0.1], [120, 0.2]]),
-        minutes_line("hstu", curve=[[60, 0.05]]),
-        minutes_line("popularity"),
-    ]
-    curves += [minutes_line(f"RecTools {model}", curve=[[60, 0.1]]) for model in ("SASRec", "HSTU")]
-    (tmp_path / f"{MINUTES_TABLE}.jsonl").write_text("\n".join(curves) + "\n")
-    assert plots.main(words) == 0
-    assert (tmp_path / "minutes.png").read_bytes().startswith(b"\x89PNG")
+    lines = [length_line("vista", 0.8), length_line("sim", 0.5), length_line("sim-tuned", 0.7)]
+    (tmp_path / "length-1k.jsonl").write_text("\n".join(lines) + "\n")
+    assert plots.main(words) == 0 and (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert plots.qualities_of(read_results(tmp_path / "length-1k.jsonl")) == {"vista": 0.8, "sim": 0.7}

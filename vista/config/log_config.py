@@ -418,7 +418,7 @@ class SimulateConfig(Seeded):
     out: str = "data/simulated"
     """Folder for events.parquet, impressions.parquet, and items.parquet, which `vista prepare` reads."""
     world: WorldName = WorldName.share
-    """What decides a click (docs/explanation/simulation.md). Only share has the tasks like and long_view."""
+    """What decides a click (docs/design/simulation.md). Only share has the tasks like and long_view."""
     num_users: int = 400
     """Number of users."""
     events_per_user: int = 4000

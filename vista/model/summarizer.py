@@ -1,4 +1,4 @@
-"""Stage 1: a user's history into K summary tokens (VISTA, section on UIH summarization; docs/explanation/design.md).
+"""Stage 1: a user's history into K summary tokens (VISTA, section on UIH summarization; docs/design/decisions.md).
 
 Letters: T packed events, B histories, NC cuts, S seeds, L layers, H heads, D head dim, M model dim.
 
@@ -117,7 +117,7 @@ class Stage1Config:
         return "length" if self.mixing is Mixing.separable else "none"
 
 
-# States of separable mixing: sums over events that append, merge and forget (docs/explanation/design.md).
+# States of separable mixing: sums over events that append, merge and forget (docs/design/decisions.md).
 #
 # Letters: N histories, L layers, H heads, D head dim.
 #

@@ -1,4 +1,4 @@
-"""Cores, machines, disk, memory, and network of a deployment (docs/explanation/scale.md)."""
+"""Cores, machines, disk, memory, and network of a deployment (docs/design/scale.md)."""
 
 from __future__ import annotations
 

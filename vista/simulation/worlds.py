@@ -543,7 +543,7 @@ def _put_cues(rng: Generator, catalog: Catalog, offsets: Int, item: NDArray[np.i
 # World `share`: a click depends on how much of the user's whole history is about the candidate's topic.
 #
 # A few slow interests take turns, so those that are dormant do not occur among the newest events.
-# docs/explanation/simulation.md has the formula and the reference figures.
+# docs/design/simulation.md has the formula and the reference figures.
 
 RECENT_EVENTS = 32
 """Number of newest events that `recent_match` counts."""

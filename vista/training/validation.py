@@ -414,7 +414,7 @@ WITH_COUNTERS = (
     "train longer if the run has fewer than 1,000 steps (optim.epochs), or add time constants (model.counter_days, "
     "model.counter_events)"
 )
-"""What to change (docs/guides/choose-settings.md)."""
+"""What to change (docs/guides/train.md)."""
 
 
 def compare_with_baselines(progress: Progress, validation: Validation, *, counts: bool) -> None:

@@ -201,7 +201,7 @@ TABLES = {
 
 
 def length_case(length: int, row: str) -> str:
-    """Case of bench_lengths.py for a row's request; plots.py finds it by this name."""
+    """Case of bench_lengths.py for a row's request."""
     return f"{length:,} events: {row}"
 
 

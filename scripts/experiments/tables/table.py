@@ -94,7 +94,7 @@ class Table:
     validation: bool = False
     """Whether to report the validation metrics of the exported pass, by which a row is chosen."""
     curve: bool = False
-    """Whether a line lists the validations of its run, for `scripts.experiments.plots`."""
+    """Whether a line lists the validations of its run."""
     windows: bool = False
     """Whether to measure the window after a question (`vista evaluate target=window`), on validation and test, instead
     of next items and impressions on test. With optim.validate_every=0, each part is answered by a model that is trained

@@ -128,7 +128,7 @@ def test_passwords(start_server, build, monkeypatch, caplog):
 
 
 def test_a_new_password(start_server, build, monkeypatch):
-    """As docs/guides/rotate-keys.md describes: the server accepts both for a while, and open connections stay."""
+    """As docs/guides/operate.md describes: the server accepts both for a while, and open connections stay."""
     server = start_server()
     build.write_store(server.url())
     server.command("ACL", "SETUSER", "default", "resetpass", ">old-one")

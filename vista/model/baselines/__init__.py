@@ -1,1 +1,1 @@
-"""Baselines, one file each, trained and measured by the same harness as VISTA (docs/explanation/models.md)."""
+"""Baselines, one file each, trained and measured by the same harness as VISTA (docs/design/models.md)."""
