@@ -197,7 +197,7 @@ def small_config(log: EventLog, run_dir: str | Path, **changes: Any) -> TrainCon
             tail_len=6,
             dropout=0.1,
             temperature=0.05,
-            counters=False,
+            counter_keys=[],
             # Epoch 0 is often the best epoch of so small a run, and then there is nothing that attention does.
             pooled_dim=0,
         ),

@@ -213,12 +213,12 @@ def recomputed_summaries(workload: ScorerWorkload, precision: Precision) -> Call
 
 def untrained_with_category(log: EventLog, *, dim: int, num_seeds: int) -> VistaModel:
     """`untrained` with counters of items and of a category, which every item has."""
-    plain = untrained(log, dim=dim, num_seeds=num_seeds, counters=True)
+    plain = untrained(log, dim=dim, num_seeds=num_seeds, counter_keys=["item"])
     codes = np.random.default_rng(0).integers(0, NUM_VALUES, log.num_items).astype(np.int32)
     values = Vocabulary.from_ids([f"value {number}" for number in range(NUM_VALUES)])
     column = Column(codes, values, np.arange(log.num_items + 1))
     columns = [FeatureSpec.of("category", column)]
-    config = replace(plain.config, counter_categories=["category"])
+    config = replace(plain.config, counter_keys=["item", "category"])
     model = VistaModel(config, replace(plain.schema, item_features=columns), log.items, DataConfig()).eval()
     model.set_item_features(ItemFeatureTable.of({"category": column}, columns))
     return model
@@ -377,7 +377,7 @@ def bench_counters(
     ):
         users, ids = [user], workload.candidates(num_candidates)
         codes = ours.store.get_many(users).counters[0]
-        assert len(codes.key) == counted.model.config.counter_keys
+        assert len(codes.key) == counted.model.config.num_counters
         # A tenth of the candidates are counted.
         had = counted.model.items.ids(codes.key[: num_candidates // 10].astype(np.int64) - 1)
         ids = np.concatenate([had, np.setdiff1d(ids, had)])[:num_candidates]
@@ -515,7 +515,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ScorerWorkload.make(model, log, folder / name)
                 for name, model in {
                     "ids": untrained(log, **sizes),
-                    "counters": untrained(log, **sizes, counters=True),
+                    "counters": untrained(log, **sizes, counter_keys=["item"]),
                     "category": untrained_with_category(log, **sizes),
                     "features": untrained_with_features(log, **sizes),
                 }.items()

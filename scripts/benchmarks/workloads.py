@@ -66,7 +66,7 @@ def untrained(
     mixing: Mixing = Mixing.separable,
     num_layers: int = 2,
     tail_len: int = 32,
-    counters: bool = False,
+    counter_keys: Sequence[str] = (),
     seed: int = 1,
 ) -> VistaModel:
     """A model for this log with one labeled task and random weights, in eval mode.
@@ -81,7 +81,7 @@ def untrained(
         num_layers=num_layers,
         conv_width=3 if mixing is Mixing.separable else 1,
         tail_len=tail_len,
-        counters=counters,
+        counter_keys=[*counter_keys],
     )
     return VistaModel(config, Schema(list(log.actions), log.has_time, None, [TASK]), log.items, DataConfig()).eval()
 

@@ -45,7 +45,7 @@ OF_ROW_FEATURES = ("tail_features", "hashed_features")
 UNTRAINED_SEED = 0
 PLANNED = {
     "data": ("exclude_seen", "num_negatives", "tokens_per_batch"),
-    "model": ("counters", "temperature"),
+    "model": ("counter_keys", "temperature"),
     "optim": ("epochs", "warmup_steps", "next_weight", "window_weight"),
 }
 """Settings that `vista.training.run_plan.plan_run` decides where they are null."""
@@ -211,10 +211,8 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
         settings = baseline_settings(row.untrained, asked_horizons(EvaluateConfig(target=target)))
         return recorded | ({"baseline": settings} if settings else {})
     unread = {*OF_ROW_FEATURES, "ignore"}
-    if config.model.counters is False:
+    if config.model.counter_keys == []:
         unread.add("counted_dropout")
-    if not values["model"].get("counter_categories"):
-        unread.add("counter_categories")  # lines from before the key existed have none either
     model = {key: value for key, value in values["model"].items() if key not in unread}
     model |= {"use_time": config.model.reads("times")}  # as lines from before the key `ignore` have it
     model |= {"use_item_features": True} if config.model.reads("item_features") else {}
@@ -231,7 +229,7 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
         recorded["plan"] = dict(PLAN)
         if recorded["model"].get("temperature", "absent") is None:
             recorded["plan"]["temperatures"] = list(TEMPERATURES)
-        if config.model.counters is not False and None in (config.data.tokens_per_batch, config.optim.epochs):
+        if config.model.counter_keys != [] and None in (config.data.tokens_per_batch, config.optim.epochs):
             recorded["plan"] |= PLAN_WITH_COUNTERS
     if row.base:
         kept = recorded_config(table, table.rows[row.base])

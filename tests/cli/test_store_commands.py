@@ -101,7 +101,7 @@ def test_get_counts_the_keys_of_a_store_with_counters(
     served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = VistaModel.from_pretrained(served.model_dir)
-    config = dataclasses.replace(base.config, counters=True, counter_keys=2)
+    config = dataclasses.replace(base.config, counter_keys=["item"], num_counters=2)
     model = VistaModel(config, base.schema, base.items, base.data)
     refresh(model, served.log, tmp_path / "store")
     user = served.log.users.ids(np.array([int(served.log.lengths.argmax())]))[0]

@@ -191,8 +191,8 @@ def test_numbers_become_plain_ones() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"counter_keys": 0}, r"model\.counter_keys: must be at least 1"),
-        ({"counter_keys": 65_536}, r"model\.counter_keys: must be at most 65535"),
+        ({"num_counters": 0}, r"model\.num_counters: must be at least 1"),
+        ({"num_counters": 65_536}, r"model\.num_counters: must be at most 65535"),
         ({"counter_days": [0.01]}, r"model\.counter_days: must be a list of numbers from 0\.0416667 to 36500"),
         ({"counter_days": None}, r"model\.counter_days: must be a list"),
         ({"counter_events": [float("nan")]}, r"model\.counter_events: must be a list of numbers from 1 to 1e\+06"),
@@ -202,14 +202,14 @@ def test_numbers_become_plain_ones() -> None:
 )
 def test_counters_that_cannot_be_counted_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ModelConfig(**{"counters": True, **changes})
+        ModelConfig(**{"counter_keys": ["item"], **changes})
     ModelConfig(**changes)  # the other keys matter only with counters
 
 
 def test_all_counters_that_are_allowed_can_be_counted() -> None:
     for days, events in (([1 / 24, 36_500], [1, 1e6]), ([], []), ([30.0] * 8, [])):
-        config = ModelConfig(counters=True, counter_keys=65_535, counter_days=days, counter_events=events)
-        CounterSpec(keys=(config.counter_keys,), days=tuple(config.counter_days), events=tuple(config.counter_events))
+        config = ModelConfig(counter_keys=["item"], num_counters=65_535, counter_days=days, counter_events=events)
+        CounterSpec(keys=(config.num_counters,), days=tuple(config.counter_days), events=tuple(config.counter_events))
 
 
 def test_fuxi_linear_splits_each_head_in_two() -> None:
@@ -292,5 +292,5 @@ def test_each_architecture_has_keys_of_its_own(architecture: Architecture, most:
             compose_config(TrainConfig, [f"model={architecture.value}", f"{name}={value_text(keys[name].default)}"])
 
 
-ANSWERED = ("model.counters", "model.mixing", "model.decay")
+ANSWERED = ("model.counter_keys", "model.mixing", "model.decay")
 """Keys that code reads of any architecture."""

@@ -242,7 +242,7 @@ def test_counted_items_are_those_of_the_record_and_the_tail(world: World, since:
     """Every event has an item of its own. Counters cover the whole history, also of a chunk that begins late."""
     stored = None if since is None else StoredSummaries(since, lambda users: np.zeros((len(users), 2, 8), np.float32))
     spec, gaps = CounterSpec(keys=(1000,)), 0
-    options = {"optim": WITH_WINDOWS, "model": {"counters": True}}
+    options = {"optim": WITH_WINDOWS, "model": {"counter_keys": ["item"]}}
     options |= {"chunk_len": chunk_len, "staleness_share": 0.5, "anchor_spacing": 2}
     made = time_split(world, stored=stored, keys=only_items(spec), **options)
     for batch in whole_pass(made):

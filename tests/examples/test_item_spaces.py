@@ -251,7 +251,11 @@ def test_statistics_of_single_items_are_those_as_of_the_time(tmp_path: Path) -> 
 
 def source_of(log: EventLog, folder: Path, *, counters: bool, dim: int = 4) -> BatchSource:
     config = small_config(
-        log, folder, model__counters=counters, model__pooled_dim=dim, optim__window_weight=float(counters)
+        log,
+        folder,
+        model__counter_keys=["item"] if counters else [],
+        model__pooled_dim=dim,
+        optim__window_weight=float(counters),
     )
     keys = only_items(CounterSpec()) if counters else None
     return BatchSource(log, ModelReads(ROWS, keys=keys), config)

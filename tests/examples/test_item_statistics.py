@@ -154,7 +154,7 @@ def test_batches_have_the_statistics_of_their_questions(tmp_path: Path, split: S
     config = small_config(
         log,
         tmp_path / "run",
-        model__counters=True,
+        model__counter_keys=["item"],
         optim__window_weight=1.0,
         data__split=split,
         **(ends if split is Split.time else {}),

@@ -158,7 +158,7 @@ def test_the_newest_events_come_first() -> None:
 
 
 def source_of(log: EventLog, folder: Path, **settings: int) -> BatchSource:
-    config = small_config(log, folder, model__counters=True, optim__window_weight=1.0, **settings)
+    config = small_config(log, folder, model__counter_keys=["item"], optim__window_weight=1.0, **settings)
     return BatchSource(log, ModelReads(rows_of(log), keys=only_items(CounterSpec())), config)
 
 

@@ -234,7 +234,7 @@ def test_a_user_without_a_record(served: Served, tmp_path: Path) -> None:
 def test_counters_have_the_counts_of_the_history(tmp_path: Path) -> None:
     frame = small_frame()
     log = EventLog.from_frame(frame, tmp_path / "log", time_unit="ms")
-    config = small_config(log, tmp_path / "run", model__counters=True, optim__epochs=1)
+    config = small_config(log, tmp_path / "run", model__counter_keys=["item"], optim__epochs=1)
     refresh(train(config, log), log, tmp_path / "store")
     served = Served(log, config, None, tmp_path / "run" / "best", tmp_path / "store", tmp_path, tmp_path)  # type: ignore[arg-type]
     opened = Workspace.open(places_of(served))

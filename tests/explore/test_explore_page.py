@@ -162,7 +162,7 @@ def test_two_models_and_two_generations_are_compared(draw: Draw, served: Served,
 
 
 def test_counters_are_drawn(draw: Draw, served: Served, tmp_path: Path) -> None:
-    config = small_config(served.log, tmp_path / "run", model__counters=True, optim__epochs=1)
+    config = small_config(served.log, tmp_path / "run", model__counter_keys=["item"], optim__epochs=1)
     refresh(train(config, served.log), served.log, tmp_path / "store")
     places = of(served, model=tmp_path / "run" / "best", store=tmp_path / "store")
     page = draw("User", **places)

@@ -65,9 +65,8 @@ def drawn_model(
         num_target_layers=num_layers,
         tail_len=6,
         target_attention=kind,
-        counters=counters,
-        counter_keys=10,
-        counter_categories=["brand"] if categories else [],
+        counter_keys=(["item", "brand"] if categories else ["item"]) if counters else [],
+        num_counters=10,
         pooled_dim=pooled_dim,
     )
     columns = COLUMNS if features else []

@@ -66,7 +66,7 @@ def log_of(folder: Path) -> EventLog:
 
 def save_model(log: EventLog, folder: Path, *, counters: bool) -> VistaModel:
     """Make an untrained model; refreshes do not depend on training."""
-    config = small_config(log, "unused", model__counters=counters)
+    config = small_config(log, "unused", model__counter_keys=["item"] if counters else [])
     model = VistaModel(config.model, schema_of(log, config), log.items, config.data).eval()
     model.save_pretrained(folder)
     return model

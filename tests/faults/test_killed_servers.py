@@ -58,7 +58,7 @@ def growth(valkey: ValkeyServer, nursery: Nursery, tmp_path_factory: pytest.Temp
     growing.append(folder / "log", growing.events(dict.fromkeys(USERS, 6)))
     counts = {3: 4, 31: 5, **dict.fromkeys(range(10, 28), 2)}
     growing.append(folder / "log", growing.events(counts, start=growing.START + 500 * growing.HOUR))
-    growing.model(counters=True, counter_categories=["genre"]).save_pretrained(folder / "model")
+    growing.model(counter_keys=["item", "genre"]).save_pretrained(folder / "model")
     for module in (__name__, "vista.store.server"):
         nursery.imports(module)
     after, requests = {}, {}

@@ -56,7 +56,9 @@ def model(
     torch.manual_seed(seed)
     options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0}
     options |= {"pooled_dim": 0} | config
-    brands, table = category("brand", np.arange(num_items) % 4 - 1) if "counter_categories" in config else ([], None)
+    brands, table = (
+        category("brand", np.arange(num_items) % 4 - 1) if "brand" in str(config.get("counter_keys")) else ([], None)
+    )
     schema = Schema(
         ACTIONS if actions is None else actions,
         has_time,
@@ -235,7 +237,7 @@ def plan(model: VistaModel, **changes: Any) -> CutPlan:
         "unknown_share": 0.0,
         "featureless_share": 0.0,
         "reconstruction_len": 6,
-        "pools_labels": model.config.space_dim > 0 and not model.config.counters,
+        "pools_labels": model.config.space_dim > 0 and not model.config.counter_keys,
     }
     return CutPlan(**{**options, **changes})
 

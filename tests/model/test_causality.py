@@ -53,8 +53,8 @@ def with_other_impressions(chunks: Chunks, label: int, owner: int, num_items: in
     return replace(chunks, impressions=replace(shown, item=item, gap=gap))
 
 
-OF_ITEMS = {"counters": True, "counter_keys": 3, "num_seeds": 0}
-COUNTERS = {"counters": OF_ITEMS, "counters of a category": OF_ITEMS | {"counter_categories": ["brand"]}}
+OF_ITEMS = {"counter_keys": ["item"], "num_counters": 3, "num_seeds": 0}
+COUNTERS = {"counters": OF_ITEMS, "counters of a category": OF_ITEMS | {"counter_keys": ["item", "brand"]}}
 
 
 def counted(batch: Batch) -> list[dict[int, bytes]]:

@@ -115,7 +115,7 @@ def test_the_weights_of_statistics_are_linear_in_the_user_vector() -> None:
 @pytest.mark.parametrize("has_time", [True, False])
 def test_scores_follow_the_statistics(make: SimpleNamespace, has_time: bool) -> None:
     """Scores with the term minus scores without it are the products of β(u) and the statistics."""
-    model = make.model(counters=True, temperature=0.3, has_time=has_time)
+    model = make.model(counter_keys=["item"], temperature=0.3, has_time=has_time)
     width = num_statistics(has_time=has_time)
     assert model.item_statistics.shape == (1 + make.num_items, width)
     packed = make.histories([9, 0, 4], 3)
@@ -229,7 +229,7 @@ def drawn_setting(data: st.DataObject) -> dict[str, Any]:
         "chunk_len": data.draw(st.sampled_from([7, 100])),
         "is_timed": data.draw(st.booleans()),
         "staleness": data.draw(st.sampled_from([0.0, 0.7])),
-        "categories": data.draw(st.sampled_from([{}, {"counter_categories": ["brand"]}])),
+        "counter_keys": data.draw(st.sampled_from([["item"], ["item", "brand"]])),
     }
 
 
@@ -299,13 +299,12 @@ def test_losses_are_those_of_served_scores(make: SimpleNamespace, data: st.DataO
     drawn = drawn_setting(data)
     model = make.model(
         seed=3,
-        counters=True,
-        counter_keys=3,
+        counter_keys=drawn["counter_keys"],
+        num_counters=3,
         num_seeds=data.draw(st.sampled_from([0, 2])),
         tail_len=drawn["tail_len"],
         temperature=0.5,
         pooled_dim=data.draw(st.sampled_from([0, 6])),
-        **drawn["categories"],
     )
     packed = make.histories(drawn["lengths"], drawn["seed"])
     options = {"chunk_len": drawn["chunk_len"], "keys": model.item_keys, "space": make.space(model)}
@@ -402,8 +401,8 @@ def context_of(
 @given(data=st.data())
 def test_impressions_have_the_counters_of_their_items(make: SimpleNamespace, data: st.DataObject) -> None:
     drawn = drawn_setting(data)
-    options = {"counters": True, "counter_keys": 3, "num_seeds": 0, "tail_len": drawn["tail_len"]}
-    model = make.model(seed=4, **options, **drawn["categories"])
+    options = {"counter_keys": drawn["counter_keys"], "num_counters": 3, "num_seeds": 0, "tail_len": drawn["tail_len"]}
+    model = make.model(seed=4, **options)
     packed = make.histories(drawn["lengths"], drawn["seed"], num_items=6)
     options = {"impressions": 12, "num_items": 6, "chunk_len": drawn["chunk_len"], "keys": model.item_keys}
     chunks, shown_at = make.chunks(packed, drawn["seed"], **options)
@@ -438,7 +437,7 @@ def test_impressions_have_the_counters_of_their_items(make: SimpleNamespace, dat
 @pytest.mark.parametrize("name", ["sasrec", "hstu"])
 def test_baselines_count_all_events_before_a_request(make: SimpleNamespace, name: str) -> None:
     """They have no record, in training and in evaluation."""
-    options = {"temperature": 0.5, "counters": True, "counter_keys": 3}
+    options = {"temperature": 0.5, "counter_keys": ["item"], "num_counters": 3}
     model = make.architecture(name, dtype=torch.float32, tasks=(), history_limit=LIMIT, **options)
     packed = make.histories([LIMIT, 9, 1], 2)
     chunks, _ = make.chunks(packed, 2, keys=model.item_keys)
@@ -463,7 +462,7 @@ def test_baselines_count_all_events_before_a_request(make: SimpleNamespace, name
 
 def test_no_label_is_in_its_own_counters(make: SimpleNamespace) -> None:
     """Every event has an item of its own, so counted items name the events that they come from."""
-    model = make.model(counters=True, counter_keys=100, num_seeds=0, num_items=200)
+    model = make.model(counter_keys=["item"], num_counters=100, num_seeds=0, num_items=200)
     packed = make.histories([60, 31], 5)
     packed = Histories(
         np.arange(1, 92).astype(np.int32), packed.timestamp, packed.action, packed.rating, packed.offsets
@@ -484,7 +483,7 @@ def test_no_label_is_in_its_own_counters(make: SimpleNamespace) -> None:
 
 def test_no_label_is_in_its_own_counters_of_a_category(make: SimpleNamespace) -> None:
     """The brand of a label is new to its user, so no brand is counted as often as it would be with the label."""
-    model = make.model(counters=True, counter_keys=100, num_seeds=0, num_items=60, counter_categories=["brand"])
+    model = make.model(counter_keys=["item", "brand"], num_counters=100, num_seeds=0, num_items=60)
     assert model.item_keys is not None
     packed = make.histories([40], 5)
     brand_1, others = np.flatnonzero(model.item_keys.category[0] == 1), np.flatnonzero(model.item_keys.category[0] > 1)
@@ -510,7 +509,7 @@ def test_no_label_is_in_its_own_counters_of_a_category(make: SimpleNamespace) ->
 @pytest.mark.parametrize("counters", [False, True])
 def test_epoch_0_trains_what_scores_read_without_attention(make: SimpleNamespace, counters: bool) -> None:
     """Its losses are those of the model that it exports, and all its gradients are of what that model reads."""
-    model = make.model(counters=counters, pooled_dim=6, counted_dropout=0.0, dropout=0.0)
+    model = make.model(counter_keys=["item"] if counters else [], pooled_dim=6, counted_dropout=0.0, dropout=0.0)
     draw_counter_weights(model)
     chunks, _ = make.chunks(make.histories([30, 9]), 1, impressions=5, space=make.space(model), keys=model.item_keys)
     chunks.impressions = replace(chunks.impressions, measured=measured_of(chunks.impressions.item, model))

@@ -113,7 +113,7 @@ def test_more_than_all_items(index: ItemIndex, table: Tensor, users: Tensor) -> 
 
 
 def test_items_with_statistics_are_found(vectors: Float32s, users: Tensor) -> None:
-    """As with `model.counters`: the last entries of items are statistics times the temperature."""
+    """As with `model.counter_keys`: the last entries of items are statistics times the temperature."""
     pytest.importorskip("faiss")
     statistics = 0.3 * np.random.default_rng(3).normal(size=(NUM_ITEMS, 5)).astype(np.float32)
     table = table_of(np.concatenate([vectors, statistics], 1))

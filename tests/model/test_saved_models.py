@@ -60,7 +60,7 @@ def test_loading_keeps_the_callers_random_state_and_a_shorter_tail_shares_the_we
         {"rating_range": None, "has_time": False},
         {"request_features": True},
         {"embedding_rows": 11},
-        {"counters": True},
+        {"counter_keys": ["item"]},
     ],
     ids=str,
 )
@@ -406,7 +406,7 @@ def featured(request: pytest.FixtureRequest) -> VistaModel:
     features = drawn_items(NUM_ITEMS, 0)
     columns = [FeatureSpec.of(name, column) for name, column in features.items()]
     schema = Schema(["view"], True, None, ["click"], True, columns)
-    config = ModelConfig(dim=8, num_heads=2, num_seeds=2, tail_len=4, counters=request.param)
+    config = ModelConfig(dim=8, num_heads=2, num_seeds=2, tail_len=4, counter_keys=["item"] if request.param else [])
     made = VistaModel(config, schema, Vocabulary.from_ids(np.arange(NUM_ITEMS)), DataConfig())
     made.set_item_features(ItemFeatureTable.of(features, columns))
     with torch.no_grad():

@@ -51,7 +51,7 @@ def plan_of(*words: str) -> CapacityPlan:
         ("requests_per_s=4e4", ("serving_cores",)),
         ("candidates=1000", ("serving_cores", "request_s", "request_bytes")),
         ("model.dim=256", ("summary_bytes", "state_bytes", "request_s", "refresh_workers", "item_bytes")),
-        ("model.counters=true", ("state_bytes",)),
+        ("model.counter_keys=[item]", ("state_bytes",)),
         ("codec=float32", ("summary_bytes",)),
         ("history_events=5000", ("log_bytes", "full_refresh_core_s")),
         ("refresh_every_s=60", ("refresh_workers", "copied_bytes_per_s")),
@@ -168,7 +168,7 @@ NUM_ITEMS, LENGTH = 1_000, 300
 @pytest.mark.parametrize(("codec", "state"), [("int8", "float32"), ("float16", "float16"), ("int4", "none")])
 def test_sizes_are_those_that_a_refresh_writes(tmp_path: Path, counters: bool, codec: str, state: str) -> None:
     log = lifelong_log(tmp_path / "log", [LENGTH] * 3, num_items=NUM_ITEMS)
-    model = untrained(log, dim=16, num_seeds=4, counters=counters)
+    model = untrained(log, dim=16, num_seeds=4, counter_keys=["item"] if counters else [])
     options = RefreshOptions(codec=Codec(codec), state=StateDtype(state))
     refresh(model, log, tmp_path / "store", options=options)
     sizes = StoreSizes.of(model.config, options.codec, StateDtype(state), num_items=NUM_ITEMS, history_events=LENGTH)
@@ -236,7 +236,7 @@ def test_the_guide_shows_these_sizes() -> None:
     for column, (num_seeds, dim) in enumerate(((16, 64), (128, 256))):
         plain, counted = (
             StoreSizes.of(
-                ModelConfig(num_seeds=num_seeds, dim=dim, counters=counters),
+                ModelConfig(num_seeds=num_seeds, dim=dim, counter_keys=["item"] if counters else []),
                 Codec.int8,
                 StateDtype.float32,
                 num_items=2_000_000,

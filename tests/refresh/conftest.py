@@ -50,7 +50,9 @@ def model(seed: int = 0, num_tail_features: int | None = None, **config: Any) ->
     """
     torch.manual_seed(seed)
     options = {"dim": 16, "num_heads": 2, "num_seeds": 3, "tail_len": 5, "conv_width": 3, "dropout": 0.0} | config
-    genres, table = category("genre", np.arange(NUM_ITEMS) % 5 - 1) if "counter_categories" in config else ([], None)
+    genres, table = (
+        category("genre", np.arange(NUM_ITEMS) % 5 - 1) if "genre" in str(config.get("counter_keys")) else ([], None)
+    )
     built = VistaModel(
         ModelConfig(**options),
         Schema(

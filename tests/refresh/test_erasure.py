@@ -70,7 +70,7 @@ def test_no_byte_is_left_after_compaction(tmp_path, grow, state):
 
 
 def test_a_compacted_store_can_be_updated(tmp_path, grow):
-    model, store = grow.model(counters=True), tmp_path / "store"
+    model, store = grow.model(counter_keys=["item"]), tmp_path / "store"
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(30), 5)))
     grow.full(model, log, store)
     compact_store(store)

@@ -35,8 +35,8 @@ from vista.store.record import CounterLayout
 from vista.store.record_encoding import encode_counters
 from vista.store.writer import StoreUpdate
 
-COUNTERS = {"counters": True, "counter_keys": 6, "counter_days": [2.0, 30.0], "counter_events": [5.0]}
-CATEGORIES = COUNTERS | {"counter_categories": ["genre"]}
+COUNTERS = {"counter_keys": ["item"], "num_counters": 6, "counter_days": [2.0, 30.0], "counter_events": [5.0]}
+CATEGORIES = COUNTERS | {"counter_keys": ["item", "genre"]}
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "no reach": {"conv_width": 1, "ignore": ["times"]},
@@ -354,7 +354,7 @@ def assert_counted(path: Path, model: Any, log: EventLog) -> None:
                 rows, arrays = states
                 table = arrays.counters[number]
                 assert table.num_events.tolist() == batch.event_count[rows].tolist()
-                held = table.top(model.config.counter_keys).codes()
+                held = table.top(model.config.num_counters).codes()
                 stored = counters.select(rows)
                 for name in ("key", "codes", "offsets", "clock"):
                     np.testing.assert_array_equal(getattr(held, name), getattr(stored, name))
@@ -433,7 +433,7 @@ def test_without_counters_nothing_is_counted(tmp_path, grow):
         assert opened.manifest.counters is None and opened.get_many([1]).counters == ()
     with_counters = grow.model(**COUNTERS)
     assert with_counters.summarizer_id() != model.summarizer_id()
-    fewer = grow.model(**COUNTERS | {"counter_keys": 5})
+    fewer = grow.model(**COUNTERS | {"num_counters": 5})
     assert fewer.summarizer_id() != with_counters.summarizer_id()
 
 

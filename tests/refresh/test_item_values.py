@@ -37,7 +37,7 @@ def log(tmp_path: Path) -> EventLog:
 
 def counting_model(log: EventLog, seed: int = 0) -> VistaModel:
     """A model whose scores depend on statistics of items, pooled vectors, and counters."""
-    parts = {"model__counters": True, "model__pooled_dim": 4, "model__transitions": 3}
+    parts = {"model__counter_keys": ["item"], "model__pooled_dim": 4, "model__transitions": 3}
     model = untrained(log, seed, model__ignore=["event_features"], **parts)
     draw_counter_weights(model, seed)
     return model

@@ -85,7 +85,7 @@ def running_ray(short_folder):
 def made(tmp_path_factory, grow):
     """A model in a folder, a log of two segments, and the store that this process writes. User 7's is not finite."""
     folder = tmp_path_factory.mktemp("made")
-    model = grow.model(num_tail_features=2, counters=True, counter_categories=["genre"])
+    model = grow.model(num_tail_features=2, counter_keys=["item", "genre"])
     frames = [
         grow.events({user: 1 + user % 9 for user in range(60)}),
         grow.events({3: 2}, grow.start + 500 * grow.hour),

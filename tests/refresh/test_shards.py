@@ -36,7 +36,7 @@ EXACT = RefreshOptions(codec=Codec.float32)
 
 
 def test_shards_are_read_as_one_store(tmp_path, grow):
-    model = grow.model(num_tail_features=2, counters=True, counter_categories=["genre"])
+    model = grow.model(num_tail_features=2, counter_keys=["item", "genre"])
     log = grow.append(tmp_path / "log", grow.events({user: 1 + user % 9 for user in range(40)}))
     for index in range(3):
         refresh(model, log, tmp_path / "sharded", options=EXACT, shard=Shard(index, 3))
@@ -123,7 +123,7 @@ features = st.sampled_from([None, 0, 1, 2])
 def test_merged_stores_equal_the_store_of_all_events(tmp_path_factory, grow, data, decay):
     folder, horizons = tmp_path_factory.mktemp("merge"), [20.0, 0.0] if decay is Decay.time else []
     options = {"decay": decay, "decay_horizons": horizons}
-    counted = {"counters": True, "counter_categories": ["genre"]} if data.draw(st.booleans()) else {}
+    counted = {"counter_keys": ["item", "genre"]} if data.draw(st.booleans()) else {}
     model = grow.model(num_tail_features=data.draw(features), **options, **counted)
     frame = grow.events(data.draw(st.dictionaries(st.integers(1, 6), st.integers(1, 20), min_size=1)), spread=10**7)
     owner = np.array(data.draw(st.lists(st.integers(0, 2), min_size=len(frame["user"]), max_size=len(frame["user"]))))
@@ -192,7 +192,7 @@ def records_of(path: Path) -> dict[bytes, bytes]:
 def test_merged_shards_equal_the_store_of_one_refresh(tmp_path, grow, monkeypatch, decay):
     """The records are bit-identical, before and after an incremental refresh; each shard is asked for its own users."""
     horizons, made = [20.0, 0.0] if decay is Decay.position else [], {"created_at": 7}
-    model = grow.model(decay=decay, decay_horizons=horizons, counters=True, counter_categories=["genre"])
+    model = grow.model(decay=decay, decay_horizons=horizons, counter_keys=["item", "genre"])
     log = grow.append(tmp_path / "log", grow.events({user: 1 + user % 9 for user in range(30)}))
     whole, merged = tmp_path / "whole", tmp_path / "merged"
     refresh(model, log, whole, options=ONE_BY_ONE, **made)
@@ -214,7 +214,7 @@ def test_merged_shards_equal_the_store_of_one_refresh(tmp_path, grow, monkeypatc
 
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_a_store_of_several_logs_resumes_from_one_log(tmp_path, grow, monkeypatch, is_killed):
-    model, log, parts = grow.model(counters=True, counter_categories=["genre"]), None, []
+    model, log, parts = grow.model(counter_keys=["item", "genre"]), None, []
     lengths = [{1: 9, 2: 8, 3: 3, 4: 4}, {1: 7, 2: 200, 5: 6, 6: 5}, {2: 1, 7: 12}]
     for part, counts in enumerate(lengths):
         frame = grow.events(counts, seed=part, spread=10**7)

@@ -54,7 +54,7 @@ def item_table(items: Any, seed: int = 1) -> dict[str, Any]:
 
 def export(folder: Path, log: EventLog, seed: int = 5, **changes: Any) -> VistaModel:
     """An untrained model with counters, statistics, and weights of the heads as if it were trained; and its store."""
-    model = untrained(log, seed, model__counters=True, **changes)
+    model = untrained(log, seed, model__counter_keys=["item"], **changes)
     model.set_item_features(feature_table(log))
     draw_counter_weights(model)
     model.save_pretrained(folder / "model")

@@ -102,15 +102,17 @@ def untrained(log: EventLog, items: Vocabulary, **changes: Any) -> VistaModel:
     If it counts categories, its items have the feature `brand`: 12 values, and none for every tenth item.
     """
     config = small_config(
-        log, "unused", model__counters=True, model__tail_len=TAIL_LEN, model__pooled_dim=16, **changes
+        log,
+        "unused",
+        **{"model__counter_keys": ["item"], "model__tail_len": TAIL_LEN, "model__pooled_dim": 16, **changes},
     )
     torch.manual_seed(5)
-    counted, config.model.counter_categories = config.model.counter_categories, []  # of which the log has none
+    counted, config.model.counter_keys = config.model.counter_keys, ["item"]  # the log has no categories
     schema, table = schema_of(log, config), None
-    if counted:
+    if "brand" in counted:
         has_brand = np.arange(len(items)) % 10 > 0
         columns, table = category("brand", np.where(has_brand, np.arange(len(items)) % 12, -1))
-        schema, config.model.counter_categories = replace(schema, item_features=columns), counted
+        schema, config.model.counter_keys = replace(schema, item_features=columns), counted
     model = VistaModel(config.model, schema, items, config.data).eval()
     model.set_item_features(table)
     draw_counter_weights(model)
@@ -123,10 +125,10 @@ def model(request: pytest.FixtureRequest, impression_log: EventLog) -> VistaMode
     changes: dict[str, Any] = {
         "summary": {},
         "no summary": {"model__num_seeds": 0},
-        "categories": {"model__counter_categories": ["brand"]},
+        "categories": {"model__counter_keys": ["item", "brand"]},
     }[request.param]
     items = Vocabulary.from_ids(impression_log.items.ids(np.arange(4, impression_log.num_items)))
-    return untrained(impression_log, items, model__counter_keys=8, **changes)
+    return untrained(impression_log, items, model__num_counters=8, **changes)
 
 
 @pytest.fixture(scope="module", params=STALE)

@@ -87,13 +87,13 @@ def opened(
         require_library()
     config = small_config(impression_log, "unused", model__dim=DIM, model__num_seeds=16, model__tail_len=tail_len)
     config.model.target_attention = kind
-    config.model.counters = bool(counted)
-    config.model.counter_keys = 10
+    config.model.counter_keys = ["item"] if counted else []
+    config.model.num_counters = 10
     config.model.pooled_dim = 12 if counted == "items" else 0
     schema, table = schema_of(impression_log, config), None
     if "category" in counted:
         columns, table = category("brand", np.arange(impression_log.num_items) % 6 - 1)
-        schema, config.model.counter_categories = replace(schema, item_features=columns), ["brand"]
+        schema, config.model.counter_keys = replace(schema, item_features=columns), ["item", "brand"]
     torch.manual_seed(3)
     model = VistaModel(config.model, schema, impression_log.items, config.data).eval()
     model.set_item_features(table)
@@ -158,7 +158,9 @@ def test_a_ranking_has_the_bits_of_the_scores(opened: Scorer, ids: Known) -> Non
         same(opened.user_vectors([user], now=now)[0], vectors[index])
         own = slice(offsets[index], offsets[index + 1])
         same(scores[own], next_scores[index, [place[item] for item in counted[own].tolist()]])
-    assert (np.diff(offsets) > 10 if opened.model.config.counters else np.diff(offsets) == 0).all()  # with followers
+    assert (
+        np.diff(offsets) > 10 if opened.model.config.counter_keys else np.diff(offsets) == 0
+    ).all()  # with followers
 
 
 @pytest.mark.processor

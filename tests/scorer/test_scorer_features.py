@@ -270,8 +270,8 @@ def opened(
     """A scorer with counters, and one without, whose models read features of requests."""
     folder = tmp_path_factory.mktemp("pairs")
     config = small_config(impression_log, "unused", model__dim=32, model__num_seeds=16, model__tail_len=16)
-    config.model.counters = request.param
-    config.model.counter_keys = 10
+    config.model.counter_keys = ["item"] if request.param else []
+    config.model.num_counters = 10
     schema = replace(schema_of(impression_log, config), request_features=READER.columns)
     torch.manual_seed(3)
     model = VistaModel(config.model, schema, impression_log.items, config.data).eval()

@@ -152,7 +152,7 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         impressions={name: shown[name] for name in ("user", "item", "timestamp", "click")},
     )
     times = {"data__validation_from": str(START + 20 * DAY), "data__test_from": str(START + 30 * DAY)}
-    model = untrained(log, 5, model__counters=True, data__split=Split.time, **times)
+    model = untrained(log, 5, model__counter_keys=["item"], data__split=Split.time, **times)
     features = log.item_features
     assert model.features is not None
     columns = [FeatureSpec.of(name, column) for name, column in features.items()]

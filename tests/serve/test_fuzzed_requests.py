@@ -78,7 +78,7 @@ def save_detailed(folder: Path) -> tuple[str, ...]:
         data__validation_from=str(START + 400 * 1_000_000),
         data__test_from=str(START + 500 * 1_000_000),
         data__tokens_per_batch=256,
-        model__counters=True,
+        model__counter_keys=["item"],
         optim__epochs=1,
     )
     refresh(train(config, log), log, folder / "store")

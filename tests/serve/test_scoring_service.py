@@ -234,7 +234,7 @@ def test_tasks_and_string_ids(served_tasks: Served, task_scorer: Scorer) -> None
 
 @pytest.mark.parametrize("counters", [False, True])
 def test_a_model_without_times_does_not_read_the_clock(order_log: EventLog, tmp_path: Path, *, counters: bool) -> None:
-    changes = {"model__counters": counters, "optim__epochs": 1}
+    changes = {"model__counter_keys": ["item"] if counters else [], "optim__epochs": 1}
     model = train(small_config(order_log, tmp_path / "run", **changes), order_log)
     if counters:
         draw_counter_weights(model)

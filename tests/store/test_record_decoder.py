@@ -146,7 +146,7 @@ def test_rows_with_any_values(program, codec, dim):
 
 
 def test_a_refreshed_store(program, tmp_path):
-    model = growing.model(num_tail_features=2, counters=True, counter_categories=["genre"])
+    model = growing.model(num_tail_features=2, counter_keys=["item", "genre"])
     log = growing.append(tmp_path / "log", growing.events({user: 1 + user % 9 for user in range(30)}))
     refresh(model, log, tmp_path / "store")
     with StoreReader.open(tmp_path / "store") as reader:

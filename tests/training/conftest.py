@@ -66,8 +66,8 @@ def earlier(feature_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> 
         tmp_path_factory.mktemp("earlier") / "run",
         optim__learning_rate=2e-2,
         optim__window_weight=0.5,
-        model__counters=True,
-        model__counter_keys=5,
+        model__counter_keys=["item"],
+        model__num_counters=5,
         model__pooled_dim=16,
         optim__validate_every=0,  # the last epoch, not the best, which may be epoch 0
     )

@@ -36,7 +36,7 @@ EXACT = {
     "model__counted_dropout": 0.0,
 }
 """No draws in a step: each rank makes its own."""
-COUNTERS = {"model__counters": True, "optim__window_weight": 0.5}
+COUNTERS = {"model__counter_keys": ["item"], "optim__window_weight": 0.5}
 MODELS: dict[str, dict[str, Any]] = {
     "vista": {},
     "bidirectional": {"model__mixing": Mixing.bidirectional},
@@ -129,7 +129,7 @@ def test_histories_of_any_length_make_parts_of_about_equal_work() -> None:
     assert [len(part) for part in balanced_parts(np.array([5, 3]), 4)] == [1, 1, 0, 0]
 
 
-RICH = {"model__counters": True, "optim__window_weight": 1.0, "data__unknown_share": 0.2}
+RICH = {"model__counter_keys": ["item"], "optim__window_weight": 1.0, "data__unknown_share": 0.2}
 TIMEOUT_S = 60
 
 

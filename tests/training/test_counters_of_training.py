@@ -55,8 +55,8 @@ from vista.training.validation import Validation
 
 def counting_config(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig:
     options = {
-        "model__counters": True,
-        "model__counter_keys": 5,
+        "model__counter_keys": ["item"],
+        "model__num_counters": 5,
         "optim__window_weight": 1.0,
         "data__horizon_events": 5,
         "data__exclude_seen": False,
@@ -263,11 +263,11 @@ def test_tasks_read_the_counters_of_candidates(served_tasks: Served, tmp_path: P
 
 def test_a_log_with_returns_trains_counters_without_being_asked(event_log: EventLog, tmp_path: Path) -> None:
     """From the settings that are null to scores from a store, and resumed without a change."""
-    null = {f"model__{key}": None for key in ("counters", "temperature")}
+    null = {f"model__{key}": None for key in ("counter_keys", "temperature")}
     config = small_config(event_log, tmp_path / "run", data__exclude_seen=None, optim__window_weight=None, **null)
     model = train(config, event_log, metrics_every=1)
     found = model.config
-    assert (found.counters, found.temperature) == (True, 0.3)
+    assert (found.counter_keys, found.temperature) == (["item"], 0.3)
     assert '"window"' in (tmp_path / "run" / "metrics.jsonl").read_text()
     weights = (tmp_path / "run" / "best" / "model.safetensors").read_bytes()
     train(config, event_log)
@@ -283,7 +283,7 @@ COLUMNS = SourceColumns(action="action", rating="rating", labels=["click"])
 ITEMS = np.unique(small_frame()["item"])
 BRANDS = np.where(np.arange(len(ITEMS)) % 7 > 0, np.arange(len(ITEMS)) % 7, 0)
 """Brand of each item, from 1 on; 0 is none."""
-COUNTED = {"model__counters": True, "model__counter_categories": ["brand"], "data__exclude_seen": False}
+COUNTED = {"model__counter_keys": ["item", "brand"], "data__exclude_seen": False}
 
 
 def brand_table(items: Any, brands: Any) -> dict[str, Any]:
@@ -405,24 +405,22 @@ def test_added_items_have_the_counters_of_their_category(trained: Path, brand_lo
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"counter_categories": ["item"]}, "must be distinct names of features other than 'item', got"),
-        ({"counter_categories": ["a", "a"]}, "must be distinct names of features"),
-        ({"counter_categories": ["a"], "ignore": ["item_features"]}, "needs item_features, which model.ignore"),
-        ({"counter_categories": ["a"], "counters": None}, "needs model.counters=true, got .* and counters=None"),
-        ({"counter_categories": ["a"], "counters": False}, "needs model.counters=true"),
+        ({"counter_keys": ["item", "item"]}, "must be distinct and begin with item, got"),
+        ({"counter_keys": ["a"]}, "must be distinct and begin with item, got"),
+        ({"counter_keys": ["item", "a"], "ignore": ["item_features"]}, "'a' needs item_features, which model.ignore"),
     ],
 )
 def test_settings_that_no_log_fits_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=f"model.counter_categories: .*{message}"):
-        ModelConfig(**{"counters": True, **changes})
+    with pytest.raises(ConfigError, match=f"model.counter_keys: .*{message}"):
+        ModelConfig(**changes)
 
 
 def test_a_category_must_be_one_of_the_log_with_one_value_per_item(brand_log: EventLog, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'color' is not a category of the items of .*; those are: brand"):
-        train(config_of(brand_log, tmp_path / "run", model__counter_categories=["color"]), brand_log)
+        train(config_of(brand_log, tmp_path / "run", model__counter_keys=["item", "color"]), brand_log)
     items = {"item": ITEMS.tolist(), "tags": [["a", "b"][: 1 + (item == ITEMS[3])] for item in ITEMS]}
     other = EventLog.from_frame(small_frame(), tmp_path / "log", time_unit="ms", items=items)
-    changes = {**COUNTED, "model__counter_categories": ["tags"]}
+    changes = {**COUNTED, "model__counter_keys": ["item", "tags"]}
     with pytest.raises(ConfigError, match=rf"1 items of .* have several values of 'tags', such as \[{ITEMS[3]}\]"):
         train(small_config(other, tmp_path / "run", **changes), other)
     assert not (tmp_path / "run" / "best").exists()
@@ -430,7 +428,7 @@ def test_a_category_must_be_one_of_the_log_with_one_value_per_item(brand_log: Ev
 
 def test_a_model_without_its_category_is_refused(trained: Path, tmp_path: Path) -> None:
     model = VistaModel.from_pretrained(trained / "run" / "best")
-    model.config.counter_categories = ["color"]
+    model.config.counter_keys = ["item", "color"]
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(CheckpointError, match="'color', which the model counts, is not a category of its items"):
         VistaModel.from_pretrained(tmp_path / "model")
@@ -464,7 +462,7 @@ def test_the_page_names_the_values_of_a_category(trained: Path) -> None:
 def test_a_record_grows_by_the_counters_of_each_category() -> None:
     sizes = [
         StoreSizes.of(
-            ModelConfig(counters=True, counter_categories=names),
+            ModelConfig(counter_keys=["item", *names]),
             Codec.int8,
             StateDtype.float32,
             num_items=1000,

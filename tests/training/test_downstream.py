@@ -106,13 +106,13 @@ def test_the_base_stays_as_it_is(served_tasks: Served, liked: tuple[TrainConfig,
 
 
 def test_null_settings_are_those_of_the_base(served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
-    null = {f"model__{key}": None for key in ("counters", "temperature")}
-    unread = {"model__counter_days": [3.0], "model__counter_keys": 7}  # without counters
+    null = {f"model__{key}": None for key in ("counter_keys", "temperature")}
+    unread = {"model__counter_days": [3.0], "model__num_counters": 7}  # without counters
     config = downstream_config(served_tasks, past_store, tmp_path, **null, **unread, optim__window_weight=None)
     base = served_tasks.model.config
     with Downstream.open(config, served_tasks.log) as downstream:
         found = downstream.config.model
-        assert found.counters is False
+        assert found.counter_keys == []
         assert found.temperature == base.temperature
         assert Trainer(downstream.config, served_tasks.log, downstream).config.optim.window_weight == 0
 

@@ -152,7 +152,7 @@ def ids_of(model: Any) -> set[int]:
 def run(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, VistaModel]:
     """A run with a threshold, and its model."""
     folder = tmp_path_factory.mktemp("frequent")
-    changes = {"model__counters": True, "optim__window_weight": 0.5}
+    changes = {"model__counter_keys": ["item"], "optim__window_weight": 0.5}
     config = small_config(event_log, folder / "run", data__min_item_events=LEAST, **changes)
     return config, train(config, event_log)
 

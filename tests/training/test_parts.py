@@ -329,7 +329,7 @@ def drawn(model: RankingModel) -> VistaModel:
     [
         {},
         {"num_seeds": 0},
-        {"counters": True},
+        {"counter_keys": ["item"]},
         {"tail_features": ["dwell"]},
         {"tail_features": []},
         {"hashed_features": ["brand:4", "surface:5", "device:6", "region:7"]},

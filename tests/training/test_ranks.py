@@ -39,7 +39,7 @@ EXACT = {
     "precision": Precision.float32,
     "model__dropout": 0.0,
     "model__counted_dropout": 0.0,
-    "model__counters": True,
+    "model__counter_keys": ["item"],
     "optim__window_weight": 0.5,
     "optim__epochs": 6,
     "optim__learning_rate": 1e-3,
@@ -315,7 +315,7 @@ def test_validation_of_next_items(event_log: EventLog, tmp_path: Path, architect
 
 
 def test_validation_of_windows(event_log: EventLog, tmp_path: Path) -> None:
-    changes = {"model__counters": True, "data__split": Split.share, "data__test_share": 0.3}
+    changes = {"model__counter_keys": ["item"], "data__split": Split.share, "data__test_share": 0.3}
     weights = {"optim__window_weight": 1.0, "optim__next_weight": 0.0, "data__validation_share": 0.3}
     config = small_config(event_log, tmp_path / "run", **changes, **weights)
     assert_ranks_measure_the_same(Trainer(config, event_log))

@@ -45,7 +45,7 @@ PLANNED = {
     "optim.patience": 5,
     "optim.epochs": 30,
     "optim.warmup_steps": 1,
-    "model.counters": True,
+    "model.counter_keys": ["item"],
     "model.temperature": 0.3,
     "optim.window_weight": 1.0,
     "optim.next_weight": 1.0,
@@ -77,7 +77,7 @@ def test_null_settings_follow_the_log(event_log: EventLog, caplog: pytest.LogCap
     assert all(value_of(config, key) is None for key in PLANNED)
     repeats, line = caplog.messages
     assert repeats.startswith("data.exclude_seen=false: ")
-    assert line.startswith("settings from the log: model.counters=true (data.exclude_seen=false)")
+    assert line.startswith("settings from the log: model.counter_keys=[item] (data.exclude_seen=false)")
     weights = "optim.window_weight=1, optim.next_weight=1 (data.split=leave-last-out)"
     assert f"model.temperature=0.3, {weights}, data.tokens_per_batch=512 (" in line
     assert line.count("=") + repeats.count("=") == len(PLANNED) + 2
@@ -93,7 +93,7 @@ def test_null_settings_follow_the_log(event_log: EventLog, caplog: pytest.LogCap
         ("optim.epochs", 0),
         ("optim.patience", 0),
         ("optim.warmup_steps", 0),
-        ("model.counters", False),
+        ("model.counter_keys", []),
         ("model.temperature", 0.05),
         ("optim.window_weight", 0.0),
         ("optim.next_weight", 0.0),
@@ -110,15 +110,15 @@ def test_counters_are_for_logs_with_returns(event_log: EventLog, served_tasks: S
     def plan(config: TrainConfig, log: EventLog = event_log) -> tuple[Any, ...]:
         found = plan_run(config, log)
         model = found.model
-        return model.counters, model.temperature, found.optim.window_weight
+        return model.counter_keys, model.temperature, found.optim.window_weight
 
-    off, on = (False, 0.05, 0.0), (True, 0.3, 1.0)
+    off, on = ([], 0.05, 0.0), (["item"], 0.3, 1.0)
     assert plan(TrainConfig(data=DataConfig(exclude_seen=True))) == off
     assert plan(TrainConfig(optim=OptimConfig(next_weight=0, window_weight=0))) == off  # ranks no items
     assert plan(TrainConfig(optim=OptimConfig(next_weight=0))) == on  # windows only
-    assert not plan_run(TrainConfig(model=SimConfig()), event_log).model.counters  # ranks candidates only
+    assert not plan_run(TrainConfig(model=SimConfig()), event_log).model.counter_keys  # ranks candidates only
     assert plan(TrainConfig(model=ModelConfig(mixing=Mixing.bidirectional))) == on
-    assert plan(TrainConfig(model=ModelConfig(counters=True), data=DataConfig(exclude_seen=True))) == on
+    assert plan(TrainConfig(model=ModelConfig(counter_keys=["item"]), data=DataConfig(exclude_seen=True))) == on
     assert plan(TrainConfig(model=ModelConfig(num_seeds=0))) == on
     tasks = replace(
         served_tasks.config, model=ModelConfig(), data=replace(served_tasks.config.data, exclude_seen=False)
@@ -130,13 +130,15 @@ def test_counters_are_for_logs_with_returns(event_log: EventLog, served_tasks: S
 def test_next_items_are_trained_where_validation_asks_for_them(event_log: EventLog) -> None:
     share = DataConfig(split=Split.share, validation_share=0.1, test_share=0.1)
 
-    def weight(data: DataConfig, weights: OptimConfig | None = None, counters: bool | None = None) -> float | None:
-        config = TrainConfig(data=data, optim=weights or OptimConfig(), model=ModelConfig(counters=counters))
+    def weight(
+        data: DataConfig, weights: OptimConfig | None = None, counter_keys: list[str] | None = None
+    ) -> float | None:
+        config = TrainConfig(data=data, optim=weights or OptimConfig(), model=ModelConfig(counter_keys=counter_keys))
         return plan_run(config, event_log).optim.next_weight
 
     assert weight(DataConfig()) == 1  # one event per user
     assert weight(share) == 0
-    assert weight(replace(share, exclude_seen=True)) == weight(share, counters=False) == 1  # no counters
+    assert weight(replace(share, exclude_seen=True)) == weight(share, counter_keys=[]) == 1  # no counters
     assert weight(share, OptimConfig(window_weight=0)) == 1  # no windows
     assert weight(share, OptimConfig(next_weight=0.2)) == 0.2
 
@@ -156,7 +158,7 @@ def test_batches_and_epochs_follow_the_number_of_events(num_events: int, tokens:
 )
 def test_with_counters_a_run_is_shorter(num_events: int, tokens: int, epochs: int) -> None:
     def planned(**optim: Any) -> TrainConfig:
-        data, model = DataConfig(exclude_seen=True), ModelConfig(counters=True)
+        data, model = DataConfig(exclude_seen=True), ModelConfig(counter_keys=["item"])
         return plan_run(TrainConfig(data=data, model=model, optim=OptimConfig(**optim)), log_with(num_events))
 
     assert (planned().data.tokens_per_batch, planned().optim.epochs) == (tokens, epochs)
@@ -182,10 +184,10 @@ def test_item_vectors_learn_slowly_from_few_labels(event_log: EventLog, served_t
     assert din.optim.table_rate == 1
 
 
-@pytest.mark.parametrize("counters", [False, True])
-def test_validation_ends_a_run_and_not_a_number_of_steps_if_time_is_left(counters: bool) -> None:
+@pytest.mark.parametrize("counter_keys", [[], ["item"]])
+def test_validation_ends_a_run_and_not_a_number_of_steps_if_time_is_left(counter_keys: list[str]) -> None:
     def planned(**optim: Any) -> OptimConfig:
-        model = ModelConfig(counters=counters)
+        model = ModelConfig(counter_keys=counter_keys)
         config = TrainConfig(data=DataConfig(exclude_seen=True), model=model, optim=OptimConfig(**optim))
         return plan_run(config, log_with(10**6)).optim
 
@@ -197,7 +199,7 @@ def test_validation_ends_a_run_and_not_a_number_of_steps_if_time_is_left(counter
 
 
 def test_the_warm_up_of_a_timed_run_is_a_tenth_at_most(event_log: EventLog) -> None:
-    config = TrainConfig(optim=OptimConfig(minutes=1), model=ModelConfig(counters=False))
+    config = TrainConfig(optim=OptimConfig(minutes=1), model=ModelConfig(counter_keys=[]))
     optim = plan_run(config, event_log).optim
     assert optim.warmup_steps is None and optim.epochs is None
     assert [warmup_steps(optim, steps) for steps in (0, 25, 179, 500, 10**6)] == [50, 3, 18, 50, 50]

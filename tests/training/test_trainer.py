@@ -65,7 +65,7 @@ LONG = {
     "optim__epochs": 3,
     "checkpoint_every": 2,
     "data__unknown_share": 0.2,
-    "model__counters": True,
+    "model__counter_keys": ["item"],
     "optim__window_weight": 1.0,
 }
 """Changes of the run that is killed at any point and must end with the same bits."""

@@ -272,7 +272,7 @@ def test_validation_is_served_on_the_schedule_of_refreshes(served_tasks: Served,
     """Each impression is answered by summaries, and by statistics and label rates of items, as of the last refresh."""
     log, config = served_tasks.log, served_tasks.config
     data = replace(config.data, refresh_days=8)
-    of_model = replace(config.model, counters=True, pooled_dim=4)
+    of_model = replace(config.model, counter_keys=["item"], pooled_dim=4)
     config = replace(config, model=of_model, data=data, run_dir=str(tmp_path / "run"))
     model = Trainer(config, log).model.eval()
     assert isinstance(model, VistaModel)
@@ -301,7 +301,7 @@ def test_validation_scores_as_a_store_does(kind: str, request: pytest.FixtureReq
     """After the events of the record (leave-last-out), and with newer events that callers pass (a split by time)."""
     given: Served = request.getfixturevalue(kind)
     log, config = given.log, given.config
-    config = replace(config, model=replace(config.model, counters=True, pooled_dim=4))
+    config = replace(config, model=replace(config.model, counter_keys=["item"], pooled_dim=4))
     model = Trainer(replace(config, run_dir=str(tmp_path / "run")), log).model.eval()
     assert isinstance(model, VistaModel)
     draw_counter_weights(model, statistics=False)

@@ -86,7 +86,9 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
 
 def window_config(log: EventLog, run_dir: Path, **changes: Any) -> TrainConfig:
     windows = {"optim__next_weight": 0.0, "optim__window_weight": 1.0, "data__horizon_events": 12}
-    return small_config(log, run_dir, **{**windows, "model__counters": True, "model__counter_keys": 5, **changes})
+    return small_config(
+        log, run_dir, **{**windows, "model__counter_keys": ["item"], "model__num_counters": 5, **changes}
+    )
 
 
 def asked(**changes: Any) -> EvaluateConfig:
@@ -164,7 +166,12 @@ SPLITS: dict[str, dict[str, Any]] = {
     "share": {"data__split": Split.share, "data__validation_share": 0.0, "data__test_share": 0.2},
     "time": {"data__split": Split.time, "data__validation_from": TEST_FROM, "data__test_from": TEST_FROM},
 }
-WINDOWS = {"optim__next_weight": 0.0, "optim__window_weight": 1.0, "model__counters": True, "data__horizon_events": 5}
+WINDOWS = {
+    "optim__next_weight": 0.0,
+    "optim__window_weight": 1.0,
+    "model__counter_keys": ["item"],
+    "data__horizon_events": 5,
+}
 
 
 def config_of(log: EventLog, run_dir: Path, split: str, **changes: Any) -> TrainConfig:

@@ -87,7 +87,7 @@ COMMANDS: dict[str, Command] = {
             *("data.split", "data.validation_from", "data.test_from", "data.exclude_seen", "data.min_item_events"),
             *("data.tokens_per_batch", "data.num_negatives", "data.windows_per_chunk"),
             *("model.dim", "model.num_heads", "model.num_seeds", "model.num_layers", "model.num_target_layers"),
-            *("model.tail_len", "model.history_limit", "model.dropout", "model.counters"),
+            *("model.tail_len", "model.history_limit", "model.dropout", "model.counter_keys"),
             *("optim.learning_rate", "optim.epochs", "optim.minutes", "optim.tasks", "optim.next_weight"),
             *("optim.window_weight", "optim.patience", "optim.validation_users"),
         ),
@@ -244,7 +244,7 @@ COMMANDS: dict[str, Command] = {
             *("users", "events_per_day", "history_events", "requests_per_s", "candidates", "items", "codec", "state"),
             *("refresh_every_s", "remote_store", "replicas", "burst", "failures_per_day", "out", "machine.cores"),
             *("machine.memory_gb", "machine.disk_tb", "model.dim", "model.num_seeds", "model.num_layers"),
-            *("model.num_target_layers", "model.tail_len", "model.counters", "model.mixing"),
+            *("model.num_target_layers", "model.tail_len", "model.counter_keys", "model.mixing"),
         ),
     ),
     "doctor": Command(

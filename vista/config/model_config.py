@@ -26,7 +26,7 @@ from vista.errors import shown
 
 MAX_DIM = 2**16 - 1
 """The header of a record holds the shape of a summary as two uint16."""
-MAX_COUNTER_KEYS = 2**16 - 1
+MAX_COUNTERS = 2**16 - 1
 """A record holds the number of its keys per field as uint16."""
 MAX_HASHED_ROWS = 2**31 - 1
 """Codes of categories are int32."""
@@ -128,9 +128,9 @@ class RankingConfig:
         return 0
 
     @property
-    def counters(self) -> bool | None:
-        """Whether it scores the items that a user had before by counters."""
-        return False
+    def counter_keys(self) -> list[str] | None:
+        """What counters of a user count; none without counters."""
+        return []
 
     @property
     def softmax_temperature(self) -> float:
@@ -219,18 +219,16 @@ class NextItemConfig(AttentionConfig):
     """Number of layers of stage 1, or of SASRec, HSTU, and FuXi-Linear."""
     temperature: float | None = None
     """Temperature by which the retrieval head divides its cosines. null: 0.05, or 0.3 with counters."""
-    counters: bool | None = None
-    """Score the items that a user had before by counters: how often and how recently the user had each of them. The
-    store holds the counters of the user's most frequent items with each summary. Other items are scored by how popular
-    they are and how many users discover them, too, by a learned amount per user. Labeled tasks read the counters of
-    every candidate. null: if items are ranked and users return to them (`data.exclude_seen` is false). Over a base
-    (`base`), null takes this and the settings that follow from it from the base."""
-    counter_keys: int = 64
-    """With counters, number of most frequent items stored per user, and of most frequent values of each counted
-    category."""
-    counter_categories: list[str] = field(default_factory=list)
-    """With counters=true, features of items whose values are counted too, such as [brand]: how often and how recently
-    the user had items with the same value. Each must be a category with at most one value per item."""
+    counter_keys: list[str] | None = None
+    """What counters count, such as [item, brand]: how often and how recently the user had each item, and how often and
+    how recently items of the same brand. The first key is item; the others are features of items, which must be
+    categories with at most one value per item. The store holds the highest counts with each summary. Items that a user
+    had before are scored by their counters. Other items are scored by how popular they are and how many users discover
+    them, too, by a learned amount per user. Labeled tasks read the counters of every candidate. [] is a model without
+    counters. null: [item] if items are ranked and users return to them (`data.exclude_seen` is false); else []. Over a
+    base (`base`), null takes this and the settings that follow from it from the base."""
+    num_counters: int = 64
+    """Number of counters stored per user for each of counter_keys: those with the highest counts."""
     counter_days: list[float] = field(default_factory=lambda: [30.0])
     """With counters, time constants in days of sums that decay with time. A log without times has none."""
     counter_events: list[float] = field(default_factory=lambda: [200.0])
@@ -249,24 +247,30 @@ class NextItemConfig(AttentionConfig):
         require_finite(self, "model.", ("temperature",), positive=True)
         require_share(self, "model.", ("counted_dropout",), below_one=True)
         require_counts(self, "model.", ("transitions",), least=0, most=MAX_TRANSITIONS)
-        if self.counters:
+        if self.counter_keys:
             self._check_counters()
-        if self.counter_categories:
-            self._check_counted_categories()
 
     @property
     def num_transitions(self) -> int:
-        return self.transitions if self.counters else 0
+        return self.transitions if self.counter_keys else 0
 
     @property
     def softmax_temperature(self) -> float:
         """`temperature`, with null resolved."""
         if self.temperature is not None:
             return self.temperature
-        return TEMPERATURES[1] if self.counters else TEMPERATURES[0]
+        return TEMPERATURES[1] if self.counter_keys else TEMPERATURES[0]
 
     def _check_counters(self) -> None:
-        require_counts(self, "model.", ("counter_keys",), most=MAX_COUNTER_KEYS)
+        names = self.counter_keys or []
+        is_valid = names[0] == ITEM and len({*names}) == len(names)
+        require(is_valid, "model.counter_keys", f"must be distinct and begin with {ITEM}, got {names}")
+        require(
+            len(names) == 1 or self.reads("item_features"),
+            "model.counter_keys",
+            f"{names[-1]!r} needs item_features, which model.ignore leaves out",
+        )
+        require_counts(self, "model.", ("num_counters",), most=MAX_COUNTERS)
         require_numbers(self, "model.", "counter_days", MIN_COUNTER_DAYS, MAX_DAYS)
         require_numbers(self, "model.", "counter_events", 1, MAX_COUNTER_EVENTS)
         require(
@@ -275,13 +279,6 @@ class NextItemConfig(AttentionConfig):
             f"with counter_events at most {MAX_HORIZONS} time constants, got {self.counter_days} and "
             f"{self.counter_events}",
         )
-
-    def _check_counted_categories(self) -> None:
-        names, key = self.counter_categories, "model.counter_categories"
-        require(self.counters is True, key, f"needs model.counters=true, got {names} and counters={self.counters}")
-        require(self.reads("item_features"), key, f"needs item_features, which model.ignore leaves out; got {names}")
-        is_valid = len({*names}) == len(names) and ITEM not in names
-        require(is_valid, key, f"must be distinct names of features other than {ITEM!r}, got {names}")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -94,7 +94,7 @@ class DataConfig:
     chunks."""
     tokens_per_batch: int | None = None
     """Maximum number of events in a batch. A longer chunk is a batch by itself. null: the power of two from
-    512 to 8,192 that makes about 400 batches per epoch, or 200 with model.counters."""
+    512 to 8,192 that makes about 400 batches per epoch, or 200 with counters."""
     label_spacing: int = 32
     """Window length W: the number of label positions that share one summary and one tail. These positions see between
     tail_len - W + 1 and tail_len events of the tail. Larger is faster."""
@@ -118,7 +118,7 @@ class DataConfig:
     """With optim.window_weight above 0: number of days after a question; only items of events within it are labels, and
     of these events only the first horizon_events. 0 means no limit in time."""
     anchor_spacing: int = 16
-    """With optim.window_weight above 0 or model.counters: number of label positions per question. A chunk has one
+    """With optim.window_weight above 0 or counters: number of label positions per question. A chunk has one
     question per this many positions, rounded up. With split=time they are uniform in time, otherwise in position."""
     num_negatives: int | None = None
     """Number of negatives of the sampled softmax, shared by all labels of a batch. null: all items of the log, which is
@@ -176,7 +176,7 @@ class OptimConfig:
     optim.minutes, 50 steps and at most a tenth of all."""
     epochs: int | None = None
     """Maximum number of epochs, which are passes over the training histories. null: enough for about 1,000 steps with
-    model.counters, else about 3,000, and at most 30 epochs. With optim.minutes, only the time limits training, and
+    counters, else about 3,000, and at most 30 epochs. With optim.minutes, only the time limits training, and
     optim.patience."""
     minutes: float | None = None
     """Maximum number of minutes that training takes, validation included. vista times the first steps to decide how
@@ -184,10 +184,10 @@ class OptimConfig:
     earlier. null: no time limit."""
     next_weight: float | None = None
     """Weight of the sampled softmax over next items. 0 turns off next-item training and validates on windows instead.
-    null: 0 if model.counters is on, windows are trained, and data.split is time or share; else 1."""
+    null: 0 if the model has counters, windows are trained, and data.split is time or share; else 1."""
     window_weight: float | None = None
     """Weight of the softmax over the items of the window that follows a question (`data.horizon_events`). 0 does not
-    train windows. null: 1 with model.counters, else 0."""
+    train windows. null: 1 with counters, else 0."""
     logq_strength: float = 1.0
     """How much of the items' log popularity the next-item scores learn, in [0, 1]. 1 is the plain softmax; 0 removes
     popularity from the scores."""
@@ -369,14 +369,14 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
     def next_weight(self) -> float:
         """`optim.next_weight`, with null resolved: what validation can ask decides."""
         weight = self.optim.next_weight
-        only_windows = self.model.counters and self.trains_window and self.data.split is not Split.leave_last_out
+        only_windows = self.model.counter_keys and self.trains_window and self.data.split is not Split.leave_last_out
         return float(not only_windows) if weight is None else weight
 
     @property
     def window_weight(self) -> float:
         """`optim.window_weight`, with null resolved."""
         weight = self.optim.window_weight
-        return float(bool(self.model.counters)) if weight is None else weight
+        return float(bool(self.model.counter_keys)) if weight is None else weight
 
 
 def without_places(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

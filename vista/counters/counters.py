@@ -19,7 +19,7 @@ from vista.config.checks import MAX_DAYS
 from vista.config.model_config import (
     ITEM,
     MAX_COUNTER_EVENTS,
-    MAX_COUNTER_KEYS,
+    MAX_COUNTERS,
     MAX_HORIZONS,
     MIN_COUNTER_DAYS,
     NextItemConfig,
@@ -71,8 +71,8 @@ class CounterSpec:
             raise ValueError(f"fields: must be distinct names, at least one, got {self.fields}")
         if len(self.keys) != len(self.fields):
             raise ValueError(f"keys: expected one number for each of {', '.join(self.fields)}, got {self.keys}")
-        if not all(1 <= keys <= MAX_COUNTER_KEYS for keys in self.keys):
-            raise ValueError(f"keys: must be from 1 to {MAX_COUNTER_KEYS}, got {self.keys}")
+        if not all(1 <= keys <= MAX_COUNTERS for keys in self.keys):
+            raise ValueError(f"keys: must be from 1 to {MAX_COUNTERS}, got {self.keys}")
         if not all(MIN_COUNTER_DAYS <= days <= MAX_DAYS for days in self.days):
             raise ValueError(f"days: must be from 1/24 to {MAX_DAYS:g}, got {self.days}")
         if not all(1 <= events <= MAX_COUNTER_EVENTS for events in self.events):
@@ -87,14 +87,14 @@ class CounterSpec:
         """What a model counts; None for a model without counters.
 
         Args:
-            config: with `counters` null meaning false.
+            config: with `counter_keys` null meaning none.
             has_time: whether its log has times.
         """
-        if not config.counters:
+        if not config.counter_keys:
             return None
-        fields, days = (ITEM, *config.counter_categories), config.counter_days if has_time else []
+        fields, days = tuple(config.counter_keys), config.counter_days if has_time else []
         horizons = tuple(map(float, days)), tuple(map(float, config.counter_events))
-        return cls(fields, (config.counter_keys,) * len(fields), *horizons, has_time)
+        return cls(fields, (config.num_counters,) * len(fields), *horizons, has_time)
 
     @property
     def num_fields(self) -> int:
@@ -156,7 +156,7 @@ class CounterSpec:
 
 _RULES = {
     "fields": list_of(text(), least=1),
-    "keys": list_of(whole(1, MAX_COUNTER_KEYS)),
+    "keys": list_of(whole(1, MAX_COUNTERS)),
     "days": list_of(NUMBER),
     "events": list_of(NUMBER),
     "has_time": one_of(True, False),

@@ -78,7 +78,7 @@ class AnchorPlan:
     def of(cls, config: TrainConfig, *, has_time: bool) -> AnchorPlan | None:
         """The plan of a training run on a log with or without times; None if the run has neither the window loss nor
         counters, with which next items are trained at anchors too."""
-        at_anchors = config.model.counters and config.ranks_items
+        at_anchors = bool(config.model.counter_keys) and config.ranks_items
         if not config.trains_window and not at_anchors:
             return None
         by_time = config.data.split is Split.time
@@ -225,7 +225,10 @@ class CutPlan:
             unknown_share=data.unknown_share,
             reconstruction_len=RECONSTRUCTION_LEN if config.trains_decoder else 0,
             anchors=AnchorPlan.of(config, has_time=has_time),
-            pools_labels=model.space_dim > 0 and config.ranks_items and config.next_weight > 0 and not model.counters,
+            pools_labels=model.space_dim > 0
+            and config.ranks_items
+            and config.next_weight > 0
+            and not model.counter_keys,
             exact_counters=model.architecture is not Architecture.vista,
         )
 

@@ -547,16 +547,17 @@ def check_categories(config: RankingConfig, features: Columns, items: Vocabulary
         ConfigError: naming the category.
     """
     categories = {name: column.offsets for name, column in features.items() if column.offsets is not None}
-    for name in config.counter_categories if isinstance(config, NextItemConfig) else ():
+    counted = config.counter_keys if isinstance(config, NextItemConfig) else None
+    for name in (counted or [])[1:]:
         require(
             name in categories,
-            "model.counter_categories",
+            "model.counter_keys",
             f"{name!r} is not a category of the items of {where}; those are: {', '.join(categories) or 'none'}",
         )
         several = np.flatnonzero(np.diff(categories[name]) > 1)
         require(
             len(several) == 0,
-            "model.counter_categories",
+            "model.counter_keys",
             f"{len(several):,} items of {where} have several values of {name!r}, such as "
             f"{items.ids(several[:1]).tolist()}; an event counts for one value, so give each item one",
         )

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from vista.model.ranking_model import RankingModel
 
 
-FORMAT_VERSION = 13
+FORMAT_VERSION = 14
 CONFIG_FILE = "config.json"
 MAX_BYTES = 16 << 20
 """Of config.json."""

@@ -134,7 +134,7 @@ class StoreSizes:
         """The sizes of a model's records and states, without features of users or events.
 
         Args:
-            model: its shape, with `counters` null meaning false.
+            model: its shape, with `counter_keys` null meaning none.
             codec: how summaries are stored.
             state: how states are stored; bidirectional mixing has none.
             num_items: of the catalog, which decides how many bytes a counted key has.

@@ -104,8 +104,8 @@ class Explanation:
     """[L'] ids of their items; None for items that the model does not know."""
     counts: NDArray[np.float32]
     """[C, G * F] the user's counters as of the request, in the units and with the F columns of `CounterSpec`: of the
-    item, then of its value of each of `model.counter_categories`; NaN where it is not counted. G is 0 for a model
-    without counters."""
+    item, then of its other keys (`model.counter_keys`); NaN where it is not counted. G is 0 for a model without
+    counters."""
     reasons: list[list[Reason]]
     """[C] the parts with the largest positive shares, the largest first, at most MOST_REASONS."""
 

@@ -33,13 +33,13 @@ from vista.store.reader import StoreReader
 from vista.store.record_encoding import read_key
 
 logger = logging.getLogger(__name__)
-COUNTER_KEYS = ("counters", "counter_keys", "counter_categories", "counter_days", "counter_events")
+COUNTER_KEYS = ("counter_keys", "num_counters", "counter_days", "counter_events")
 KEYS_OF_STAGE_1 = {
     "has_gap": ("ignore",),
     "counters": COUNTER_KEYS,
 }
 """Fields of Stage1Config -> the fields of ModelConfig that set them, where these have other names."""
-INHERITED_KEYS = ("counters", "temperature", "tail_features")
+INHERITED_KEYS = ("counter_keys", "temperature", "tail_features")
 """Fields of ModelConfig that are the base's if they are null."""
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from vista.config import OptimConfig, TrainConfig
 from vista.config.checks import TableKind, require
 from vista.config.composition import flat_settings, value_text
-from vista.config.model_config import NextItemConfig, RankingConfig
+from vista.config.model_config import ITEM, NextItemConfig, RankingConfig
 from vista.examples.batch_source import trained_tasks
 from vista.files import NUMBER, TABLE, FieldRule, check_fields, either, list_of, one_of, whole
 from vista.log.event_log import EventLog
@@ -58,7 +58,7 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     returns = not data.exclude_seen and not tasks_alone
     reasons += _plan_counters(config, model, optim, returns=returns)
     wanted_steps, batches_per_epoch = STEPS, BATCHES_PER_EPOCH
-    if model.counters:
+    if model.counter_keys:
         wanted_steps, batches_per_epoch = STEPS_WITH_COUNTERS, BATCHES_WITH_COUNTERS
     if data.tokens_per_batch is None:
         least, most = TOKENS_PER_BATCH
@@ -105,21 +105,21 @@ def _plan_counters(config: TrainConfig, model: RankingConfig, optim: OptimConfig
         returns: whether items that users may have had before are ranked.
     """
     if isinstance(model, NextItemConfig):
-        if model.counters is None:
+        if model.counter_keys is None:
             ranks_items = optim.next_weight != 0 or optim.window_weight != 0
-            model.counters = returns and ranks_items and config.base is None
+            model.counter_keys = [ITEM] if returns and ranks_items and config.base is None else []
         model.temperature = model.softmax_temperature
     resolved = replace(config, model=model, optim=optim)
     optim.window_weight, optim.next_weight = resolved.window_weight, resolved.next_weight
-    if not model.counters:
+    if not model.counter_keys:
         return []
     why = {
-        "model.counters": " (data.exclude_seen=false)",
+        "model.counter_keys": " (data.exclude_seen=false)",
         "optim.next_weight": f" (data.split={config.data.split.value})",
     }
     asked, planned = flat_settings(config), flat_settings(resolved)
     keys = (
-        *("model.counters", "model.temperature"),
+        *("model.counter_keys", "model.temperature"),
         *("optim.window_weight", "optim.next_weight"),
     )
     nulls = [key for key in keys if asked.get(key, "absent") is None]

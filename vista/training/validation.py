@@ -408,7 +408,7 @@ class Validation:
 
 WITHOUT_COUNTERS = (
     "train longer (optim.epochs or optim.minutes), or take more and smaller steps (data.tokens_per_batch); if users "
-    "return to items, set model.counters=true"
+    "return to items, set model.counter_keys=[item]"
 )
 WITH_COUNTERS = (
     "train longer if the run has fewer than 1,000 steps (optim.epochs), or add time constants (model.counter_days, "

@@ -67,7 +67,7 @@ def check_start(config: TrainConfig, base: RankingModel, log: EventLog) -> None:
 
 def _check_model(config: TrainConfig, base: RankingModel) -> None:
     asked, kept = to_dict(config.model), to_dict(base.config)
-    unread = () if config.model.counters or base.config.counters else (*COUNTER_KEYS[1:], "transitions")
+    unread = () if config.model.counter_keys or base.config.counter_keys else (*COUNTER_KEYS[1:], "transitions")
     changed = [key for key in asked if key not in (*FREE_KEYS, *unread) and asked[key] != kept.get(key)]
     if config.model.kind is not base.config.kind:  # which then also has other keys
         changed = ["architecture"]

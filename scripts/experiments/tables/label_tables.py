@@ -20,12 +20,12 @@ STACK = "stack"
 
 
 def _labels(data: str, task: str, minutes: int, counted: tuple[str, ...] = ()) -> Table:
-    """Every training takes so many minutes; counted: arguments of `vista train` for the row with counters."""
+    """Every training takes so many minutes; counted: what the row with counters counts besides items."""
     trained = {
         "vista": (),
         "tail-only": K0,
         "epoch 0": (*K0, "optim.epochs=0"),
-        "vista, counters": ("model.counters=true", *counted),
+        "vista, counters": (f"model.counter_keys=[{','.join(('item', *counted))}]",),
         **{name: (f"model={name}",) for name in ("din", "sasrec", "hstu")},
     }
     rows = {name: TableRow(1.5 * minutes, words) for name, words in trained.items()}
@@ -37,7 +37,7 @@ def _labels(data: str, task: str, minutes: int, counted: tuple[str, ...] = ()) -
 
 
 TABLES = {
-    "labels-assist17": _labels("assist17", "correct", 20, ("model.counter_categories=[skill]",)),
+    "labels-assist17": _labels("assist17", "correct", 20, ("skill",)),
     "labels-ml-1m-half": _labels("ml-1m-half-liked", "liked", 10),
     "labels-ml-latest-small": _labels("ml-latest-small-liked", "liked", 3),
 }

@@ -16,14 +16,14 @@ SIM_HARD = ("model=sim", "model.search_category=topic")
 LENGTHS = {"length-200": 200, "length-1k": 1_000, "simulation": 4_000, "length-16k": 16_000, "length-64k": 64_000}
 """The tables of one simulation -> mean events per history."""
 WORLDS = ("returns", "sequence", "conjunction", "seasons", "drift")
-COUNTERS = ("model.counters=true",)
+COUNTERS = ("model.counter_keys=[item]",)
 """Without what counters turn on by default. Next items are trained at the anchors only, as always with counters."""
 MANY_COUNTERS = (
-    *(*COUNTERS, "model.counter_keys=1024", "model.counter_events=[250,1000,2500]"),
+    *(*COUNTERS, "model.num_counters=1024", "model.counter_events=[250,1000,2500]"),
     "optim.next_weight=0",
 )
 TOPICS = ("model.ignore=[user_features]",)
-COUNTED_TOPICS = ("model.counter_categories=[topic]", "model.counter_events=[32,250,1000,2500]")
+COUNTED_TOPICS = ("model.counter_keys=[item,topic]", "model.counter_events=[32,250,1000,2500]")
 DECAYS = ("model.decay=position", "model.decay_horizons=[32,200,1000,0]")
 """Three of four heads weigh recent events more, because tastes change."""
 REFERENCES = {

@@ -63,7 +63,7 @@ BOTH = (Codec.int8, Codec.float32)
 TAILS = (2, 4, 8, 16)
 AGES = (10, 100, 1000)
 K0 = ("model.num_seeds=0",)
-WITHOUT_COUNTERS = ("model.counters=false", "model.temperature=0.05")
+WITHOUT_COUNTERS = ("model.counter_keys=[]", "model.temperature=0.05")
 # The default layers of stage 2 until November 2026. A table with this setting was not rerun with today's default, so
 # its rows can only be compared with one another.
 SOFTMAX = ("model.target_attention=softmax",)

@@ -30,7 +30,7 @@ LOSS = ("optim.window_weight=1", "optim.next_weight=0.2")
 NEXT = ("optim.window_weight=0", "optim.next_weight=1")
 COUNTERS = (
     *("optim.window_weight=1", "optim.next_weight=0"),
-    *("model.counters=true", "data.anchor_spacing=16"),
+    *("model.counter_keys=[item]", "data.anchor_spacing=16"),
 )
 """Counters, and the loss that goes with them."""
 CHOSEN = {
@@ -65,7 +65,7 @@ CATEGORIES = {
     "vista, counters, features": ("model.ignore=[user_features]",),
     "vista, counters, counted categories": (
         "model.ignore=[user_features]",
-        "model.counter_categories=[product_category,product_type]",
+        "model.counter_keys=[item,product_category,product_type]",
     ),
 }
 """What the counters of a product's categories add to those of the product, for a log whose items have some."""
@@ -95,7 +95,7 @@ def _windows(data: str, minutes: float) -> Table:
         "vista, counters": TableRow(both, words),
         "tail-only, counters": TableRow(0.5 * both, (*words, *K0)),
         "vista, counters, no pooled vectors": TableRow(both, (*words, "model.pooled_dim=0")),
-        WITHOUT: TableRow(both, (*words, "model.counters=false")),
+        WITHOUT: TableRow(both, (*words, "model.counter_keys=[]")),
         "hstu, counters": TableRow(1.5 * both, hstu),
         "hstu-1,000, counters": TableRow(3 * both, (*hstu, "model.history_limit=1000")),
         "hstu-2,000, counters": TableRow(4 * both, (*hstu, "model.history_limit=2000")),
