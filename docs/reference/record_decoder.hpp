@@ -43,7 +43,7 @@ struct Feature {                 // of the user, or of each event of the tail
 };
 
 struct Counter {
-    uint32_t key;                // model row of the item, or code of the category
+    uint32_t key;                // model row of the item, or key of another field
     std::vector<uint8_t> codes;  // F codes from 0 to 63: count, decayed sums, age
 };
 

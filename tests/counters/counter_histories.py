@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
+
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
-from vista.counters.counters import CounterSpec, CounterTable, ItemKeys, UserCounters
+from vista.counters.counters import CounterSpec, CounterTable
+from vista.counters.keys import ItemKeys, UserCounters
 from vista.log.features import Column
 from vista.log.histories import Histories
 from vista.log.vocabulary import Vocabulary
@@ -69,27 +72,53 @@ def category(name: str, codes: NDArray[np.int64]) -> tuple[list[FeatureSpec], It
 
 def only_items(spec: CounterSpec) -> ItemKeys:
     """Keys for a spec that counts only items."""
-    return ItemKeys(spec, np.zeros((0, 1), np.int32))
+    return ItemKeys.of_spec(spec, 1, {})
 
 
 def counters_of_request(
-    keys: ItemKeys, history: Histories, *, covered: int, first: int, seen: int, now: Int | None
+    keys: ItemKeys, history: Histories, *, covered: int, tail_start: int, seen: int, now: Int | None
 ) -> UserCounters:
     """Counters of a request on one history, as a store and a scorer make them.
 
-    A record holds those of the first `covered` events. The request adds the events from `first` to `seen`.
+    A record holds those of the first `covered` events. The request adds later ones of the tail, which holds the events
+    from `tail_start` to `seen`. It does not know which event came before the tail.
     """
+    first = min(max(covered, tail_start), seen)
+    before = [0, *history.item.tolist()]
 
     def part(field: int, start: int, stop: int) -> tuple[Int, Int, Int]:
-        events = history.slice(0, start, stop)
-        key = keys.of(events.item.astype(np.int64))[field]
+        events, previous = history.slice(0, start, stop), np.array(before[start:stop], np.int64)
+        previous[:1] *= start != tail_start
+        key = keys.of(events.item.astype(np.int64), np.asarray(events.timestamp), previous)[field]
         return key, np.asarray(events.timestamp), np.array([0, stop - start])
 
     fields = []
     for field, most in enumerate(keys.spec.keys):
         record = CounterTable.of(keys.spec, *part(field, 0, covered)).top(most).codes()
         fields.append(record.advanced(now, *part(field, first, seen)))
-    return UserCounters(fields[0], np.array([covered + seen - first]), tuple(fields[1:]), keys)
+    num_events = np.array([covered + seen - first])
+    return UserCounters(fields[0], num_events, tuple(fields[1:]), keys, np.array(before[seen : seen + 1]))
+
+
+def key_by_hand(field: str, item: int, time_ms: int, previous: int, categories: dict[str, list[int]]) -> int:
+    """The key of an event in a field, from its definition.
+
+    Args:
+        time_ms: of the event.
+        previous: item of the event before; 0 for none.
+        categories: by name, the value of each item from 1 on; 0 for none.
+    """
+    time = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=time_ms)
+    values = {"item": item, "previous": previous, "month": time.month, "weekday": time.isoweekday()}
+    values |= {name: codes[item] for name, codes in categories.items()}
+    factors = {"item": 1_220_703_125, "previous": 1_220_703_125, "month": 12, "weekday": 7}
+    factors |= {name: max(codes) for name, codes in categories.items()}
+    first, *others = field.split("*")
+    key = values[first]
+    for part in others:
+        product = ((key - 1) * factors[part] + values[part] - 1) % (2**31 - 1) + 1
+        key = product if key and values[part] else 0
+    return key
 
 
 def assert_identical(one: CounterTable, other: CounterTable) -> None:

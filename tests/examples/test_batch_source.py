@@ -19,7 +19,8 @@ from tests.counters.counter_histories import only_items
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.checks import Architecture, Decay, Split
-from vista.counters.counters import CounterSpec, ItemKeys
+from vista.counters.counters import CounterSpec
+from vista.counters.keys import ItemKeys
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource, ModelReads, NegativeSampler, StoredSummaries, events_before

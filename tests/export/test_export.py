@@ -65,7 +65,9 @@ def drawn_model(
         num_target_layers=num_layers,
         tail_len=6,
         target_attention=kind,
-        counter_keys=(["item", "brand"] if categories else ["item"]) if counters else [],
+        counter_keys=(["item", "brand", "brand*month", "previous*item", "brand*weekday"] if categories else ["item"])
+        if counters
+        else [],
         num_counters=10,
         pooled_dim=pooled_dim,
     )
@@ -98,6 +100,7 @@ def drawn_model(
 
 
 Kind = TargetAttentionKind
+PRODUCTS = ["item", "brand", "brand*month", "previous*item", "brand*weekday"]
 
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -111,7 +114,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "no pooled vectors": {"pooled_dim": 0},
     "no features": {"features": False},
     "no times": {"has_time": False},
-    "categories": {"categories": True},
+    "products": {"categories": True},
     "little": {"counters": False, "features": False, "has_time": False, "num_seeds": 0, "pooled_dim": 0},
 }
 

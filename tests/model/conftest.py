@@ -17,7 +17,7 @@ from tests.counters.counter_histories import category
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
 from vista.config.checks import Decay
-from vista.counters.counters import ItemKeys
+from vista.counters.keys import ItemKeys
 from vista.examples.batch import Batch, ChunkHistories, ChunkImpressions, Chunks, ChunkTimeline, decay_clock
 from vista.examples.cuts import AnchorPlan, CutPlan, cut_batch
 from vista.examples.item_spaces import PooledHistories

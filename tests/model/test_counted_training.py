@@ -23,7 +23,8 @@ from tests.counters.counter_histories import counters_of_request
 from tests.model.test_sequence_baselines import LIMIT
 from vista.arrays import Int
 from vista.config import OptimConfig
-from vista.counters.counters import MAX_CODE, CounterSpec, ItemKeys, UserCounters
+from vista.counters.counters import MAX_CODE, CounterSpec
+from vista.counters.keys import ItemKeys, UserCounters
 from vista.examples.batch import Batch, BatchStatistics
 from vista.examples.item_spaces import NUM_POOLED
 from vista.examples.item_statistics import num_statistics
@@ -182,6 +183,7 @@ def test_nothing_is_added_before_training(counters: CandidateHead, codes: Tensor
     assert not fresh(codes).any() and not fresh.logits(codes).any()
 
 
+PRODUCTS = ["item", "brand*month", "previous*item", "brand", "weekday*brand"]
 OPTIM = OptimConfig(next_weight=0.5, window_weight=1.0, task_weight=0.0, reconstruction_weight=0.0)
 
 
@@ -201,7 +203,7 @@ class Request:
 
     def counters(self, keys: ItemKeys) -> UserCounters:
         return counters_of_request(
-            keys, self.history, covered=self.covered, first=self.first, seen=self.seen, now=self.now
+            keys, self.history, covered=self.covered, tail_start=self.gap_start, seen=self.seen, now=self.now
         )
 
 
@@ -229,7 +231,7 @@ def drawn_setting(data: st.DataObject) -> dict[str, Any]:
         "chunk_len": data.draw(st.sampled_from([7, 100])),
         "is_timed": data.draw(st.booleans()),
         "staleness": data.draw(st.sampled_from([0.0, 0.7])),
-        "counter_keys": data.draw(st.sampled_from([["item"], ["item", "brand"]])),
+        "counter_keys": data.draw(st.sampled_from([["item"], ["item", "brand"], PRODUCTS])),
     }
 
 
@@ -486,7 +488,8 @@ def test_no_label_is_in_its_own_counters_of_a_category(make: SimpleNamespace) ->
     model = make.model(counter_keys=["item", "brand"], num_counters=100, num_seeds=0, num_items=60)
     assert model.item_keys is not None
     packed = make.histories([40], 5)
-    brand_1, others = np.flatnonzero(model.item_keys.category[0] == 1), np.flatnonzero(model.item_keys.category[0] > 1)
+    brand = model.item_keys.categories["brand"]
+    brand_1, others = np.flatnonzero(brand == 1), np.flatnonzero(brand > 1)
     item = np.where(np.arange(40) < 30, others[np.arange(40) % len(others)], brand_1[0]).astype(np.int32)
     packed = Histories(item, packed.timestamp, packed.action, packed.rating, packed.offsets)
     options = {"impressions": 60, "num_items": 60, "keys": model.item_keys}
@@ -499,7 +502,7 @@ def test_no_label_is_in_its_own_counters_of_a_category(make: SimpleNamespace) ->
     seen_brand = 0
     for window, column in np.argwhere(places.number >= 0):
         position, shown = places.position[window, column], chunks.impressions.item[places.number[window, column]]
-        if model.item_keys.category[0, shown] == 1:
+        if brand[shown] == 1:
             is_counted = bool(codes[window, column, num_columns] > 0)
             assert not is_counted or position > 30
             seen_brand += is_counted

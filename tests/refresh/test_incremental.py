@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import ROUNDING
-from tests.counters.counter_histories import counted_by_loop
+from tests.counters.counter_histories import counted_by_loop, key_by_hand
 from tests.refresh.conftest import contents, fail_at, full, stored
 from vista.config import SourceColumns
 from vista.config.checks import Codec, Decay, Mixing, StateDtype
@@ -36,7 +36,7 @@ from vista.store.record_encoding import encode_counters
 from vista.store.writer import StoreUpdate
 
 COUNTERS = {"counter_keys": ["item"], "num_counters": 6, "counter_days": [2.0, 30.0], "counter_events": [5.0]}
-CATEGORIES = COUNTERS | {"counter_keys": ["item", "genre"]}
+PRODUCTS = COUNTERS | {"counter_keys": ["item", "genre", "genre*weekday", "previous*item"]}
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "no reach": {"conv_width": 1, "ignore": ["times"]},
@@ -51,7 +51,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "decay_horizons": [3.0, 0.0],
     },
     "counters": COUNTERS,
-    "categories, decay by position": CATEGORIES | {"decay": Decay.position, "decay_horizons": [8.0, 0.0]},
+    "products, decay by position": PRODUCTS | {"decay": Decay.position, "decay_horizons": [8.0, 0.0]},
     "counters, bidirectional": COUNTERS | {"mixing": Mixing.bidirectional, "conv_width": 1},
     "counters alone": COUNTERS | {"num_seeds": 0, "pooled_dim": 0},
 }
@@ -195,7 +195,7 @@ def test_readers_see_new_records_without_a_reload(tmp_path, grow):
 )
 def test_an_interrupted_run_adds_and_counts_no_event_twice(tmp_path, grow, monkeypatch, changes, at):
     """Each of a batch's two transactions fails in turn, and the log grows before the run is resumed."""
-    model, log, store = stored(tmp_path, {1: 7, 2: 8, 3: 9}, grow.model(**CATEGORIES, **changes))
+    model, log, store = stored(tmp_path, {1: 7, 2: 8, 3: 9}, grow.model(**PRODUCTS, **changes))
     log = grow.later(tmp_path / "log", {1: 4, 2: 3, 3: 2})
     with monkeypatch.context() as patch:
         fail_at(patch, SharedEnvironment, "write", at, lmdb.Error("Input/output error"))
@@ -230,7 +230,7 @@ def test_another_log_is_refused(tmp_path, grow, monkeypatch):
 
 def test_half_precision_states_stay_close_and_their_counters_exact(tmp_path, grow):
     """After ten appends, each rounded to 11 bits."""
-    model, log, store = stored(tmp_path, {1: 40, 2: 40}, grow.model(**CATEGORIES), state=StateDtype.float16)
+    model, log, store = stored(tmp_path, {1: 40, 2: 40}, grow.model(**PRODUCTS), state=StateDtype.float16)
     for turn in range(1, 11):
         log = grow.later(tmp_path / "log", {1: 5, 2: 1}, turn * 500)
         assert refresh_incremental(model, log, store).counts["appended"] == 2
@@ -321,10 +321,10 @@ def counted(
 ) -> dict[int, list[int]]:
     """Codes by key of the user's history or its first `until` events, counted with a loop."""
     history = log[user].slice(0, 0, until)
-    rows = model.item_rows(log.items.ids(history.item)).tolist()
-    if field == "genre":
-        rows = [(row - 1) % 5 if row else 0 for row in rows]
-    times, spec = history.timestamp.tolist(), model.counter_spec
+    items, times = model.item_rows(log.items.ids(history.item)).tolist(), history.timestamp.tolist()
+    genres = {"genre": [0, *(row % 5 for row in range(len(model.items)))]}
+    events = zip(items, times, [0, *items[:-1]], strict=True)
+    rows, spec = [key_by_hand(field, *event, genres) for event in events], model.counter_spec
     values = counted_by_loop(spec, list(zip(rows, times, strict=True)))
     newest = {row: position for position, row in enumerate(rows)}
     kept = sorted(values, key=lambda row: (-values[row][0], -newest[row]))[: spec.keys[0]]
@@ -379,7 +379,7 @@ def assert_pooled(path: Path, model: VistaModel, log: EventLog) -> None:
 
 
 def test_a_store_with_a_limit_counts_only_what_it_covers(tmp_path, grow):
-    model = grow.model(**CATEGORIES)
+    model = grow.model(**PRODUCTS)
     log = grow.append(tmp_path / "log", grow.events({1: 20, 2: 9}))
     refresh(model, log, tmp_path / "store", until="leave-last-3-out")
     with StoreReader.open(tmp_path / "store") as store:
@@ -392,7 +392,7 @@ def test_a_store_with_a_limit_counts_only_what_it_covers(tmp_path, grow):
 
 def test_no_counter_of_an_erased_user_survives(tmp_path, grow):
     """Neither in answers, nor in an export, nor, after a compaction, as bytes in a file of the store or of a shard."""
-    model, log, store = stored(tmp_path, {1: 20, 2: 90, 3: 4}, grow.model(**CATEGORIES))
+    model, log, store = stored(tmp_path, {1: 20, 2: 90, 3: 4}, grow.model(**PRODUCTS))
     refresh(model, log, tmp_path / "shards", shard=Shard(0, 1), options=RefreshOptions(codec=Codec.float32))
     places = (store, Shard(0, 1).path(tmp_path / "shards"))
     with StoreReader.open(store) as opened:
@@ -418,7 +418,7 @@ def test_no_counter_of_an_erased_user_survives(tmp_path, grow):
 
 def record_bytes(counters: tuple[CounterCodes, ...]) -> bytes:
     """The counters of one user, as its record holds them."""
-    layout = CounterLayout.of(counters[0].spec, [30, 4][: len(counters)])
+    layout = CounterLayout.of(counters[0].spec, [30, 4, 28, 2**31 - 1][: len(counters)])
     return encode_counters(counters, layout, 1)[0]
 
 

@@ -123,7 +123,7 @@ features = st.sampled_from([None, 0, 1, 2])
 def test_merged_stores_equal_the_store_of_all_events(tmp_path_factory, grow, data, decay):
     folder, horizons = tmp_path_factory.mktemp("merge"), [20.0, 0.0] if decay is Decay.time else []
     options = {"decay": decay, "decay_horizons": horizons}
-    counted = {"counter_keys": ["item", "genre"]} if data.draw(st.booleans()) else {}
+    counted = {"counter_keys": ["item", "genre*month", "previous*item"]} if data.draw(st.booleans()) else {}
     model = grow.model(num_tail_features=data.draw(features), **options, **counted)
     frame = grow.events(data.draw(st.dictionaries(st.integers(1, 6), st.integers(1, 20), min_size=1)), spread=10**7)
     owner = np.array(data.draw(st.lists(st.integers(0, 2), min_size=len(frame["user"]), max_size=len(frame["user"]))))
@@ -214,7 +214,7 @@ def test_merged_shards_equal_the_store_of_one_refresh(tmp_path, grow, monkeypatc
 
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_a_store_of_several_logs_resumes_from_one_log(tmp_path, grow, monkeypatch, is_killed):
-    model, log, parts = grow.model(counter_keys=["item", "genre"]), None, []
+    model, log, parts = grow.model(counter_keys=["item", "genre", "previous*item"]), None, []
     lengths = [{1: 9, 2: 8, 3: 3, 4: 4}, {1: 7, 2: 200, 5: 6, 6: 5}, {2: 1, 7: 12}]
     for part, counts in enumerate(lengths):
         frame = grow.events(counts, seed=part, spread=10**7)

@@ -17,7 +17,7 @@ from tests.conftest import DAY, ROUNDING, START, candidate_inputs, draw_counter_
 from tests.counters.counter_histories import category, counters_of_request
 from vista.arrays import Int
 from vista.config.checks import Codec
-from vista.counters.counters import UserCounters
+from vista.counters.keys import UserCounters
 from vista.evaluation.cases import case_requests
 from vista.examples.item_statistics import HistoryCounters
 from vista.log.event_log import EventLog
@@ -119,13 +119,13 @@ def untrained(log: EventLog, items: Vocabulary, **changes: Any) -> VistaModel:
     return model
 
 
-@pytest.fixture(scope="module", params=["summary", "no summary", "categories"])
+@pytest.fixture(scope="module", params=["summary", "no summary", "products"])
 def model(request: pytest.FixtureRequest, impression_log: EventLog) -> VistaModel:
     """Knows 36 of the log's 40 items."""
     changes: dict[str, Any] = {
         "summary": {},
         "no summary": {"model__num_seeds": 0},
-        "categories": {"model__counter_keys": ["item", "brand"]},
+        "products": {"model__counter_keys": ["item", "brand", "brand*month", "previous*item"]},
     }[request.param]
     items = Vocabulary.from_ids(impression_log.items.ids(np.arange(4, impression_log.num_items)))
     return untrained(impression_log, items, model__num_counters=8, **changes)
@@ -152,11 +152,12 @@ def now(request: pytest.FixtureRequest, impression_log: EventLog) -> NDArray[np.
 
 
 def same_codes(actual: UserCounters, expected: UserCounters) -> None:
-    fields = zip((actual.codes, *actual.categories), (expected.codes, *expected.categories), strict=True)
+    fields = zip((actual.codes, *actual.others), (expected.codes, *expected.others), strict=True)
     for own, other in fields:
         for name in ("key", "codes", "offsets"):
             np.testing.assert_array_equal(getattr(own, name), getattr(other, name))
     np.testing.assert_array_equal(actual.num_events, expected.num_events)
+    np.testing.assert_array_equal(actual.newest, expected.newest)
 
 
 def test_a_request_has_the_codes_of_the_raw_history(opened: Opened, now: Any) -> None:
@@ -233,7 +234,7 @@ def test_a_user_without_a_record_is_a_user_without_earlier_events(opened: Opened
     assert keys is not None
     for stored in (opened.scorer.store.get_many([999]), batch.without(np.ones(1, bool))):
         actual = RequestCounters.of(keys, stored, tail, np.ones(3, bool), None)
-        same_codes(actual, counters_of_request(keys, history, covered=0, first=0, seen=3, now=None))
+        same_codes(actual, counters_of_request(keys, history, covered=0, tail_start=0, seen=3, now=None))
     nobody = batch.without(np.ones(1, bool)).spread(np.array([1]), 2)
     assert nobody.counters[0].clock.tolist() == [NO_TIMESTAMP] * 2
 
@@ -366,13 +367,23 @@ def test_parts_have_shares_of_the_score(opened: Opened, task: str, now: Any) -> 
     assert np.ptp(told.shares["counters"][is_counted]) > 1e-3
 
 
+def circumstance(model: VistaModel, counts: NDArray[np.float32]) -> str | None:
+    """What a reason says about the first product of keys that is counted, from the item's counters float32 [G * F]."""
+    words = {"brand*month": "items of its brand {} before in the same month", "previous*item": "{} before right after"}
+    keys = model.config.counter_keys or []
+    for key, (number, *_) in zip(keys, np.split(counts, len(keys)), strict=True):
+        if key in words and np.isfinite(number):
+            return words[key].format("once" if round(number) == 1 else f"{number:.0f} times")
+    return None
+
+
 @pytest.mark.parametrize("opened", ["fresh"], indirect=True)
 @pytest.mark.parametrize("task", ["click", "next"])
 def test_reasons_say_what_parts_with_positive_shares_hold(opened: Opened, task: str) -> None:
     user, tail = opened.users[2], opened.tail(TAIL_LEN, np.array([2]))
     model, items = opened.scorer.model, opened.scorer.item_vectors()[0].tolist()
     told = opened.scorer.explain(user, items, task=task, tail=tail)
-    space, texts, parts = model.item_space.double(), set[str](), set[str]()
+    space, texts, parts, products = model.item_space.double(), set[str](), set[str](), set[str]()
     newest = [item for item in told.tail_items if item is not None]
     rows = dict(zip(items, range(1, 1 + len(items)), strict=True))
     for place, reasons in enumerate(told.reasons):
@@ -387,6 +398,9 @@ def test_reasons_say_what_parts_with_positive_shares_hold(opened: Opened, task: 
             number, own = told.counts[place, 0], space[1 + place]
             if reason.part == "counters" and np.isfinite(number):
                 assert reason.text.startswith("once before" if number == 1 else f"{number:.0f} times before")
+            if reason.part == "counters" and (said := circumstance(model, told.counts[place])):
+                assert said in reason.text
+                products.add(said.split(" before ")[1])
             if reason.part in ("recent", "tail", "transitions"):
                 assert set(reason.items) <= set(newest)
             if reason.part in ("history", "recent"):
@@ -397,6 +411,7 @@ def test_reasons_say_what_parts_with_positive_shares_hold(opened: Opened, task: 
                 odds = float(model.item_rates[1 + place, 0].exp())
                 assert reason.text == f"the odds of click are {odds:.1f} times those of all impressions"
     assert {"history", "recent", "popularity", "rate" if task == "click" else "transitions"} <= parts
+    assert bool(products) == (len(model.config.counter_keys or []) > 1)
     assert {"goes with the whole history (similarity ", "more events than "} <= texts
     reasons = next(found for found in told.reasons if found and found[0].items)
     assert f"item {reasons[0].items[0]}" in reasons[0].words(lambda ids: [f"item {one}" for one in ids])
@@ -409,10 +424,13 @@ def test_counts_are_those_of_the_request(opened: Opened) -> None:
     explanation = opened.scorer.explain(user, items, tail=tail)
     counters = opened.counters([user], tail, None)
     fields = np.split(explanation.counts, counters.keys.spec.num_fields, axis=1)
-    keys = counters.keys.of(np.arange(1, len(items) + 1))
-    for values, codes, key in zip(fields, (counters.codes, *counters.categories), keys, strict=True):
+    clock, newest = np.repeat(counters.codes.clock, len(items)), np.repeat(counters.newest, len(items))
+    keys = counters.keys.of(np.arange(1, len(items) + 1), clock, newest)
+    names = counters.keys.spec.fields
+    for name, values, codes, key in zip(names, fields, (counters.codes, *counters.others), keys, strict=True):
         expected = dict(zip(codes.key.tolist(), codes.values().tolist(), strict=True))
-        assert (np.isfinite(values).all(1) == np.isin(key, codes.key)).all() and np.isin(codes.key, key).all()
+        assert (np.isfinite(values).all(1) == np.isin(key, codes.key)).all()
+        assert np.isin(codes.key, key).all() or "*" in name  # of other months, and after other items
         for row in np.flatnonzero(np.isin(key, codes.key)).tolist():
             np.testing.assert_allclose(values[row], expected[int(key[row])], rtol=1e-6)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from vista.config import (
     TrainConfig,
 )
 from vista.config.checks import Architecture, Codec, Split, StateDtype
-from vista.counters.counters import UserCounters
+from vista.counters.keys import UserCounters
 from vista.errors import CheckpointError, ConfigError
 from vista.evaluation.cases import NextItemCases
 from vista.examples.batch import Batch
@@ -48,6 +49,7 @@ from vista.planning.capacity_plan import StoreSizes
 from vista.refresh import RefreshOptions, refresh
 from vista.runs.tracking import MetricsWriter
 from vista.scorer import Scorer
+from vista.training.log_schema import schema_of
 from vista.training.optimizers import HEAD_RATE
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
@@ -157,8 +159,8 @@ class Asked:
     def counters(self) -> UserCounters:
         keys, history = self.model.item_keys, self.newest(self.seen, self.seen)
         assert keys is not None
-        first = max(self.covered, self.seen - self.model.config.tail_len)
-        return counters_of_request(keys, history, covered=self.covered, first=first, seen=self.seen, now=self.now)
+        start = max(self.seen - self.model.config.tail_len, 0)
+        return counters_of_request(keys, history, covered=self.covered, tail_start=start, seen=self.seen, now=self.now)
 
     def newest(self, limit: int, stop: int) -> Histories:
         """Up to `limit` events before the position `stop`, with rows of the model."""
@@ -283,7 +285,8 @@ COLUMNS = SourceColumns(action="action", rating="rating", labels=["click"])
 ITEMS = np.unique(small_frame()["item"])
 BRANDS = np.where(np.arange(len(ITEMS)) % 7 > 0, np.arange(len(ITEMS)) % 7, 0)
 """Brand of each item, from 1 on; 0 is none."""
-COUNTED = {"model__counter_keys": ["item", "brand"], "data__exclude_seen": False}
+KEYS = ["item", "brand", "brand*weekday", "previous*item"]
+COUNTED = {"model__counter_keys": KEYS, "data__exclude_seen": False}
 
 
 def brand_table(items: Any, brands: Any) -> dict[str, Any]:
@@ -331,11 +334,12 @@ def trained(brand_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_keys_are_the_values_of_the_items(trained: Path, brand_log: EventLog) -> None:
     model = VistaModel.from_pretrained(trained / "run" / "best")
     assert model.item_keys is not None and model.feature_table is not None
-    assert model.item_keys.spec.fields == ("item", "brand") and model.item_keys.spec.keys == (64, 64)
-    _, keys = model.item_keys.of(model.item_rows(ITEMS))
+    assert model.item_keys.spec.fields == tuple(KEYS) and model.item_keys.spec.keys == (64,) * len(KEYS)
+    keys = model.item_keys.categories["brand"]
+    assert keys[0] == 0
+    keys = keys[model.item_rows(ITEMS)]
     names = model.feature_table.values["brand"].ids(np.maximum(keys - 1, 0)).tolist()
     assert [name if key else None for name, key in zip(names, keys, strict=True)] == brand_table(ITEMS, BRANDS)["brand"]
-    assert model.item_keys.of(np.zeros(1, np.int64))[1].tolist() == [0]
 
 
 def test_validation_is_what_the_scorer_reaches(trained: Path, brand_log: EventLog, tmp_path: Path) -> None:
@@ -349,12 +353,12 @@ def test_scores_read_the_counters_of_a_category(trained: Path, brand_log: EventL
     user = brand_log.users.ids(np.arange(1)).tolist()[0]
     with Scorer.open(trained / "run" / "best", trained / "store") as scorer:
         stored = scorer.store.get_many([user])
-        items, brands = stored.counters
+        items, brands, *_ = stored.counters
         explanation = scorer.explain(user, ITEMS, task="click")
         num_values = items.spec.num_columns
-        assert explanation.counts.shape == (len(ITEMS), 2 * num_values)
+        assert explanation.counts.shape == (len(ITEMS), len(KEYS) * num_values)
         held = np.isin(scorer.model.item_rows(ITEMS), items.key)
-        keys = scorer.model.item_keys.of(scorer.model.item_rows(ITEMS))[1]  # type: ignore[union-attr]
+        keys = scorer.model.item_keys.categories["brand"][scorer.model.item_rows(ITEMS)]  # type: ignore[union-attr]
         same_brand = np.isin(keys, brands.key)
         assert (np.isfinite(explanation.counts[:, 0]) == held).all()
         assert (np.isfinite(explanation.counts[:, num_values]) == same_brand).all()
@@ -379,7 +383,7 @@ def test_scores_read_the_counters_of_a_category(trained: Path, brand_log: EventL
 def test_baselines_count_categories_too(brand_log: EventLog, tmp_path: Path, architecture: Architecture) -> None:
     options = {"model__architecture": architecture, "model__history_limit": 8, "optim__epochs": 1}
     model = train_model(config_of(brand_log, tmp_path / "run", **options), brand_log)
-    assert model.item_keys is not None and len(model.item_keys.category) == 1
+    assert model.item_keys is not None and list(model.item_keys.categories) == ["brand"]
     assert model.candidate_head.added.weight.any()  # type: ignore[union-attr]
 
 
@@ -391,8 +395,9 @@ def test_added_items_have_the_counters_of_their_category(trained: Path, brand_lo
     run_items_add(ItemsAddConfig(model=str(tmp_path / "model"), items=ItemTableConfig(paths=[str(added)])))
     grown = VistaModel.from_pretrained(tmp_path / "model")
     assert grown.summarizer_id() == model.summarizer_id() and grown.item_keys is not None
-    of_brand_2 = int(grown.item_keys.of(grown.item_rows(ITEMS[BRANDS == 2][:1]))[1][0])
-    assert grown.item_keys.of(grown.item_rows([5000, 5001, 5002]))[1].tolist() == [of_brand_2, 0, 0]
+    brand = grown.item_keys.categories["brand"]
+    of_brand_2 = int(brand[grown.item_rows(ITEMS[BRANDS == 2][:1])][0])
+    assert brand[grown.item_rows([5000, 5001, 5002])].tolist() == [of_brand_2, 0, 0]
     pl.DataFrame({"item": [6000], "brand": ["brand 1|brand 2"]}).write_parquet(added)
     several = ItemTableConfig(paths=[str(added)], value_separator="|")
     with pytest.raises(
@@ -407,6 +412,16 @@ def test_added_items_have_the_counters_of_their_category(trained: Path, brand_lo
     [
         ({"counter_keys": ["item", "item"]}, "must be distinct and begin with item, got"),
         ({"counter_keys": ["a"]}, "must be distinct and begin with item, got"),
+        ({"counter_keys": ["item", "a*"]}, r"'a\*' must have distinct parts, such as a\*b"),
+        ({"counter_keys": ["item", "a*month*a"]}, r"'a\*month\*a' must have distinct parts"),
+        (
+            {"counter_keys": ["item", "previous*month"]},
+            r"'previous\*month' is the same for all candidates; add",
+        ),
+        (
+            {"counter_keys": ["item", "item*month"], "ignore": ["times"]},
+            r"'item\*month' needs times, which",
+        ),
         ({"counter_keys": ["item", "a"], "ignore": ["item_features"]}, "'a' needs item_features, which model.ignore"),
     ],
 )
@@ -426,9 +441,17 @@ def test_a_category_must_be_one_of_the_log_with_one_value_per_item(brand_log: Ev
     assert not (tmp_path / "run" / "best").exists()
 
 
+def test_the_calendar_needs_times(tmp_path: Path) -> None:
+    frame = {name: small_frame()[name] for name in ("user", "item")}
+    log = EventLog.from_frame(frame, tmp_path / "log", columns=SourceColumns(timestamp=None))
+    config = small_config(log, tmp_path / "run", model__counter_keys=["item", "previous*item", "weekday*item"])
+    with pytest.raises(ConfigError, match=r"weekday\*item needs times, which .*log does not have"):
+        schema_of(log, config)
+
+
 def test_a_model_without_its_category_is_refused(trained: Path, tmp_path: Path) -> None:
     model = VistaModel.from_pretrained(trained / "run" / "best")
-    model.config.counter_keys = ["item", "color"]
+    model.config.counter_keys = [*KEYS[:1], "color", *KEYS[2:]]
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(CheckpointError, match="'color', which the model counts, is not a category of its items"):
         VistaModel.from_pretrained(tmp_path / "model")
@@ -444,7 +467,7 @@ def test_a_warm_start_keeps_the_values_of_earlier_items(trained: Path, brand_log
     options = {"init_from": str(trained / "run" / "best"), "optim__task_weight": 0.0}
     model = train_model(config_of(brand_log, tmp_path / "run", **options, data__path=str(later.path)), later)
     assert model.item_keys is not None and model.feature_table is not None
-    _, keys = model.item_keys.of(model.item_rows(ITEMS))
+    keys = model.item_keys.categories["brand"][model.item_rows(ITEMS)]
     names = model.feature_table.values["brand"].ids(np.maximum(keys - 1, 0)).tolist()
     assert [name if key else None for name, key in zip(names, keys, strict=True)] == brands
 
@@ -455,7 +478,11 @@ def test_the_page_names_the_values_of_a_category(trained: Path) -> None:
     assert opened.scorer is not None
     with opened.scorer as scorer:
         rows = counter_rows(opened, scorer, scorer.store.get_many([next(iter(scorer.store.keys()))]))
-    assert list(rows) == ["item", "brand"]
+    assert list(rows) == KEYS
+    assert all(row["value"].startswith("pair ") for row in rows["previous*item"])
+    parts = [row["value"].split(", ") for row in rows["brand*weekday"]]
+    assert parts and all(brand in {row["value"] for row in rows["brand"]} for brand, _ in parts)
+    assert {day for _, day in parts} <= {*calendar.day_name}
     assert rows["brand"] and all(row["value"].startswith("brand ") and row["count"] > 0 for row in rows["brand"])
 
 
@@ -468,7 +495,8 @@ def test_a_record_grows_by_the_counters_of_each_category() -> None:
             num_items=1000,
             history_events=10,
         )
-        for names in ([], ["brand"], ["brand", "topic"])
+        for names in ([], ["brand"], ["brand", "topic"], ["brand", "previous*item"])
     ]
     assert sizes[0].record < sizes[1].record < sizes[2].record and sizes[0].state < sizes[1].state
     assert sizes[2].record - sizes[1].record == sizes[1].record - sizes[0].record
+    assert sizes[3].record - sizes[2].record == 64 * 2  # a pair of items takes 4 bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -30,8 +31,11 @@ MAX_COUNTERS = 2**16 - 1
 """A record holds the number of its keys per field as uint16."""
 MAX_HASHED_ROWS = 2**31 - 1
 """Codes of categories are int32."""
-ITEM = "item"
-"""The field of counters whose keys are items. Other fields are names of categories of items."""
+ITEM, PREVIOUS = "item", "previous"
+"""Parts of what counters count: the item of an event or of a candidate, and the item of the event before."""
+CALENDAR = {"month": 12, "weekday": 7}
+"""Further parts, of the time in UTC, with the number of their values. All others are categories of items."""
+NOT_CATEGORIES = {ITEM, PREVIOUS, *CALENDAR}
 MAX_HORIZONS = 8
 """Most time constants of counters, so that the codes of an item fit into 64 bits."""
 MIN_COUNTER_DAYS = 1 / 24
@@ -220,13 +224,15 @@ class NextItemConfig(AttentionConfig):
     temperature: float | None = None
     """Temperature by which the retrieval head divides its cosines. null: 0.05, or 0.3 with counters."""
     counter_keys: list[str] | None = None
-    """What counters count, such as [item, brand]: how often and how recently the user had each item, and how often and
-    how recently items of the same brand. The first key is item; the others are features of items, which must be
-    categories with at most one value per item. The store holds the highest counts with each summary. Items that a user
-    had before are scored by their counters. Other items are scored by how popular they are and how many users discover
-    them, too, by a learned amount per user. Labeled tasks read the counters of every candidate. [] is a model without
-    counters. null: [item] if items are ranked and users return to them (`data.exclude_seen` is false); else []. Over a
-    base (`base`), null takes this and the settings that follow from it from the base."""
+    """What counters count, such as [item, brand, brand*month, previous*item]: how often and how recently the user had
+    each item, items of the same brand, items of the same brand in the same month of any year, and each item right after
+    the same item. The first key is item. The parts of the others are item, previous, month, weekday (both in UTC), and
+    features of items, which must be categories with at most one value per item. The store holds the highest counts with
+    each summary. Items that a user had before are scored by their counters. Other items are scored by how popular they
+    are and how many users discover them, too, by a learned amount per user. Labeled tasks read the counters of every
+    candidate. [] is a model without counters. null: [item] if items are ranked and users return to them
+    (`data.exclude_seen` is false); else []. Over a base (`base`), null takes this and the settings that follow from it
+    from the base."""
     num_counters: int = 64
     """Number of counters stored per user for each of counter_keys: those with the highest counts."""
     counter_days: list[float] = field(default_factory=lambda: [30.0])
@@ -262,14 +268,17 @@ class NextItemConfig(AttentionConfig):
         return TEMPERATURES[1] if self.counter_keys else TEMPERATURES[0]
 
     def _check_counters(self) -> None:
-        names = self.counter_keys or []
+        names, key = self.counter_keys or [], "model.counter_keys"
         is_valid = names[0] == ITEM and len({*names}) == len(names)
-        require(is_valid, "model.counter_keys", f"must be distinct and begin with {ITEM}, got {names}")
-        require(
-            len(names) == 1 or self.reads("item_features"),
-            "model.counter_keys",
-            f"{names[-1]!r} needs item_features, which model.ignore leaves out",
-        )
+        require(is_valid, key, f"must be distinct and begin with {ITEM}, got {names}")
+        for name in names:
+            parts = parts_of(name)
+            require(all(parts) and len({*parts}) == len(parts), key, f"{name!r} must have distinct parts, such as a*b")
+            of_candidate = {*parts} - {PREVIOUS, *CALENDAR}
+            require(bool(of_candidate), key, f"{name!r} is the same for all candidates; add {ITEM} or a category")
+            need = {"item_features": of_candidate - {ITEM}, "times": CALENDAR.keys() & parts}
+            for part, needed in need.items():
+                require(not needed or self.reads(part), key, f"{name!r} needs {part}, which model.ignore leaves out")
         require_counts(self, "model.", ("num_counters",), most=MAX_COUNTERS)
         require_numbers(self, "model.", "counter_days", MIN_COUNTER_DAYS, MAX_DAYS)
         require_numbers(self, "model.", "counter_events", 1, MAX_COUNTER_EVENTS)
@@ -381,6 +390,16 @@ class ModelConfig(NextItemConfig):
             "model.decay_horizons",
             f"needs one horizon >= 0 per head ({self.num_heads}), got {list(self.decay_horizons)}",
         )
+
+
+def parts_of(key: str) -> list[str]:
+    """The parts of one of `counter_keys`."""
+    return key.split("*")
+
+
+def counted_categories(keys: Iterable[str]) -> list[str]:
+    """The categories of items that are parts of `counter_keys`, once each."""
+    return list(dict.fromkeys(part for key in keys for part in parts_of(key) if part not in NOT_CATEGORIES))
 
 
 CONFIGS: dict[Architecture, type[RankingConfig]] = {

@@ -37,8 +37,9 @@ STEPS_PER_EVENT = 1_000_000
 class CounterSpec:
     """Fields and horizons of counters. All users of a store share it.
 
-    A *key* is what is counted: an item, or a category of items. Key 0 stands for an unknown item or for an item without
-    a category, and is never counted. For each key of each user, counters hold F = 2 + len(days) + len(events) columns:
+    A *key* is what is counted: an item, or a value of another field (`vista.counters.keys`). Key 0 stands for an
+    unknown item or for an item without a category, and is never counted. For each key of each user, counters hold F =
+    2 + len(days) + len(events) columns:
 
     =============  =====================================================================================
     column         value
@@ -51,7 +52,7 @@ class CounterSpec:
     """
 
     fields: tuple[str, ...] = (ITEM,)
-    """What is counted; each field has counters of its own."""
+    """What is counted (`model.counter_keys`); each field has counters of its own."""
     keys: tuple[int, ...] = (64,)
     """Keys per user and field in a record: the most frequent ones (`CounterTable.top`)."""
     days: tuple[float, ...] = (30.0,)
@@ -98,7 +99,7 @@ class CounterSpec:
 
     @property
     def num_fields(self) -> int:
-        """G, what is counted: items, and categories of items."""
+        """G."""
         return len(self.fields)
 
     @property
@@ -244,7 +245,7 @@ class CounterCodes:
 
     spec: CounterSpec
     key: NDArray[np.int32]
-    """[E] item rows of the model, or codes of a category plus 1; at least 1."""
+    """[E] at least 1 (`vista.counters.keys`)."""
     codes: NDArray[np.uint8]
     """[E, F], from `encode_values`. codes / 63 is a logarithmic feature from 0 to 1."""
     offsets: Int
@@ -347,22 +348,6 @@ class CounterCodes:
 def cells_of(user: Int, key: NDArray[np.int32] | Int | int) -> Int:
     """Pairs of user and key as one number that sorts like the pair: int64 [n]."""
     return (user << 32) + key
-
-
-@dataclass(frozen=True, slots=True)
-class ItemKeys:
-    """The keys of a model's items in each field of a spec, whose first field is `item`.
-
-    R model rows, G fields.
-    """
-
-    spec: CounterSpec
-    category: NDArray[np.int32]
-    """[G - 1, R] the key of each model row in the fields after `item`; 0 for an item without a value."""
-
-    def of(self, rows: Int) -> list[Int]:
-        """Keys of model rows int64 [...] in each of the G fields, int64 [...]; first the rows themselves."""
-        return [rows, *(category[rows].astype(np.int64) for category in self.category)]
 
 
 # Exact counters of users: made from their histories, extended by new events, and quantized for records.
@@ -641,40 +626,3 @@ class OccurrenceIndex:
         clock = np.full(len(user), NO_TIMESTAMP)
         clock[has_events] = self._time[self._offsets[user[has_events]] + position[has_events] - 1]
         return CounterTable(self._spec, rows, offsets, clock, position)
-
-
-@dataclass(frozen=True, slots=True)
-class UserCounters:
-    """Counters of B users, each as of a request."""
-
-    codes: CounterCodes
-    """Of the items, advanced to the requests."""
-    num_events: Int
-    """int64 [B] events that they cover: those of the record, and the newer ones that were added."""
-    categories: tuple[CounterCodes, ...]
-    """The same of the G - 1 fields after `item`."""
-    keys: ItemKeys
-
-    def of_pairs(self, user: Int, row: Int) -> NDArray[np.uint8]:
-        """The codes that labeled tasks read for n pairs of user (0 .. B - 1) and model row: uint8 [n, G * F + 1].
-
-        F codes of the item's counters, F of those of its value of each category, and one of the user's number of
-        events. Codes of a field are 0 where its key is not counted, and all are if no key is.
-        """
-        fields = zip((self.codes, *self.categories), self.keys.of(row), strict=True)
-        return self._with_event_counts(np.concatenate([one.lookup(user, key) for one, key in fields], 1), user)
-
-    def of_counted_items(self) -> NDArray[np.uint8]:
-        """Codes uint8 [E, G * F] of the E items that `codes` holds, and of their categories."""
-        if not self.categories:
-            return self.codes.codes
-        owner, keys = self.codes.owner, self.keys.of(self.codes.key.astype(np.int64))[1:]
-        of_categories = [one.lookup(owner, key) for one, key in zip(self.categories, keys, strict=True)]
-        return np.concatenate([self.codes.codes, *of_categories], 1)
-
-    def _with_event_counts(self, codes: NDArray[np.uint8], user: Int) -> NDArray[np.uint8]:
-        """Codes uint8 [n, G * F] of pairs, with the codes of the numbers of events of users int64 [n]: uint8
-        [n, G * F + 1]."""
-        is_counted = codes[:, :: self.codes.spec.num_columns].any(1)
-        num_events = np.where(is_counted, encode_event_counts(self.num_events)[user], np.uint8(0))
-        return np.column_stack([codes, num_events])

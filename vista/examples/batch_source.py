@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from vista.arrays import Int, offsets_of
 from vista.config import DataConfig, OptimConfig, TrainConfig
 from vista.config.checks import Architecture, planned
-from vista.counters.counters import ItemKeys
+from vista.counters.keys import ItemKeys
 from vista.errors import ConfigError, DataError
 from vista.examples.batch import (
     Batch,

@@ -25,7 +25,7 @@ from torch import Tensor
 from vista.arrays import Int, offsets_of
 from vista.config import TrainConfig
 from vista.config.checks import Architecture, Mixing, Split
-from vista.counters.counters import UserCounters
+from vista.counters.keys import UserCounters
 from vista.examples.batch import (
     Batch,
     BatchAnchors,

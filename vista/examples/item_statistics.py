@@ -11,7 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int, offsets_of
-from vista.counters.counters import CounterCodes, ItemKeys, OccurrenceIndex, UserCounters
+from vista.config.model_config import PREVIOUS, parts_of
+from vista.counters.counters import CounterCodes, OccurrenceIndex
+from vista.counters.keys import ItemKeys, UserCounters
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS, Histories, ranges
 from vista.log.splits import EVENTS_PER_BLOCK, random_users_counts, visible_blocks
@@ -438,10 +440,9 @@ class HistoryCounters:
             item: int64 [T] model rows, from each history's first event on; time: int64 [T] ms.
             offsets: int64 [B + 1].
         """
-        self._keys = keys
-        self._events = keys.of(item)
+        self._keys, self._item, self._time, self._offsets = keys, item, time, offsets
+        self._events = keys.of_events(item, time, offsets)
         """int64 [T] keys of the events, per field."""
-        self._time, self._offsets = time, offsets
         self._indices = [OccurrenceIndex(keys.spec, key, time, offsets) for key in self._events]
 
     @classmethod
@@ -453,11 +454,12 @@ class HistoryCounters:
         """The counters of each request."""
         stored, record = self._stored(requests)
         index, offsets, now = self._added(requests, stored[0].clock[record])
-        codes, *categories = [
-            one.select(record).advanced(now, key[index], self._time[index], offsets)
-            for one, key in zip(stored, self._events, strict=True)
+        codes, *others = [
+            one.select(record).advanced(now, key, self._time[index], offsets)
+            for one, key in zip(stored, self._keys_of_added(requests, index, offsets), strict=True)
         ]
-        return UserCounters(codes, requests.covered + np.diff(offsets), tuple(categories), self._keys)
+        num_events, newest = requests.covered + np.diff(offsets), self._newest(requests)
+        return UserCounters(codes, num_events, tuple(others), self._keys, newest)
 
     def of_items(self, requests: CounterRequests, item: Int) -> NDArray[np.uint8]:
         """Codes uint8 [n, G * F + 1] of one item int64 [n] per request (`UserCounters.of_pairs`).
@@ -466,18 +468,18 @@ class HistoryCounters:
         """
         stored, record = self._stored(requests)
         index, offsets, now = self._added(requests, stored[0].clock[record])
-        own = []
-        for one, wanted, events in zip(stored, self._keys.of(item), self._events, strict=True):
+        own, newest = [], self._newest(requests)
+        of_added = self._keys_of_added(requests, index, offsets)
+        for one, wanted, key in zip(stored, self._keys.of(item, now, newest), of_added, strict=True):
             codes = one.lookup(record, wanted)
             has_codes = codes.any(1)
             bounds = offsets_of(np.asarray(has_codes, np.int64))
             held = wanted[has_codes].astype(np.int32)
             found = CounterCodes(one.spec, held, codes[has_codes], bounds, one.clock[record])
             # Other keys are events too, but not counted: as the unknown item.
-            key = events[index]
             new = np.where(key == np.repeat(wanted, np.diff(offsets)), key, 0)
             own.append(found.advanced(now, new, self._time[index], offsets))
-        counters = UserCounters(own[0], requests.covered + np.diff(offsets), tuple(own[1:]), self._keys)
+        counters = UserCounters(own[0], requests.covered + np.diff(offsets), tuple(own[1:]), self._keys, newest)
         return counters.of_pairs(np.arange(len(item)), item)
 
     def _stored(self, requests: CounterRequests) -> tuple[list[CounterCodes], Int]:
@@ -485,6 +487,21 @@ class HistoryCounters:
         records, record = np.unique(np.stack([requests.history, requests.covered]), axis=1, return_inverse=True)
         tables = [index.table(records[0], records[1]) for index in self._indices]
         return [table.top(most).codes() for table, most in zip(tables, self._keys.spec.keys, strict=True)], record
+
+    def _newest(self, requests: CounterRequests) -> Int:
+        """int64 [n] items of the newest events before the requests; 0 for none."""
+        place = self._offsets[requests.history] + requests.seen - 1
+        return np.where(requests.seen > 0, np.append(self._item, 0)[place], 0)
+
+    def _keys_of_added(self, requests: CounterRequests, index: Int, offsets: Int) -> list[Int]:
+        """Keys int64 [N], per field, of the events that are added (`_added`)."""
+        start = np.repeat(self._offsets[requests.history] + requests.tail_start, np.diff(offsets))
+        # The scorer does not know which event came before the tail.
+        is_first, fields = index == start, self._keys.spec.fields
+        return [
+            np.where(is_first, 0, key[index]) if PREVIOUS in parts_of(field) else key[index]
+            for field, key in zip(fields, self._events, strict=True)
+        ]
 
     def _added(self, requests: CounterRequests, clock: Int) -> tuple[Int, Int, Int]:
         """The events that are added, int64 [N], their offsets int64 [n + 1], and the times of the requests int64 [n].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import calendar
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -10,8 +11,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from vista.config.model_config import ITEM
+from vista.arrays import Int
+from vista.config.model_config import CALENDAR, ITEM, PREVIOUS
 from vista.counters.counters import CounterSpec
+from vista.counters.keys import values_of
 from vista.explore.workspace import UserSearch, Workspace, record_of
 from vista.log.event_log import EventLog
 from vista.log.histories import LATEST_MS, NO_TIMESTAMP, YEAR_1971_MS, Histories, RowFeatures
@@ -109,11 +112,7 @@ def counter_rows(workspace: Workspace, scorer: Scorer, stored: StoredBatch) -> d
     fields: dict[str, list[dict[str, Any]]] = {}
     for counters in stored.counters[:1]:
         for field, one in zip(counters.spec.fields, stored.counters, strict=True):
-            if field == ITEM:
-                names = workspace.names.of_ids(_item_ids(scorer, one.key))
-            else:
-                assert scorer.model.feature_table is not None
-                names = scorer.model.feature_table.values[field].ids(one.key - 1).tolist()
+            names = _names_of_keys(workspace, scorer, field, one.key.astype(np.int64))
             values, columns = one.values(), counter_columns(one.spec)
             key = ITEM if field == ITEM else "value"
             rows = [
@@ -122,6 +121,26 @@ def counter_rows(workspace: Workspace, scorer: Scorer, stored: StoredBatch) -> d
             ]
             fields[field] = sorted(rows, key=lambda row: -row[columns[0]])
     return fields
+
+
+def _names_of_keys(workspace: Workspace, scorer: Scorer, field: str, key: Int) -> list[str]:
+    """The values that keys int64 [E] of a field stand for, in words; only a number for hashed keys."""
+    model = scorer.model
+    assert model.item_keys is not None
+    codes = values_of(field, key, len(model.items), model.item_keys.sizes)
+    if codes is None:
+        return [f"pair {number}" for number in key.tolist()]
+    names = []
+    for part, own in codes.items():
+        if part in (ITEM, PREVIOUS):
+            names.append(workspace.names.of_ids(_item_ids(scorer, own)))
+        elif part in CALENDAR:
+            words = list(calendar.month_name)[1:] if part == "month" else list(calendar.day_name)
+            names.append([words[code - 1] for code in own.tolist()])
+        else:
+            assert model.feature_table is not None
+            names.append(model.feature_table.values[part].ids(own - 1).tolist())
+    return [", ".join(values) for values in zip(*names, strict=True)]
 
 
 def counter_columns(spec: CounterSpec) -> list[str]:

@@ -32,6 +32,7 @@ from vista.counters.counters import (
     code_scales,
     decode_values,
 )
+from vista.counters.keys import keys_of
 from vista.examples.item_spaces import NUM_POOLED, unit
 from vista.examples.transitions import NUM_RECENT, transition_sums
 from vista.log.histories import NO_TIMESTAMP, NUM_GAPS, UNKNOWN_GAP
@@ -53,7 +54,7 @@ USERS, EVENTS, KEYS, CANDIDATES = "users", "events", "keys", "candidates"
 REQUEST, TAIL, USER = "request", "tail", "user"
 """Prefixes of inputs with features."""
 COUNTER_KEYS, COUNTER_CODES = "counter_keys", "counter_codes"
-"""Inputs with the counters of items, and prefixes of those with the counters of categories."""
+"""Inputs with the counters of items, and prefixes of those with the counters of other fields."""
 
 
 class ServingGraph(nn.Module):
@@ -104,9 +105,11 @@ class ServingGraph(nn.Module):
         self.request_features = GraphFeatures.of(schema.request_features, model.request_encoder)
         self.counted = counted_names(model)
         self.counters = None if model.counter_spec is None else GraphCounters(model.counter_spec)
-        keys = model.item_keys
-        category = None if keys is None or not len(keys.category) else keys.category.astype(np.int64)
-        self._tables(category=None if category is None else torch.from_numpy(category))
+        self.categories, self.sizes, table = list[str](), dict[str, int](), None
+        if (keys := model.item_keys) is not None and keys.categories:
+            self.categories, self.sizes = [*keys.categories], dict(keys.sizes)
+            table = torch.from_numpy(np.stack([*keys.categories.values()]))
+        self._tables(category=table)
 
     candidate_table: Tensor
     """[1 + V, 5M] or, without labeled tasks, [1 + V, M] (`ItemProjections.candidate`)."""
@@ -119,7 +122,7 @@ class ServingGraph(nn.Module):
     gap_table: Tensor | None
     """[NUM_GAPS, M]."""
     category_table: Tensor | None
-    """int64 [G - 1, 1 + V] (`ItemKeys.category`)."""
+    """int64 [categories, 1 + V] (`ItemKeys.categories`)."""
     space_table: Tensor | None
     """[1 + V, r] (`RankingModel.item_space`)."""
     gap_bounds: Tensor
@@ -167,12 +170,15 @@ class ServingGraph(nn.Module):
             context = replace(context, user=self.user_features([given[name] for name in self._columns(USER)]))
         codes = num_events = of_tasks = None
         if self.counters is not None:
-            is_new = aligned("tail_is_new")
+            is_new, clock = aligned("tail_is_new"), given["last_event_ts"]
+            newest = torch.maximum(clock, torch.where(is_new, times, NO_TIMESTAMP).amax(1))
+            as_of = torch.where(now == NO_TIMESTAMP, newest, now)
+            asked = self._keys(candidates, as_of[:, None], items[:, -1:])
+            new = self._keys(items, times, F.pad(items[:, :-1], (1, 0)))
             fields = []
-            for field, name in enumerate(self.counted):
-                own = f"{COUNTER_KEYS}{name}", f"{COUNTER_CODES}{name}", "last_event_ts"
-                asked, new = self._keys(field, candidates), self._keys(field, items)
-                fields.append(self.counters(asked, *(given[one] for one in own), now, new, times, is_new))
+            for name, wanted, key in zip(self.counted, asked, new, strict=True):
+                own = given[f"{COUNTER_KEYS}{name}"], given[f"{COUNTER_CODES}{name}"]
+                fields.append(self.counters(wanted, *own, clock, as_of, key, times, is_new))
             codes = torch.cat(fields, -1)
             num_events = given["event_count"] + is_new.long().sum(1)
             of_tasks = self.counters.with_event_counts(codes, num_events)
@@ -214,12 +220,12 @@ class ServingGraph(nn.Module):
             out.append(score)
         return tuple(out)
 
-    def _keys(self, field: int, rows: Tensor) -> Tensor:
-        """What items are counted as in one field of the counters: int64 [...] of item rows int64 [...]."""
-        if field == 0:
-            return rows
-        assert self.category_table is not None
-        return self.category_table[field - 1][rows]
+    def _keys(self, item: Tensor, time: Tensor, previous: Tensor) -> list[Tensor]:
+        """The keys of events or candidates in each field of the counters, int64 [B, n] (`ItemKeys.of`)."""
+        assert self.counters is not None
+        tables = [] if self.category_table is None else self.category_table.unbind()
+        categories = dict(zip(self.categories, tables, strict=True))
+        return keys_of(self.counters.spec.fields, categories, self.sizes, item, time, previous)
 
     def _pooled(self, given: dict[str, Tensor], found: Tensor, items: Tensor, is_new: Tensor) -> Tensor:
         """Pooled vectors [B, J, r] (`request_pooled`) with the tail's items int64 [B, L]; bool [B, L]: the new ones."""
@@ -316,7 +322,7 @@ def graph_inputs(model: VistaModel) -> list[GraphInput]:
             GraphInput(COUNTER_CODES, "int64", (*keys, counted.num_columns), "their codes, 0 to 63"),
         ]
         for name in counted_names(model)[1:]:
-            meaning = f"values of {name[1:]} that the record counts, from 1 on; 0 is padding"
+            meaning = f"keys of {name[1:]} that the record counts, from 1 on; 0 is padding"
             inputs += [
                 GraphInput(f"{COUNTER_KEYS}{name}", "int64", keys, meaning),
                 GraphInput(f"{COUNTER_CODES}{name}", "int64", (*keys, counted.num_columns), "their codes, 0 to 63"),
@@ -327,7 +333,7 @@ def graph_inputs(model: VistaModel) -> list[GraphInput]:
 
 
 def counted_names(model: VistaModel) -> list[str]:
-    """What the names of inputs with counters end with, per field: nothing for items, then a dot and the category."""
+    """What the names of inputs with counters end with, per field: nothing for items, then a dot and the field."""
     spec = model.counter_spec
     return [] if spec is None else ["", *(f".{name}" for name in spec.fields[1:])]
 
@@ -437,13 +443,11 @@ class GraphCounters(nn.Module):
             keys: int64 [B, E] counted keys, 0 as padding.
             codes: int64 [B, E, F] as stored.
             clock: int64 [B] ms that they refer to.
-            now: int64 [B] ms of the requests; NO_TIMESTAMP if unknown.
+            now: int64 [B] ms of the requests, or of the newest events.
             items: int64 [B, L] keys of the tail's events, right-aligned.
             times: int64 [B, L] ms.
             is_new: bool [B, L] events that the counters lack.
         """
-        newest = torch.where(is_new, times, NO_TIMESTAMP).amax(1)
-        now = torch.where(now == NO_TIMESTAMP, torch.maximum(clock, newest), now)
         num_new = is_new.long().sum(1)
         later = num_new[:, None] - is_new.long().cumsum(1)
         column = torch.arange(self.spec.num_columns, device=codes.device)

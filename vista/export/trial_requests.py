@@ -18,13 +18,13 @@ from torch import Tensor
 
 from vista.arrays import Int, offsets_of
 from vista.config.checks import Codec, OnMissing, StateDtype
-from vista.counters.counters import MAX_CODE, CounterCodes
+from vista.counters.counters import MAX_CODE, CounterCodes, cells_of
+from vista.counters.keys import MAX_KEY, newest_items
 from vista.export.serving_graph import Arrays, request_arrays
 from vista.log.histories import DAY_MS, YEAR_1971_MS, Histories
 from vista.model import inference
 from vista.model.features import HashedVocabulary, RowFeatureReader
 from vista.model.inference import pooled_rows, pooled_sums
-from vista.model.item_feature_table import largest_keys
 from vista.model.vista_model import VistaModel
 from vista.refresh.full import new_manifest
 from vista.scorer.request import Request, with_fresh_events
@@ -177,7 +177,7 @@ def write_trial_store(model: VistaModel, path: Path, seed: int = 0) -> None:
         event_count=lengths,
         last_event_ts=last,
         history_digest=np.zeros(NUM_USERS, np.uint64),
-        counters=_counters(model, lengths, last, rng),
+        counters=_counters(model, lengths, last, newest_items(items, offsets), rng),
         features=own,
     )
     manifest = new_manifest(
@@ -204,17 +204,18 @@ def _drawn(size: int | None, count: int, rng: np.random.Generator) -> np.ndarray
 
 
 def _counters(
-    model: VistaModel, lengths: np.ndarray, clock: np.ndarray, rng: np.random.Generator
+    model: VistaModel, lengths: Int, clock: Int, newest: Int, rng: np.random.Generator
 ) -> tuple[CounterCodes, ...]:
-    spec = model.counter_spec
-    if spec is None:
+    """Random codes of random keys, which candidates have if no event is added: after the users' newest items."""
+    keys = model.item_keys
+    if keys is None:
         return ()
-    fields = []
-    for most, largest in zip(spec.keys, largest_keys(spec, model.schema, len(model.items)), strict=True):
-        sizes = np.minimum(np.minimum(lengths, most), largest)
-        keys = [np.sort(rng.choice(largest, size, replace=False)) + 1 for size in sizes.tolist()]
-        codes = rng.integers(0, MAX_CODE + 1, (int(sizes.sum()), spec.num_columns))
+    user, spec, fields = np.repeat(np.arange(len(lengths)), np.minimum(lengths, min(keys.spec.keys))), keys.spec, []
+    times = clock[user] - rng.integers(0, 60 * DAY_MS, len(user))
+    for key in keys.of(rng.integers(1, len(model.items) + 1, len(user)), times, newest[user]):
+        cells = np.unique(cells_of(user, key)[key > 0])
+        codes = rng.integers(0, MAX_CODE + 1, (len(cells), spec.num_columns))
         codes[:, 0] = np.maximum(codes[:, 0] // 2, 7)  # a count is at least 1
-        key = np.concatenate(keys).astype(np.int32)
-        fields.append(CounterCodes(spec, key, codes.astype(np.uint8), offsets_of(sizes), clock))
+        offsets = np.searchsorted(cells, cells_of(np.arange(len(lengths) + 1), 0))
+        fields.append(CounterCodes(spec, (cells & MAX_KEY).astype(np.int32), codes.astype(np.uint8), offsets, clock))
     return tuple(fields)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vista.arrays import Int
 from vista.config.checks import Mixing
-from vista.counters.counters import UserCounters
+from vista.counters.keys import UserCounters
 from vista.examples.transitions import TransitionTable, newest_first, of_candidates, transition_sums
 from vista.log.event_log import EventLog
 from vista.log.features import row_features

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from vista.arrays import Int, offsets_of
 from vista.config.checks import require
-from vista.config.model_config import NextItemConfig, RankingConfig
-from vista.counters.counters import CounterSpec, ItemKeys
+from vista.config.model_config import RankingConfig, counted_categories
+from vista.counters.counters import CounterSpec
+from vista.counters.keys import ItemKeys, largest_key
 from vista.errors import ConfigError, shown
 from vista.log.features import Column, Columns
 from vista.log.histories import ranges
@@ -533,7 +534,7 @@ def _owners(table: ItemFeatureTable) -> Int:
     return np.repeat(np.arange(len(table.offsets) - 1), np.diff(table.offsets.numpy()))
 
 
-# What a model counts for each user: items, and chosen categories of items.
+# What a model counts for each user: items, categories of items, and their products with other parts.
 
 
 def check_categories(config: RankingConfig, features: Columns, items: Vocabulary, where: str) -> None:
@@ -547,8 +548,7 @@ def check_categories(config: RankingConfig, features: Columns, items: Vocabulary
         ConfigError: naming the category.
     """
     categories = {name: column.offsets for name, column in features.items() if column.offsets is not None}
-    counted = config.counter_keys if isinstance(config, NextItemConfig) else None
-    for name in (counted or [])[1:]:
+    for name in counted_categories(config.counter_keys or []):
         require(
             name in categories,
             "model.counter_keys",
@@ -573,17 +573,18 @@ def item_keys(spec: CounterSpec, schema: Schema, table: ItemFeatureTable | None,
     Raises:
         RuntimeError: the table has no such category.
     """
-    category = np.zeros((spec.num_fields - 1, num_rows), np.int32)
+    sizes = {column.name: column.size for column in schema.item_features}
+    keys = ItemKeys.of_spec(spec, num_rows, sizes)
     if table is not None:
-        for keys, name in zip(category, spec.fields[1:], strict=True):
-            keys[:] = table.category_keys(schema.item_features, name)
-    return ItemKeys(spec, category)
+        for name, codes in keys.categories.items():
+            codes[:] = table.category_keys(schema.item_features, name)
+    return keys
 
 
 def largest_keys(spec: CounterSpec, schema: Schema, num_items: int) -> list[int]:
     """The largest key of each field of a spec, for a model of `num_items` items."""
     sizes = {column.name: column.size for column in schema.item_features}
-    return [num_items, *(sizes[name] for name in spec.fields[1:])]
+    return [largest_key(field, num_items, sizes) for field in spec.fields]
 
 
 def category_codes(features: Columns, name: str, key: str) -> Int:

@@ -21,7 +21,8 @@ from vista.arrays import Float32s
 from vista.config import DataConfig, OptimConfig
 from vista.config.checks import Architecture, TableKind
 from vista.config.model_config import EMBEDDING_HASHES, NextItemConfig, RankingConfig
-from vista.counters.counters import CounterSpec, ItemKeys
+from vista.counters.counters import CounterSpec
+from vista.counters.keys import ItemKeys
 from vista.errors import CheckpointError
 from vista.examples.batch import Batch, BatchEvents
 from vista.examples.item_spaces import Pooled
@@ -198,7 +199,7 @@ class RankingModel(nn.Module):
         self.request_features: RowFeatureReader | None = None
         self.user_features: RowFeatureReader | None = None
         self.item_keys: ItemKeys | None = None
-        """What items are counted as; their categories are set with their features. None without counters."""
+        """What events are counted as; the categories of items are set with their features. None without counters."""
         self.counted: CountedItemHead | None = None
         """Scores items that the user had before; None without counters, or if no items are ranked."""
         self.statistics: StatisticsTerm | None = None

@@ -10,9 +10,10 @@ from textwrap import fill
 import numpy as np
 
 from vista.config.checks import Codec, Mixing, StateDtype
-from vista.config.model_config import ModelConfig
+from vista.config.model_config import ModelConfig, counted_categories
 from vista.config.store_config import ACTIVE_SHARE, MachineConfig, PlanConfig
 from vista.counters.counters import CounterSpec
+from vista.counters.keys import largest_key
 from vista.errors import ConfigError
 from vista.log.segment_files import EVENT_COLUMNS
 from vista.planning.lag_simulation import DAY_S, NUM_DAYS, ArrivalRate, Fleet, LagReport, simulate_lag
@@ -144,8 +145,11 @@ class StoreSizes:
             ConfigError: a record would exceed the format's limit.
         """
         spec = CounterSpec.of(model, has_time=True)
-        # Most categories have fewer values than there are items.
-        layout = None if spec is None else CounterLayout.of(spec, [num_items] * spec.num_fields)
+        layout = None
+        if spec is not None:
+            # Most categories have fewer values than there are items.
+            sizes = dict.fromkeys(counted_categories(spec.fields), num_items)
+            layout = CounterLayout.of(spec, [largest_key(field, num_items, sizes) for field in spec.fields])
         try:
             record_spec = RecordSpec(
                 summarizer_id=bytes(32),

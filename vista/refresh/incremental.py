@@ -22,6 +22,7 @@ from vista.arrays import Int
 from vista.config.checks import Decay, Precision
 from vista.config.store_config import INCREMENTAL_OPTIONS, SET_BY_FULL_REFRESH, RefreshOptions
 from vista.counters.counters import CounterTable
+from vista.counters.keys import newest_items
 from vista.errors import ConfigError, StoreError
 from vista.log.event_log import EventLog
 from vista.log.features import merged_features, row_features, values_of, verified_columns
@@ -408,9 +409,11 @@ class BatchRefresher:
             history = self._log.gather_ranges(users, start, self._log.lengths[users])
             new = history.select(old - start, history.lengths)
             digest = states.history_digest + self._items.digests(new)
+            newest = self._log.gather_ranges(users, np.maximum(old - 1, 0), old, features=False)
             history, new = self._items.model_rows(history), self._items.model_rows(new)
         with self._run.stage("summarize"):
-            sums = _with_new_events(self._model, states, new)
+            before = newest_items(self._items.rows[newest.item], newest.offsets)
+            sums = _with_new_events(self._model, states, new, before)
             if self._model.summarizer is None:
                 state = state_without_summary(old + new.lengths)
             else:
@@ -469,11 +472,15 @@ class BatchRefresher:
         return to_arrays(state, self._update.applied_segment, digest, sums)
 
 
-def _with_new_events(model: VistaModel, states: StateArrays, new: Histories) -> HistorySums:
-    """Sums of states with the events `new` of the same users added, which follow all earlier ones."""
+def _with_new_events(model: VistaModel, states: StateArrays, new: Histories, before: Int) -> HistorySums:
+    """Sums of states with the events `new` of the same users added, which follow all earlier ones.
+
+    Args:
+        before: int64 [N] items of the users' newest earlier events; 0 for none.
+    """
     tables: tuple[CounterTable, ...] = ()
     if (keys := model.item_keys) is not None:
-        of_fields = zip(states.counters, keys.of(new.item.astype(np.int64)), strict=True)
+        of_fields = zip(states.counters, keys.of_events(new.item, new.timestamp, new.offsets, before), strict=True)
         tables = tuple(table.appended(key, new.timestamp, new.offsets) for table, key in of_fields)
     return HistorySums(tables, states.pooled + inference.pooled_sums(model, new.item, new.offsets))
 

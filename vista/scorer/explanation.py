@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Floats, Int
+from vista.config.model_config import ITEM, NOT_CATEGORIES, PREVIOUS, parts_of
 from vista.counters.counters import CounterSpec
 from vista.examples.item_spaces import NUM_POOLED, Pooled
 from vista.examples.transitions import RECENT_DECAY, newest_first
@@ -44,7 +45,7 @@ from vista.scorer.serving_snapshot import Call, ServingSnapshot
 PARTS = ("counters", "history", "recent", "transitions", "popularity", "rate", "tail", "summary", "own")
 """What a score consists of, as far as a model has it:
 
-counters: how often and when the user had the item, or others of its categories;
+counters: how often and when the user had the item, and what else `model.counter_keys` lists;
 history, recent: how similar the item is to all that the user had, and to the newest events (pooled vectors);
 transitions: whether the item often comes right after the newest events;
 popularity: the item's statistics over all users; rate: how often its impressions have each label;
@@ -388,12 +389,13 @@ class _Words:
     def _counters(self, place: int) -> tuple[str, list[Any]]:
         spec = self._model.counter_spec
         assert spec is not None
-        for field, values in zip(spec.fields, np.split(self._told.counts[place], spec.num_fields), strict=True):
-            if np.isfinite(values[0]):
-                times = "once" if values[0] < 1.5 else f"{values[0]:,.0f} times"
-                what = "" if field == spec.fields[0] else f"others of its {field} "
-                return f"{what}{times} before, last {_age(spec, float(values[-1]))} ago", []
-        return "not one of the items that the user had most often", []
+        of_fields = np.split(self._told.counts[place], spec.num_fields)
+        counted = [(field, own) for field, own in zip(spec.fields, of_fields, strict=True) if np.isfinite(own[0])]
+        if not counted:
+            return "not one of the items that the user had most often", []
+        # The first key, and the first one that depends on the request.
+        said = counted[:1] + [one for one in counted[1:] if _CIRCUMSTANCES.keys() & parts_of(one[0])][:1]
+        return " and ".join(_counter_text(spec, field, own) for field, own in said), []
 
     def _history(self, place: int) -> tuple[str, list[Any]]:
         counters = self._request.counters
@@ -456,6 +458,24 @@ class _Words:
         if not len(shares) or shares[best] <= 0 or self._told.tail_items[best] is None:
             return "attention to the newest events", []
         return "attention to the newest events, most of all to", [self._told.tail_items[best]]
+
+
+_CIRCUMSTANCES = {
+    "month": "in the same month",
+    "weekday": "on the same weekday",
+    PREVIOUS: "right after the newest item",
+}
+"""What parts of a counter's key that are not of the item say about its events."""
+
+
+def _counter_text(spec: CounterSpec, field: str, values: NDArray[np.float32]) -> str:
+    """A counter in words, such as "items of its brand 3 times before in the same month, last 1 day ago"."""
+    parts = parts_of(field)
+    times = "once" if values[0] < 1.5 else f"{values[0]:,.0f} times"
+    names = [part for part in parts if part not in NOT_CATEGORIES]
+    what = [] if ITEM in parts else [f"items of its {' and '.join(names)}"]
+    when = [words for part, words in _CIRCUMSTANCES.items() if part in parts]
+    return " ".join([*what, times, "before", *when]) + f", last {_age(spec, float(values[-1]))} ago"
 
 
 def _age(spec: CounterSpec, age: float) -> str:

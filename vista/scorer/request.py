@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int, id_array, offsets_of
-from vista.counters.counters import CounterCodes, ItemKeys, UserCounters, cells_of, decode_values
+from vista.counters.counters import CounterCodes, cells_of, decode_values
+from vista.counters.keys import ItemKeys, UserCounters, newest_items
 from vista.errors import shown
 from vista.examples.item_spaces import pooled_vectors
 from vista.log.histories import DAY_MS, LATEST_MS, YEAR_1971_MS, RowColumn
@@ -104,7 +105,7 @@ class RequestCounters(UserCounters):
     """Counters of B users with E counted items, and where to find them."""
 
     cells: tuple[Int, ...]
-    """int64 [E] user and key as one number, ascending, of items and of each category."""
+    """int64 [E] user and key as one number, ascending, of items and of each other field."""
 
     @classmethod
     def of(
@@ -124,24 +125,23 @@ class RequestCounters(UserCounters):
         """
         fresh = np.flatnonzero(is_fresh)
         offsets = np.searchsorted(fresh, tail.offsets)
-        codes, *categories = [
-            counted.advanced(now, key, tail.times[fresh], offsets)
-            for counted, key in zip(stored.counters, keys.of(tail.items[fresh].astype(np.int64)), strict=True)
-        ]
-        return cls._made_of(codes, stored.event_count + np.diff(offsets), tuple(categories), keys)
+        of_fields = zip(stored.counters, keys.of_events(tail.items, tail.times, tail.offsets), strict=True)
+        codes, *others = [one.advanced(now, key[fresh], tail.times[fresh], offsets) for one, key in of_fields]
+        num_events, newest = stored.event_count + np.diff(offsets), newest_items(tail.items, tail.offsets)
+        return cls._made_of(codes, num_events, tuple(others), keys, newest)
 
     @classmethod
     def _made_of(
-        cls, codes: CounterCodes, num_events: Int, categories: tuple[CounterCodes, ...], keys: ItemKeys
+        cls, codes: CounterCodes, num_events: Int, others: tuple[CounterCodes, ...], keys: ItemKeys, newest: Int
     ) -> RequestCounters:
-        cells = tuple(cells_of(one.owner, one.key) for one in (codes, *categories))
-        return cls(codes, num_events, categories, keys, cells)
+        cells = tuple(cells_of(one.owner, one.key) for one in (codes, *others))
+        return cls(codes, num_events, others, keys, newest, cells)
 
     def select(self, users: slice | Int) -> RequestCounters:
         """Counters of some of the users, or of all of them in another order."""
         index = np.arange(len(self.num_events))[users]
-        categories = tuple(one.select(index) for one in self.categories)
-        return self._made_of(self.codes.select(index), self.num_events[index], categories, self.keys)
+        others = tuple(one.select(index) for one in self.others)
+        return self._made_of(self.codes.select(index), self.num_events[index], others, self.keys, self.newest[index])
 
     def find(self, users: slice, rows: Tensor | None, columns: slice) -> tuple[Int, Int, Int]:
         """The counted items in a rectangle of users and columns: user and column within it, and place in `codes`.
@@ -180,24 +180,24 @@ class RequestCounters(UserCounters):
         return found, place[found]
 
     def codes_of_pairs(self, user: Int, row: Int) -> tuple[Int, NDArray[np.uint8]]:
-        """Which of some pairs of user and model row, int64 [N] each, are counted, by item or category, int64 [n], and
-        their codes uint8 [n, G * F + 1] (`of_pairs`)."""
-        if not self.categories:
+        """Which of some pairs of user and model row, int64 [N] each, are counted in any field, int64 [n], and their codes
+        uint8 [n, G * F + 1] (`of_pairs`)."""
+        if not self.others:
             found, place = self.places(user, row)
             return found, self._with_event_counts(self.codes.codes[place], user[found])
-        fields = zip((self.codes, *self.categories), self.cells, self.keys.of(row), strict=True)
+        fields = zip((self.codes, *self.others), self.cells, self._keys_of(user, row), strict=True)
         codes = np.concatenate([one.at_cells(cells, cells_of(user, key)) for one, cells, key in fields], 1)
         found = np.flatnonzero(codes[:, :: self.codes.spec.num_columns].any(1))
         return found, self._with_event_counts(codes[found], user[found])
 
     def counted_pairs(self, users: slice, rows: Tensor | None, columns: slice) -> tuple[Int, Int, NDArray[np.uint8]]:
-        """The candidates in a rectangle of which the item or a category is counted: user and column within it, int64
-        [n] each, and their codes uint8 [n, G * F + 1] (`of_pairs`). Arguments are those of `find`."""
-        if not self.categories:
+        """The candidates in a rectangle of which the key in any field is counted: user and column within it, int64 [n]
+        each, and their codes uint8 [n, G * F + 1] (`of_pairs`). Arguments are those of `find`."""
+        if not self.others:
             user, column, place = self.find(users, rows, columns)
             return user, column, self._with_event_counts(self.codes.codes[place], users.start + user)
         if rows is None:
-            row = np.arange(columns.start, min(columns.stop, self.keys.category.shape[1]))
+            row = np.arange(columns.start, min(columns.stop, self.keys.num_rows))
         else:
             row = _rectangle(rows, users, columns)
         count = users.stop - users.start

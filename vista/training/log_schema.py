@@ -12,8 +12,8 @@ import torch
 
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, TrainConfig
-from vista.config.checks import Decay
-from vista.config.model_config import EMBEDDING_HASHES
+from vista.config.checks import Decay, require
+from vista.config.model_config import CALENDAR, EMBEDDING_HASHES, parts_of
 from vista.errors import ConfigError, DataError
 from vista.examples.batch_source import ModelReads, trained_tasks, visible_rows
 from vista.examples.item_statistics import item_counts
@@ -264,6 +264,9 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
     hashed = model.hashed_rows
     _check_hashed(hashed, log)
     check_categories(model, given, log.items, str(log.path))
+    timed = [key for key in model.counter_keys or [] if CALENDAR.keys() & parts_of(key)]
+    lacks = f"{', '.join(timed)} needs times, which {log.path} does not have"
+    require(log.has_time or not timed, "model.counter_keys", lacks)
     features = [
         FeatureSpec(name, "category", hashed[name], hashed=True) if name in hashed else FeatureSpec.of(name, column)
         for name, column in given.items()
