@@ -1,7 +1,7 @@
 """Count the files of vista that a call passes through, and the size of the tree.
 
     python -m scripts.paths --list                  # the tables, and the files
-    python -m scripts.paths model.counter_keys=[]    # the tables, with another model
+    python -m scripts.paths model.counter_keys=[]   # the tables, with another model
 
 Five jobs run on a small log in a temporary folder. A file counts if one of its functions is called, in this process or
 in the parser process of an ingest. What runs during an import does not count, so each job is as in a warm process.

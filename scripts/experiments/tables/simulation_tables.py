@@ -24,6 +24,11 @@ MANY_COUNTERS = (
 )
 TOPICS = ("model.ignore=[user_features]",)
 COUNTED_TOPICS = ("model.counter_keys=[item,topic]", "model.counter_events=[32,250,1000,2500]")
+KEYED = (
+    "model.counter_keys=[item,topic,topic*month,topic*weekday,previous*item]",
+    *("model.num_counters=2048", "model.counter_events=[32,250,1000,2500]"),
+)
+"""Also what the calendar and the item before tell: counters of most pairs of a history."""
 DECAYS = ("model.decay=position", "model.decay_horizons=[32,200,1000,0]")
 """Three of four heads weigh recent events more, because tastes change."""
 REFERENCES = {
@@ -218,6 +223,8 @@ def _world(name: str, **size: Any) -> Table:
         "vista, topics": TableRow(13, (*COUNTERS, *TOPICS)),
         "vista, topics counted": TableRow(15, (*COUNTERS, *TOPICS, *COUNTED_TOPICS)),
         "tail-only, topics counted": TableRow(9, (*K0, *COUNTERS, *TOPICS, *COUNTED_TOPICS)),
+        "vista, keyed counters": TableRow(20, (*TOPICS, *KEYED)),
+        "tail-only, keyed counters": TableRow(12, (*K0, *TOPICS, *KEYED)),
         "tail-only": TableRow(7, K0),
         "tail-only, counters": TableRow(8, (*K0, *COUNTERS)),
         "hstu": TableRow(20, ("model=hstu",)),
