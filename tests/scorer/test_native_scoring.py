@@ -37,12 +37,12 @@ KINDS = {
     "pointwise": POINTWISE | POOLED,
     "softmax without a summary": {"num_seeds": 0},
     "softmax of epoch 0": POOLED,
-    "counters": POINTWISE | POOLED | {"counters": True, "transitions": 3},
-    "counters of a category, without transitions": {"counters": True, "counter_categories": ["brand"]},
-    "features, projected per request": POINTWISE | POOLED | {"counters": True},
+    "counters": POINTWISE | POOLED | {"counter_keys": ["item"], "transitions": 3},
+    "counters of a category and pairs, without transitions": {"counter_keys": ["item", "brand", "previous*item"]},
+    "features, projected per request": POINTWISE | POOLED | {"counter_keys": ["item"]},
     "unified table, projected per request": POOLED | {"embedding_rows": 50, "num_heads": 4},
     "next alone, unified table": {"embedding_rows": 50},
-    "next alone": POINTWISE | POOLED | {"counters": True},
+    "next alone": POINTWISE | POOLED | {"counter_keys": ["item"]},
     "labels alone": POINTWISE | POOLED,
 }
 
@@ -50,7 +50,8 @@ KINDS = {
 def made(kind: str, log: EventLog) -> VistaModel:
     """A model of a kind, with random weights everywhere."""
     config = small_config(log, "unused", model__dim=32, model__num_seeds=8, model__tail_len=10)
-    config.model.counter_keys, table = 10, None
+    config.model.num_counters, table = 10, None
+    config.model.counter_keys = []
     schema = schema_of(log, config)
     for name, value in KINDS[kind].items():
         setattr(config.model, name, value)

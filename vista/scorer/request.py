@@ -180,8 +180,8 @@ class RequestCounters(UserCounters):
         return found, place[found]
 
     def codes_of_pairs(self, user: Int, row: Int) -> tuple[Int, NDArray[np.uint8]]:
-        """Which of some pairs of user and model row, int64 [N] each, are counted in any field, int64 [n], and their codes
-        uint8 [n, G * F + 1] (`of_pairs`)."""
+        """Which of some pairs of user and model row, int64 [N] each, are counted in any field, int64 [n], and their
+        codes uint8 [n, G * F + 1] (`of_pairs`)."""
         if not self.others:
             found, place = self.places(user, row)
             return found, self._with_event_counts(self.codes.codes[place], user[found])
