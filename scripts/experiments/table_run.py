@@ -217,8 +217,6 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
     model |= {"use_time": config.model.reads("times")}  # as lines from before the key `ignore` have it
     model |= {"use_item_features": True} if config.model.reads("item_features") else {}
     optim = values["optim"]
-    if optim["patience"] is None and optim["epochs"] is not None:
-        optim["patience"] = 0  # as it is planned, and as in lines from before it could be null
     learns_slowly = not config.ranks_items and config.model.space_dim > 0
     if optim["table_rate"] is None and not learns_slowly:
         optim["table_rate"] = 1.0

@@ -42,7 +42,6 @@ PLANNED = {
     "data.exclude_seen": False,
     "data.tokens_per_batch": 512,
     "data.num_negatives": 40,
-    "optim.patience": 5,
     "optim.epochs": 30,
     "optim.warmup_steps": 1,
     "model.counter_keys": ["item"],
@@ -91,7 +90,6 @@ def test_null_settings_follow_the_log(event_log: EventLog, caplog: pytest.LogCap
         ("data.tokens_per_batch", 77),
         ("data.num_negatives", 5),
         ("optim.epochs", 0),
-        ("optim.patience", 0),
         ("optim.warmup_steps", 0),
         ("model.counter_keys", []),
         ("model.temperature", 0.05),
@@ -185,17 +183,14 @@ def test_item_vectors_learn_slowly_from_few_labels(event_log: EventLog, served_t
 
 
 @pytest.mark.parametrize("counter_keys", [[], ["item"]])
-def test_validation_ends_a_run_and_not_a_number_of_steps_if_time_is_left(counter_keys: list[str]) -> None:
+def test_time_ends_a_run_and_not_a_number_of_steps(counter_keys: list[str]) -> None:
     def planned(**optim: Any) -> OptimConfig:
         model = ModelConfig(counter_keys=counter_keys)
         config = TrainConfig(data=DataConfig(exclude_seen=True), model=model, optim=OptimConfig(**optim))
         return plan_run(config, log_with(10**6)).optim
 
     timed = planned(minutes=10)
-    assert (timed.epochs, timed.warmup_steps, timed.patience) == (None, None, 5)
-    assert planned().patience == 5
-    assert planned(epochs=7).patience == planned(epochs=7, minutes=10).patience == 0  # as many as were asked for
-    assert planned(minutes=10, patience=0).patience == 0 and planned(epochs=7, patience=3).patience == 3
+    assert (timed.epochs, timed.warmup_steps, timed.patience) == (None, None, 0)
 
 
 def test_the_warm_up_of_a_timed_run_is_a_tenth_at_most(event_log: EventLog) -> None:

@@ -198,9 +198,9 @@ class OptimConfig:
     reconstruction_weight: float = 0.0
     """Weight of the reconstruction loss of the paper: a decoder predicts events of a history from its summary. It takes
     a fifth of a step, and did not raise quality on any log where it was measured. 0 trains no decoder."""
-    patience: int | None = None
-    """Number of validations without improvement after which training stops. 0 never stops early. null: 5, or 0 if
-    optim.epochs is set."""
+    patience: int = 0
+    """Number of validations without improvement after which training stops. 0 never stops early, because the learning
+    rate falls until the planned end, and models in between are worse than the last ones."""
     validate_every: int = 1
     """Number of epochs between validations; the last epoch always has one. 0 never validates."""
     validation_users: int = 2000

@@ -27,7 +27,6 @@ validation tells when to stop."""
 TOKENS_PER_BATCH = 512, 8192
 """Smallest and largest planned batch, in events."""
 MOST_EPOCHS = 30
-PATIENCE = 5
 RARE_EVENTS, RARE_TABLE_RATE = 50, 0.1
 """Training events per item below which item vectors that start from factors learn at this rate from labels alone. With
 the full rate they learn the labels by heart in two epochs (research log)."""
@@ -75,9 +74,6 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
         "in every step; with model.table=torchrec set fewer negatives than items, or set model.table=plain",
     )
     batches = max(math.ceil(num_events / data.tokens_per_batch), 1)
-    if optim.patience is None:
-        optim.patience = PATIENCE if optim.epochs is None else 0
-        reasons += [f"optim.patience={PATIENCE}"] if optim.patience else []
     if optim.epochs is None and optim.minutes is None:
         optim.epochs = min(max(round(wanted_steps / batches), 1), MOST_EPOCHS)
         reasons.append(f"optim.epochs={optim.epochs} (about {batches:,} steps per epoch)")

@@ -445,10 +445,9 @@ class Trainer:
         progress.bad_validations += 1
         if self._ranks.leads:
             (self.run_dir / PLAIN_WEIGHTS).unlink(missing_ok=True)
-        patience = planned(optim.patience, "optim.patience")
-        progress.stopped = 0 < patience <= progress.bad_validations
+        progress.stopped = 0 < optim.patience <= progress.bad_validations
         if progress.stopped:
-            logger.info("%s has not improved in %d validations: stopping", self.validation.metric, patience)
+            logger.info("%s has not improved in %d validations: stopping", self.validation.metric, optim.patience)
 
     def _export(self, model: RankingModel, validated: dict[str, float] | None = None) -> None:
         """Write a model from `plain_model`, with a card, to <run_dir>/best; after epoch 0 to epoch-0 as well."""
