@@ -60,7 +60,7 @@ class Fuzzed:
 
     def __init__(self, service: RunningService) -> None:
         self.service = service
-        good = {"users": NAMES[:2], "user": NAMES[0], "candidates": SKUS}
+        good = {"users": NAMES[:2], "user": NAMES[0], "candidates": SKUS, "items": SKUS}
         for name, (needed, _) in KNOWN.items():
             assert service.fetch(f"/v1/{name}", {key: good[key] for key in needed}, headers=AUTHORIZED)[0] == 200
         self.start_bytes = resident_bytes(service)

@@ -48,15 +48,15 @@ NOT_CALLED = {
         *("StoredBatch.concatenated", "StoredBatch.spread"),
     ),
     "takes what only vista itself makes": (
-        *("RefreshOptions.require_only", "Explanation.why", "Reason.words", "EventLog.event_sources"),
-        *("Manifest.spec", "Manifest.with_records"),
+        *("RefreshOptions.require_only", "Explanation.why", "EventLog.event_sources"),
+        *("Manifest.spec", "Manifest.with_records", "Manifest.with_items"),
     ),
     "without arguments, from fields that were checked when the manifest was read (`test_crafted_fields`)": (
         *("Manifest.identity", "Manifest.counter_layout", "Manifest.tail_layout", "Manifest.user_layout"),
         *("Manifest.state_spec", "Manifest.without_states", "Manifest.to_bytes"),
     ),
     "without arguments, from what is open or in memory": (
-        *("Scorer.in_service", "VistaModel.summarizer_id"),
+        *("Scorer.in_service", "VistaModel.summarizer_id", "StoreReader.item_values"),
         *("Column.with_used_values", "Column.with_one_value"),
     ),
     "without arguments; it reads columns as `gather` does": ("EventLog.time_range",),

@@ -313,9 +313,8 @@ def _with_integers(value: Any) -> Any:
 def test_deep_and_long_values(detailed: RunningService, name: str, packed: bool) -> None:
     kind = {"Content-Type": "application/msgpack"} if packed else {}
     field = "users" if "users" in KNOWN[name][0] else "user"
-    good = {field: NAMES[:1] if field == "users" else NAMES[0], "candidates": SKUS[:2]}
-    if name == "retrieve":
-        del good["candidates"]
+    given = {"users": NAMES[:1], "user": NAMES[0], "candidates": SKUS[:2], "items": SKUS[:2]}
+    good = {key: given[key] for key in (field, *KNOWN[name][0])}
     assert detailed.send(f"/v1/{name}", encoded(good, packed=packed), headers={**AUTHORIZED, **kind})[0] == 200
     key, depth = next(iter(good)), 200_000
     for sent in (

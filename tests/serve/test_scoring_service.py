@@ -191,7 +191,7 @@ def test_examples_of_the_openapi_page(service: RunningService) -> None:
             status, answer = service.fetch(path, example["value"])
             assert status == 200, (path, name, answer)
             sent += 1
-    assert sent == 11
+    assert sent == 12
     assert list(page["paths"]["/metrics"]["get"]["responses"]["200"]["content"]) == ["text/plain"]
     references = set(json.dumps(page).split('"$ref": "#/components/schemas/')[1:])
     assert {text.partition('"')[0] for text in references} <= set(page["components"]["schemas"])
