@@ -168,7 +168,7 @@ class OptimConfig:
     table_rate: float | None = None
     """Learning rate of the item table, as a multiple of the network's. 0 keeps the table as it is before training.
     null: 0.1 if only labels of impressions are trained, items have fewer than 50 training events on average, and their
-    vectors start from factors; else 1."""
+    vectors start from the item space; else 1."""
     table_optimizer: TableOptimizer = TableOptimizer.adam
     """Optimizer of the item table. rowwise_adagrad takes less memory, and needs model.table=torchrec."""
     warmup_steps: int | None = None

@@ -28,8 +28,8 @@ TOKENS_PER_BATCH = 512, 8192
 """Smallest and largest planned batch, in events."""
 MOST_EPOCHS = 30
 RARE_EVENTS, RARE_TABLE_RATE = 50, 0.1
-"""Training events per item below which item vectors that start from factors learn at this rate from labels alone. With
-the full rate they learn the labels by heart in two epochs (research log)."""
+"""Training events per item below which item vectors that start from the item space learn at this rate from labels
+alone. With the full rate they learn the labels by heart in two epochs (research log)."""
 MOST_NEGATIVES = 4096
 WARMUP_SHARE = 0.03
 TIMED_WARMUP_STEPS, TIMED_WARMUP_SHARE = 50, 0.1

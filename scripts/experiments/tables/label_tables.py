@@ -7,7 +7,7 @@ SASRec, HSTU, and DIN read the newest 200 events before each question.
 
 from __future__ import annotations
 
-from scripts.experiments.tables.table import K0, Table, TableRow
+from scripts.experiments.tables.table import K0, WITHOUT_COUNTERS, Table, TableRow
 
 BASELINES = (
     *("item rate", "item and user rates", "counters", "pooled vectors"),
@@ -19,25 +19,30 @@ validation part. It is the measured ceiling, not a model that can be served."""
 STACK = "stack"
 
 
-def _labels(data: str, task: str, minutes: int, counted: tuple[str, ...] = ()) -> Table:
-    """Every training takes so many minutes; counted: what the row with counters counts besides items."""
+def _labels(data: str, task: str, minutes: int, more: dict[str, tuple[str, ...]] | None = None) -> Table:
+    """Every training takes so many minutes; more: rows of this set, with their arguments of `vista train`."""
     trained = {
         "vista": (),
         "tail-only": K0,
         "epoch 0": (*K0, "optim.epochs=0"),
-        "vista, counters": (f"model.counter_keys=[{','.join(('item', *counted))}]",),
+        **(more or {}),
         **{name: (f"model={name}",) for name in ("din", "sasrec", "hstu")},
     }
     rows = {name: TableRow(1.5 * minutes, words) for name, words in trained.items()}
     rows |= {name: TableRow(2, untrained=name) for name in (*BASELINES, STACK)}
-    all_rows = ("model.ignore=[user_features]", "optim.reconstruction_weight=0", "optim.validation_users=5000")
+    all_rows = ("model.ignore=[user_features]", "optim.validation_users=5000")
     pairs = [(row, name) for row in SERVED for name in (*BASELINES, STACK)]
     pairs += [("vista", name) for name in trained if name != "vista"]
     return Table("", data, rows, (*all_rows, f"optim.minutes={minutes}"), task=task, pairs=tuple(pairs))
 
 
+COUNTED = {
+    "vista, skills counted": ("model.counter_keys=[item,skill]",),
+    "vista, no counters": WITHOUT_COUNTERS,
+    "tail-only, no counters": (*K0, *WITHOUT_COUNTERS),
+}
 TABLES = {
-    "labels-assist17": _labels("assist17", "correct", 20, ("skill",)),
+    "labels-assist17": _labels("assist17", "correct", 20, COUNTED),
     "labels-ml-1m-half": _labels("ml-1m-half-liked", "liked", 10),
     "labels-ml-latest-small": _labels("ml-latest-small-liked", "liked", 3),
 }
