@@ -27,11 +27,15 @@ EVERYTHING = {"logits": True, "scores": True, "user_vectors": True}
 
 @st.composite
 def plans(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of `drawn_plan`. 4, 8 and 12 values per head need vectors of other widths."""
+    """Arguments of `drawn_plan`. 4, 8 and 12 values per head need vectors of other widths.
+
+    Outputs have at least 16 values, because the norm of a few values that are nearly equal amplifies rounding.
+    """
+    head_dim = draw(st.sampled_from([4, 8, 12, 16]))
     return {
         "softmax": draw(st.booleans()),
-        "heads": draw(st.sampled_from([1, 2, 3])),
-        "head_dim": draw(st.sampled_from([4, 8, 12, 16])),
+        "heads": -(-16 // head_dim) + draw(st.integers(0, 2)),
+        "head_dim": head_dim,
         "seeds": draw(st.sampled_from([0, 1, 7, 8, 9])),
         "tail": draw(st.sampled_from([1, 2, 7, 8, 13])),
         "num_layers": draw(st.integers(1, 3)),

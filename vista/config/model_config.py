@@ -234,7 +234,7 @@ class NextItemConfig(AttentionConfig):
     (`data.exclude_seen` is false); else []. Over a base (`base`), null takes this and the settings that follow from it
     from the base."""
     num_counters: int = 64
-    """Number of counters stored per user for each of counter_keys: those with the highest counts."""
+    """Number of counted values stored per user for each of counter_keys: those with the highest counts."""
     counter_days: list[float] = field(default_factory=lambda: [30.0])
     """With counters, time constants in days of sums that decay with time. A log without times has none."""
     counter_events: list[float] = field(default_factory=lambda: [200.0])
