@@ -88,7 +88,8 @@ const Kernels *kernels_of(int head_dim, int lanes) {
     offer(kernels_of_4_lanes);
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) offer(kernels_of_8_lanes);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw"))
         offer(kernels_of_16_lanes);
 #endif
     return found;
@@ -237,6 +238,7 @@ void share_out(int threads, int64_t count, const Work &work) {
     };
     std::vector<std::thread> others;
     try {
+        others.reserve(std::min<int64_t>(threads, count));  // so that adding one cannot fail while others run
         while (int(others.size()) + 1 < std::min<int64_t>(threads, count)) others.emplace_back(run, others.size() + 1);
     } catch (const std::system_error &) {  // The system has no more threads: those that there are do it.
     }

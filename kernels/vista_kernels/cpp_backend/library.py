@@ -111,8 +111,11 @@ def load(path: Path = LIBRARY) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise LibraryError(f"the C++ library cannot be loaded ({error})") from error
-    library.vista_layout.restype = c_int64
-    if library.vista_layout() != ctypes.sizeof(_Plan) << 32 | ctypes.sizeof(_Request):
+    names = ("vista_layout", "vista_new", "vista_delete", "vista_lanes", "vista_score", "vista_check_records")
+    is_known = all(hasattr(library, name) for name in names)
+    if is_known:
+        library.vista_layout.restype = c_int64
+    if not is_known or library.vista_layout() != ctypes.sizeof(_Plan) << 32 | ctypes.sizeof(_Request):
         raise LibraryError(
             "the C++ library was built from other sources; run `python -m vista_kernels.cpp_backend.build`"
         )
@@ -345,7 +348,8 @@ class ScoringModel:
         self._handle = handle
         self.lanes: int = self._library.vista_lanes(handle)
         """Floats per vector."""
-        weakref.finalize(self, self._library.vista_delete, handle)
+        # Not at exit, when a daemon thread may still be scoring.
+        weakref.finalize(self, self._library.vista_delete, handle).atexit = False
 
     def score(
         self,
