@@ -12,12 +12,14 @@ import torch
 
 from tests.conftest import draw_counter_weights, untrained
 from tests.refresh.conftest import HOUR, START, append, contents, events, full, later
+from vista.config import SourceColumns
 from vista.errors import StoreError
 from vista.examples.item_spaces import RATE_PRIOR
 from vista.log.event_log import EventLog
-from vista.log.splits import visible_counts
+from vista.log.splits import Until, visible_counts
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh, refresh_incremental
+from vista.refresh.log_reading import item_values
 from vista.scorer import Scorer
 from vista.store import StoreReader
 from vista.store.admin import compact_store, copy_generation, verify_store
@@ -152,6 +154,50 @@ def test_an_incremental_refresh_replaces_them_after_a_day(tmp_path: Path) -> Non
     assert contents(store)[ITEMS_KEY] == contents(tmp_path / "again")[ITEMS_KEY]
     refresh_incremental(model, log, store)  # without new events
     assert contents(store)[ITEMS_KEY] == contents(tmp_path / "again")[ITEMS_KEY]
+
+
+def test_a_call_that_runs_keeps_its_store_while_values_and_models_change(log: EventLog, tmp_path: Path) -> None:
+    """New values make a snapshot of the same store; the store closes after the last call of both."""
+    model = counting_model(log)
+    folder, store = tmp_path / "model", full(model, log, tmp_path / "store")
+    model.save_pretrained(folder)
+    with Scorer.open(folder, store) as scorer, scorer.in_service() as first:
+        refresh_incremental(model, later(tmp_path / "log", {2: 3}), store)
+        assert not scorer.reload() and scorer._current is not first and scorer._current.store is first.store
+        model.save_pretrained(folder)
+        assert scorer.reload() and scorer._current.store is not first.store
+        assert first.store.get_many([1]).found.all()
+    with pytest.raises(StoreError, match="is closed"):
+        first.store.get_many([1])
+
+
+def test_labels_that_tell_what_came_later_are_left_out(tmp_path: Path) -> None:
+    """`impressions.from_events.again_days`: at a refresh in the past, nobody knew the labels of the last days."""
+    shown = {
+        "user": [1, 1, 2],
+        "item": [10, 20, 10],
+        "timestamp": [START, START + DAY, START + DAY],
+        "again": [1, 0, 1],
+    }
+    columns, frame = SourceColumns(labels=["again"]), events({1: 5, 2: 5})
+    given = {name: frame[name] for name in ("user", "item", "timestamp")}
+    log = EventLog.from_frame(given, tmp_path / "log", time_unit="ms", impressions=shown, columns=columns)
+    model = untrained(log, model__pooled_dim=4)
+    draw_counter_weights(model)
+    for until, tasks in ((START + 300 * HOUR, []), (None, ["again"])):
+        refresh(model, log, tmp_path / "store", until=until)
+        values = values_of(tmp_path / "store")
+        assert values is not None and values.tasks == tasks and values.rates.shape[1] == len(tasks)
+
+
+def test_a_log_with_times_has_no_values_for_a_model_without(log: EventLog, tmp_path: Path) -> None:
+    timeless = EventLog.from_frame(
+        {"user": [1, 1, 2], "item": [10, 20, 10]}, tmp_path / "timeless", columns=SourceColumns(timestamp=None)
+    )
+    model = untrained(timeless, model__pooled_dim=4, model__counter_keys=["item"], model__ignore=["times"])
+    draw_counter_weights(model)
+    assert model.item_statistics.shape[1] == 1
+    assert item_values(model, log, log.lengths, Until()) is None
 
 
 def test_a_model_that_reads_none_gets_none(log: EventLog, tmp_path: Path) -> None:

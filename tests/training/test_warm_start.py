@@ -225,6 +225,16 @@ def test_a_run_resumes_bit_identically(grown_log: EventLog, earlier: Run, tmp_pa
         train(replace(another, model=replace(another.model, tail_len=5)), grown_log)
 
 
+def test_attention_starts_again_from_a_model_of_epoch_0(earlier: Run, grown_log: EventLog, tmp_path: Path) -> None:
+    """Its outputs were 0. As they are scaled to length 1, their gradient would be without bounds."""
+    model = VistaModel.from_pretrained(Path(earlier[0].run_dir) / "best")
+    with model.wide_alone():
+        model.save_pretrained(tmp_path / "epoch-0")
+    config = warm_config(earlier[0], grown_log, tmp_path / "run", init_from=str(tmp_path / "epoch-0"), **FROZEN)
+    scale = train(config, grown_log).state_dict()["target_attention.final_norm.weight"]
+    assert scale.min() > 0.5 and scale.max() < 2
+
+
 @pytest.fixture(scope="module")
 def later(grown_log: EventLog, earlier: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run on the grown log with a frozen summarizer, and its model."""

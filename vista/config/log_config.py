@@ -27,6 +27,9 @@ from vista.config.checks import (
 )
 from vista.errors import ConfigError
 
+AGAIN = "again"
+"""The label of `impressions.from_events.again_days`, which is known only so many days after the event."""
+
 
 @dataclass(kw_only=True, slots=True)
 class EventFilterConfig:
@@ -287,7 +290,7 @@ class FromEventsConfig(Checked):
     @property
     def tasks(self) -> list[str]:
         """Names of the labels."""
-        return [name for name, value in (("again", self.again_days), ("liked", self.min_rating)) if value is not None]
+        return [name for name, value in ((AGAIN, self.again_days), ("liked", self.min_rating)) if value is not None]
 
 
 @dataclass(kw_only=True, slots=True)

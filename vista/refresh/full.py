@@ -383,7 +383,8 @@ def refresh(
             return engine.encode(encoder, with_counts, writer.spec, writer.state_spec, clock)
         return (encoder.encode(*batch, writer.spec, writer.state_spec, clock) for batch in with_counts)
 
-    values = partial(item_values, model, log, counts, limit)
+    # Of a sharded store, readers read those of the first shard.
+    values = partial(item_values, model, log, counts, limit) if shard is None or shard.index == 0 else None
     return write_generation(target, manifest, "full", encode_batches, values, options=options, key=key)
 
 

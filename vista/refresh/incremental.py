@@ -1,5 +1,7 @@
 """Incremental refresh: update the published generation in place, in time proportional to the new events.
 
+Once a day of events has passed, it also counts how popular items are, in one pass over the log (`log_reading.are_due`).
+
     changed users -> batches -> updated states -> summaries -> records -> one durable transaction per batch
 
 A user's state receives the terms of the events that arrived since the state's `applied_segment`. Terms of events that
@@ -131,7 +133,8 @@ def refresh_incremental(
         for begin in range(0, len(users), options.users_per_batch):
             refresher.refresh(users[begin : begin + options.users_per_batch])
         with run.stage("read"):
-            values = _newer_item_values(model, log, update, users)
+            is_read = shard is None or shard.index == 0  # by readers of a sharded store
+            values = _newer_item_values(model, log, update, users) if is_read else None
         with run.stage("publish"):
             if values is not None:
                 update.writer.put_items(values.to_bytes())

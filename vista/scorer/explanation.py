@@ -268,7 +268,10 @@ class _Scores:
         def score(given: Mapping[str, Tensor]) -> Tensor:
             """[n] of counted items whose counters may be hidden."""
             codes = given["counters"]
-            total = sum((part[:, 0] for name, part in given.items() if name != "counters"), torch.zeros(len(codes)))
+            total = sum(
+                (part[:, 0] for name, part in given.items() if name != "counters"),
+                torch.zeros(len(codes), device=codes.device),
+            )
             if not codes.any():
                 return total
             inputs = [
@@ -438,13 +441,15 @@ class _Words:
         return "often comes right after", [self._id(int(recent[best]))]
 
     def _popularity(self, place: int) -> tuple[str, list[Any]]:
+        if not self._rows[place]:
+            return "an unknown item", []
         statistics = self._model.item_statistics[1:].cpu().numpy()
-        own = statistics[max(int(self._rows[place]) - 1, 0)]
+        own = statistics[int(self._rows[place]) - 1]
         below = int(100 * (statistics[:, 0] < own[0]).mean())
         text = f"more events than {below} % of all items" if below >= 50 else "fewer events than most items"
         # Columns as of `ItemStatistics`: all events, then events and first-time users of 30 and of 7 days.
         if len(own) > 1 and own[3] > own[0] + RISING:
-            text += ", rising in the 7 days before training"
+            text += ", rising in the newest 7 days"
         return text, []
 
     def _rate(self, place: int) -> tuple[str, list[Any]]:

@@ -524,16 +524,18 @@ class Scorer:
         try:
             newer = self._source.open_newer(self._current, self.task)
         except VistaError:
-            self._current.store.reload()  # A model that cannot be served must not block new generations.
+            self._follow_store()  # A model that cannot be served must not block new generations.
             raise
-        moved = newer is not None
         if newer is None:
-            moved = self._current.store.reload()
-            newer = self._current.with_new_item_values()
-        if newer is None:
-            return moved
+            return self._follow_store()
         old, self._current = self._current, newer
         self._close_unused(old)
+        return True
+
+    def _follow_store(self) -> bool:
+        """Move to a new generation, and to new values of items; whether the generation changed."""
+        moved = self._current.store.reload()
+        self._current = self._current.with_new_item_values() or self._current
         return moved
 
     def _release(self, snapshot: ServingSnapshot, call: object) -> None:

@@ -160,7 +160,9 @@ class ServingSnapshot:
         """The same with the values of items that the store has now; None if they are those in service."""
         if self.store.manifest.items_digest == self.items_digest:
             return None
-        return self._again()
+        newer = self._again()
+        newer.calls = self.calls  # Both use one store, which closes after the last call of either.
+        return newer
 
     def candidates(self, given: Any, on_missing: OnMissing, name: str = "candidates") -> CandidateSet:
         """Look up item ids [C] or [B, C] in the vocabulary in service.
@@ -660,7 +662,7 @@ def _as_of_generation(
     """A model with the values of items of a generation, as far as it reads them and they are of its vocabulary."""
     if values is None or not model.reads_item_values:
         return model, items
-    if values.vocabulary != model.items.digest():
+    if values.vocabulary != model.items.digest() or values.statistics.shape != model.item_statistics.shape:
         logger.info("the store's statistics of items are of another vocabulary, so those of the model are served")
         return model, items
     model = model.with_item_values(values.statistics, values.rates, values.tasks)

@@ -342,6 +342,7 @@ class FolderBuilder:
     def put_items(self, value: bytes) -> None:
         """Put the values of items of the generation durably."""
         self._open[0].write(lambda transaction: transaction.put(ITEMS_KEY, value))
+        self.manifest = self.manifest.with_items(value)
 
     def finish(self) -> Manifest:
         """Read all records back, check the files' structure, remove users erased meanwhile, and name the generation.

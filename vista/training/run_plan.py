@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 STEPS, BATCHES_PER_EPOCH = 3000, 400
 STEPS_WITH_COUNTERS, BATCHES_WITH_COUNTERS = 1000, 200
 """With counters, models overfit in more steps, and in steps of fewer events (research log). A time budget is not cut:
-validation tells when to stop."""
+validation tells which model is best."""
 TOKENS_PER_BATCH = 512, 8192
 """Smallest and largest planned batch, in events."""
 MOST_EPOCHS = 30

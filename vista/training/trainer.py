@@ -242,6 +242,9 @@ class Trainer:
             start_model(self.model, self.log, self.source, config, self.precision, self._warm)
             if self._warm is not None:
                 self._warm.start_optimizers(self.optimizers)
+            if isinstance(self.model, VistaModel) and not self.model.target_attention.final_norm.weight.any():
+                # The earlier model was that of epoch 0.
+                torch.nn.init.ones_(self.model.target_attention.final_norm.weight)
         ranks.share(self.model.replicated())
         if ranks.leads:
             # What is left goes, unless it belongs to the run that starts or resumes from `newest`.
