@@ -43,8 +43,9 @@ def test_a_bare_file_is_prepared_and_the_guess_can_be_pasted(caplog: pytest.LogC
     said = messages(caplog)
     assert "retail.csv: guessed events.user=CustomerID events.item=StockCode events.timestamp=InvoiceDate" in said
     assert "retail.csv: not read: InvoiceNo, Description, Quantity;" in said
-    (confirming,) = (line for line in said.splitlines() if line.startswith("to confirm: vista prepare "))
-    assert main(["prepare", *shlex.split(confirming.removeprefix("to confirm: vista prepare ")), "out=named"]) == 0
+    asked = "to confirm, add to the command: "
+    (confirming,) = (line for line in said.splitlines() if line.startswith(asked))
+    assert main(["prepare", "retail.csv", *shlex.split(confirming.removeprefix(asked)), "out=named"]) == 0
     for name in ("guessed", "named"):
         log = EventLog.open(name)
         assert (log.num_users, log.num_items) == (2, 2)

@@ -84,7 +84,7 @@ def with_guesses(config: SourceConfig, files: Sequence[str], parser: SourceParse
         keys = "events.action, events.rating, events.categories, and events.numbers"
         _LOG.info("%s: not read: %s; %s can name these columns", first, ", ".join(others), keys)
     if words:
-        _LOG.info("to confirm: vista prepare %s %s", shell_word("events.paths", config.paths), words)
+        _LOG.info("to confirm, add to the command: %s", words)
     return replace(config, **guesses)
 
 
