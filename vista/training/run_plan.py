@@ -144,8 +144,8 @@ def warn_of_few_steps(optim: OptimConfig, steps: int) -> None:
     limits = [name for name in ("epochs", "minutes") if getattr(optim, name) is not None]
     if steps < max(2 * warmup, FEW_TIMED_STEPS if limits == ["minutes"] else FEW_STEPS):
         logger.warning(
-            "the run has only about %d steps, of which %d are warm-up: too few to learn much; lower "
-            "data.tokens_per_batch (to 512, say) and optim.warmup_steps, or raise %s",
+            "the run has only about %d steps, of which %d are warm-up: too few to learn much; raise %s, "
+            "or take smaller batches (data.tokens_per_batch)",
             steps,
             warmup,
             " or ".join(f"optim.{name}" for name in limits),
