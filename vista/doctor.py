@@ -308,11 +308,8 @@ def check_model(config: DoctorConfig) -> Iterator[Finding]:
         yield Finding("mixing", sizes.mixing.value, Verdict.limited, advice)
 
 
-_CLOCK_TOLERANCE_S = 60.0
-
-
 def check_store(config: DoctorConfig) -> Iterator[Finding]:
-    """Every shard of the store if one is given, or the store itself; compared with the model if one is given.
+    """Every shard of the store if one is given, or the store itself; compared with the model and the log if given.
 
     Raises:
         StoreError, ConfigError: the store is missing, damaged, or cannot be reached.
@@ -320,10 +317,10 @@ def check_store(config: DoctorConfig) -> Iterator[Finding]:
     from vista.store.layout import stores_in
 
     for root in [] if config.store is None else stores_in(config.store):
-        yield from _check(root, config.model)
+        yield from _check(root, config.model, config.data)
 
 
-def _check(root: Path | StoreUrl, model: str | None) -> Iterator[Finding]:
+def _check(root: Path | StoreUrl, model: str | None, log: str | None) -> Iterator[Finding]:
     from vista.store.admin import store_stats
 
     yield Finding("store", str(root))
@@ -340,6 +337,8 @@ def _check(root: Path | StoreUrl, model: str | None) -> Iterator[Finding]:
         f"{manifest.dim}, until {manifest.until or 'the end of the log'}",
     )
     yield age_finding(stats.now / 1000 - manifest.refreshed_at / 1000)
+    if log is not None:
+        yield coverage_finding(manifest, log)
     if isinstance(root, Path):
         yield size_finding(published.live_bytes, free_bytes())
     for one in stats.generations:
@@ -364,6 +363,15 @@ def age_finding(age_s: float) -> Finding:
         )
         return Finding("refreshed", f"in {duration(-age_s)}", Verdict.broken, advice)
     return Finding("refreshed", f"{duration(max(age_s, 0.0))} ago")
+
+
+def coverage_finding(manifest: Manifest, log: str) -> Finding:
+    """Whether a store covers all events of the log in a folder."""
+    from vista.explore.user_page import Freshness, store_freshness
+    from vista.log.event_log import EventLog
+
+    found = store_freshness(manifest, EventLog.open(log))
+    return _judged("covers", found.state.value.lower(), found.state is not Freshness.behind, found.reason)
 
 
 def size_finding(live_bytes: int, memory_bytes: int | None) -> Finding:
@@ -400,6 +408,7 @@ NUM_WRITES = 50
 MOST_S = 1.0
 """Time after which no further write is made, so that a slow disk does not delay the diagnosis."""
 _MOUNTS = Path("/proc/self/mountinfo")
+_CLOCK_TOLERANCE_S = 60.0
 
 
 def existing_folder(path: Path) -> Path:

@@ -13,8 +13,10 @@ import pytest
 
 from tests.conftest import Served, run_python, sign_model
 from vista.cli.main import main
+from vista.config import SourceColumns
 from vista.installation import install_command
 from vista.log.event_log import EventLog
+from vista.refresh import refresh
 
 BLOCKED = """
 import sys
@@ -68,6 +70,17 @@ def test_a_store_of_another_model(
     own, other = served_tasks.model.summarizer_id().hex(), served.model.summarizer_id().hex()
     assert f"{other[:12]}… wrote the store, but the model's is {own[:12]}…: name the model that wrote it" in text
     assert "Nothing is broken" not in text
+
+
+def test_a_store_that_is_behind_the_log(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, words = shutil.copytree(served.log.path, tmp_path / "log"), [f"store={tmp_path / 'store'}"]
+    refresh(served.model, EventLog.open(log), tmp_path / "store")
+    assert "covers" in (text := diagnosis(capsys, 0, *words, f"data={log}")) and "behind the log" not in text
+    frame = {"user": [100], "item": [10], "timestamp": [2_000_000_000_000], "action": ["click"], "rating": [5.0]}
+    columns = SourceColumns(action="action", rating="rating")
+    EventLog.from_frame(frame, log, time_unit="ms", append=True, columns=columns)
+    text = " ".join(diagnosis(capsys, 0, *words, f"data={log}").split())
+    assert "behind the log" in text and "1 newer segment with changes of 1 user; run `vista refresh" in text
 
 
 def test_a_store_without_its_model(
