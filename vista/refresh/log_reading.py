@@ -145,7 +145,7 @@ def item_values(model: VistaModel, log: EventLog, counts: Int, limit: Until) -> 
         measured = ItemRates(of_items, label.astype(np.float32), mask.astype(np.bool_), user[kept], num_rows)
         rates, tasks = measured.of_all(num_rows).numpy(), [shown.tasks[place] for place in known]
     as_of = int(statistics.time[-1]) - 1 if log.has_time and counts.any() else None
-    logger.info("values of %d items (%.1f s)", len(model.items), time.perf_counter() - began)
+    logger.debug("values of %d items (%.1f s)", len(model.items), time.perf_counter() - began)
     return ItemValues(model.items.digest(), statistics.latest(num_rows), rates, tasks, as_of)
 
 
