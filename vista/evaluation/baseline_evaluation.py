@@ -14,7 +14,7 @@ from vista.config import DataConfig, EvaluateConfig
 from vista.config.checks import AskedBaselines, Split, Target
 from vista.errors import ConfigError
 from vista.evaluation.cases import ImpressionCases
-from vista.evaluation.comparison import PerUserMetrics, mean_cell, per_user_path
+from vista.evaluation.comparison import Estimate, PerUserMetrics, mean_cell, per_user_path
 from vista.evaluation.counting_baselines import (
     CountingBaseline,
     Ease,
@@ -24,7 +24,6 @@ from vista.evaluation.counting_baselines import (
     scores_in_columns,
 )
 from vista.evaluation.label_baselines import label_baselines
-from vista.evaluation.metrics import mean_and_error
 from vista.evaluation.protocol import (
     measure_labels,
     measure_next_items,
@@ -44,8 +43,6 @@ from vista.model.ranking_model import RankingModel
 from vista.progress_bar import progress_bar, ticking
 from vista.text_table import text_table
 
-ERRORS_APART = 2
-"""Standard errors of the paired difference that a model needs to be ahead of a baseline, or behind it."""
 STANDING = "ahead, tie, behind: the model against the baseline, by two standard errors over users (paired)"
 LOSS = "log_loss"
 """Metrics whose name begins with this are better if they are smaller."""
@@ -69,12 +66,11 @@ class BaselineReport:
     def standing(self, baseline: str, metric: str) -> str:
         """Whether the model is ahead of a baseline, behind it, or neither (tie): by two standard errors of the paired
         difference. A dash if the metric is undefined."""
-        gain, error = mean_and_error(self.model.values[metric] - self.per_user[baseline].values[metric])
-        if metric.startswith(LOSS):
-            gain = -gain
-        if not math.isfinite(gain):
+        gains = self.model.values[metric] - self.per_user[baseline].values[metric]
+        gain = Estimate.of_users(-gains if metric.startswith(LOSS) else gains)
+        if not math.isfinite(gain.value):
             return "–"
-        return "tie" if not abs(gain) > ERRORS_APART * error else "ahead" if gain > 0 else "behind"
+        return gain.standing if math.isfinite(gain.error) else "tie"
 
     def save(self, out: str) -> None:
         """Write the metrics of each user where `vista compare` finds them under the name <out>.<baseline>."""
