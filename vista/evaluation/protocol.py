@@ -6,7 +6,7 @@ counting baselines. Letters: N cases, V items of the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -272,14 +272,22 @@ def ranking_values(ranks: Int, top_k: Sequence[int]) -> dict[str, Floats]:
     }
 
 
-def impression_metrics(cases: ImpressionCases, probability: Float32s) -> dict[str, float]:
-    """AUC, GAUC, NE and calibration of each task with labels of both kinds; probability: float32 [N, num_tasks]."""
-    metrics: dict[str, float] = {}
+def _known_labels(
+    cases: ImpressionCases, probability: Float32s
+) -> Iterator[tuple[str, NDArray[np.bool_], Float32s, Float32s]]:
+    """Of each task with labels of both kinds: its name, which of the N impressions have a label, these labels, and
+    their probabilities."""
     for index, task in enumerate(cases.tasks):
         known = cases.mask[:, index]
         label, predicted = cases.label[known, index], probability[known, index]
-        if len(np.unique(label)) < 2:
-            continue
+        if len(np.unique(label)) >= 2:
+            yield task, known, label, predicted
+
+
+def impression_metrics(cases: ImpressionCases, probability: Float32s) -> dict[str, float]:
+    """AUC, GAUC, NE and calibration of each task with labels of both kinds; probability: float32 [N, num_tasks]."""
+    metrics: dict[str, float] = {}
+    for task, known, label, predicted in _known_labels(cases, probability):
         metrics[f"auc/{task}"] = auc(label, predicted)
         metrics[f"gauc/{task}"] = gauc(cases.user[known], label, predicted)
         metrics[f"ne/{task}"] = normalized_entropy(label, predicted)
@@ -313,11 +321,7 @@ def measure_labels(log: EventLog, cases: ImpressionCases, probability: Float32s,
     """
     users, row = np.unique(cases.user, return_inverse=True)
     values: dict[str, Floats] = {}
-    for index, task in enumerate(cases.tasks):
-        known = cases.mask[:, index]
-        label, predicted = cases.label[known, index], probability[known, index]
-        if len(np.unique(label)) < 2:
-            continue
+    for task, known, label, predicted in _known_labels(cases, probability):
         own, place = np.unique(row[known], return_inverse=True)
         for name, measured in (("auc", auc_values), ("log_loss", log_loss_values)):
             values[f"{name}/{task}"] = np.full(len(users), np.nan)
