@@ -388,8 +388,7 @@ class ServerWriter:
 
     def items(self) -> bytes | None:
         """The unchecked values of items; None without any."""
-        value: bytes | None = self._server.command("GET", self.names.items)
-        return value
+        return self.records.items()
 
     def put_items(self, value: bytes) -> None:
         """Replace the values of items (`ItemValues.to_bytes`)."""
