@@ -111,10 +111,9 @@ class ServingSnapshot:
     ) -> None:
         sizes = partial(ServingSnapshot, pairs_per_pass=pairs_per_pass, cosines_per_pass=cosines_per_pass)
         self._again = partial(sizes, model, items, store, precision, identity, checksum, index, backend=backend)
-        values = store.item_values()
-        self.items_digest = "" if values is None else values.digest
-        """Of the values of items in service (`Manifest.items_digest`)."""
-        self.model, self.items = model, items = _as_of_generation(model, items, values)
+        self.items_digest = store.manifest.items_digest
+        """Of the values of items in service. Read before them, so that a reload finds values that are put meanwhile."""
+        self.model, self.items = model, items = _as_of_generation(model, items, store.item_values())
         self.store = store
         self.identity = identity
         self.checksum = checksum

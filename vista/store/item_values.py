@@ -1,7 +1,7 @@
 """What a generation knows of items: how popular they are and how often they get each label, as of its time.
 
 A model has these numbers too, as of the end of its training. A refresh writes newer ones next to the records, and
-scorers read those instead (docs/reference/file-formats.md, "Values of items").
+scorers read those instead (docs/reference/file-formats.md, "Keys").
 
 Letters: V1 = 1 + V model rows, Z statistics, T tasks.
 """
@@ -56,11 +56,6 @@ class ItemValues:
         tables = (np.ascontiguousarray(table, "<f4").tobytes() for table in (self.statistics, self.rates))
         content = b"\n".join((json.dumps(about, sort_keys=True).encode(), b"".join(tables)))
         return xxhash.xxh3_64_hexdigest(content).encode() + b"\n" + content
-
-    @property
-    def digest(self) -> str:
-        """The checksum with which `to_bytes` begins."""
-        return self.to_bytes()[:CHECKSUM_DIGITS].decode()
 
     @classmethod
     def from_bytes(cls, value: bytes, where: object) -> ItemValues:
