@@ -56,13 +56,11 @@ PLAN = {
     "most_epochs": run_plan.MOST_EPOCHS,
     "most_negatives": run_plan.MOST_NEGATIVES,
     "warmup_share": run_plan.WARMUP_SHARE,
-    "timed_warmup_steps": run_plan.TIMED_WARMUP_STEPS,
-    "timed_warmup_share": run_plan.TIMED_WARMUP_SHARE,
+    "most_warmup": run_plan.MOST_WARMUP,
     "returning": RETURNING,
 }
 """Constants of that plan. A line of a row with planned settings does not count as done after one of them changed."""
 PLAN_WITH_COUNTERS = {
-    "steps_with_counters": run_plan.STEPS_WITH_COUNTERS,
     "batches_with_counters": run_plan.BATCHES_WITH_COUNTERS,
 }
 """Those of models that may have counters, if steps or batches are planned."""

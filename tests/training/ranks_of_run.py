@@ -44,14 +44,14 @@ def forked(function: Callable[..., Any], *arguments: Any) -> Child:
 class WatchedTrainer(Trainer):
     """Kills itself where it is asked to, and prints its weights."""
 
-    def _step(self, batch: Batch, share_done: float) -> dict[str, float]:
+    def _step(self, batch: Batch) -> dict[str, float]:
         place = f"{os.environ['RANK']}:{self.progress.step}"
         if os.environ.get("KILL") == place:
             os.kill(os.getpid(), signal.SIGKILL)
         if os.environ.get("CHANGE") == place:
             with torch.no_grad():
                 self.model.item_table[1, 0] += 1e-6  # what one flipped bit may change
-        return super()._step(batch, share_done)
+        return super()._step(batch)
 
     def run(self) -> RankingModel:
         best = super().run()

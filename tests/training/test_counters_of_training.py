@@ -97,7 +97,7 @@ def test_the_heads_start_from_the_training_part_and_have_their_own_rate(event_lo
 
     # Heads learn faster in epoch 0, and as fast as the rest afterwards.
     for optimizers, of_heads in ((made._new_optimizers(trains_tables=False), HEAD_RATE), (made.optimizers, 1.0)):
-        rate = optimizers.schedule(10, 0.5, 4)
+        rate = optimizers.schedule(10, 4)
         rates = {id(p): group["lr"] for group in optimizers.dense.param_groups for p in group["params"]}
         for name, parameter in made.model.named_parameters():
             if name != "item_table":

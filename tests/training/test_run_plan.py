@@ -1,4 +1,4 @@
-"""Settings that are null are resolved from the log; time budgets; learning rates."""
+"""Settings that are null are resolved from the log; time limits; learning rates; the average of weights."""
 
 from __future__ import annotations
 
@@ -14,29 +14,18 @@ import pytest
 import torch
 
 from tests.conftest import Served, small_config
-from tests.training.conftest import copies_of_run
-from tests.training.test_trainer import assert_same_result, metrics
+from tests.training.test_trainer import metrics
 from vista.config import DataConfig, DinConfig, ModelConfig, OptimConfig, SimConfig, TrainConfig
 from vista.config.checks import Mixing, Split, TableKind, planned
 from vista.config.composition import compose_config
 from vista.errors import ConfigError, MissingDependencyError
+from vista.examples.batch import Batch
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
-from vista.model.ranking_model import RankingModel
 from vista.training import run_plan
-from vista.training.checkpoint import latest_checkpoint, load_checkpoint
-from vista.training.run_plan import (
-    RESERVE,
-    SKIPPED_STEPS,
-    TIMED_STEPS,
-    Progress,
-    TimeBudget,
-    plan_run,
-    warmup_steps,
-    warn_of_few_steps,
-)
-from vista.training.trainer import Trainer, train
-from vista.training.validation import Validation
+from vista.training.optimizers import RECENCY, WeightAverage
+from vista.training.run_plan import plan_run, warn_of_few_steps
+from vista.training.trainer import RESERVE, Trainer, train
 
 PLANNED = {
     "data.exclude_seen": False,
@@ -142,25 +131,29 @@ def test_next_items_are_trained_where_validation_asks_for_them(event_log: EventL
 
 
 @pytest.mark.parametrize(
-    ("num_events", "tokens", "epochs", "warmup"),
-    [(100_000, 512, 15, 89), (500_000, 1024, 6, 89), (10**6, 2048, 6, 89), (10**7, 8192, 2, 74), (10**8, 8192, 1, 367)],
+    ("num_events", "counter_keys", "tokens", "epochs", "warmup"),
+    [
+        (100_000, [], 512, 30, 49),
+        (10**6, [], 2048, 20, 100),
+        (10**7, [], 8192, 8, 100),
+        (10**8, [], 8192, 1, 100),
+        (50_000, ["item"], 512, 30, 25),
+        (10**6, ["item"], 4096, 30, 62),
+    ],
 )
-def test_batches_and_epochs_follow_the_number_of_events(num_events: int, tokens: int, epochs: int, warmup: int) -> None:
-    config = plan_run(TrainConfig(data=DataConfig(exclude_seen=True)), log_with(num_events))
-    assert (config.data.tokens_per_batch, config.optim.epochs, config.optim.warmup_steps) == (tokens, epochs, warmup)
-    assert config.data.num_negatives == 4096
-
-
-@pytest.mark.parametrize(
-    ("num_events", "tokens", "epochs"), [(50_000, 512, 10), (100_000, 512, 5), (10**6, 4096, 4), (10**7, 8192, 1)]
-)
-def test_with_counters_a_run_is_shorter(num_events: int, tokens: int, epochs: int) -> None:
+def test_batches_and_epochs_follow_the_number_of_events(
+    num_events: int, counter_keys: list[str], tokens: int, epochs: int, warmup: int
+) -> None:
     def planned(**optim: Any) -> TrainConfig:
-        data, model = DataConfig(exclude_seen=True), ModelConfig(counter_keys=["item"])
+        data, model = DataConfig(exclude_seen=True), ModelConfig(counter_keys=counter_keys)
         return plan_run(TrainConfig(data=data, model=model, optim=OptimConfig(**optim)), log_with(num_events))
 
-    assert (planned().data.tokens_per_batch, planned().optim.epochs) == (tokens, epochs)
+    config = planned()
+    assert (config.data.tokens_per_batch, config.optim.epochs, config.optim.warmup_steps) == (tokens, epochs, warmup)
+    assert config.data.num_negatives == 4096
     assert planned(epochs=7).optim.epochs == 7
+    timed = planned(minutes=10).optim
+    assert (timed.epochs, timed.warmup_steps) == (None, warmup), "time ends this run, and not a number of steps"
 
 
 def test_item_vectors_learn_slowly_from_few_labels(event_log: EventLog, served_tasks: Served) -> None:
@@ -182,37 +175,15 @@ def test_item_vectors_learn_slowly_from_few_labels(event_log: EventLog, served_t
     assert din.optim.table_rate == 1
 
 
-@pytest.mark.parametrize("counter_keys", [[], ["item"]])
-def test_time_ends_a_run_and_not_a_number_of_steps(counter_keys: list[str]) -> None:
-    def planned(**optim: Any) -> OptimConfig:
-        model = ModelConfig(counter_keys=counter_keys)
-        config = TrainConfig(data=DataConfig(exclude_seen=True), model=model, optim=OptimConfig(**optim))
-        return plan_run(config, log_with(10**6)).optim
-
-    timed = planned(minutes=10)
-    assert (timed.epochs, timed.warmup_steps, timed.patience) == (None, None, 0)
-
-
-def test_the_warm_up_of_a_timed_run_is_a_tenth_at_most(event_log: EventLog) -> None:
-    config = TrainConfig(optim=OptimConfig(minutes=1), model=ModelConfig(counter_keys=[]))
-    optim = plan_run(config, event_log).optim
-    assert optim.warmup_steps is None and optim.epochs is None
-    assert [warmup_steps(optim, steps) for steps in (0, 25, 179, 500, 10**6)] == [50, 3, 18, 50, 50]
-    assert warmup_steps(replace(optim, warmup_steps=7), 10**6) == 7
-
-
 @pytest.mark.parametrize(
     ("optim", "steps", "warns"),
     [
         (OptimConfig(epochs=1, warmup_steps=4), 19, "raise optim.epochs"),
         (OptimConfig(epochs=1, warmup_steps=4), 20, ""),
-        (OptimConfig(epochs=1, warmup_steps=15), 29, "29 steps, of which 15 are warm-up"),
+        (OptimConfig(epochs=1, warmup_steps=15), 29, "29 steps, of which 15 were warm-up"),
         (OptimConfig(epochs=1, warmup_steps=15), 30, ""),
-        (OptimConfig(minutes=1), 299, "299 steps, of which 30 are warm-up: .* raise optim.minutes"),
-        (OptimConfig(minutes=1), 300, ""),
-        (OptimConfig(minutes=1, warmup_steps=200), 300, "300 steps, of which 200 are warm-up"),
-        (OptimConfig(minutes=1, epochs=2), 20, ""),
-        (OptimConfig(minutes=1, epochs=2), 19, "raise optim.epochs or optim.minutes"),
+        (OptimConfig(epochs=0, warmup_steps=15), 0, ""),
+        (OptimConfig(minutes=1, epochs=2, warmup_steps=4), 19, "raise optim.epochs or optim.minutes"),
     ],
 )
 def test_short_runs_warn(optim: OptimConfig, steps: int, warns: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -223,6 +194,7 @@ def test_short_runs_warn(optim: OptimConfig, steps: int, warns: str, caplog: pyt
 def test_a_downstream_run_counts_the_labels_after_its_store(served_tasks: Served) -> None:
     base = served_tasks.config
     config = replace(base, base="best", store="store", optim=OptimConfig(), model=ModelConfig())
+    config = replace(config, data=replace(base.data, tokens_per_batch=16))
     whole, late = (plan_run(config, served_tasks.log, since) for since in (0, int(base.data.validation_from or 0) - 1))
     assert planned(late.optim.warmup_steps, "") < planned(whole.optim.warmup_steps, "")
 
@@ -256,91 +228,56 @@ def test_a_missing_torchrec_is_named(event_log: EventLog, tmp_path: Path) -> Non
         train(config, event_log)
 
 
-PLANNED_AT = SKIPPED_STEPS + TIMED_STEPS
-PLANNED_SOON_AT = 7
-
-
-@pytest.fixture
-def few_timed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs plan their steps after PLANNED_SOON_AT of them."""
-    monkeypatch.setattr(run_plan, "SKIPPED_STEPS", 2)
-    monkeypatch.setattr(run_plan, "TIMED_STEPS", PLANNED_SOON_AT - 2)
-
-
-def test_steps_share_the_time_with_validations() -> None:
-    budget = TimeBudget(2.0)
-    enough = [budget.add(seconds) for seconds in [9.0] * SKIPPED_STEPS + [0.1] * TIMED_STEPS]
-    assert enough == [False] * (PLANNED_AT - 1) + [True]
-    assert budget.seconds_per_step == pytest.approx(0.1)
-    left = 120 * (1 - RESERVE)
-    assert budget.steps_left(20, 0, 1) == int((left - 20) / 0.1)
-    # The validation after 50 steps takes as long as 10 more steps, and the last one comes on top.
-    assert budget.steps_left(20, 1.0, 50) == int((left - 20 - 1) / (0.1 + 1 / 50))
-    assert budget.steps_left(200, 1.0, 50) == 0
-
-
-@pytest.mark.parametrize(("epochs", "fits"), [(None, 40), (100, 40), (3, 30)])
-def test_epochs_limit_the_steps(epochs: int | None, fits: int) -> None:
-    budget = TimeBudget(1.0)
-    for _ in range(PLANNED_AT):
-        budget.add(0.1)
-    spent = 60 * (1 - RESERVE) - 15 * 0.1 - 1e-9  # time for 15 more steps
-    progress = Progress(step=PLANNED_AT, seconds=spent)
-    assert budget.planned_steps(progress, 0.0, 10, OptimConfig(minutes=1, epochs=epochs)) == fits
-
-
-def test_a_timed_run_resumes_bit_identically(
-    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few_timed_steps: None
+def test_time_ends_a_run_after_a_validation(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"optim__epochs": None, "optim__minutes": 1.0, "data__unknown_share": 0.2, "checkpoint_every": 5}
-    whole = tmp_path / "whole"
-    with monkeypatch.context() as patch, copies_of_run(tmp_path) as killed:
-        patch.setattr(TimeBudget, "steps_left", lambda *_: 13)  # only here: a resumed run must not plan again
-        train(small_config(event_log, whole, **changes), event_log, metrics_every=1)
-    last = load_checkpoint(latest_checkpoint(whole / "checkpoints"))[1]["run"]["progress"]  # type: ignore[arg-type]
-    assert last["step"] == last["planned_steps"] == PLANNED_SOON_AT + 13
-    rates = [row["learning_rate"] for row in metrics(whole) if "learning_rate" in row]
-    assert len(rates) == last["step"] and rates[-1] < 0.05 * max(rates)
-    text = (whole / "train.log").read_text()
-    assert f"{last['step']} steps, " in text and "only about 20 steps, of which 4 are warm-up" in text
+    changes = {"optim__epochs": None, "optim__minutes": 1.0}
+    config = small_config(event_log, tmp_path, **changes)
+    made = Trainer(config, event_log, began=time.perf_counter() - 20)
+    assert not made._time_is_up() and 0.3 < made._share_done(10) < 0.4
+    made.progress.validation_seconds = 60 * (1 - RESERVE) - 20
+    assert made._time_is_up(), "the last validation takes time too"
+    step = Trainer._step
 
-    for step in (PLANNED_SOON_AT, last["step"]):
-        run_dir = next(folder for at, folder in killed if at == step)
-        train(small_config(event_log, run_dir, **changes), event_log, metrics_every=1)
-        assert_same_result(run_dir, whole)
+    def slow_at_7(trainer: Trainer, batch: Batch) -> dict[str, float]:
+        trainer.progress.seconds += 60 * (trainer.progress.step == 6)
+        return step(trainer, batch)
 
-
-def test_the_time_counts_from_the_beginning(event_log: EventLog, tmp_path: Path) -> None:
-    config = small_config(event_log, tmp_path, optim__epochs=1)
-    made = Trainer(config, event_log, began=time.perf_counter() - 100)
-    assert 100 < made._clock.lap() < 200
-
-
-def test_a_budget_that_is_spent_ends_the_run_after_the_timed_steps(
-    event_log: EventLog, tmp_path: Path, few_timed_steps: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    validate, num_asked = Validation.__call__, 0
-
-    def counted(validation: Validation, model: RankingModel) -> dict[str, float]:
-        nonlocal num_asked
-        num_asked += 1
-        return validate(validation, model)
-
-    monkeypatch.setattr(Validation, "__call__", counted)
-    config = small_config(event_log, tmp_path, optim__epochs=None, optim__minutes=1e-4)
-    train(config, event_log)
-    validated = [row for row in metrics(tmp_path) if "validation" in row]
-    assert validated[-1]["step"] == PLANNED_SOON_AT and (tmp_path / "best" / "README.md").is_file()
-    assert num_asked == len(validated)  # the plan takes the time of an earlier one
-
-
-def test_a_run_with_both_ends_after_its_epochs(event_log: EventLog, tmp_path: Path, few_timed_steps: None) -> None:
-    config = small_config(event_log, tmp_path, optim__epochs=3, optim__minutes=10.0)
+    monkeypatch.setattr(Trainer, "_step", slow_at_7)
     train(config, event_log, metrics_every=1)
-    last = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))[1]["run"]["progress"]  # type: ignore[arg-type]
-    assert last["epoch"] == 3 and last["step"] == last["planned_steps"] > PLANNED_SOON_AT
-    rates = [row["learning_rate"] for row in metrics(tmp_path) if "learning_rate" in row]
-    assert rates[-1] < 0.05 * max(rates)
+    rows = metrics(tmp_path)
+    assert rows[-1]["step"] == 7 and "validation" in rows[-1] and (tmp_path / "best" / "README.md").is_file()
+    assert rows[-1]["seconds"] > 60
+    assert {row["learning_rate"] for row in rows[4:-1] if "loss" in row} == {5e-3}, "it does not depend on the time"
+    assert "the run had only 7 steps" in (tmp_path / "train.log").read_text()
+    train(config, event_log)  # nothing is left to do
+    assert metrics(tmp_path) == rows
+
+
+def test_a_run_with_both_limits_ends_after_its_epochs(event_log: EventLog, tmp_path: Path) -> None:
+    train(small_config(event_log, tmp_path, optim__epochs=3, optim__minutes=10.0), event_log)
+    assert metrics(tmp_path)[-1]["epoch"] == 3
+
+
+def test_the_average_is_that_of_the_newest_part(event_log: EventLog, tmp_path: Path) -> None:
+    weights = {"a": torch.zeros(3), "b": torch.zeros(2, 2, dtype=torch.float16)}
+    average, rows = WeightAverage(weights), torch.randn(200, 7, dtype=torch.float64)
+    shares = np.zeros(len(rows))
+    for k, row in enumerate(rows):
+        weights["a"].copy_(row[:3])
+        weights["b"].copy_(row[3:].view(2, 2))
+        average.add()
+        shares *= 1 - (RECENCY + 1) / (k + 1 + RECENCY)
+        shares[k] = (RECENCY + 1) / (k + 1 + RECENCY)
+    assert shares.sum() == pytest.approx(1) and shares[-50:].sum() > 0.9, "about the last ninth counts"
+    expected = torch.from_numpy(shares) @ rows
+    torch.testing.assert_close(average.values["a"].double(), expected[:3], rtol=0, atol=1e-5)
+    half = torch.from_numpy(shares) @ rows[:, 3:].half().double()
+    torch.testing.assert_close(average.values["b"].double().flatten(), half, rtol=0, atol=1e-5)
+    own = {name: weight.clone() for name, weight in weights.items()}
+    with average.applied():
+        assert torch.equal(weights["a"], average.values["a"]) and not torch.equal(weights["a"], own["a"])
+    assert all(torch.equal(weights[name], own[name]) for name in own)
 
 
 def after_an_epoch(log: EventLog, folder: Path, table_rate: float) -> tuple[Trainer, dict[str, torch.Tensor]]:
@@ -363,8 +300,9 @@ def test_the_table_learns_at_its_own_rate(event_log: EventLog, tmp_path: Path) -
     moved = {}
     for rate in (1.0, 0.1):
         made, start = after_an_epoch(event_log, tmp_path / str(rate), rate)
-        network = made.optimizers.schedule(100, 0.5, 4)
-        assert network == pytest.approx(5e-3 * (0.01 + 0.99 * 0.5))
+        assert made.optimizers.schedule(0, 4) == pytest.approx(5e-3 / 4)
+        network = made.optimizers.schedule(100, 4)
+        assert network == 5e-3
         rates = {group["lr"] for group in made.optimizers.dense.param_groups}
         assert rates == {network}, "after epoch 0, heads learn as fast as the rest"
         assert [group["lr"] for group in made.optimizers.table.param_groups] == [network * rate]

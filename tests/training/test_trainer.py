@@ -364,7 +364,6 @@ def test_a_truncated_checkpoint_is_named_with_a_remedy(event_log: EventLog, tmp_
 
 CONTRADICTIONS: dict[str, Any] = {
     "a step that is not the folder's": lambda run: run["progress"].update(step=-5),
-    "steps of a time limit that is not set": lambda run: run["progress"].update(planned_steps=2**62),
     "more epochs than steps": lambda run: run["progress"].update(epoch=10**12),
     "more batches than steps": lambda run: run["progress"].update(batch=10**15),
     "batches of an earlier epoch": lambda run: run["progress"].update(epoch=0, batch=1),
@@ -375,7 +374,9 @@ CONTRADICTIONS: dict[str, Any] = {
     "a baseline without the metric": lambda run: run["progress"].update(baselines={"a": {"hr@10": 0.5}}),
     "a baseline that is text": lambda run: run["progress"].update(baselines={"a": {"ndcg@10": "x"}}),
     "a baseline without a table": lambda run: run["progress"].update(baselines={"a": 1}),
-    "more validations than were done": lambda run: run["progress"].update(bad_validations=4),
+    "an average of no weights": lambda run: run["average"].update(values={}),
+    "an average of another weight": lambda run: _averages(run).update(item_table={"$tensor": "state.rng"}),
+    "an average without its number": lambda run: run["average"].pop("count"),
     "an unknown field": lambda run: run["progress"].update(surplus=1),
     "a missing field": lambda run: run["progress"].pop("stopped"),
     "no progress": lambda run: run.pop("progress"),
@@ -388,6 +389,11 @@ CONTRADICTIONS: dict[str, Any] = {
     "nothing": dict.clear,
 }
 """Changes of a run's state that its digest cannot show, because whoever made them has updated it."""
+
+
+def _averages(run: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = run["average"]["values"]
+    return values
 
 
 def _first_moments(run: dict[str, Any]) -> dict[str, Any]:

@@ -161,10 +161,11 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW for the network, the optimizer of the item table, the losses, and the schedule."""
+    """AdamW for the network, the optimizer of the item table, the losses, and when training ends."""
 
     learning_rate: float = 2e-3
-    """Peak learning rate, reached after the warm-up and followed by cosine decay."""
+    """Learning rate after the warm-up. It stays constant, and the average of the weights over about the last ninth of
+    all steps is what is validated and exported. So training can end after any epoch."""
     table_rate: float | None = None
     """Learning rate of the item table, as a multiple of the network's. 0 keeps the table as it is before training.
     null: 0.1 if only labels of impressions are trained, items have fewer than 50 training events on average, and their
@@ -172,16 +173,12 @@ class OptimConfig:
     table_optimizer: TableOptimizer = TableOptimizer.adam
     """Optimizer of the item table. rowwise_adagrad takes less memory, and needs model.table=torchrec."""
     warmup_steps: int | None = None
-    """Number of steps over which the learning rate rises linearly to its peak. null: 3% of the steps; with
-    optim.minutes, 50 steps and at most a tenth of all."""
+    """Number of steps over which the learning rate rises linearly. null: a quarter of an epoch, and at most 100."""
     epochs: int | None = None
-    """Maximum number of epochs, which are passes over the training histories. null: enough for about 1,000 steps with
-    counters, else about 3,000, and at most 30 epochs. With optim.minutes, only the time limits training, and
-    optim.patience."""
+    """Maximum number of epochs, which are passes over the training histories. null: enough for about 10,000 steps, and
+    at most 30; with optim.minutes, no limit. optim.patience usually ends training earlier."""
     minutes: float | None = None
-    """Maximum number of minutes that training takes, validation included. vista times the first steps to decide how
-    many fit, and decays the learning rate over them. If optim.epochs or optim.patience limits training further, it ends
-    earlier. null: no time limit."""
+    """Maximum number of minutes that training takes, validation included. null: no time limit."""
     next_weight: float | None = None
     """Weight of the sampled softmax over next items. 0 turns off next-item training and validates on windows instead.
     null: 0 if the model has counters, windows are trained, and data.split is time or share; else 1."""
@@ -198,9 +195,9 @@ class OptimConfig:
     reconstruction_weight: float = 0.0
     """Weight of the reconstruction loss of the paper: a decoder predicts events of a history from its summary. It takes
     a fifth of a step, and did not raise quality on any log where it was measured. 0 trains no decoder."""
-    patience: int = 0
-    """Number of validations without improvement after which training stops. 0 never stops early, because the learning
-    rate falls until the planned end, and models in between are worse than the last ones."""
+    patience: int = 3
+    """Number of validations without improvement on the best epoch after epoch 0 after which training stops. 0 never
+    stops early."""
     validate_every: int = 1
     """Number of epochs between validations; the last epoch always has one. 0 never validates."""
     validation_users: int = 2000

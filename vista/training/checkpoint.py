@@ -427,7 +427,7 @@ ITEM_TABLE, TABLE_INDEX = "item_table", 0
 """The item table's name among the weights, and its index in the state of the optimizer of tables."""
 _TENSOR = FieldRule("a tensor", lambda value: isinstance(value, Tensor))
 _STATE = {
-    **dict.fromkeys(("model", "optimizer", "table_optimizer", "progress", "config"), TABLE),
+    **dict.fromkeys(("model", "optimizer", "table_optimizer", "average", "progress", "config"), TABLE),
     "adagrad_sums": either(one_of(None), _TENSOR),
     "rng": _TENSOR,
     "cuda_rng": list_of(_TENSOR),
@@ -443,17 +443,20 @@ def save_run(
         identity: `run_identity`.
     """
     weights, moments, sums = model.state_dict(), optimizers.table.state_dict(), None
+    average = dict(optimizers.average.values)
     if (table := model.sharded_table) is not None:
         weights[ITEM_TABLE] = RowShards(table, model.item_table, model.item_table.dtype)
         if (of_rows := moments["state"].get(TABLE_INDEX)) is not None:  # rowwise_adagrad has none
             sharded = {TABLE_INDEX: {k: _shards(table, value) for k, value in of_rows.items()}}
             moments["state"] = moments["state"] | sharded
         sums = _shards(table, table.adagrad_sums)
+        average |= {name: _shards(table, value) for name, value in average.items() if name == ITEM_TABLE}
     state = {
         "model": weights,
         "optimizer": optimizers.dense.state_dict(),
         "table_optimizer": moments,
         "adagrad_sums": sums,
+        "average": {"count": optimizers.average.count, "values": average},
         "rng": torch.get_rng_state(),
         "cuda_rng": [torch.cuda.get_rng_state(model.device)] if model.device.type == "cuda" else [],
         "progress": {name: getattr(progress, name) for name in Progress.__slots__},
@@ -491,15 +494,14 @@ def restore_run(
         check_fields(state, _STATE)
     check_identity(identity, state["config"], run_dir)
     with checked_state(path):
-        is_timed = identity["optim.minutes"] is not None
-        progress = Progress.restored(
-            state["progress"], int(path.name.removeprefix("step-")), *metrics, is_timed=is_timed
-        )
+        progress = Progress.restored(state["progress"], int(path.name.removeprefix("step-")), *metrics)
         if table is not None:
             state["model"][ITEM_TABLE] = table.own(state["model"][ITEM_TABLE])
             moments = state["table_optimizer"]["state"].get(TABLE_INDEX, {})
             moments |= {k: table.own(value).clone() for k, value in moments.items() if isinstance(value, Tensor)}
             table.adagrad_sums.copy_(table.own(state["adagrad_sums"]))
+            values = state["average"]["values"]
+            values |= {name: table.own(value).clone() for name, value in values.items() if name == ITEM_TABLE}
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
@@ -509,6 +511,7 @@ def restore_run(
     with checked_state(path):
         _restore_optimizer(optimizers.dense, state["optimizer"])
         _restore_optimizer(optimizers.table, state["table_optimizer"])
+        optimizers.average.restore(**state["average"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] and model.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"][0], model.device)
@@ -561,9 +564,8 @@ def _shards(table: ShardedTable, value: Any) -> Any:
 
 def _is_sharded(name: str) -> bool:
     """Whether a tensor of a checkpoint has a row per row of the item table."""
-    return name in (f"state.model.{ITEM_TABLE}", "state.adagrad_sums") or name.startswith(
-        f"state.table_optimizer.state.{TABLE_INDEX}."
-    )
+    whole = f"state.model.{ITEM_TABLE}", f"state.average.values.{ITEM_TABLE}", "state.adagrad_sums"
+    return name in whole or name.startswith(f"state.table_optimizer.state.{TABLE_INDEX}.")
 
 
 def check_identity(here: dict[str, Any], there: dict[str, Any], run_dir: str) -> None:

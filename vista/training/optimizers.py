@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,8 +30,8 @@ GRADIENT_CLIP = 1.0
 HEAD_RATE = 5.0
 """Learning rate of the heads that read counters, statistics, and pooled vectors, as a multiple of the network's. After
 epoch 0, which fits them, it is 1."""
-FINAL_RATE = 0.01
-"""Share of the learning rate that remains at the end."""
+RECENCY = 8.0
+"""About the last 1 / (RECENCY + 1) of all steps make the average of the weights."""
 FACTOR = "rate_factor"
 """Key of a parameter group: its learning rate as a multiple of the network's."""
 
@@ -39,6 +40,70 @@ CLIP_EPSILON = 1e-6
 
 Moments: TypeAlias = dict[str, dict[str, Any]]
 """Optimizer state by parameter name: moving averages with the parameter's shape, and scalars."""
+
+
+class WeightAverage:
+    """The average of weights over the newest part of a training, which is validated and exported.
+
+    At a constant learning rate, weights keep moving around the place where a falling rate would let them settle. Their
+    average is close to that place after any number of steps, so training can stop after any epoch. The k-th weights
+    that are added have the share (RECENCY + 1) / (k + RECENCY) of it: polynomial-decay averaging (Shamir and Zhang,
+    ICML 2013).
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        """
+        Args:
+            weights: parameters that are trained, by name.
+        """
+        self._weights = weights
+        self.count = 0
+        """How often weights were added."""
+        self.values: dict[str, Tensor] = {}
+        """By name, in float32 or wider; empty before the first time."""
+
+    @torch.no_grad()
+    def add(self) -> None:
+        """Add the weights as they are now."""
+        self.count += 1
+        share = (RECENCY + 1) / (self.count + RECENCY)  # 1 at first
+        for name, weight in self._weights.items():
+            wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+            if self.count == 1:
+                self.values[name] = wide.clone()
+            else:
+                self.values[name].lerp_(wide, share)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Set the weights to their average."""
+        for name, value in self.values.items():
+            self._weights[name].copy_(value)
+
+    def restore(self, count: int, values: Mapping[str, Tensor]) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            ValueError, TypeError, AttributeError: if it is the average of other weights, or is not finite.
+        """
+        own = {name: weight.shape for name, weight in self._weights.items()} if count else {}
+        if type(count) is not int or count < 0 or {name: value.shape for name, value in values.items()} != own:
+            raise ValueError("its average has other weights than the model")
+        if not all(math.isfinite(float(value.sum(dtype=torch.float64))) for value in values.values()):
+            raise ValueError("its average is not finite")
+        self.count, self.values = count, {name: value.to(self._weights[name].device) for name, value in values.items()}
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """In this block, the weights are their average."""
+        own = {name: self._weights[name].detach().clone() for name in self.values}
+        self.settle()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in own.items():
+                    self._weights[name].copy_(weight)
 
 
 class Optimizers:
@@ -103,18 +168,17 @@ class Optimizers:
         )
         if not trains_tables:
             self._tables = []
+        trained = [*self._dense, *(table for table in self._tables if table.requires_grad)]
+        self.average = WeightAverage({names[id(p)]: p for p in trained})
 
-    def schedule(self, step: int, share_done: float, warmup_steps: int) -> float:
-        """Set the learning rates, and return the network's: linear warm-up, then a cosine down to FINAL_RATE.
+    def schedule(self, step: int, warmup_steps: int) -> float:
+        """Set the learning rates, and return the network's: a linear warm-up, then constant (`WeightAverage`).
 
         Args:
             step: steps done.
-            share_done: share of the training that is done.
             warmup_steps: steps of the warm-up.
         """
-        warm = min(1.0, (step + 1) / max(warmup_steps, 1))
-        cosine = 0.5 * (1 + math.cos(math.pi * min(share_done, 1.0)))
-        rate = self._optim.learning_rate * warm * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
+        rate = self._optim.learning_rate * min(1.0, (step + 1) / max(warmup_steps, 1))
         for group in (*self.dense.param_groups, *self.table.param_groups):
             group["lr"] = rate * group[FACTOR]
         if self._sharded is not None:

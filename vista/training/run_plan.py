@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vista.config import OptimConfig, TrainConfig
-from vista.config.checks import TableKind, require
+from vista.config.checks import TableKind, planned, require
 from vista.config.composition import flat_settings, value_text
 from vista.config.model_config import ITEM, NextItemConfig, RankingConfig
 from vista.examples.batch_source import trained_tasks
@@ -20,10 +20,9 @@ from vista.log.event_log import EventLog
 from vista.log.splits import Until, leaves_out_seen, split_until, visible_counts
 
 logger = logging.getLogger(__name__)
-STEPS, BATCHES_PER_EPOCH = 3000, 400
-STEPS_WITH_COUNTERS, BATCHES_WITH_COUNTERS = 1000, 200
-"""With counters, models overfit in more steps, and in steps of fewer events (research log). A time budget is not cut:
-validation tells which model is best."""
+STEPS, BATCHES_PER_EPOCH, BATCHES_WITH_COUNTERS = 10_000, 400, 200
+"""Most steps of a run, which optim.patience ends much earlier, and batches per epoch. With counters, models overfit in
+steps of fewer events (research log)."""
 TOKENS_PER_BATCH = 512, 8192
 """Smallest and largest planned batch, in events."""
 MOST_EPOCHS = 30
@@ -31,17 +30,14 @@ RARE_EVENTS, RARE_TABLE_RATE = 50, 0.1
 """Training events per item below which item vectors that start from the item space learn at this rate from labels
 alone. With the full rate they learn the labels by heart in two epochs (research log)."""
 MOST_NEGATIVES = 4096
-WARMUP_SHARE = 0.03
-TIMED_WARMUP_STEPS, TIMED_WARMUP_SHARE = 50, 0.1
-"""Warm-up with optim.minutes, where the number of steps is not known at the start: 50 steps, and at most a tenth."""
-FEW_STEPS, FEW_TIMED_STEPS = 20, STEPS // 10
-"""A run of fewer steps warns that it cannot learn much. With optim.minutes, nobody has asked for so few."""
+MOST_WARMUP, WARMUP_SHARE = 100, 0.25
+"""Steps of the warm-up: at most, and as a share of an epoch."""
+FEW_STEPS = 20
+"""A run of fewer steps warns that it cannot learn much."""
 
 
 def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> TrainConfig:
     """The configuration with its null settings resolved from the log. Explicit settings stay.
-
-    With optim.minutes, `warmup_steps` decides about the warm-up later.
 
     Args:
         since: over a base, the time (ms) at which labels begin.
@@ -56,9 +52,7 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     tasks_alone = optim.next_weight == 0 and optim.window_weight is None and trained_tasks(log, optim)
     returns = not data.exclude_seen and not tasks_alone
     reasons += _plan_counters(config, model, optim, returns=returns)
-    wanted_steps, batches_per_epoch = STEPS, BATCHES_PER_EPOCH
-    if model.counter_keys:
-        wanted_steps, batches_per_epoch = STEPS_WITH_COUNTERS, BATCHES_WITH_COUNTERS
+    batches_per_epoch = BATCHES_WITH_COUNTERS if model.counter_keys else BATCHES_PER_EPOCH
     if data.tokens_per_batch is None:
         least, most = TOKENS_PER_BATCH
         nearest = 2 ** round(math.log2(max(num_events / batches_per_epoch, 1)))
@@ -75,12 +69,11 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     )
     batches = max(math.ceil(num_events / data.tokens_per_batch), 1)
     if optim.epochs is None and optim.minutes is None:
-        optim.epochs = min(max(round(wanted_steps / batches), 1), MOST_EPOCHS)
-        reasons.append(f"optim.epochs={optim.epochs} (about {batches:,} steps per epoch)")
-    if optim.warmup_steps is None and optim.epochs is not None and optim.minutes is None:
-        steps = batches * optim.epochs
-        optim.warmup_steps = math.ceil(WARMUP_SHARE * steps)
-        reasons.append(f"optim.warmup_steps={optim.warmup_steps} (about {steps:,} steps)")
+        optim.epochs = min(max(round(STEPS / batches), 1), MOST_EPOCHS)
+        reasons.append(f"optim.epochs={optim.epochs} at most (about {batches:,} steps per epoch)")
+    if optim.warmup_steps is None:
+        optim.warmup_steps = min(math.ceil(WARMUP_SHARE * batches), MOST_WARMUP)
+        reasons.append(f"optim.warmup_steps={optim.warmup_steps}")
     if optim.table_rate is None:
         starts = model.space_dim > 0 and not model.embedding_rows  # from vectors that others' histories have made
         is_slow = starts and num_events < RARE_EVENTS * log.num_items and not config.ranks_items
@@ -113,41 +106,28 @@ def _plan_counters(config: TrainConfig, model: RankingConfig, optim: OptimConfig
         "model.counter_keys": " (data.exclude_seen=false)",
         "optim.next_weight": f" (data.split={config.data.split.value})",
     }
-    asked, planned = flat_settings(config), flat_settings(resolved)
+    asked, chosen = flat_settings(config), flat_settings(resolved)
     keys = (
         *("model.counter_keys", "model.temperature"),
         *("optim.window_weight", "optim.next_weight"),
     )
     nulls = [key for key in keys if asked.get(key, "absent") is None]
-    return [f"{key}={value_text(planned[key]).removesuffix('.0')}{why.get(key, '')}" for key in nulls]
-
-
-def warmup_steps(optim: OptimConfig, planned_steps: int) -> int:
-    """Steps of the warm-up.
-
-    Args:
-        planned_steps: with optim.minutes, steps of the run; 0 if they are not known yet.
-    """
-    if optim.warmup_steps is not None:
-        return optim.warmup_steps
-    share = math.ceil(TIMED_WARMUP_SHARE * planned_steps)
-    return min(TIMED_WARMUP_STEPS, share) if planned_steps else TIMED_WARMUP_STEPS
+    return [f"{key}={value_text(chosen[key]).removesuffix('.0')}{why.get(key, '')}" for key in nulls]
 
 
 def warn_of_few_steps(optim: OptimConfig, steps: int) -> None:
-    """Warn if a run is too short.
+    """Warn if a run was too short.
 
     Args:
         steps: of the whole run.
     """
-    warmup = warmup_steps(optim, steps)
     limits = [name for name in ("epochs", "minutes") if getattr(optim, name) is not None]
-    if steps < max(2 * warmup, FEW_TIMED_STEPS if limits == ["minutes"] else FEW_STEPS):
+    if 0 < steps < max(2 * planned(optim.warmup_steps, "optim.warmup_steps"), FEW_STEPS):
         logger.warning(
-            "the run has only about %d steps, of which %d are warm-up: too few to learn much; raise %s, "
+            "the run had only %d steps, of which %d were warm-up: too few to learn much; raise %s, "
             "or take smaller batches (data.tokens_per_batch)",
             steps,
-            warmup,
+            optim.warmup_steps,
             " or ".join(f"optim.{name}" for name in limits),
         )
 
@@ -164,17 +144,14 @@ class Progress:
     batch: int = 0
     """Batches done in this epoch."""
     step: int = 0
-    planned_steps: int = 0
-    """With optim.minutes: the number of steps that fit, 0 until the first steps have been timed. It never changes after
-    that, so that a resumed run ends at the same step."""
     best: float | None = None
     """Best value of the validation metric so far."""
-    bad_validations: int = 0
-    """Validations since the best one."""
     stopped: bool = False
-    """Whether training stopped early."""
+    """Whether training stopped before its last epoch, as validation did not improve or the time was up."""
     seconds: float = 0.0
     """Time spent on the run, validation included, in all processes that worked on it."""
+    validation_seconds: float = 0.0
+    """Time of the newest validation."""
     history: list[dict[str, float]] = field(default_factory=list)
     """Validation metrics, one entry per validation."""
     wide: list[float] = field(default_factory=list)
@@ -183,27 +160,23 @@ class Progress:
     """Validation metrics of the counting baselines, by name."""
 
     @classmethod
-    def restored(
-        cls, values: dict[str, Any], step: int, metric: str, ranking_metric: str, *, is_timed: bool
-    ) -> Progress:
+    def restored(cls, values: dict[str, Any], step: int, metric: str, ranking_metric: str) -> Progress:
         """The progress in a checkpoint that was written after `step` steps.
 
         Args:
             values: of all fields, by name.
             metric: as in `Validation`; empty without validation.
             ranking_metric: likewise.
-            is_timed: whether optim.minutes is set.
 
         Raises:
             ValueError: if a field is missing, unknown, of another type, or contradicts another one.
         """
         rules = {
-            **dict.fromkeys(("epoch", "batch", "bad_validations"), whole(most=step)),
+            **dict.fromkeys(("epoch", "batch"), whole(most=step)),
             "step": one_of(step),
-            "planned_steps": either(one_of(0), whole(step)) if is_timed else one_of(0),
             "best": either(one_of(None), _MEASURED),
             "stopped": one_of(False, True),
-            "seconds": NUMBER,
+            **dict.fromkeys(("seconds", "validation_seconds"), NUMBER),
             "history": list_of(TABLE),
             "wide": list_of(_MEASURED),
             "baselines": TABLE,
@@ -221,14 +194,9 @@ class Progress:
         best_fits = (progress.best is None) == (not progress.history) and (
             progress.best is None or str(progress.best) in {str(row[metric]) for row in progress.history}
         )
-        if not batches_fit or not best_fits or progress.bad_validations > max(len(progress.history) - 1, 0):
+        if not batches_fit or not best_fits:
             raise ValueError("the fields of progress contradict each other")
         return progress
-
-    @property
-    def planned_steps_done(self) -> bool:
-        """Whether the steps that fit into optim.minutes are done."""
-        return 0 < self.planned_steps <= self.step
 
     def finished(self, epochs: int | None) -> bool:
         """Whether training ends here.
@@ -236,78 +204,7 @@ class Progress:
         Args:
             epochs: optim.epochs.
         """
-        # The last epoch of a timed run ends before its last batch. Until then, its validation is due.
-        is_timed_out = self.planned_steps_done and self.batch == 0
-        return self.stopped or is_timed_out or (epochs is not None and self.epoch >= epochs)
-
-    def share_done(self, epochs: int | None, batches: int) -> float:
-        """Share of the training that is done, in an epoch of this number of batches; 0 if nothing is planned yet."""
-        if self.planned_steps:
-            return self.step / self.planned_steps
-        return 0.0 if epochs is None else (self.epoch + self.batch / batches) / epochs
-
-
-# How many steps fit into optim.minutes.
-
-SKIPPED_STEPS = 5
-"""First steps, which are slow because memory and caches are cold."""
-TIMED_STEPS = 20
-RESERVE = 0.03
-"""Share of the time that checkpoints and the export take."""
-
-
-class TimeBudget:
-    """Times the first steps of a process, until they tell how many steps fit."""
-
-    def __init__(self, minutes: float) -> None:
-        self.minutes = minutes
-        self._seconds: list[float] = []
-
-    def add(self, seconds: float) -> bool:
-        """Add the time of a step; returns whether enough steps have been timed."""
-        self._seconds.append(seconds)
-        return len(self._seconds) >= SKIPPED_STEPS + TIMED_STEPS
-
-    @property
-    def seconds_per_step(self) -> float:
-        """Mean time of a step."""
-        timed = self._seconds[SKIPPED_STEPS:]
-        return sum(timed) / len(timed)
-
-    def planned_steps(self, progress: Progress, validation: float, batches: int, optim: OptimConfig) -> int:
-        """Steps of the run: those that are done, and those that fit into the rest of the time and into optim.epochs.
-
-        They are logged.
-
-        Args:
-            validation: seconds per validation; 0 without validations.
-            batches: batches per epoch.
-        """
-        left = self.steps_left(progress.seconds, validation, batches * max(optim.validate_every, 1))
-        steps = progress.step + left
-        if optim.epochs is not None:
-            steps = min(steps, optim.epochs * batches)
-        logger.info(
-            "optim.minutes=%g: %.1f s spent, %.4f s per step, %.1f s per validation: %d steps, %.1f epochs",
-            self.minutes,
-            progress.seconds,
-            self.seconds_per_step,
-            validation,
-            steps,
-            steps / batches,
-        )
-        return steps
-
-    def steps_left(self, spent: float, validation: float, steps_per_validation: int) -> int:
-        """Steps that fit into the rest of the time, with a validation after the last one.
-
-        Args:
-            spent: seconds of the run so far.
-            validation: seconds per validation; 0 without validations.
-            steps_per_validation: steps between two validations.
-        """
-        left = 60 * self.minutes * (1 - RESERVE) - spent - validation
-        return max(int(left / (self.seconds_per_step + validation / steps_per_validation)), 0)
+        return self.stopped or (epochs is not None and self.epoch >= epochs)
 
 
 class RunClock:
@@ -327,6 +224,10 @@ class RunClock:
         """Seconds since the last call, or since the process began."""
         before, self._lap_began = self._lap_began, time.perf_counter()
         return self._lap_began - before
+
+    def since_lap(self) -> float:
+        """Seconds since `lap` was called, or since the process began."""
+        return time.perf_counter() - self._lap_began
 
     def add_step(self, seconds: float, waited: float) -> None:
         """Count a step, and the part of it in which it waited for its batch (s)."""

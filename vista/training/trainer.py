@@ -47,7 +47,7 @@ from vista.training.run_folder import (
     model_card,
     num_parameters,
 )
-from vista.training.run_plan import Progress, RunClock, TimeBudget, plan_run, warmup_steps, warn_of_few_steps
+from vista.training.run_plan import Progress, RunClock, plan_run, warn_of_few_steps
 from vista.training.validation import Validation, compare_with_baselines
 from vista.training.warm_start import WarmStart, drawn_model, start_model, training_vectors
 
@@ -66,6 +66,10 @@ def run_identity(
 
 logger = logging.getLogger(__name__)
 METRICS_EVERY = 20
+AVERAGED_PER_EPOCH = 32
+"""About how often per epoch weights are added to their average. It reads whole tables, which steps do not."""
+RESERVE = 0.03
+"""Share of optim.minutes that checkpoints and the export take."""
 WIDE_STEPS, WIDE_PASSES = 500, 4
 """Most steps of epoch 0, and most passes over the training histories."""
 NAMED_USERS = 20
@@ -188,9 +192,6 @@ class Trainer:
         """The model, if the run has an epoch 0."""
         self.optimizers = self._new_optimizers(head_rate=1.0 if fits_wide else HEAD_RATE)
         self.progress = Progress()
-        self._budget = None if config.optim.minutes is None else TimeBudget(config.optim.minutes)
-        self._validation_seconds = 0.0
-        """Time of the newest validation of this process."""
 
     def _new_optimizers(self, *, head_rate: float = HEAD_RATE, trains_tables: bool = True) -> Optimizers:
         return Optimizers(
@@ -213,9 +214,10 @@ class Trainer:
                     self._fit_wide(self._wide, metrics, interrupted)
                 while not self.progress.finished(self.config.optim.epochs):
                     self._run_epoch(metrics, interrupted)
+            warn_of_few_steps(self.config.optim, self.progress.step)
             if self.progress.best is None:
                 wide = None if self.progress.epoch else self._wide  # with optim.epochs=0
-                with nullcontext() if wide is None else wide.wide_alone():
+                with self.optimizers.average.applied(), nullcontext() if wide is None else wide.wide_alone():
                     self._export(plain_model(self.model, self.run_dir, self._ranks))
             self._ranks.wait()
             if self.validation is not None:
@@ -266,8 +268,6 @@ class Trainer:
         )
         if self._parallel is not None:
             self._parallel.log_balance(self.source)
-        if config.optim.epochs is not None and config.optim.minutes is None:
-            warn_of_few_steps(config.optim, config.optim.epochs * self.source.num_batches(0))
         return newest is not None
 
     def _fit_wide(self, model: VistaModel, metrics: MetricsWriter, interrupted: list[bool]) -> None:
@@ -283,14 +283,16 @@ class Trainer:
             for epoch in count():
                 with BatchPrefetcher(self.source, epoch, 0) as batches:
                     for batch in islice(batches, total - step):
-                        optimizers.schedule(step, step / total, 0)
+                        optimizers.schedule(step, 0)
                         self._update(optimizers, batch, wide=True)
+                        optimizers.average.add()
                         step += 1
                         bar.update()
                         if self._ranks.any(bool(interrupted)):
                             raise _stopped(progress)
                 if step == total:
                     break
+        optimizers.average.settle()
         if self.validation is not None:
             with model.wide_alone():
                 self._validate(metrics, time.perf_counter() - began)
@@ -300,7 +302,8 @@ class Trainer:
     def _run_epoch(self, metrics: MetricsWriter, interrupted: list[bool]) -> None:
         """Train the rest of an epoch, then validate."""
         config, progress, clock = self.config, self.progress, self._clock
-        total = self.source.num_batches(progress.epoch)
+        total, is_late = self.source.num_batches(progress.epoch), False
+        averaged_every = max(total // AVERAGED_PER_EPOCH, 1)
         bar = progress_bar(
             total=total,
             initial=progress.batch,
@@ -310,42 +313,63 @@ class Trainer:
         self.model.train()
         began, tokens = time.perf_counter(), 0
         with bar, BatchPrefetcher(self.source, progress.epoch, progress.batch) as batches:
-            while progress.batch < total and not progress.planned_steps_done:
+            while progress.batch < total and not is_late:
                 asked = time.perf_counter()
                 batch = next(batches)
                 waited = time.perf_counter() - asked
-                row = self._step(batch, progress.share_done(config.optim.epochs, total))
+                row = self._step(batch)
                 seconds = time.perf_counter() - asked
                 clock.add_step(seconds, waited)
                 progress.batch += 1
                 progress.step += 1
+                if progress.step % averaged_every == 0:
+                    self.optimizers.average.add()
                 tokens += len(batch.events.item)
                 bar.update()
                 if progress.step % self.metrics_every == 0:
                     row["tokens_per_s"] = tokens / (time.perf_counter() - began)
                     row["waiting_share"] = clock.waiting_share or 0.0
                     metrics.write({"step": progress.step, "epoch": progress.epoch, **row})
-                    left = clock.left(progress.share_done(config.optim.epochs, total))
+                    left = clock.left(self._share_done(total))
                     bar.set_postfix(loss=f"{row['loss']:.3f}", **left, refresh=False)
-                if self._budget and not progress.planned_steps and self._budget.add(seconds):
-                    self._plan_steps(self._budget)
-                # Ranks notice an interrupt in different steps, and must stop after the same one.
-                if self._ranks.any(bool(interrupted)):
-                    self._save()
-                    raise _stopped(progress)
+                # Ranks notice these in different steps, and must stop after the same one.
+                if self._ranks.any(bool(interrupted) or self._time_is_up()):
+                    is_late = self._ranks.any(self._time_is_up())
+                    if not is_late:
+                        self._save()
+                        raise _stopped(progress)
                 if progress.step % config.checkpoint_every == 0:
                     self._save()
         progress.epoch += 1
         progress.batch = 0
+        progress.stopped = is_late
         self._validate(metrics, time.perf_counter() - began)
         self._save()
         if self._ranks.any(bool(interrupted)) and not progress.finished(config.optim.epochs):
             raise _stopped(progress)
 
-    def _step(self, batch: Batch, share_done: float) -> dict[str, float]:
+    def _time_is_up(self) -> bool:
+        """Whether no time is left in optim.minutes for another step before the last validation."""
+        minutes, progress = self.config.optim.minutes, self.progress
+        if minutes is None:
+            return False
+        spent = progress.seconds + self._clock.since_lap()
+        return spent + progress.validation_seconds > 60 * minutes * (1 - RESERVE)
+
+    def _share_done(self, batches: int) -> float:
+        """Share of the training that is done at least, in an epoch of this number of batches."""
+        optim, progress = self.config.optim, self.progress
+        shares = [0.0]
+        if optim.epochs is not None:
+            shares.append((progress.epoch + progress.batch / batches) / optim.epochs)
+        if optim.minutes is not None:
+            shares.append((progress.seconds + self._clock.since_lap()) / (60 * optim.minutes))
+        return max(shares)
+
+    def _step(self, batch: Batch) -> dict[str, float]:
         """One update; returns the losses as numbers."""
-        warmup = warmup_steps(self.config.optim, self.progress.planned_steps)
-        rate = self.optimizers.schedule(self.progress.step, share_done, warmup)
+        warmup = planned(self.config.optim.warmup_steps, "optim.warmup_steps")
+        rate = self.optimizers.schedule(self.progress.step, warmup)
         return self._update(self.optimizers, batch) | {"learning_rate": rate}
 
     def _update(self, optimizers: Optimizers, batch: Batch, *, wide: bool = False) -> dict[str, float]:
@@ -403,54 +427,42 @@ class Trainer:
             f"these users; the last checkpoint is in {self.run_dir / 'checkpoints'}"
         )
 
-    def _plan_steps(self, budget: TimeBudget) -> None:
-        """Fix the number of steps, and save it before it is used: a resumed run must end at the same step."""
-        if self.validation is not None and not self._validation_seconds:  # after epoch 0, it is known
-            self._measured(self.validation, plain_model(self.model, self.run_dir, self._ranks))
-        self.progress.seconds += self._clock.lap()
-        batches = self.source.num_batches(self.progress.epoch)
-        steps = budget.planned_steps(self.progress, self._validation_seconds, batches, self.config.optim)
-        self.progress.planned_steps = self._ranks.from_first(steps)
-        warn_of_few_steps(self.config.optim, self.progress.planned_steps)
-        self._save()
-
-    def _measured(self, validation: Validation, model: RankingModel) -> dict[str, float]:
-        """Metrics of a model; notes how long they take."""
-        began = time.perf_counter()
-        measured = validation(model)
-        self._validation_seconds = time.perf_counter() - began
-        return measured
-
     def _validate(self, metrics: MetricsWriter, epoch_seconds: float) -> None:
         """Validate if this epoch asks for it, export the model if it is the best so far, and decide whether to stop."""
         progress, optim = self.progress, self.config.optim
         if self.validation is None or (progress.epoch % optim.validate_every and not progress.finished(optim.epochs)):
             return
         self._ranks.check_weights(self.model.replicated(), progress.step)
+        with self.optimizers.average.applied():
+            self._validate_average(self.validation, metrics, epoch_seconds)
+        since_best = self.validation.since_best(progress.history)
+        if 0 < optim.patience <= since_best:
+            progress.stopped = True
+            logger.info("%s has not improved in %d validations: stopping", self.validation.metric, since_best)
+
+    def _validate_average(self, validation: Validation, metrics: MetricsWriter, epoch_seconds: float) -> None:
+        """Validate the model, and export it if it is the best so far."""
+        progress, began = self.progress, time.perf_counter()
         model = plain_model(self.model, self.run_dir, self._ranks)
-        measured = self._measured(self.validation, model)
-        value = measured[self.validation.metric]
-        is_best = self.validation.better(value, progress.best)
+        measured = validation(model)
+        value = measured[validation.metric]
+        is_best = validation.better(value, progress.best)
         progress.history.append({"epoch": progress.epoch, "step": progress.step, **measured})
         progress.seconds += self._clock.lap()
+        progress.validation_seconds = time.perf_counter() - began
         times = {"epoch_seconds": epoch_seconds, "seconds": progress.seconds}
         row = {"step": progress.step, "epoch": progress.epoch, "validation": measured, "is_best": is_best}
         metrics.write({**row, **times})
         numbers = ", ".join(f"{name} {number:.4f}" for name, number in measured.items())
         logger.info("epoch %d (%.1f s): %s", progress.epoch, epoch_seconds, numbers)
         if progress.wide:
-            change, error = mean_and_error(self.validation.of_users - np.array(progress.wide))
-            logger.info("attention changes %s by %+.4f ± %.4f from epoch 0", self.validation.metric, change, error)
+            change, error = mean_and_error(validation.of_users - np.array(progress.wide))
+            logger.info("attention changes %s by %+.4f ± %.4f from epoch 0", validation.metric, change, error)
         if is_best:
-            progress.best, progress.bad_validations = value, 0
+            progress.best = value
             self._export(model, progress.history[-1])
-            return
-        progress.bad_validations += 1
-        if self._ranks.leads:
+        elif self._ranks.leads:
             (self.run_dir / PLAIN_WEIGHTS).unlink(missing_ok=True)
-        progress.stopped = 0 < optim.patience <= progress.bad_validations
-        if progress.stopped:
-            logger.info("%s has not improved in %d validations: stopping", self.validation.metric, optim.patience)
 
     def _export(self, model: RankingModel, validated: dict[str, float] | None = None) -> None:
         """Write a model from `plain_model`, with a card, to <run_dir>/best; after epoch 0 to epoch-0 as well."""

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -275,6 +275,19 @@ class Validation:
         if best is None:
             return True
         return value > best if self.metric == self.ranking_metric else value < best
+
+    def since_best(self, history: Sequence[Mapping[str, float]]) -> int:
+        """Validations after the best one of a training, without epoch 0: attention may need some epochs to add to it.
+
+        Args:
+            history: metrics, with "epoch".
+        """
+        values = [row[self.metric] for row in history if row["epoch"]]
+        place, best = 0, None
+        for place_of_value, value in enumerate(values):
+            if self.better(value, best):
+                place, best = place_of_value, value
+        return max(len(values) - 1 - place, 0)
 
     def baselines(self) -> dict[str, dict[str, float]]:
         """Metrics of the counting baselines on the same ranked items, by name; empty if there are no such cases.
