@@ -44,7 +44,7 @@ def result(run_dir: Path) -> tuple[dict[str, torch.Tensor], Any, list[bytes], li
     timed = ("tokens_per_s", "waiting_share", "epoch_seconds", "seconds")
     rows = [{key: value for key, value in row.items() if key not in timed} for row in metrics(run_dir)]
     tensors, state = load_checkpoint(newest)
-    assert state["run"]["progress"].pop("seconds") > 0
+    assert state["run"]["progress"].pop("seconds") > 0 and state["run"]["progress"].pop("validation_seconds") >= 0
     export = [(run_dir / "best" / name).read_bytes() for name in ("model.safetensors", "README.md")]
     return tensors, state, export, rows
 

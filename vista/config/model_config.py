@@ -235,9 +235,9 @@ class NextItemConfig(AttentionConfig):
     from the base."""
     num_counters: int = 64
     """Number of counted values stored per user for each of counter_keys: those with the highest counts."""
-    counter_days: list[float] = field(default_factory=lambda: [30.0])
+    counter_days: list[float] = field(default_factory=lambda: [7.0, 30.0])
     """With counters, time constants in days of sums that decay with time. A log without times has none."""
-    counter_events: list[float] = field(default_factory=lambda: [200.0])
+    counter_events: list[float] = field(default_factory=lambda: [32.0, 200.0])
     """With counters, time constants in events of sums that decay with newer events."""
     counted_dropout: float = 0.5
     """With counters, share of training questions, in [0, 1), in which counted items are scored without their cosine to

@@ -423,10 +423,7 @@ WITHOUT_COUNTERS = (
     "train longer (optim.epochs or optim.minutes), or take more and smaller steps (data.tokens_per_batch); if users "
     "return to items, set model.counter_keys=[item]"
 )
-WITH_COUNTERS = (
-    "train longer if the run has fewer than 1,000 steps (optim.epochs), or add time constants (model.counter_days, "
-    "model.counter_events)"
-)
+WITH_COUNTERS = "train longer (optim.epochs or optim.minutes), or count more (model.counter_keys)"
 """What to change (docs/guides/train.md)."""
 
 
