@@ -156,11 +156,11 @@ def test_a_run_exports_its_numbers(impression_log: EventLog, tmp_path: Path) -> 
 
 
 def test_a_model_without_validation_says_so(order_log: EventLog, tmp_path: Path) -> None:
-    """It is the last one."""
+    """It is the average at the end."""
     config = small_config(order_log, tmp_path, optim__epochs=1, optim__validate_every=0)
     model = train(config, order_log)
     last = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))[0]  # type: ignore[arg-type]
-    assert torch.equal(model.item_table, last["state.model.item_table"])
+    assert torch.equal(model.item_table, last["state.average.values.item_table"])
     card = (tmp_path / "best" / "README.md").read_text()
     assert "The model was not validated." in card
     assert table_of(card, "Training data")["time of events"] == "no times"

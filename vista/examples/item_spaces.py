@@ -38,7 +38,7 @@ from vista.examples.item_statistics import (
 from vista.log.event_log import EventLog
 from vista.log.splits import random_users_counts, visible_blocks
 
-FOLDS = 2
+FOLDS = 4
 MIN_USERS = 3
 """Items with fewer users have no vector, because it would only identify those users."""
 MOST_EVENTS = 1 << 20
