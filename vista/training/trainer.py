@@ -70,7 +70,7 @@ AVERAGED_PER_EPOCH = 32
 """About how often per epoch weights are added to their average. It reads whole tables, which steps do not."""
 RESERVE = 0.03
 """Share of optim.minutes that checkpoints and the export take."""
-WIDE_STEPS, WIDE_PASSES = 500, 4
+WIDE_STEPS, WIDE_PASSES = 200, 4
 """Most steps of epoch 0, and most passes over the training histories."""
 NAMED_USERS = 20
 """Most users of a refused batch that the error names."""
