@@ -263,6 +263,43 @@ def test_held_out_labels_change_nothing(log: EventLog, tmp_path: Path) -> None:
     assert not np.array_equal(one["label trees"][~even], of_others["label trees"][~even])
 
 
+def test_labels_that_are_not_known_yet_change_nothing(tmp_path: Path) -> None:
+    """A label `again` is only known some time after its impression, of the same user too."""
+    rng, asked, wait = np.random.default_rng(0), START + 4_500_000, 300_000
+    user = np.repeat(np.arange(NUM_USERS), NUM_EVENTS)
+    time = START + 50_000 * np.tile(np.arange(NUM_EVENTS), NUM_USERS) + 2_000_000
+    item, label = rng.integers(0, 40, len(user)), rng.integers(0, 2, len(user))
+
+    def answers(since: int, end: int, name: str) -> dict[str, np.ndarray]:
+        """What is read for the impressions at one time, if the labels of those in [since, end) are other ones."""
+        log = EventLog.from_frame(
+            {
+                "user": np.append(user, 0),
+                "item": np.append(item, 0),
+                "timestamp": np.append(time - 2_000_000, time.max() + wait),
+            },
+            tmp_path / name,
+            time_unit="ms",
+            impressions={
+                "user": user,
+                "item": item,
+                "timestamp": time,
+                "again": np.where((time >= since) & (time < end), 1 - label, label),
+            },
+            columns=SourceColumns(labels=["again"]),
+        )
+        cases, features = impression_cases(log, asked, asked + 1), LabelFeatures(log, DATA, "again")
+        learned = {"rates": features.rates, "label counters": features.counters, "products": features.products}
+        return {name: read(cases) for name, read in learned.items()} | label_baselines(log, DATA, cases, trained=False)
+
+    one, unknown = answers(0, 0, "same"), answers(asked - wait, asked, "unknown")
+    assert all(np.array_equal(one[name], unknown[name]) for name in one)
+    cut = START + 3_500_000  # where the statistics of all users end
+    later = answers(cut - wait, asked, "later")
+    assert np.array_equal(one["item rate"], later["item rate"])
+    assert not any(np.array_equal(one[name], later[name]) for name in ("rates", "label counters", "products"))
+
+
 def test_earlier_labels_against_a_loop() -> None:
     rng = np.random.default_rng(0)
     group, time, label = rng.integers(0, 4, 60), rng.integers(0, 20, 60), rng.integers(0, 2, 60).astype(float)

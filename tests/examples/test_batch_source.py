@@ -17,15 +17,24 @@ from numpy.typing import NDArray
 from tests.conftest import model_config
 from tests.counters.counter_histories import only_items
 from vista.arrays import Int
-from vista.config import DataConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
+from vista.config import DataConfig, FromEventsConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
 from vista.config.checks import Architecture, Decay, Split
 from vista.counters.counters import CounterSpec
 from vista.counters.keys import ItemKeys
 from vista.errors import ConfigError
 from vista.examples.batch import Batch
-from vista.examples.batch_source import BatchSource, ModelReads, NegativeSampler, StoredSummaries, events_before
+from vista.examples.batch_source import (
+    BatchSource,
+    ModelReads,
+    NegativeSampler,
+    StoredSummaries,
+    VisibleImpressions,
+    events_before,
+)
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
+from vista.log.histories import DAY_MS
+from vista.log.splits import split_until, visible_counts
 
 LENGTHS = [5, 1, 40, 2, 3, 17, 90]
 MS = 1000
@@ -548,3 +557,27 @@ def test_exact_counts_equal_a_plain_loop(log: EventLog, block_events: int) -> No
     for row in range(log.num_users):
         np.add.at(expected, log.slice(row, 0, counts[row]).item, 1)
     np.testing.assert_array_equal(item_counts(log, counts, block_events=block_events), expected)
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"split": Split.leave_last_out},
+        {"split": Split.time, "validation_from": "1970-01-25", "test_from": "1970-02-05"},
+    ],
+)
+def test_labels_that_hidden_events_decide_are_not_trained(tmp_path: Path, split: dict[str, Any]) -> None:
+    """With all hidden events of another item, the trained labels of `again` are the same."""
+    rng, days = np.random.default_rng(0), FromEventsConfig(again_days=3.0)
+    user, day = np.repeat(np.arange(20), 40), np.sort(rng.integers(0, 40, (20, 40))).ravel()
+    frame = {"user": user, "item": rng.integers(0, 4, 800), "timestamp": DAY_MS * day}
+    config, trained = TrainConfig(data=DataConfig(**split)), []
+    for name in ("as it is", "changed"):
+        log = EventLog.from_frame(frame, tmp_path / name, time_unit="ms", from_events=days)
+        counts = visible_counts(log, split_until(config.data, "train"))
+        shown = VisibleImpressions.of(log, np.arange(4) + 1, counts, config, ["again"], None).shown
+        trained.append((shown.chunk, shown.time, shown.label[:, 0]))
+        place = np.arange(800) - 40 * user
+        frame["item"] = np.where(place >= counts[user], 9 + place, frame["item"])
+    assert all(np.array_equal(one, other) for one, other in zip(*trained, strict=True))
+    assert 0 < trained[0][2].sum() < len(trained[0][2])

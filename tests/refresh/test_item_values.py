@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import draw_counter_weights, untrained
 from tests.refresh.conftest import HOUR, START, append, contents, events, full, later
-from vista.config import SourceColumns
+from vista.config import FromEventsConfig, SourceColumns
 from vista.errors import StoreError
 from vista.examples.item_spaces import RATE_PRIOR
 from vista.log.event_log import EventLog
@@ -172,21 +172,23 @@ def test_a_call_that_runs_keeps_its_store_while_values_and_models_change(log: Ev
 
 def test_labels_that_tell_what_came_later_are_left_out(tmp_path: Path) -> None:
     """`impressions.from_events.again_days`: at a refresh in the past, nobody knew the labels of the last days."""
-    shown = {
-        "user": [1, 1, 2],
-        "item": [10, 20, 10],
-        "timestamp": [START, START + DAY, START + DAY],
-        "again": [1, 0, 1],
+    rng = np.random.default_rng(0)
+    frame = {
+        "user": rng.integers(1, 9, 400),
+        "item": rng.integers(0, 5, 400),
+        "timestamp": START + HOUR * np.arange(400),
     }
-    columns, frame = SourceColumns(labels=["again"]), events({1: 5, 2: 5})
-    given = {name: frame[name] for name in ("user", "item", "timestamp")}
-    log = EventLog.from_frame(given, tmp_path / "log", time_unit="ms", impressions=shown, columns=columns)
-    model = untrained(log, model__pooled_dim=4)
-    draw_counter_weights(model)
-    for until, tasks in ((START + 300 * HOUR, []), (None, ["again"])):
-        refresh(model, log, tmp_path / "store", until=until)
-        values = values_of(tmp_path / "store")
-        assert values is not None and values.tasks == tasks and values.rates.shape[1] == len(tasks)
+    past, found = frame["timestamp"] < START + 300 * HOUR, []
+    for name, given in (("all", frame), ("past", {name: column[past] for name, column in frame.items()})):
+        log = EventLog.from_frame(given, tmp_path / name, time_unit="ms", from_events=FromEventsConfig(again_days=2))
+        model = untrained(log, model__pooled_dim=4)
+        draw_counter_weights(model)
+        for until in (START + 300 * HOUR, START + HOUR):
+            refresh(model, log, tmp_path / "store", until=until)
+            found.append(values_of(tmp_path / "store"))
+    assert found[0].tasks == ["again"] and found[0].rates.any() and found[1].tasks == []
+    # The items of both logs have the same rows, because the first events have all of them.
+    np.testing.assert_array_equal(found[0].rates, found[2].rates)
 
 
 def test_a_log_with_times_has_no_values_for_a_model_without(log: EventLog, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ class ImpressionCases:
     label: Float32s
     """[N, num_tasks]."""
     mask: NDArray[np.bool_]
-    """[N, num_tasks]: True where the label is known."""
+    """[N, num_tasks]: True where the label is known, by the end of the cases if they have one."""
     probability: Float32s | None
     """[N, num_tasks] true probabilities of a simulated log."""
     tasks: list[str]
@@ -123,7 +123,7 @@ def impression_cases(log: EventLog, begin: int, end: int | None, *, max_cases: i
         np.asarray(table.item)[chosen].astype(np.int64),
         time[chosen],
         np.asarray(table.label)[chosen].astype(np.float32),
-        np.asarray(table.mask)[chosen].astype(np.bool_),
+        table.known(chosen, np.iinfo(np.int64).max if end is None else end),
         probability,
         list(table.tasks),
         table.features.select(chosen),

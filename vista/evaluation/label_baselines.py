@@ -1,9 +1,9 @@
 """Baselines for labels of impressions, fitted to the labels before a cut: rates, counters, and pooled vectors.
 
 They need no training of a model, only a logistic regression or boosted trees on some features of what the user did and
-of the candidate. Rates and sums over earlier labels are as of the question, so that labels are predicted from earlier
-ones alone, in fitting too; item vectors are made from the first half of the labels, and read by trees that are fitted
-to the second half (cross-fitting in time).
+of the candidate. Rates and sums are of the labels that were known at the question, so that labels are predicted from
+earlier ones alone, in fitting too; item vectors are made from the first half of the labels, and read by trees that are
+fitted to the second half (cross-fitting in time).
 
 Letters: N impressions, T known labels, R features, V items, M columns of item vectors.
 """
@@ -86,7 +86,7 @@ def label_baselines(log: EventLog, data: DataConfig, cases: ImpressionCases, *, 
         return {}
     begin = int(np.asarray(table.timestamp).min())
     fitted = with_tasks(impression_cases(log, begin, limit.before, max_cases=MAX_FITTED), cases.tasks)
-    if not len(fitted.user):
+    if not fitted.mask.any():
         return {}
     counts = visible_counts(log, limit)
     popularity = np.log1p(item_counts(log, counts))
@@ -181,16 +181,18 @@ class EarlierLabels:
 
 @dataclass(frozen=True, slots=True)
 class _Labels:
-    """The known labels of a task in the whole log, and those before a cut that statistics of all users may read."""
+    """The labels of a task in the whole log, and those before a cut that statistics of all users may read."""
 
     user: Int
     """int64 [T] rows of the log, ascending."""
     item: Int
     """int64 [T] rows of the log."""
     time: Int
-    """int64 [T] ms, ascending per user."""
+    """int64 [T] ms when each became known, ascending per user."""
     label: Floats
     """float64 [T]."""
+    delay: int
+    """ms from the impression to `time`."""
     cut: int
     """Time in ms from which labels are held out."""
     mean: float
@@ -203,10 +205,12 @@ class _Labels:
         column = table.tasks.index(task)
         user = np.repeat(np.arange(log.num_users), np.diff(table.offsets))
         known = np.asarray(table.mask)[:, column].astype(np.bool_)
-        time, label = np.asarray(table.timestamp)[known], np.asarray(table.label)[known, column].astype(np.float64)
+        delay = int(table.delay[column])
+        time = np.asarray(table.timestamp)[known] + delay
+        label = np.asarray(table.label)[known, column].astype(np.float64)
         before = label[time < cut]
         mean = (before.sum() + 1) / (len(before) + 2)
-        return cls(user[known], np.asarray(table.item)[known].astype(np.int64), time, label, cut, float(mean))
+        return cls(user[known], np.asarray(table.item)[known].astype(np.int64), time, label, delay, cut, float(mean))
 
     def before(self, end: int) -> _Labels:
         """Those before a time."""
@@ -257,8 +261,8 @@ class LabelFeatures:
         earlier = self.labels.before(self.cut)
         self.can_learn = len(np.unique(earlier.label)) == 2
         """Whether there are labels of both kinds before the cut."""
-        self.middle = int(np.median(earlier.time)) if len(earlier.time) else self.cut
-        """Time in ms from which labels are fitted to."""
+        self.middle = int(np.median(earlier.time)) - earlier.delay if len(earlier.time) else self.cut
+        """Time in ms of the first impressions whose labels are fitted to."""
         self._residuals = _Residuals.of(log, self.labels, self.middle) if self.can_learn else None
 
     def fitted(self) -> ImpressionCases:

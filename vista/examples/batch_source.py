@@ -73,10 +73,12 @@ class VisibleRows:
     """Events of the user strictly before the impression."""
     before: Int
     """Time of the newest of these (ms); arbitrary if there is none."""
+    hidden: Int
+    """Time from which events are hidden (ms); the largest int64 if none are."""
 
     def select(self, index: Int) -> VisibleRows:
         """Some of the rows."""
-        return VisibleRows(self.row[index], self.user[index], self.position[index], self.before[index])
+        return VisibleRows(*(part[index] for part in (self.row, self.user, self.position, self.before, self.hidden)))
 
 
 def visible_rows(log: EventLog, table: Impressions, counts: Int, data: DataConfig, since: int | None) -> VisibleRows:
@@ -94,17 +96,20 @@ def visible_rows(log: EventLog, table: Impressions, counts: Int, data: DataConfi
     user = np.repeat(np.arange(log.num_users), np.diff(table.offsets))
     position = np.zeros(len(timestamp), np.int64)
     before = np.zeros(len(timestamp), np.int64)
+    hidden = np.full(len(timestamp), np.iinfo(np.int64).max if until.before is None else until.before)
     shown = np.flatnonzero(np.diff(table.offsets))
     for part in token_groups(log.lengths[shown], EVENTS_PER_BLOCK):
         users = shown[part]
         events = log.gather(users, features=False)
         begins, times_of_all = events.offsets.tolist(), np.asarray(events.timestamp)
-        bounds = zip(table.offsets[users].tolist(), table.offsets[users + 1].tolist(), pairwise(begins), strict=True)
-        for low, high, (begin, end) in bounds:
+        low_high = table.offsets[users].tolist(), table.offsets[users + 1].tolist()
+        for low, high, (begin, end), seen in zip(*low_high, pairwise(begins), counts[users].tolist(), strict=True):
             times = times_of_all[begin:end]
             at = times.searchsorted(timestamp[low:high], side="left")
             position[low:high] = at
             before[low:high] = times[np.maximum(at - 1, 0)] if begin < end else timestamp[low:high]
+            if until.before is None and seen < end - begin:
+                hidden[low:high] = times[seen]
     visible = position <= counts[user]
     if until.before is not None:
         visible &= timestamp < until.before
@@ -113,7 +118,7 @@ def visible_rows(log: EventLog, table: Impressions, counts: Int, data: DataConfi
     if since is not None:
         visible &= timestamp >= since
     kept = np.flatnonzero(visible)
-    return VisibleRows(kept, user[kept], position[kept], before[kept])
+    return VisibleRows(kept, user[kept], position[kept], before[kept], hidden[kept])
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +150,7 @@ class VisibleImpressions:
             return cls(shown, none, np.zeros(log.num_users + 1, np.int64))
         visible = visible_rows(log, table, counts, config.data, since)
         columns = [table.tasks.index(task) for task in tasks]
-        mask = np.asarray(table.mask)[visible.row][:, columns].astype(np.bool_)
+        mask = table.known(visible.row, visible.hidden)[:, columns]
         kept = visible.select(np.flatnonzero(mask.any(1)))
         time = np.asarray(table.timestamp)[kept.row]
         use_time = log.has_time and config.model.reads("times")

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Int
+from vista.config.log_config import AGAIN
 from vista.log.histories import PackedTable, RowFeatures, ranges, take_range, token_groups
 from vista.log.segment import Segment
 from vista.log.segment_files import USERS
@@ -120,8 +121,9 @@ class Impressions:
 
     offsets: int64 [num_users + 1]; item: int32 [N] item rows; timestamp: int64 [N] ms; label: uint8 [N, num_tasks], 0
     where unknown; mask: uint8 [N, num_tasks], 1 where the label is known; tasks: names of the tasks; probability:
-    float32 [N, num_tasks] true probabilities of a simulation (NaN where unknown), or None; features: of N rows, with
-    the names of `EventLog.request_features`.
+    float32 [N, num_tasks] true probabilities of a simulation (NaN where unknown), or None; delay: int64 [num_tasks] ms
+    after an impression until its label is known, 0 for all labels but AGAIN; features: of N rows, with the names of
+    `EventLog.request_features`.
     """
 
     offsets: Int
@@ -131,22 +133,41 @@ class Impressions:
     mask: NDArray[np.uint8]
     tasks: list[str]
     probability: NDArray[np.float32] | None
+    delay: Int
     features: RowFeatures = field(default_factory=lambda: RowFeatures({}))
 
     @property
     def num_impressions(self) -> int:
         return int(self.offsets[-1])
 
+    def known(self, rows: Int, before: Int | int) -> NDArray[np.bool_]:
+        """Where labels depend only on what happened before a time: bool [n, num_tasks].
 
-def read_impressions(segments: Sequence[Segment], num_users: int) -> Impressions:
+        Args:
+            rows: int64 [n].
+            before: ms, one for all rows or int64 [n].
+        """
+        end = np.broadcast_to(before, rows.shape)[:, None] - self.delay  # times may be as large as int64
+        known: NDArray[np.bool_] = (self.mask[rows] > 0) & (self.timestamp[rows, None] < end)
+        return known
+
+
+def read_impressions(segments: Sequence[Segment], num_users: int, end: int) -> Impressions:
     """Impressions of a log: views of the files of one segment, or those of several segments merged in memory by time.
 
     If only some segments have probabilities, those of the others are NaN.
+
+    Args:
+        end: ms of the log's newest event. A log does not say how many days decide a label AGAIN. But it is only known
+            where these end by then, so they are at most the time from the newest known one to the end.
     """
     tables = [segment.impressions for segment in segments if segment.impressions is not None]
     tasks: list[str] = next(s.manifest["tasks"] for s in reversed(segments) if s.impressions is not None)
     counts = sum((table.counts(num_users) for table in tables), np.zeros(num_users, np.int64))
     columns, features, offsets = take_range(tables, np.arange(num_users), np.zeros(num_users, np.int64), counts)
+    delay = np.zeros(len(tasks), np.int64)
+    if AGAIN in tasks and (known := np.asarray(columns["mask"])[:, tasks.index(AGAIN)] > 0).any():
+        delay[tasks.index(AGAIN)] = max(end - int(np.asarray(columns["timestamp"])[known].max()), 0)
     return Impressions(
         offsets,
         columns["item"],
@@ -155,5 +176,6 @@ def read_impressions(segments: Sequence[Segment], num_users: int) -> Impressions
         columns["mask"],
         list(tasks),
         columns.get("probability"),
+        delay,
         features,
     )

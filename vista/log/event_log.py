@@ -226,7 +226,8 @@ class EventLog:
     def impressions(self) -> Impressions | None:
         """The impressions, or None without any. They are merged over the segments on first use."""
         if any(segment.impressions is not None for segment in self.segments):
-            return read_impressions(self.segments, self.num_users)
+            _, end = self.time_range() or (0, 0)
+            return read_impressions(self.segments, self.num_users, end)
         return None
 
     @cached_property

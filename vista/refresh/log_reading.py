@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config.checks import Decay
-from vista.config.log_config import AGAIN
 from vista.errors import ConfigError
 from vista.examples.item_spaces import ItemRates
 from vista.examples.item_statistics import ItemStatistics, num_statistics
@@ -126,8 +125,7 @@ def item_values(model: VistaModel, log: EventLog, counts: Int, limit: Until) -> 
     Args:
         counts: int64 [num_users] visible events per user.
         limit: which events are visible. Label rates are left out if it hides events by their number, because it does
-            not say which impressions are visible. With a time, those of AGAIN are left out, because a label of that
-            name tells what the user did later.
+            not say which impressions are visible. With a time, labels that are known only later are not counted.
     """
     if not model.reads_item_values or num_statistics(has_time=log.has_time) != model.item_statistics.shape[1]:
         return None
@@ -138,12 +136,13 @@ def item_values(model: VistaModel, log: EventLog, counts: Int, limit: Until) -> 
     if shown is not None and not limit.held_out and not limit.held_share:
         timestamp = np.asarray(shown.timestamp)
         user = np.repeat(np.arange(log.num_users), np.diff(shown.offsets))
-        kept = np.flatnonzero(timestamp < (np.iinfo(np.int64).max if limit.before is None else limit.before))
-        known = [place for place, task in enumerate(shown.tasks) if limit.before is None or task != AGAIN]
-        label, mask = (np.asarray(part)[kept][:, known] for part in (shown.label, shown.mask))
-        of_items = rows[shown.item[kept]]
-        measured = ItemRates(of_items, label.astype(np.float32), mask.astype(np.bool_), user[kept], num_rows)
-        rates, tasks = measured.of_all(num_rows).numpy(), [shown.tasks[place] for place in known]
+        end = np.iinfo(np.int64).max if limit.before is None else limit.before
+        kept = np.flatnonzero(timestamp < end)
+        mask = shown.known(kept, end)
+        label = np.asarray(shown.label)[kept].astype(np.float32)
+        has_labels = np.flatnonzero(mask.any(0))  # the model's own rates are better than none
+        measured = ItemRates(rows[shown.item[kept]], label[:, has_labels], mask[:, has_labels], user[kept], num_rows)
+        rates, tasks = measured.of_all(num_rows).numpy(), [shown.tasks[place] for place in has_labels]
     as_of = int(statistics.time[-1]) - 1 if log.has_time and counts.any() else None
     logger.debug("values of %d items (%.1f s)", len(model.items), time.perf_counter() - began)
     return ItemValues(model.items.digest(), statistics.latest(num_rows), rates, tasks, as_of)

@@ -151,12 +151,18 @@ def test_what_follows_the_days_of_a_label_does_not_change_it(tmp_path: Path) -> 
     events, cut = some_events(3), 12 * DAY_MS
     config = FromEventsConfig(again_days=4.0)
     columns = {"time_unit": "ms", "columns": COLUMNS, "from_events": config}
-    all_rows = rows_of(EventLog.from_frame(frame_of(events), tmp_path / "all", **columns))
+    log = EventLog.from_frame(frame_of(events), tmp_path / "all", **columns)
+    all_rows = rows_of(log)
     past = [event for event in events if event[2] <= cut]
     past_rows = rows_of(EventLog.from_frame(frame_of(past), tmp_path / "past", **columns))
     end = max(event[2] for event in past)
     known = [row for row in all_rows if row[2] + 4 * DAY_MS <= end]
     assert sorted(past_rows, key=str) == sorted(known, key=str) and len(known) > 100
+    # The log, which does not say the days, calls no label known that the past lacks, and almost all that it has.
+    assert log.impressions is not None
+    is_known = log.impressions.known(np.arange(len(all_rows)), cut + 1)[:, 0]
+    called = [row for row, own in zip(all_rows, is_known.tolist(), strict=True) if own]
+    assert {str(row) for row in called} <= {str(row) for row in known} and len(called) > 0.95 * len(known)
 
 
 def test_the_report_says_what_is_left_out(tmp_path: Path) -> None:
