@@ -135,6 +135,21 @@ def test_without_a_checkpoint_the_optimizers_start_empty(
     assert not made.optimizers.dense.state and "start without moments" in caplog.text
 
 
+def test_moments_of_other_weights_are_left_out(
+    grown_log: EventLog, earlier: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As of a run whose best epoch is 0: its last checkpoint has the moments of the epochs after it."""
+    shutil.copytree(earlier[0].run_dir, tmp_path / "base")
+    config = replace(earlier[0], run_dir=str(tmp_path / "base"))
+    with earlier[1].wide_alone():
+        earlier[1].save_pretrained(tmp_path / "base" / "best")
+    warm, made = begun(warm_config(config, grown_log, tmp_path / "run"), grown_log)
+    with caplog.at_level("INFO", logger="vista"):
+        warm.start_optimizers(made.optimizers)
+    assert not made.optimizers.dense.state and not made.optimizers.table.state
+    assert "start without moments" in caplog.text
+
+
 def test_items_that_the_logs_table_lacks_keep_their_features(
     feature_log: EventLog, earlier: Run, tmp_path: Path
 ) -> None:

@@ -235,7 +235,9 @@ class WarmStart:
         return made
 
     def start_optimizers(self, optimizers: Optimizers) -> None:
-        """Give optimizers the moments of the newest checkpoint of the earlier model's run, if there is one.
+        """Give optimizers the moments of the newest checkpoint of the earlier model's run, if it has the model's weights.
+
+        The model is that of the best validation, such as epoch 0, and the run may have gone on from there.
 
         Raises:
             CheckpointError: if the checkpoint is damaged, or does not belong to the model.
@@ -249,7 +251,13 @@ class WarmStart:
         weights = self.base.state_dict()
         with checked_state(newest):
             state = unpack_state(body["run"], tensors)
-            moments = moments_of(state["optimizer"]) | moments_of(state["table_optimizer"])
+            dense, of_run = moments_of(state["optimizer"]), state["model"]
+            if not all(torch.equal(of_run[name], weights[name].cpu()) for name in dense if name in weights):
+                logger.info(
+                    "the optimizers start without moments: the run of %s ended with other weights", self._folder
+                )
+                return
+            moments = dense | moments_of(state["table_optimizer"])
             if self._tasks_change:
                 moments = {name: held for name, held in moments.items() if not name.startswith(HEAD_WEIGHTS)}
             for name, held in moments.items():
