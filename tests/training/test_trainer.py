@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -332,6 +333,22 @@ def test_epoch_0_is_exported_until_attention_adds_something(event_log: EventLog,
     is_better = max(later) > first
     assert isinstance(trained, VistaModel) and trained.target_attention.final_norm.weight.any() == is_better
     assert ("is the model of epoch 0" in said) != is_better
+
+
+def test_a_disk_that_fills_up_leaves_no_part_of_epoch_0(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Trainer(small_config(event_log, tmp_path / "run"), event_log)
+
+    def copy_some(source: Path, target: Path, **options: Any) -> None:
+        target.mkdir(exist_ok=True)
+        shutil.copy2(source / "config.json", target)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(trainer.shutil, "copytree", copy_some)
+    with pytest.raises(ConfigError, match=r"epoch-0: cannot be written .*rerun the command"):
+        made._export(made.model, {"epoch": 0})
+    assert [path.name for path in (tmp_path / "run").iterdir() if "epoch-0" in path.name] == []
 
 
 def test_the_last_epoch_is_validated_for_any_validate_every(event_log: EventLog, tmp_path: Path) -> None:

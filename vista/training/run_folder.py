@@ -107,10 +107,11 @@ def clean_folder(run_dir: Path, *, starts_over: bool) -> None:
     check_is_model(run_dir / "best")
     if starts_over:
         remove_checkpoints(run_dir / "checkpoints")
-        for name in ("best", "best.old", EPOCH_0):
+        for name in ("best", "best.old", EPOCH_0, f"{EPOCH_0}.old"):
             if (run_dir / name).is_dir():
                 remove_folder(run_dir / name, partial_name(run_dir / name))
-    recover_folder(run_dir / "best")
+    for name in ("best", EPOCH_0):
+        recover_folder(run_dir / name)
     remove_leftovers(run_dir)
 
 

@@ -24,7 +24,7 @@ from vista.errors import ConfigError, NonFiniteLossError
 from vista.evaluation.metrics import mean_and_error
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchPrefetcher, BatchSource
-from vista.files import replace_file, replace_text
+from vista.files import replace_file, replace_text, replaced_folder
 from vista.installation import __version__
 from vista.log.event_log import EventLog, log_digest
 from vista.model.losses import Losses, weighted_losses
@@ -471,7 +471,9 @@ class Trainer:
             file = None if model is self.model else self.run_dir / PLAIN_WEIGHTS
             model.save_pretrained(self.run_dir / "best", card=card, weights_file=file)
             if validated is not None and validated["epoch"] == 0:
-                shutil.copytree(self.run_dir / "best", self.run_dir / EPOCH_0, dirs_exist_ok=True)
+                folder = self.run_dir / EPOCH_0
+                with typed_errors(folder), replaced_folder(folder) as partial:
+                    shutil.copytree(self.run_dir / "best", partial, dirs_exist_ok=True)
 
     def _save(self) -> None:
         """Write a checkpoint."""
