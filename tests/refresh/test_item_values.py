@@ -15,6 +15,8 @@ from tests.refresh.conftest import HOUR, START, append, contents, events, full, 
 from vista.config import FromEventsConfig, SourceColumns
 from vista.errors import StoreError
 from vista.examples.item_spaces import RATE_PRIOR
+from vista.log.compaction import compact_log
+from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
 from vista.log.splits import Until, visible_counts
 from vista.model.vista_model import VistaModel
@@ -25,7 +27,8 @@ from vista.store import StoreReader
 from vista.store.admin import compact_store, copy_generation, verify_store
 from vista.store.folder_writer import FolderWriter
 from vista.store.item_values import ItemValues
-from vista.store.keys import ITEMS_KEY
+from vista.store.keys import ITEMS_KEY, user_keys
+from vista.store.layout import Shard
 from vista.store.parquet import export_store, import_store
 
 DAY = 24 * HOUR
@@ -153,6 +156,25 @@ def test_an_incremental_refresh_replaces_them_after_a_day(tmp_path: Path) -> Non
     assert contents(store)[ITEMS_KEY] == contents(tmp_path / "again")[ITEMS_KEY]
     refresh_incremental(model, log, store)  # without new events
     assert contents(store)[ITEMS_KEY] == contents(tmp_path / "again")[ITEMS_KEY]
+
+
+@pytest.mark.parametrize("compacts", [False, True])
+@pytest.mark.parametrize("shard", [None, Shard(0, 2)])
+def test_erased_events_are_not_counted_from_the_next_refresh_on(
+    log: EventLog, tmp_path: Path, shard: Shard | None, compacts: bool
+) -> None:
+    """Although no day has passed, and although the first shard may not have the user."""
+    model = counting_model(log)
+    refresh(model, log, tmp_path / "store", shard=shard)
+    store = tmp_path / "store" if shard is None else shard.path(tmp_path / "store")
+    others = [user for user in COUNTS if shard is None or not shard.holds(user_keys([user])).any()]
+    erase_users(log.path, others[:1])
+    if compacts:
+        compact_log(log.path)
+    left = EventLog.open(log.path)
+    refresh_incremental(model, left, tmp_path / "store", shard=shard)
+    expected = item_values(model, left, left.lengths, Until())
+    assert expected is not None and contents(store)[ITEMS_KEY] == expected.to_bytes()
 
 
 def test_a_call_that_runs_keeps_its_store_while_values_and_models_change(log: EventLog, tmp_path: Path) -> None:

@@ -337,6 +337,14 @@ class EventLog:
             changed[segment.changed_users(after)] = True
         return np.flatnonzero(changed)
 
+    def may_delete(self, after: int) -> bool:
+        """Whether segments numbered above `after` delete older rows, or a compaction may have removed these deletions."""
+        return any(
+            segment.manifest["deletions"] > 0 or segment.first <= after
+            for segment in self.segments
+            if segment.last > after
+        )
+
     def new_events(self, user_rows: Any, after: int) -> Histories:
         """Events of several users in segments numbered above `after`, without those that later segments delete.
 

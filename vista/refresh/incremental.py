@@ -1,6 +1,7 @@
 """Incremental refresh: update the published generation in place, in time proportional to the new events.
 
-Once a day of events has passed, it also counts how popular items are, in one pass over the log (`log_reading.are_due`).
+Once a day of events has passed, or after deletions, it also counts how popular items are, in one pass over the log
+(`log_reading.are_due`).
 
     changed users -> batches -> updated states -> summaries -> records -> one durable transaction per batch
 
@@ -134,7 +135,7 @@ def refresh_incremental(
             refresher.refresh(users[begin : begin + options.users_per_batch])
         with run.stage("read"):
             is_read = shard is None or shard.index == 0  # by readers of a sharded store
-            values = _newer_item_values(model, log, update, users) if is_read else None
+            values = _newer_item_values(model, log, update, users, covered) if is_read else None
         with run.stage("publish"):
             if values is not None:
                 update.writer.put_items(values.to_bytes())
@@ -210,9 +211,18 @@ def _changed_users(update: StoreUpdate, log: EventLog, covered: int, shard: Shar
     return changed, num_removed
 
 
-def _newer_item_values(model: VistaModel, log: EventLog, update: StoreUpdate, users: Int) -> ItemValues | None:
-    """The values of items as of now, if those of the generation are due after changes of some users; None otherwise."""
-    if not model.reads_item_values or not len(users):
+def _newer_item_values(
+    model: VistaModel, log: EventLog, update: StoreUpdate, users: Int, covered: int
+) -> ItemValues | None:
+    """The values of items as of now, if those of the generation are due after changes of some users; None otherwise.
+
+    They are due after any deletion, also of users of other shards: they must not count what was erased.
+    """
+    if not model.reads_item_values:
+        return None
+    if log.may_delete(covered):
+        return item_values(model, log, log.lengths, Until())
+    if not len(users):
         return None
     held, newest = update.item_values(), None
     if log.has_time and log.lengths[users].any():
