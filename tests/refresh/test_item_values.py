@@ -173,7 +173,7 @@ def test_erased_events_are_not_counted_from_the_next_refresh_on(
         compact_log(log.path)
     left = EventLog.open(log.path)
     refresh_incremental(model, left, tmp_path / "store", shard=shard)
-    expected = item_values(model, left, left.lengths, Until())
+    expected = item_values(model, left, model.rows_of(left.items), left.lengths, Until())
     assert expected is not None and contents(store)[ITEMS_KEY] == expected.to_bytes()
 
 
@@ -213,6 +213,16 @@ def test_labels_that_tell_what_came_later_are_left_out(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found[0].rates, found[2].rates)
 
 
+def test_a_refresh_looks_up_all_items_once(log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes, look_up = counting_model(log), list[int](), VistaModel.item_rows
+    monkeypatch.setattr(VistaModel, "item_rows", lambda self, ids: sizes.append(len(ids)) or look_up(self, ids))
+    store = full(model, log, tmp_path / "store")
+    assert sizes == [log.num_items]
+    log = later(tmp_path / "log", {2: 3}, hours=401)
+    refresh_incremental(model, log, store)
+    assert sizes[1:] == [log.num_items]
+
+
 def test_a_log_with_times_has_no_values_for_a_model_without(log: EventLog, tmp_path: Path) -> None:
     timeless = EventLog.from_frame(
         {"user": [1, 1, 2], "item": [10, 20, 10]}, tmp_path / "timeless", columns=SourceColumns(timestamp=None)
@@ -220,7 +230,7 @@ def test_a_log_with_times_has_no_values_for_a_model_without(log: EventLog, tmp_p
     model = untrained(timeless, model__pooled_dim=4, model__counter_keys=["item"], model__ignore=["times"])
     draw_counter_weights(model)
     assert model.item_statistics.shape[1] == 1
-    assert item_values(model, log, log.lengths, Until()) is None
+    assert item_values(model, log, model.rows_of(log.items), log.lengths, Until()) is None
 
 
 def test_a_model_that_reads_none_gets_none(log: EventLog, tmp_path: Path) -> None:

@@ -278,7 +278,7 @@ def test_validation_is_served_on_the_schedule_of_refreshes(served_tasks: Served,
     assert isinstance(model, VistaModel)
     draw_counter_weights(model)
     begin = int(str(data.validation_from))
-    known = item_values(model, log, log.counts_before(begin), Until(before=begin))
+    known = item_values(model, log, model.rows_of(log.items), log.counts_before(begin), Until(before=begin))
     assert known is not None
     model = model.with_item_values(known.statistics, known.rates, known.tasks)
     validation = Validation(log, model.rows_of(log.items), config)

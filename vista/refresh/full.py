@@ -384,7 +384,9 @@ def refresh(
         return (encoder.encode(*batch, writer.spec, writer.state_spec, clock) for batch in with_counts)
 
     # Of a sharded store, readers read those of the first shard.
-    values = partial(item_values, model, log, counts, limit) if shard is None or shard.index == 0 else None
+    values = None
+    if shard is None or shard.index == 0:
+        values = partial(item_values, model, log, encoder.items.all_rows, counts, limit)
     return write_generation(target, manifest, "full", encode_batches, values, options=options, key=key)
 
 

@@ -135,7 +135,9 @@ def refresh_incremental(
             refresher.refresh(users[begin : begin + options.users_per_batch])
         with run.stage("read"):
             is_read = shard is None or shard.index == 0  # by readers of a sharded store
-            values = _newer_item_values(model, log, update, users, covered) if is_read else None
+            values = (
+                _newer_item_values(model, refresher.items.all_rows, log, update, users, covered) if is_read else None
+            )
         with run.stage("publish"):
             if values is not None:
                 update.writer.put_items(values.to_bytes())
@@ -212,7 +214,7 @@ def _changed_users(update: StoreUpdate, log: EventLog, covered: int, shard: Shar
 
 
 def _newer_item_values(
-    model: VistaModel, log: EventLog, update: StoreUpdate, users: Int, covered: int
+    model: VistaModel, rows: NDArray[np.int32], log: EventLog, update: StoreUpdate, users: Int, covered: int
 ) -> ItemValues | None:
     """The values of items as of now, if those of the generation are due after changes of some users; None otherwise.
 
@@ -221,14 +223,14 @@ def _newer_item_values(
     if not model.reads_item_values:
         return None
     if log.may_delete(covered):
-        return item_values(model, log, log.lengths, Until())
+        return item_values(model, log, rows, log.lengths, Until())
     if not len(users):
         return None
     held, newest = update.item_values(), None
     if log.has_time and log.lengths[users].any():
         newest = int(np.max(log.gather_ranges(users, log.lengths[users] - 1, log.lengths[users]).timestamp))
     known = held is not None and held.vocabulary == model.items.digest()
-    return item_values(model, log, log.lengths, Until()) if are_due(held if known else None, newest) else None
+    return item_values(model, log, rows, log.lengths, Until()) if are_due(held if known else None, newest) else None
 
 
 def _remove_unknown_users(update: StoreUpdate, log: EventLog) -> int:
@@ -291,7 +293,7 @@ class BatchRefresher:
         """Newest segment of the log that all records covered before the run."""
         self._tokens_per_batch = tokens_per_batch
         self._encoder = BatchEncoder.of(model, log, Precision.float32, tokens_per_batch, _user_features(model, log))
-        self._model, self._items = self._encoder.model, self._encoder.items
+        self._model, self.items = self._encoder.model, self._encoder.items
         self._context = 0 if model.summarizer is None else reach(model)
         """Most events before the new ones that an append reads."""
         self._append_only = model.stage1.decay is Decay.position or model.summarizer is None
@@ -347,7 +349,7 @@ class BatchRefresher:
         users = np.concatenate(updated)
         tail_len = self._model.config.tail_len
         with self._run.stage("read"):
-            newest = self._items.model_rows(self._log.gather_ranges(users, lengths[users] - tail_len, lengths[users]))
+            newest = self.items.model_rows(self._log.gather_ranges(users, lengths[users] - tail_len, lengths[users]))
         with self._run.stage("encode"):
             # States that an interrupted run wrote name an older segment. All are rounded as they are stored, so that a
             # run that rereads them later reads the same summaries.
@@ -421,11 +423,11 @@ class BatchRefresher:
         with self._run.stage("read"):
             history = self._log.gather_ranges(users, start, self._log.lengths[users])
             new = history.select(old - start, history.lengths)
-            digest = states.history_digest + self._items.digests(new)
+            digest = states.history_digest + self.items.digests(new)
             newest = self._log.gather_ranges(users, np.maximum(old - 1, 0), old, features=False)
-            history, new = self._items.model_rows(history), self._items.model_rows(new)
+            history, new = self.items.model_rows(history), self.items.model_rows(new)
         with self._run.stage("summarize"):
-            before = newest_items(self._items.rows[newest.item], newest.offsets)
+            before = newest_items(self.items.rows[newest.item], newest.offsets)
             sums = _with_new_events(self._model, states, new, before)
             if self._model.summarizer is None:
                 state = state_without_summary(old + new.lengths)
@@ -443,7 +445,7 @@ class BatchRefresher:
         user = int(users[0])
         with self._run.stage("read"):
             old, new = self._log_at(segment).slice(user), self._log.slice(user)
-            digest, old, new = self._items.digests(new), self._items.model_rows(old), self._items.model_rows(new)
+            digest, old, new = self.items.digests(new), self.items.model_rows(old), self.items.model_rows(new)
             changed = changed_positions(old, new)
         if changed is None or sum(map(len, changed)) * 2 * (1 + reach(self._model)) >= new.num_events:
             yield from self._recompute(users)
@@ -465,7 +467,7 @@ class BatchRefresher:
         for part in token_groups(self._log.lengths[users], self._tokens_per_batch):
             with self._run.stage("read"):
                 histories = self._log.gather(users[part])
-                model_rows, digest = self._items.model_rows(histories), self._items.digests(histories)
+                model_rows, digest = self.items.model_rows(histories), self.items.digests(histories)
             with self._run.stage("summarize"):
                 sums, state = sums_of_histories(self._model, model_rows), state_of(self._model, model_rows)
             yield users[part], self._to_arrays(state, digest, sums), histories.num_events

@@ -35,7 +35,9 @@ class LogItems:
     """What each item of a log becomes: its row in the model, and its key in history digests. Likewise for features."""
 
     rows: NDArray[np.int32]
-    """[num_items] rows of the model; 0 for items it does not know."""
+    """[num_items] rows of the model as histories have them: 0 for items that stage 1 was not trained on."""
+    all_rows: NDArray[np.int32]
+    """[num_items] rows of the model; 0 only for items that it does not know."""
     keys: NDArray[np.uint64]
     """[num_items] keys of `vista.store.keys.item_keys`."""
     recode: Recode
@@ -45,7 +47,8 @@ class LogItems:
     def of(cls, model: VistaModel, log: EventLog) -> LogItems:
         """Look up all items of a log. Warns if the model knows fewer than half of them."""
         ids = log.items.ids(np.arange(log.num_items))
-        rows = model.history_rows(model.item_rows(ids)).astype(np.int32)
+        all_rows = model.item_rows(ids)
+        rows = model.history_rows(all_rows).astype(np.int32)
         known = int(np.count_nonzero(rows != UNKNOWN_ITEM))
         # With min_item_events, a model is meant to know few of the items.
         if 2 * known < log.num_items and not (known and model.data.min_item_events):
@@ -56,7 +59,7 @@ class LogItems:
                 known,
                 log.num_items,
             )
-        return cls(rows, item_keys(ids), model.event_recoder(log.event_features))
+        return cls(rows, all_rows.astype(np.int32), item_keys(ids), model.event_recoder(log.event_features))
 
     def model_rows(self, histories: Histories) -> Histories:
         """The same histories with items as rows of the model, and features with the model's codes."""
@@ -117,12 +120,15 @@ def _check_features(log: EventLog, table: str, columns: Sequence[FeatureSpec], k
         )
 
 
-def item_values(model: VistaModel, log: EventLog, counts: Int, limit: Until) -> ItemValues | None:
+def item_values(
+    model: VistaModel, log: EventLog, rows: NDArray[np.integer], counts: Int, limit: Until
+) -> ItemValues | None:
     """What a log says about the items of a model; None for a model that reads nothing of it.
 
     It takes one pass over the visible events, and one over the impressions.
 
     Args:
+        rows: int [log.num_items] the model row of each of the log's items; 0 for those that it does not know.
         counts: int64 [num_users] visible events per user.
         limit: which events are visible. Label rates are left out if it hides events by their number, because it does
             not say which impressions are visible. With a time, labels that are known only later are not counted.
@@ -130,8 +136,8 @@ def item_values(model: VistaModel, log: EventLog, counts: Int, limit: Until) -> 
     if not model.reads_item_values or num_statistics(has_time=log.has_time) != model.item_statistics.shape[1]:
         return None
     began = time.perf_counter()
-    rows, num_rows = model.rows_of(log.items), 1 + len(model.items)
-    statistics = ItemStatistics(log, rows, counts, most_times=1)
+    num_rows = 1 + len(model.items)
+    statistics = ItemStatistics(log, rows.astype(np.int64), counts, most_times=1)
     rates, tasks, shown = np.zeros((num_rows, 0), np.float32), list[str](), log.impressions
     if shown is not None and not limit.held_out and not limit.held_share:
         timestamp = np.asarray(shown.timestamp)

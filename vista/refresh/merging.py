@@ -206,7 +206,8 @@ def merge(
         )
         encode_batches = partial(_encode_batches, model.with_frozen("summarizer", Precision.float32), sources, users)
         # Several logs number their items differently, so the next refresh from one log says how popular they are.
-        values = partial(item_values, model, log, log.lengths, Until()) if len(sources) == 1 else None
+        rows = sources[0].items.all_rows
+        values = partial(item_values, model, log, rows, log.lengths, Until()) if len(sources) == 1 else None
         return write_generation(Path(store), manifest, "merge", encode_batches, values, options=options, key=key)
 
 

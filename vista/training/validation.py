@@ -388,7 +388,7 @@ class Validation:
         if not isinstance(model, VistaModel) or not model.reads_item_values:
             return model
         if time not in self._item_values:
-            self._item_values[time] = item_values(model, self._log, covered, Until(before=time))
+            self._item_values[time] = item_values(model, self._log, self._item_rows, covered, Until(before=time))
         values = self._item_values[time]
         return model if values is None else model.with_item_values(values.statistics, values.rates, values.tasks)
 
