@@ -136,8 +136,8 @@ def item_values(
     if not model.reads_item_values or num_statistics(has_time=log.has_time) != model.item_statistics.shape[1]:
         return None
     began = time.perf_counter()
-    num_rows = 1 + len(model.items)
-    statistics = ItemStatistics(log, rows.astype(np.int64), counts, most_times=1)
+    item_rows, num_rows = rows.astype(np.int64), 1 + len(model.items)
+    statistics = ItemStatistics(log, item_rows, counts, most_times=1)
     rates, tasks, shown = np.zeros((num_rows, 0), np.float32), list[str](), log.impressions
     if shown is not None and not limit.held_out and not limit.held_share:
         timestamp = np.asarray(shown.timestamp)
@@ -147,7 +147,7 @@ def item_values(
         mask = shown.known(kept, end)
         label = np.asarray(shown.label)[kept].astype(np.float32)
         has_labels = np.flatnonzero(mask.any(0))  # the model's own rates are better than none
-        measured = ItemRates(rows[shown.item[kept]], label[:, has_labels], mask[:, has_labels], user[kept], num_rows)
+        measured = ItemRates(item_rows[shown.item[kept]], label[:, has_labels], mask[:, has_labels], user[kept], num_rows)
         rates, tasks = measured.of_all(num_rows).numpy(), [shown.tasks[place] for place in has_labels]
     as_of = int(statistics.time[-1]) - 1 if log.has_time and counts.any() else None
     logger.debug("values of %d items (%.1f s)", len(model.items), time.perf_counter() - began)
