@@ -14,7 +14,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 from numpy.typing import NDArray
 
@@ -361,22 +360,29 @@ def read_features(
 
 
 def dequantize_rows(packed: NDArray[np.uint8], codec: Codec, dim: int) -> NDArray[np.float32]:
-    """Decode stored rows: [N, row_bytes(codec, d)] uint8, contiguous (FBGEMM does not check) -> [N, d] float32.
+    """Decode stored rows: [N, row_bytes(codec, d)] uint8, contiguous -> [N, d] float32.
 
-    For int8 and int4, value = q * scale + bias, rounded once if the processor has a fused multiply-add.
+    For int8 and int4 (FBGEMM's layouts), value = q * scale + bias, rounded once.
     """
     match codec:
         case Codec.float32:
             return packed.view("<f4")
         case Codec.float16:
-            halves: NDArray[np.float32] = torch.from_numpy(packed.view("<f2")).float().numpy()
-            return halves
+            return packed.view("<f2").astype(np.float32)
         case Codec.int8:
-            rows: NDArray[np.float32] = torch.ops.quantized.embedding_bag_byte_unpack(torch.from_numpy(packed)).numpy()
-            return rows
+            return _scaled(packed[:, :dim], packed[:, dim:].copy().view("<f4"))
         case Codec.int4:
-            rows = torch.ops.quantized.embedding_bag_4bit_unpack(torch.from_numpy(packed)).numpy()
-            return rows if rows.shape[1] == dim else np.ascontiguousarray(rows[:, :dim])
+            size = (dim + 1) // 2
+            values = np.stack([packed[:, :size] & 0x0F, packed[:, :size] >> 4], -1).reshape(len(packed), 2 * size)
+            return _scaled(values[:, :dim], packed[:, size:].copy().view("<f2"))
+
+
+def _scaled(values: NDArray[np.uint8], factors: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Values [N, d] times the scale, plus the bias, of factors [N, 2]. In float64, which holds the products exactly."""
+    scale, bias = factors.astype(np.float64).T[:, :, None]
+    with np.errstate(invalid="ignore"):  # the header of a damaged row; the checksum tells
+        rows: NDArray[np.float32] = (values * scale + bias).astype(np.float32)
+    return rows
 
 
 def record_code(key: bytes, user_key: bytes, header: bytes, payload: Sequence[bytes | memoryview]) -> bytes:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xxhash
 from numpy.typing import NDArray
 
@@ -128,10 +127,13 @@ def quantize_rows(rows: NDArray[np.float32], codec: Codec) -> NDArray[np.uint8]:
         case Codec.float32:
             return rows.astype("<f4", copy=False).view(np.uint8)
         case Codec.float16:
-            halves: NDArray[np.float16] = torch.from_numpy(rows).half().numpy()
+            with np.errstate(over="ignore"):
+                halves = rows.astype("<f2")
             _require_finite(halves, "has a value that overflows float16 (largest 65504); store it as int8 or float32")
             return halves.view(np.uint8)
         case Codec.int8:
+            import torch  # Reading records does not need it, and a process that writes summaries has loaded it.
+
             packed: NDArray[np.uint8] = torch.ops.quantized.embedding_bag_byte_prepack(torch.from_numpy(rows)).numpy()
             scales = packed[:, rows.shape[1] :].copy().view("<f4")
             _require_finite(scales, "has a range of values that overflows float32; store it as float32")
@@ -141,6 +143,8 @@ def quantize_rows(rows: NDArray[np.float32], codec: Codec) -> NDArray[np.uint8]:
 
 
 def _pack_nibbles(rows: NDArray[np.float32]) -> NDArray[np.uint8]:
+    import torch  # as above
+
     dim = rows.shape[1]
     if dim % 2:  # FBGEMM needs an even number of values; a copy of the last one changes neither scale nor bias.
         rows = np.concatenate([rows, rows[:, -1:]], axis=1)

@@ -75,8 +75,7 @@ def checked_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes],
     records, sizes = check_records(values, keys, spec)
     headers, user_at = records.headers, HEADER_BYTES + spec.rows_bytes
     rows = records.cut(HEADER_BYTES, user_at)
-    # Flattened in between: for a single record NumPy keeps the stride, which torch refuses.
-    rows = np.ascontiguousarray(rows).reshape(-1).reshape(len(values) * spec.num_tokens, spec.row_bytes)
+    rows = np.ascontiguousarray(rows).reshape(len(values) * spec.num_tokens, spec.row_bytes)
     summary = dequantize_rows(rows, spec.codec, spec.dim).reshape(len(values), spec.num_tokens, spec.dim)
     features = read_features(records, user_at, 1, spec.user_columns, keys, " of the user")
     first = user_at + spec.user_bytes
