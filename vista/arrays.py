@@ -1,12 +1,14 @@
-"""Types of arrays, where packed parts lie in one, and `.npy` files, written in blocks and mapped to be read."""
+"""Types of arrays, where packed parts lie in one, and files of arrays: `.npy`, written in blocks, and safetensors."""
 
 from __future__ import annotations
 
 import errno
+import json
 import math
 import mmap
 import os
 import re
+import sys
 from contextlib import suppress
 from operator import countOf
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+from safetensors import safe_open
 
 from vista.errors import LogFormatError
 from vista.files import HashedFile, open_file
@@ -47,6 +50,12 @@ def id_array(ids: Any) -> NDArray[Any]:
     kinds = set(map(type, array.ravel().tolist()))
     has_text = any(issubclass(kind, (str, bytes)) for kind in kinds)
     return array if has_text and not kinds & {list, tuple} else np.asarray(ids)
+
+
+def is_tensor(values: Any) -> bool:
+    """Whether a caller passes a tensor; does not load torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(values, torch.Tensor)
 
 
 Content = mmap.mmap | bytes
@@ -157,3 +166,39 @@ def map_array(path: Path, remedy: str) -> NDArray[Any]:
         LogFormatError: as `map_file` and `array_in`.
     """
     return array_in(map_file(path, remedy), path, remedy)
+
+
+_TENSOR_DTYPES = {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "I16": np.int16,
+    "I32": np.int32,
+    "I64": np.int64,
+    "F16": np.float16,
+    "F32": np.float32,
+    "F64": np.float64,
+}
+
+
+def mapped_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """Map the arrays of a safetensors file, by name. They may be written to, which does not change the file.
+
+    Raises:
+        OSError, ValueError, SafetensorError: the file cannot be read, is damaged, or has a type that NumPy lacks.
+    """
+    with safe_open(path, "numpy"):  # checks the header
+        pass
+    with open(path, "rb") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        fields = json.loads(file.read(begin - 8))
+    content = np.asarray(np.memmap(path, np.uint8, "c"))[begin:]
+    arrays = {}
+    for name, field in fields.items():
+        if name == "__metadata__":
+            continue
+        if field["dtype"] not in _TENSOR_DTYPES:
+            raise ValueError(f"{name} is of type {field['dtype']}")
+        part = content[slice(*field["data_offsets"])]
+        arrays[name] = part.view(_TENSOR_DTYPES[field["dtype"]]).reshape(field["shape"])
+    return arrays

@@ -22,8 +22,6 @@ SMALLEST_DENORMAL = 5e-324
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
 KEPT_BYTES = 1 << 30
-LARGEST_ADAPTED_BYTES = (32 << 20) - (64 << 10)
-"""Just under the largest block that glibc's thresholds adapt to (DEFAULT_MMAP_THRESHOLD_MAX)."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -75,17 +73,6 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or not (mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)):
         logger.debug("the C library returns freed memory to the system: each large tensor pays page faults")
-
-
-def reuse_freed_memory() -> None:
-    """Let glibc keep about 64 MB of freed memory for later tensors. Without glibc this does nothing.
-
-    glibc returns large blocks to the system until a block of that size has been freed once; from then on it keeps
-    twice as much. This frees the largest block that glibc adapts to, whose pages are never touched. Without it, a
-    request pays a page fault for every 4 KB of its buffers. Unlike `keep_freed_memory`, this suits a process that
-    belongs to the caller.
-    """
-    torch.empty(LARGEST_ADAPTED_BYTES, dtype=torch.uint8)
 
 
 def return_freed_memory() -> None:

@@ -469,7 +469,7 @@ def check_disks(config: DoctorConfig) -> Iterator[Finding]:
 
 
 def _is_url(path: str) -> bool:
-    from vista.store.layout import StoreUrl  # needs torch, which may be what is missing
+    from vista.store.layout import StoreUrl  # needs packages, which may be what is missing
 
     return path != "." and StoreUrl.matches(path)
 

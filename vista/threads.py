@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from vista.machine import cpu_quota, usable_cores
@@ -17,6 +19,8 @@ and 5 to 10 % off one of 65,536, but adds 12 to 20 % to smaller ones (docs/resea
 
 _from_user = NUM_THREADS in os.environ
 _spins = False
+_number: int | None = None
+"""Threads that were chosen in this process; None if none were."""
 
 
 def prepare_openmp() -> None:
@@ -67,6 +71,42 @@ def choose_threads(asked: int, most: int, activations: int | None = None) -> Thr
         number = max(activations // ACTIVATIONS_PER_THREAD, 1)
         reason = f"batches of {activations:,} activations are small" if number < most else reason
     return ThreadChoice(number, reason)
+
+
+def num_threads() -> int:
+    """Threads that compute scores: torch's if it is loaded, otherwise as many as it would take."""
+    if (torch := sys.modules.get("torch")) is not None:
+        number: int = torch.get_num_threads()
+        return number
+    if _number is not None:
+        return _number
+    asked = os.environ.get(NUM_THREADS, "")
+    return int(asked) if asked.isdecimal() and int(asked) else usable_cores()
+
+
+def set_num_threads(number: int) -> None:
+    """Set what `num_threads` gives, also for torch: now if it is loaded, else when `adopt_num_threads` is called."""
+    global _number
+    _number = number
+    adopt_num_threads()
+
+
+def adopt_num_threads() -> None:
+    """Give torch the number of threads that was chosen before it was loaded, if one was."""
+    if _number is not None and (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(_number)
+
+
+@contextmanager
+def thread_settings(asked: int) -> Iterator[ThreadChoice]:
+    """Choose the number of threads in a block, and restore it afterwards, since the process belongs to the caller."""
+    before = num_threads()
+    chosen = choose_threads(asked, before)
+    try:
+        set_num_threads(chosen.number)
+        yield chosen
+    finally:
+        set_num_threads(before)
 
 
 def waiting() -> str:

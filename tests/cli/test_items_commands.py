@@ -26,7 +26,7 @@ from vista.errors import CheckpointError, ConfigError, DataError, MissingDepende
 from vista.log.event_log import EventLog
 from vista.model.codebooks import Codebooks
 from vista.model.item_projections import ItemProjections
-from vista.model.saved_model import SharedTables
+from vista.model.saved_model import SavedModel, SharedTables
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
@@ -396,10 +396,10 @@ def test_a_scorer_opens_again_if_the_model_is_replaced_meanwhile(
     model, store = shop
     load, added = ItemProjections.load, []
 
-    def load_late(folder: Path, its: VistaModel, tables: SharedTables, **options: bool) -> ItemProjections:
+    def load_late(saved: SavedModel, tables: SharedTables, **options: bool) -> ItemProjections:
         if not added:
             added.append(add(model, features(NEW)))
-        return load(folder, its, tables, **options)
+        return load(saved, tables, **options)
 
     monkeypatch.setattr(ItemProjections, "load", load_late)
     with Scorer.open(model, store) as scorer:

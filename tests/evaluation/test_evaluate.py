@@ -25,7 +25,7 @@ from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS
 from vista.log.splits import part_times, split_until, visible_counts
 from vista.model import inference
-from vista.model.inference import pad_tail
+from vista.model.serving_model import pad_tail
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer

@@ -110,7 +110,7 @@ def test_spaces_are_those_of_a_dense_svd(tmp_path: Path, dim: int) -> None:
         # The SVD is one of float32 entries, by a few iterations: its singular values decay slowly here.
         np.testing.assert_allclose(cosines(space), cosines(np.where(known[:, None], right, 0)), atol=1e-3)
         assert (space / GRID == np.round(space / GRID)).all()
-    torch.testing.assert_close(spaces.of_all(NUM_ITEMS + 4)[: 1 + NUM_ITEMS], torch.from_numpy(spaces.of_each[-1]))
+    np.testing.assert_array_equal(spaces.of_all(NUM_ITEMS + 4)[: 1 + NUM_ITEMS], spaces.of_each[-1])
     assert not spaces.of_all(NUM_ITEMS + 4)[1 + NUM_ITEMS :].any()
     expected = np.concatenate([spaces.of_each[0][[5, 0]], spaces.of_each[1][[5, 0]]], 1)
     np.testing.assert_array_equal(spaces.of_rows(np.array([5, 0])), expected)
@@ -152,7 +152,7 @@ def test_item_vectors_start_from_the_space(tmp_path: Path, monkeypatch: pytest.M
     made = Trainer(config, EventLog.open(tmp_path / "log"))
     drawn = made.model.item_table.detach().clone()
     assert made.source.spaces is not None
-    space = made.source.spaces.of_all(1 + len(made.model.items))
+    space = torch.from_numpy(made.source.spaces.of_all(1 + len(made.model.items)))
     made._start(MetricsWriter(tmp_path))
     table, known = made.model.item_table.detach(), space.any(1)
     assert 5 < known.sum() < NUM_ITEMS
@@ -201,8 +201,8 @@ def test_pooled_vectors_equal_sums_over_events(data: st.DataObject) -> None:
         sums = space[np.concatenate([events[: covered[row]], added])].sum(0)
         tail = np.concatenate([np.zeros(60, np.int64), recent])[None, -max(tail_len, 1) :]
         tail[0, : tail.shape[1] - len(recent)] = 0
-        served = pooled_vectors(torch.from_numpy(spaces[own]), torch.from_numpy(sums[None]), tail)
-        assert torch.equal(served[0], torch.from_numpy(found[row, :, own]))
+        served = pooled_vectors(spaces[own], sums[None], tail)
+        np.testing.assert_array_equal(served[0], found[row, :, own])
 
 
 def test_label_rates_equal_a_loop(tmp_path: Path) -> None:

@@ -21,18 +21,10 @@ from vista.arrays import Floats, Int
 from vista.counters.counters import CounterSpec
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource, ModelReads
-from vista.examples.transitions import (
-    NUM_RECENT,
-    NUM_SUMS,
-    RECENT_DECAY,
-    SCALE,
-    SHRINKAGE,
-    TransitionCounts,
-    TransitionTable,
-    newest_first,
-    transition_sums,
-)
+from vista.examples.item_statistics import NUM_RECENT, RECENT_DECAY
+from vista.examples.transitions import NUM_SUMS, SCALE, SHRINKAGE, TransitionCounts, TransitionTable, transition_sums
 from vista.log.event_log import EventLog
+from vista.model.serving_model import newest_first
 
 NUM_ITEMS, NUM_USERS = 20, 13
 SIZES = [1, 4, 50]

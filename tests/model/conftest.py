@@ -25,9 +25,9 @@ from vista.examples.item_statistics import HistoryCounters
 from vista.log.histories import Histories, RowFeatures, gap_bucket, history_gaps, ranges
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import EncodedRows, RowFeatureReader, Schema
-from vista.model.inference import PaddedTail, pad_tail
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import ARCHITECTURES
+from vista.model.serving_model import PaddedTail, pad_tail
 from vista.model.vista_model import VistaModel
 
 ACTIONS, TASKS, NUM_ITEMS = ["view", "click", "buy"], ["click", "like"], 40

@@ -18,8 +18,9 @@ from vista.errors import ConfigError
 from vista.log.features import Column, Columns, selected
 from vista.log.histories import RowFeatures
 from vista.log.vocabulary import Vocabulary
-from vista.model.features import MAX_ABS_SCORE, FeatureSpec, HashedVocabulary, RowFeatureEncoder, RowFeatureReader
-from vista.model.item_feature_table import ItemFeatureEncoder, ItemFeatureTable
+from vista.model.feature_encoders import ItemFeatureEncoder, RowFeatureEncoder
+from vista.model.features import MAX_ABS_SCORE, FeatureSpec, HashedVocabulary, RowFeatureReader
+from vista.model.item_feature_table import ItemFeatureTable
 
 DIM, NUM_ITEMS, WIDTH = 6, 9, 3
 GENRES = ["comedy", "drama", "war"]

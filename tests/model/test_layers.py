@@ -18,7 +18,6 @@ from vista.config.checks import Precision, TargetAttentionKind
 from vista.log.histories import NUM_GAPS, gap_bucket, history_gaps
 from vista.model import inference
 from vista.model.features import Schema
-from vista.model.inference import pad_tail
 from vista.model.layers import (
     SHARE,
     VECTOR,
@@ -31,6 +30,7 @@ from vista.model.layers import (
     silu,
 )
 from vista.model.ranking_model import EventEncoder
+from vista.model.serving_model import pad_tail
 from vista.model.summarizer import Stage1Config
 from vista.model.target_attention import MASKED, PointwiseLayer, target_layer
 from vista_kernels.processor import PROFILES, Processor, processor

@@ -26,7 +26,7 @@ from vista.examples.batch import Batch
 from vista.log.histories import Histories
 from vista.model import inference
 from vista.model.features import EncodedRows
-from vista.model.inference import PaddedTail, pad_tail
+from vista.model.serving_model import PaddedTail, pad_tail
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,12 +120,12 @@ def both(
 def test_logits_agree(both: Both) -> None:
     if not both.native.model.schema.tasks:
         pytest.skip("has no labeled tasks")
-    rows = torch.from_numpy(np.stack([np.random.default_rng(n).permutation(22) for n in range(len(both.users))]))
+    rows = np.stack([np.random.default_rng(n).permutation(22) for n in range(len(both.users))])
     logits = []
     for scorer in (both.native, both.torch):
         with scorer.in_service() as snapshot:
             request = snapshot.read(both.users, None, both.now, scorer.on_missing)
-            logits.append(snapshot.logits(request, rows).numpy())
+            logits.append(snapshot.logits(request, rows))
     np.testing.assert_allclose(logits[0], logits[1], atol=LOGITS, rtol=LOGITS)
     assert logits[0].std() > 0.1
 
@@ -174,6 +175,17 @@ def test_whole_catalogs_agree(both: Both) -> None:
         np.testing.assert_array_equal(
             scores, np.resize(whole[task][:, :count], (2, count))[:, np.arange(140_000) % count]
         )
+
+
+def test_threads_that_share_a_scorer_get_the_bits_of_one(both: Both) -> None:
+    def asked(user: Any) -> dict[str, Any]:
+        return both.native.predict([user], both.items, now=both.now)
+
+    alone, users = list(map(asked, both.users)), both.users * 3
+    with ThreadPoolExecutor(2) as pool:
+        for index, scores in enumerate(pool.map(asked, users)):
+            for task, expected in alone[index % len(alone)].items():
+                np.testing.assert_array_equal(scores[task], expected)
 
 
 def test_a_missing_library_is_named(

@@ -24,7 +24,8 @@ from tests.conftest import (
     tail_of,
     untrained,
 )
-from vista.config.checks import OnMissing, Precision
+from tests.required_program import require_library
+from vista.config.checks import OnMissing, Precision, ScoringBackend
 from vista.errors import (
     UnknownItemError,
     UnknownUserError,
@@ -32,7 +33,7 @@ from vista.errors import (
 )
 from vista.log.event_log import EventLog
 from vista.model import inference
-from vista.model.inference import pad_tail
+from vista.model.serving_model import pad_tail
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import CandidateSet, Scorer, Tail
@@ -150,9 +151,9 @@ def test_a_candidates_score_does_not_depend_on_the_others(task_scorer: Scorer, m
     items = task_scorer.model.items.ids(np.arange(len(task_scorer.model.items)))
     whole = task_scorer.predict(users, items)
     current = task_scorer._current
-    parts = (current.model, current.items, current.store, Precision.float32, current.identity)
+    parts = (current.served, current.items, current.store, "cpu", Precision.float32, current.identity)
     for pairs in (1024, 1, 40):
-        snapshot = ServingSnapshot(*parts, pairs_per_pass=pairs, cosines_per_pass=pairs)
+        snapshot = ServingSnapshot(*parts, backend=ScoringBackend.torch, passes=(pairs, pairs))
         monkeypatch.setattr(task_scorer, "_current", snapshot)
         backwards = task_scorer.predict(users, items[::-1])
         for task, scores in whole.items():
@@ -197,7 +198,7 @@ def test_unknown_users(served: Served, tmp_path: Path) -> None:
         scores = empty.score([100, 999, 103], ITEMS)
         np.testing.assert_allclose(scores[[0, 2]], empty.score([100, 103], ITEMS), atol=ROUNDING)
         with empty._call([999], None, None) as call:
-            nobody, _ = call.snapshot.context(call.request)  # the seeds alone
+            nobody, _ = call.snapshot.torch_scoring.context(call.request)  # the seeds alone
         history = inference.summarize(served.model, served.log.slice(0, 0, 0))
         tail = pad_tail(served.model, *(np.zeros(0, np.int64),) * 3, np.zeros(2, np.int64))
         expected = inference.request_context(served.model, history, tail)
@@ -323,12 +324,14 @@ print(json.dumps({"modules": sorted(sys.modules), "scores": scores.tolist(), "it
 """
 
 
-def test_serving_loads_no_training_library(served: Served, scorer: Scorer) -> None:
+def test_scores_of_the_library_load_neither_torch_nor_a_training_library(served: Served, scorer: Scorer) -> None:
     import json
+
+    require_library()
 
     done = run_python(LIGHT, str(served.model_dir), str(served.store))
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     tops = {name.partition(".")[0] for name in report["modules"]}
-    assert not tops & {"hydra", "omegaconf", "polars", "triton", "matplotlib", "pandas", "pyarrow", "sklearn"}
+    assert not tops & {"torch", "hydra", "omegaconf", "polars", "triton", "matplotlib", "pandas", "pyarrow", "sklearn"}
     assert report["items"] == scorer.rank(103, top_k=2).items.tolist()

@@ -20,6 +20,7 @@ from torch import nn
 from tests.conftest import DAY, ROUNDING, draw_counter_weights, small_config
 from tests.counters.counter_histories import category
 from tests.required_program import require_library
+from vista.arrays import Int
 from vista.config.checks import TargetAttentionKind
 from vista.errors import DeadlineError
 from vista.examples.transitions import NUM_SUMS
@@ -136,7 +137,7 @@ def test_a_score_does_not_depend_on_the_other_pairs(
     same(opened.score(asked, items[columns], now=now), shared[opened.task])
     with opened.in_service() as snapshot:  # without labeled tasks, users have a pass of their own
         request = snapshot.read(asked, None, now, opened.on_missing)
-        rows = torch.from_numpy(opened.encode(items[columns]).rows)
+        rows = opened.encode(items[columns]).rows
         same(snapshot.scores(request, rows, [NEXT_TASK])[NEXT_TASK], shared[NEXT_TASK])
 
 
@@ -173,7 +174,7 @@ def test_a_catalog_is_ranked_in_tiles(opened: Scorer, ids: Known, tile: int, mon
     sizes = []
     scores = ServingSnapshot.scores
 
-    def scores_of_tile(self: ServingSnapshot, request: Request, rows: torch.Tensor, tasks: list[str]) -> Any:
+    def scores_of_tile(self: ServingSnapshot, request: Request, rows: Int, tasks: list[str]) -> Any:
         sizes.append(len(rows))
         return scores(self, request, rows, tasks)
 

@@ -18,12 +18,12 @@ from vista.config.checks import TargetAttentionKind
 from vista.log.event_log import EventLog
 from vista.model import inference
 from vista.model.attribution import attribute
-from vista.model.inference import pad_tail
+from vista.model.serving_model import pad_tail
 from vista.model.target_attention import PointwiseLayer, TargetContext
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.scorer.explanation import shapley
+from vista.scorer.score_shares import shapley
 
 POINTWISE = TargetAttentionKind.pointwise
 

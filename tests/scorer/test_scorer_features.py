@@ -33,7 +33,7 @@ from vista.model.features import EncodedRows, RowFeatureReader
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer, Tail
-from vista.scorer.request_features import RequestProjections
+from vista.scorer.torch_scoring import RequestProjections
 from vista.training.log_schema import schema_of
 
 EVENT_USERS = [1, 2, 3, 4]
@@ -328,7 +328,8 @@ def test_scores_are_those_of_the_model(opened: Scorer, ids: Known, drawn: Any, w
         if request.counters is not None:
             own_codes = [request.counters.select(slice(n, n + 1)).of_items(item[n].numpy()) for n in range(len(users))]
             codes = torch.from_numpy(np.stack(own_codes))
-        inputs = candidate_inputs(model, request.pooled, item)
+        pooled = None if request.pooled is None else torch.from_numpy(request.pooled)
+        inputs = candidate_inputs(model, pooled, item)
         expected = inference.candidate_logits(model, context, asked, item, codes, inputs)[:, 0].sigmoid().numpy()
         for index, task in enumerate(model.schema.tasks):
             np.testing.assert_allclose(whole[task][:, column], expected[:, index], atol=ROUNDING)
@@ -483,7 +484,7 @@ def request_rows() -> EncodedRows:
 def projections(request: pytest.FixtureRequest, opened: Scorer, monkeypatch: pytest.MonkeyPatch) -> RequestProjections:
     """Those of few values, which are projected once, and those of too many."""
     if request.param == "large":
-        monkeypatch.setattr("vista.scorer.request_features.MAX_PREPARED_ROWS", 3)
+        monkeypatch.setattr("vista.scorer.torch_scoring.MAX_PREPARED_ROWS", 3)
     made = RequestProjections(opened.model)
     assert (made.table is None) == (request.param == "large")
     return made

@@ -18,7 +18,7 @@ from vista.log.event_log import EventLog
 from vista.model.features import FeatureSpec
 from vista.model.item_feature_table import ItemFeatureTable
 from vista.model.item_projections import CANDIDATE_FILE, RETRIEVAL_FILE
-from vista.model.saved_model import WEIGHTS_FILE, SharedTables, tables_of, total_bytes
+from vista.model.saved_model import WEIGHTS_FILE, SharedTables, total_bytes
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
@@ -63,9 +63,9 @@ def test_models_with_the_same_table_hold_it_once(served_tasks: Served, opened: S
         assert second.items is first.items
         files = mapped_files(other_head)
         assert CANDIDATE_FILE in files and RETRIEVAL_FILE not in files
-        both, own = total_bytes([tables_of(opened.model), tables_of(other.model)]), tables_of(opened.model).num_bytes
-        shared = tables_of(other.model).bytes_of_others([tables_of(opened.model), tables_of(other.model)])
-        assert both == own + tables_of(other.model).num_bytes - shared and shared > 0
+        both, own = total_bytes([opened.served.tables, other.served.tables]), opened.served.tables.num_bytes
+        shared = other.served.tables.bytes_of_others([opened.served.tables, other.served.tables])
+        assert both == own + other.served.tables.num_bytes - shared and shared > 0
         assert shared >= first.item_table.nbytes + (served_tasks.model_dir / RETRIEVAL_FILE).stat().st_size
 
 
@@ -82,7 +82,7 @@ def test_equal_exports_share_all_tables(served_tasks: Served, opened: Scorer, tm
     shutil.copytree(served_tasks.model_dir, tmp_path / "copy")
     with Scorer.open(tmp_path / "copy", served_tasks.store) as copy:
         assert not mapped_files(tmp_path / "copy") - {WEIGHTS_FILE}  # small weights stay where they are
-        assert total_bytes([tables_of(opened.model), tables_of(copy.model)]) == tables_of(opened.model).num_bytes
+        assert total_bytes([opened.served.tables, copy.served.tables]) == opened.served.tables.num_bytes
 
 
 def test_a_table_is_freed_with_its_last_model(served_tasks: Served, tmp_path: Path) -> None:
@@ -126,13 +126,13 @@ def test_requests_compute_projections(served_tasks: Served, opened: Scorer, tmp_
         lists = (items[:7], [0, 2, 2, 7, 7])
         np.testing.assert_allclose(scorer.score(users, lists), opened.score(users, lists), atol=TOLERANCE)
         np.testing.assert_array_equal(scorer.rank(users[0]).items, opened.rank(users[0]).items)
-        assert tables_of(scorer.model).num_bytes < tables_of(opened.model).num_bytes
+        assert scorer.served.tables.num_bytes < opened.served.tables.num_bytes
     with Scorer.open(opened.model, served_tasks.store, project_per_request=True) as scorer:
         np.testing.assert_allclose(scorer.score(users, items), opened.score(users, items), atol=TOLERANCE)
 
 
 def test_tables_on_other_devices_are_counted_but_not_shared() -> None:
-    first, second = SharedTables(torch.device("cuda")), SharedTables(torch.device("cuda"))
+    first, second = SharedTables(is_shared=False), SharedTables(is_shared=False)
     made = [tables.take("key", 100, lambda: object()) for tables in (first, second)]
     assert made[0] is not made[1] and total_bytes([first, second]) == 200
 
@@ -184,4 +184,4 @@ def test_vectors_of_features_are_held_once(rich: tuple[Path, Path]) -> None:
         assert tables[0] is not None and tables[1] is not None
         assert tables[0].table is tables[1].table
         assert tables[0]._all_rows().data_ptr() == tables[1]._all_rows().data_ptr()
-        assert total_bytes([tables_of(first.model), tables_of(second.model)]) == tables_of(first.model).num_bytes
+        assert total_bytes([first.served.tables, second.served.tables]) == first.served.tables.num_bytes

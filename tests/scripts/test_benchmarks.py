@@ -35,7 +35,7 @@ from tests.required_program import require_compiler
 from vista.config.checks import Precision
 from vista.errors import DataError
 from vista.log.splits import visible_counts
-from vista.model.inference import pad_tail
+from vista.model.serving_model import pad_tail
 
 pytestmark = pytest.mark.research
 

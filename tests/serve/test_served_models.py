@@ -20,7 +20,7 @@ from vista.cli.main import main
 from vista.config import ServeConfig
 from vista.errors import ModelUnavailableError, RecordError
 from vista.model.item_projections import RETRIEVAL_FILE
-from vista.model.saved_model import WEIGHTS_FILE, tables_of
+from vista.model.saved_model import WEIGHTS_FILE
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.serve.served_models import ServedModels, UserSplit
@@ -101,7 +101,7 @@ def test_idle_models_are_closed_under_the_budget(
     served: Served, model_folders: dict[str, Path], expected: dict[str, Any], tmp_path: Path
 ) -> None:
     with Scorer.open(model_folders["a"], served.store) as scorer:
-        budget = tables_of(scorer.model).num_bytes + 100
+        budget = scorer.served.tables.num_bytes + 100
     with running(f"models={file_of(tmp_path, served, model_folders, memory_bytes=budget)}") as service:
         for name in (*NAMES, *NAMES):
             status, answer = scored(service, name)

@@ -41,8 +41,8 @@ from vista.log.histories import Histories
 from vista.log.splits import split_until, visible_counts
 from vista.model import inference
 from vista.model.baselines.sequence_models import SequenceModel
-from vista.model.inference import pad_tail
 from vista.model.ranking_model import RankingModel
+from vista.model.serving_model import pad_tail
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 from vista.planning.capacity_plan import StoreSizes
@@ -182,9 +182,9 @@ class Asked:
         if not model.config.space_dim:
             return None
         item, first = self.newest(self.seen, self.seen).item, max(self.covered, self.seen - model.config.tail_len)
-        known = torch.from_numpy(np.concatenate([item[: self.covered], item[first:]]))
-        sums = model.item_space[known].double().sum(0, keepdim=True)
-        return pooled_vectors(model.item_space, sums, item[None, -model.config.tail_len :])
+        space, known = model.item_space.numpy(), np.concatenate([item[: self.covered], item[first:]])
+        sums = space[known].sum(0, dtype=np.float64, keepdims=True)
+        return torch.from_numpy(pooled_vectors(space, sums, item[None, -model.config.tail_len :]))
 
     def scores(self) -> np.ndarray:
         """[V]."""

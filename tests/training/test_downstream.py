@@ -24,7 +24,6 @@ from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.log.histories import UNKNOWN_GAP
 from vista.log.splits import visible_counts
-from vista.model.inference import empty_summary
 from vista.model.vista_model import STAGE1_WEIGHTS, VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
@@ -250,7 +249,7 @@ def test_a_user_without_a_record_has_the_empty_historys_summary(
         records = store.get_many(log.users.ids(users))
     np.testing.assert_array_equal(records.found, ~without)
     np.testing.assert_array_equal(summaries[~without], records.summary[~without, :3])  # without pooled vectors
-    np.testing.assert_array_equal(summaries[without], np.repeat(empty_summary(served_tasks.model).numpy(), 6, 0))
+    np.testing.assert_array_equal(summaries[without], np.repeat(served_tasks.model.empty_summary().numpy(), 6, 0))
 
 
 class TestLeakage:

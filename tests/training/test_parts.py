@@ -368,7 +368,7 @@ def test_a_trained_model_is_served_as_it_was_validated(log: EventLog, run: Run, 
     assert_served_as_validated(config, model, log, tmp_path / "store")
     loaded = VistaModel.from_pretrained(Path(config.run_dir) / "best")
     assert loaded.features is not None and loaded.features.table is not None
-    loaded.features.table.dense = loaded.features.table.dense.roll(1, 0)
+    loaded.features.table.dense = np.roll(loaded.features.table.dense, 1, 0)
     assert loaded.summarizer_id() != model.summarizer_id(), "it covers the features of items"
 
 

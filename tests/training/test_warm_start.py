@@ -205,7 +205,7 @@ def test_spaces_of_new_items_fit_the_trained_vectors(grown_log: EventLog, tmp_pa
     settings = {"model__ignore": ["item_features"], "model__pooled_dim": 8}
     made = Trainer(small_config(grown_log, tmp_path, **settings), grown_log)
     assert made.source.spaces is not None
-    model, space = made.model, made.source.spaces.of_all(1 + len(made.model.items))
+    model, space = made.model, torch.from_numpy(made.source.spaces.of_all(1 + len(made.model.items)))
     model.item_space.copy_(space)
     rows = space.any(1).nonzero().squeeze(1)
     turn = torch.linalg.qr(torch.randn(16, 16, generator=torch.Generator().manual_seed(0))).Q

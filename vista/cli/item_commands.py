@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Float32s
 from vista.config import IndexConfig, ItemsAddConfig, ItemsEmbedConfig, ItemsTokenizeConfig
-from vista.config.checks import IndexKind
+from vista.config.checks import Architecture, IndexKind
 from vista.errors import CheckpointError, ConfigError, DataError, ItemIndexError, shown
 from vista.files import checked_path, read_limited, recover_folder, writable_file
 from vista.installation import require_module
@@ -426,23 +426,23 @@ def run_index(config: IndexConfig) -> ItemsIndexed:
     from vista.device import cpu_settings
     from vista.model.item_index import ItemIndex, ItemIndexManifest
     from vista.model.item_projections import ItemProjections
-    from vista.model.ranking_model import UNKNOWN_ITEM
-    from vista.model.saved_model import SharedTables
-    from vista.model.vista_model import VistaModel
+    from vista.model.saved_model import SavedModel, SharedTables
+    from vista.model.serving_model import UNKNOWN_ITEM
 
     folder = checked_path(config.model, CheckpointError)
     out = checked_path(config.out or f"{folder}{INDEX_SUFFIX}", ItemIndexError)
     ItemIndexManifest.require_replaceable(out)
     with cpu_settings(1):
-        model = VistaModel.from_pretrained(folder)
-        table = ItemProjections.load(folder, model, SharedTables(model.device), with_candidate=False).retrieval
+        saved = SavedModel.read(folder)
+        saved.description.require(Architecture.vista, folder, "VistaModel")
+        table = ItemProjections.load(saved, SharedTables(is_shared=True), with_candidate=False).retrieval
         if table is None:
             raise ConfigError(
                 f"model={folder}: has no retrieval head, so it has no vectors to index; train it with "
                 "optim.next_weight above 0"
             )
         began = time.perf_counter()
-        vectors = table[UNKNOWN_ITEM + 1 :].numpy()
+        vectors = table[UNKNOWN_ITEM + 1 :]
         index = ItemIndex.build(vectors, config.kind)
         index.save(out)
         seconds = time.perf_counter() - began

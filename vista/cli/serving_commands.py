@@ -117,13 +117,13 @@ def run_score(config: ScoreConfig) -> str:
         LogFormatError: the log that `data` names is damaged.
     """
     from vista.cli.item_commands import INDEX_SUFFIX
-    from vista.device import cpu_settings, set_threads
     from vista.log.splits import parse_time
     from vista.log.vocabulary import ids_of_words
-    from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
+    from vista.model.serving_model import NEXT_TASK, UNKNOWN_ITEM
     from vista.scorer.request import NOW
     from vista.scorer.scorer import Scorer
     from vista.store.record_encoding import read_key
+    from vista.threads import choose_threads, num_threads, set_num_threads, thread_settings
 
     if not config.users:
         raise ConfigError("users: name at least one user, such as users=[1,2]")
@@ -131,7 +131,7 @@ def run_score(config: ScoreConfig) -> str:
     request = _features(config.request, len(config.candidates))
     index = config.index or f"{Path(config.model)}{INDEX_SUFFIX}" if config.retrieve else None
     with (
-        cpu_settings(config.num_threads),
+        thread_settings(config.num_threads),
         Scorer.open(
             config.model,
             config.store,
@@ -141,15 +141,16 @@ def run_score(config: ScoreConfig) -> str:
             index=index,
         ) as scorer,
     ):
-        users = ids_of_words(config.users, "users", scorer.store.manifest.user_kind)
-        candidates = ids_of_words(config.candidates, "candidates", scorer.model.items.kind)
-        set_threads(config.num_threads, (len(candidates) or len(scorer.model.items)) * scorer.model.config.dim)
+        model, users = scorer.served, ids_of_words(config.users, "users", scorer.store.manifest.user_kind)
+        candidates = ids_of_words(config.candidates, "candidates", model.items.kind)
+        activations = (len(candidates) or len(model.items)) * model.config.dim
+        set_num_threads(choose_threads(config.num_threads, num_threads(), activations).number)
         lines = [f"task {scorer.task}, generation {scorer.store.generation}"]
         if config.explain:
             what = "the score" if scorer.task == NEXT_TASK else "the log-odds"
             lines[0] += f"; what raises {what} above that of the average candidate, and by how much"
-        names = _item_names(config, scorer.model.items.kind)
-        known = (scorer.model.item_rows(candidates) != UNKNOWN_ITEM).tolist() if candidates else []
+        names = _item_names(config, model.items.kind)
+        known = (model.item_rows(candidates) != UNKNOWN_ITEM).tolist() if candidates else []
         items = [item if known[i] else f"{item} (unknown)" for i, item in enumerate(names(candidates))]
         for user in users:
             name = f"user {user}{_problem(scorer, user)}"

@@ -20,8 +20,7 @@ from vista.config import RefreshOptions
 from vista.config.checks import Codec
 from vista.errors import LeakageError
 from vista.evaluation.cases import ImpressionCases, NextItemCases, WindowCases, case_requests, request_starts
-from vista.examples.item_statistics import HistoryCounters
-from vista.examples.transitions import NUM_RECENT
+from vista.examples.item_statistics import NUM_RECENT, HistoryCounters
 from vista.log.event_log import EventLog
 from vista.log.histories import Histories, RowFeatures, token_groups
 from vista.log.splits import Until, last_refresh

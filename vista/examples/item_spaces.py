@@ -23,11 +23,9 @@ from __future__ import annotations
 from enum import IntEnum
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from vista.arrays import Float32s, Int
+from vista.arrays import Float32s, Floats, Int
 from vista.examples.item_statistics import (
     BLOCK_EVENTS,
     OVERSAMPLING,
@@ -92,10 +90,10 @@ class ItemSpaces:
         self.of_each: Float32s = np.stack(spaces)
         """float32 [FOLDS + 1, V1, r]: those without the users of each fold, and that of all users."""
 
-    def of_all(self, num_rows: int) -> Tensor:
+    def of_all(self, num_rows: int) -> Float32s:
         """That of all users, float32 [num_rows, r]."""
         space = self.of_each[-1]
-        return torch.from_numpy(np.pad(space, ((0, num_rows - len(space)), (0, 0))))
+        return np.pad(space, ((0, num_rows - len(space)), (0, 0)))
 
     def of_histories(self, histories: WholeHistories) -> PooledHistories:
         """Pooled vectors of some users of the log, each in the space that does not know the user."""
@@ -144,7 +142,7 @@ class PooledHistories:
         places = (requests.covered, requests.first, seen, np.maximum(seen - min(tail_len, NUM_POOLED), 0))
         covered, first, end, recent = (self._sums[begin + place] for place in places)
         every = covered - self._sums[begin] + (end - first)
-        return unit(torch.from_numpy(np.stack([every, end - recent], 1))).numpy()
+        return unit(np.stack([every, end - recent], 1))
 
 
 class ItemRates:
@@ -178,17 +176,17 @@ class ItemRates:
         self.of_each: Float32s = odds.astype(np.float32)
         """float32 [FOLDS + 1, V1, num_tasks]: those without the users of each fold, and those of all users."""
 
-    def of_all(self, num_rows: int) -> Tensor:
+    def of_all(self, num_rows: int) -> Float32s:
         """Those of all users, float32 [num_rows, num_tasks]."""
         rates = self.of_each[-1]
-        return torch.from_numpy(np.pad(rates, ((0, num_rows - len(rates)), (0, 0))))
+        return np.pad(rates, ((0, num_rows - len(rates)), (0, 0)))
 
     def of_items(self, user: Int, item: Int) -> Float32s:
         """float32 [n, num_tasks] of items int64 [n] for questions of users int64 [n]."""
         return self.of_each[fold_of(user), item]
 
 
-def pooled_vectors(space: Tensor, sums: Tensor, recent: Int) -> Tensor:
+def pooled_vectors(space: Float32s, sums: Floats, recent: Int) -> Float32s:
     """The pooled vectors of requests, float32 [B, J, r], each of length 1, or 0 without events.
 
     Args:
@@ -196,15 +194,13 @@ def pooled_vectors(space: Tensor, sums: Tensor, recent: Int) -> Tensor:
         sums: float64 [B, r] of the vectors of the events that the record covers, and of the newer ones in the tail.
         recent: int64 [B, L] model rows of the tail, right-aligned; 0 pads.
     """
-    rows = torch.from_numpy(recent[:, -NUM_POOLED:]).to(space.device)
-    of_recent = space[rows].double().sum(1)
-    return unit(torch.stack([sums.to(space.device), of_recent], 1))
+    return unit(np.stack([sums, space[recent[:, -NUM_POOLED:]].sum(1, dtype=np.float64)], 1))
 
 
-def unit(sums: Tensor) -> Tensor:
+def unit(sums: Floats) -> Float32s:
     """float64 [..., r] -> float32 [..., r] of length 1; 0 stays 0."""
-    length = sums.square().sum(-1, keepdim=True).sqrt()
-    return (sums / length.masked_fill(length == 0, 1)).float()
+    length = np.sqrt(np.square(sums).sum(-1, keepdims=True))
+    return (sums / np.where(length == 0, 1, length)).astype(np.float32)
 
 
 def _distinct_items(log: EventLog, item_rows: Int, counts: Int, num_rows: int, seed: int) -> tuple[Int, Int]:
@@ -227,6 +223,8 @@ def _space(user: Int, row: Int, num_rows: int, dim: int, seed: int) -> Float32s:
     out = np.zeros((num_rows, dim), np.float32)
     if not len(row):
         return out
+    import torch  # Only fitting a space needs it.
+
     rows, column = np.unique(row, return_inverse=True)  # most items of a large catalog have too few users
     shape = len(length), len(rows)
     index, value = torch.from_numpy(np.stack([user, column])), torch.from_numpy(weight.astype(np.float32))

@@ -228,6 +228,10 @@ class ItemStatistics:
 
 REACH = 15
 """Two events of a history form a pair if one comes at most this many positions after the other."""
+NUM_RECENT = 8
+"""Newest events of a request whose items' followers are summed (`vista.examples.transitions`)."""
+RECENT_DECAY = 0.7
+"""Weight of an event relative to the one after it, among those before the newest."""
 BLOCK_EVENTS = 1 << 19
 """Events whose pairs are counted at once (a longer history is read alone)."""
 

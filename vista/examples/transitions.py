@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Int
-from vista.examples.item_statistics import distinct_counts
+from vista.examples.item_statistics import NUM_RECENT, RECENT_DECAY, distinct_counts
 from vista.log.event_log import EventLog
 from vista.log.histories import token_groups
 from vista.log.splits import EVENTS_PER_BLOCK
@@ -41,10 +41,6 @@ if TYPE_CHECKING:
     from vista.examples.batch import Batch
 
 SCALE, SHRINKAGE = 100.0, 10.0
-NUM_RECENT = 8
-"""Newest events whose followers are summed."""
-RECENT_DECAY = 0.7
-"""Weight of an event relative to the one after it, among those before the newest."""
 NUM_SUMS = 2
 COMPARED_AT_ONCE = 1 << 22
 """Pairs of a transition and a follower that are compared at once (those of one history at least): about 40 MB."""
@@ -212,11 +208,6 @@ def anchor_events(batch: Batch, num_known: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 # The sums that a request reads.
-
-
-def newest_first(tail: Int) -> Tensor:
-    """int64 [B, J] the newest items, where 0 pads, of tails int64 [B, L], right-aligned."""
-    return torch.from_numpy(tail[:, ::-1][:, :NUM_RECENT].copy())
 
 
 def transition_sums(table: TransitionTable, recent: Tensor, wanted: Tensor | range) -> Tensor:

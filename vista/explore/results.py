@@ -210,7 +210,7 @@ class EmptySummaryScorer(Scorer):
     @contextmanager
     def _call(self, users: Any, tail: Any, now: Any) -> Iterator[Call]:
         with super()._call(users, tail, now) as call:
-            empty = call.snapshot.empty.expand_as(call.request.summary).clone()
+            empty = np.broadcast_to(call.snapshot.served.empty, call.request.summary.shape).copy()
             yield replace(call, request=replace(call.request, summary=empty))
 
 

@@ -166,9 +166,9 @@ def scorer_outputs(snapshot: ServingSnapshot, trial: TrialRequests) -> Arrays:
     """What the scorer gives: logits float32 [B, C, tasks], and scores of `next` float32 [B, C]."""
     outputs: Arrays = {}
     if snapshot.model.schema.tasks:
-        outputs[LOGITS] = snapshot.logits(trial.request, trial.rows).numpy()
+        outputs[LOGITS] = snapshot.logits(trial.request, trial.rows)
     if NEXT_TASK in snapshot.tasks:
-        outputs[NEXT_TASK] = snapshot.scores(trial.request, trial.rows, [NEXT_TASK])[NEXT_TASK].numpy()
+        outputs[NEXT_TASK] = snapshot.scores(trial.request, trial.rows, [NEXT_TASK])[NEXT_TASK]
     return outputs
 
 

@@ -33,11 +33,13 @@ from vista.counters.counters import (
     decode_values,
 )
 from vista.counters.keys import keys_of
-from vista.examples.item_spaces import NUM_POOLED, unit
-from vista.examples.transitions import NUM_RECENT, transition_sums
+from vista.examples.item_spaces import NUM_POOLED
+from vista.examples.item_statistics import NUM_RECENT
+from vista.examples.transitions import transition_sums
 from vista.log.histories import NO_TIMESTAMP, NUM_GAPS, UNKNOWN_GAP
 from vista.model import inference
-from vista.model.features import MAX_ABS_SCORE, FeatureSpec, RowFeatureEncoder
+from vista.model.feature_encoders import RowFeatureEncoder
+from vista.model.features import MAX_ABS_SCORE, FeatureSpec
 from vista.model.item_projections import ItemProjections
 from vista.model.target_attention import MASKED, SoftmaxLayer, TargetAttention
 from vista.model.vista_model import VistaModel
@@ -87,10 +89,11 @@ class ServingGraph(nn.Module):
         self.num_trained, self.space_dim = model.num_trained_items, config.space_dim
         self.stage = copy.deepcopy(model.target_attention)
         use_plain_layers(self.stage)
-        table = items.candidate
+        tables = (None if each is None else torch.from_numpy(each) for each in (items.candidate, items.retrieval))
+        table, retrieval = tables
         if table is None:
             table = model.item_vectors(torch.arange(count + 1))
-        self._tables(candidate=table, retrieval=items.retrieval, empty=inference.empty_summary(model))
+        self._tables(candidate=table, retrieval=retrieval, empty=model.empty_summary())
         self._tables(space=model.item_space if config.space_dim else None)
         self.heads = _heads(model, self.stage)
         encoder = model.encoder
@@ -233,7 +236,9 @@ class ServingGraph(nn.Module):
         vectors = F.embedding(items, self.space_table).double()
         of_record = given["summary"][:, -1, : self.space_dim].double() * given["event_count"].unsqueeze(1)
         new = (vectors * is_new.unsqueeze(-1)).sum(1)
-        return unit(torch.stack([of_record * found.unsqueeze(1) + new, vectors[:, -NUM_POOLED:].sum(1)], 1))
+        sums = torch.stack([of_record * found.unsqueeze(1) + new, vectors[:, -NUM_POOLED:].sum(1)], 1)
+        length = sums.square().sum(-1, keepdim=True).sqrt()
+        return (sums / length.masked_fill(length == 0, 1)).float()
 
     def _cosines(self, pooled: Tensor, candidates: Tensor) -> Tensor:
         """Cosines [B, C, J] of the pooled vectors [B, J, r] with candidates int64 [B, C]."""

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from vista.arrays import Int, offsets_of
 from vista.config.checks import Codec, OnMissing, StateDtype
@@ -52,7 +50,7 @@ class TrialRequests:
 
     arrays: Arrays
     request: Request
-    rows: Tensor
+    rows: Int
     """int64 [B, C] candidates."""
 
 
@@ -92,7 +90,7 @@ def _batch(snapshot: ServingSnapshot, users: list[Any], num_candidates: int, rng
     rows = _candidates(model, merged, num_users, num_candidates, rng)
     request, codes = _with_features(request, model, num_candidates, rng)
     arrays = request_arrays(model, stored, merged, is_new, now, rows, codes)
-    return TrialRequests(arrays, request, torch.from_numpy(rows))
+    return TrialRequests(arrays, request, rows)
 
 
 def _candidates(model: VistaModel, tail: Tail, num_users: int, count: int, rng: np.random.Generator) -> Int:

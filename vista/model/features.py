@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 import xxhash
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from vista.arrays import Float32s, Int
 from vista.config.checks import require
@@ -498,40 +495,3 @@ def _text(name: str, value: Any) -> str | None:
     if isinstance(value, (int, np.integer)):
         return str(int(value))
     raise ValueError(f"{name!r} is a category and needs texts, integers, or booleans, got {shown(value)}")
-
-
-# Vectors of features. Those of items, which are encoded once, are in `vista.model.item_feature_table`.
-
-
-class FeatureEncoder(nn.Module):
-    """Sum over columns: the mean embedding of a row's values, and a linear map of its numbers and vectors.
-
-    All weights start at 0, so features change nothing before training.
-    """
-
-    def __init__(self, columns: Sequence[FeatureSpec], dim: int) -> None:
-        """
-        Args:
-            columns: at least one.
-            dim: M.
-        """
-        super().__init__()
-        self.values = nn.Parameter(torch.zeros(sum(column.num_rows for column in columns), dim))
-        """Per column, a row for rows without a value, then one per value or bucket. Its gradient is sparse."""
-        num_dense = sum(column.num_dense for column in columns)
-        self.dense = nn.Parameter(torch.zeros(num_dense, dim)) if num_dense else None
-
-
-class RowFeatureEncoder(FeatureEncoder):
-    """Of rows with at most one value per column, which `RowFeatureReader.encode` reads."""
-
-    def forward(self, rows: EncodedRows) -> Tensor:
-        """[..., M] of rows [...], with all columns or the first ones."""
-        entry, dense = (torch.as_tensor(part, device=self.values.device) for part in (rows.entry, rows.dense))
-        bags = F.embedding_bag(entry.reshape(-1, entry.shape[-1]), self.values, mode="sum", sparse=True)
-        out = bags.view(*entry.shape[:-1], self.values.shape[1])
-        # Not a matrix product, whose bits would depend on the number of rows.
-        for place in range(dense.shape[-1]):
-            assert self.dense is not None
-            out = out + dense[..., place : place + 1].to(out.dtype) * self.dense[place]
-        return out

@@ -6,7 +6,6 @@ V items of the vocabulary, E counted items of all users together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,95 +15,20 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.arrays import Int
+from vista.arrays import Float32s, Int
 from vista.config.checks import Mixing
 from vista.counters.keys import UserCounters
-from vista.examples.transitions import TransitionTable, newest_first, of_candidates, transition_sums
+from vista.examples.transitions import TransitionTable, of_candidates, transition_sums
 from vista.log.event_log import EventLog
 from vista.log.features import row_features
-from vista.log.histories import UNKNOWN_GAP, Histories, RowColumn, RowFeatures, gap_bucket, token_groups
+from vista.log.histories import Histories, RowFeatures, token_groups
 from vista.model.features import EncodedRows, RowFeatureReader
 from vista.model.history_states import default_slice_len, embed, history_states, reach
-from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
+from vista.model.ranking_model import RankingModel
+from vista.model.serving_model import UNKNOWN_ITEM, PaddedTail, gap_buckets, newest_first
 from vista.model.summarizer import Summarizer
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
-
-# Tails of requests: the newest events of users, right-aligned. Letters: B users, T packed events, L tail length.
-
-
-@dataclass(frozen=True, slots=True)
-class PaddedTail:
-    """The newest events of B users, oldest first, right-aligned."""
-
-    item: Int
-    """int64 [B, L] model rows."""
-    action: Int
-    """int64 [B, L]."""
-    gap: Int
-    """int64 [B, L] log buckets of the time since the event before; unknown for the first event."""
-    valid: NDArray[np.bool_]
-    """bool [B, L]: False in the padding."""
-    last_time: Int
-    """int64 [B] ms of the newest event; arbitrary if there is none."""
-    features: EncodedRows | None = None
-    """[B, L] of the events; arbitrary in the padding. None for a model whose stage 2 reads none."""
-
-    def select(self, users: slice | Int) -> PaddedTail:
-        """The tails of some users, or of all in another order."""
-        return PaddedTail(
-            self.item[users],
-            self.action[users],
-            self.gap[users],
-            self.valid[users],
-            self.last_time[users],
-            None if self.features is None else self.features.select(users),
-        )
-
-
-def pad_tail(
-    model: VistaModel,
-    item: NDArray[Any],
-    time: Int,
-    action: NDArray[Any],
-    offsets: Int,
-    features: Mapping[str, RowColumn] | None = None,
-) -> PaddedTail:
-    """Right-align the newest events of packed histories, at most `tail_len` per user.
-
-    Args:
-        item: [T] model rows.
-        time: int64 [T] ms.
-        action: [T].
-        offsets: int64 [B+1].
-        features: by name of a column, [T] with the model's codes; columns that are not given are missing.
-    """
-    length = model.config.tail_len
-    index = offsets[1:, None] - length + np.arange(length)
-    valid = index >= offsets[:-1, None]
-    index = np.where(valid, index, 0)
-    reader = model.tail_features
-    encoded = None if reader is None else reader.encode(RowFeatures(features or {}), len(item))
-    if len(item) == 0:
-        zeros = np.zeros(index.shape, np.int64)
-        if encoded is not None:
-            encoded = encoded.apply(lambda part: np.zeros((*index.shape, part.shape[1]), part.dtype))
-        return PaddedTail(zeros, zeros, zeros, valid, np.zeros(len(index), np.int64), encoded)
-    times = time[index]
-    gap = np.zeros(index.shape, np.int64)
-    if model.encoder.gap is not None:
-        known = valid[:, 1:] & valid[:, :-1]
-        gap[:, 1:] = np.where(known, gap_bucket(np.diff(times, axis=1)), UNKNOWN_GAP)
-    last_time = time[np.maximum(offsets[1:] - 1, 0)]
-    return PaddedTail(
-        np.where(valid, item[index], 0).astype(np.int64),
-        np.where(valid, action[index], 0).astype(np.int64),
-        gap,
-        valid,
-        last_time,
-        None if encoded is None else encoded.select(index),
-    )
-
 
 ROW_TILE = 8
 """Matrix products give a row the same bits regardless of the other rows, if the number of rows is a multiple of this.
@@ -184,12 +108,6 @@ def pooled_rows(model: VistaModel, sums: NDArray[np.float64], event_count: Int) 
     return rows
 
 
-def empty_summary(model: VistaModel) -> Tensor:
-    """float32 [1, S, M] summary of an empty history, which is also that of unknown users."""
-    none = np.zeros(0, np.int64)
-    return summarize(model, Histories(none.astype(np.int32), none, none.astype(np.uint8), None, np.zeros(2, np.int64)))
-
-
 def _summarize_set(model: VistaModel, summarizer: Summarizer, histories: Histories, slice_len: int) -> Tensor:
     """Bidirectional summaries of some histories, or of one that is longer than a slice."""
     if histories.num_events <= slice_len:
@@ -208,7 +126,7 @@ def _summarize_set(model: VistaModel, summarizer: Summarizer, histories: Histori
 @torch.inference_mode()
 def request_context(
     model: VistaModel,
-    summary: Tensor,
+    summary: Tensor | Float32s,
     tail: PaddedTail,
     masks: list[Tensor] | None = None,
     users: EncodedRows | None = None,
@@ -226,22 +144,16 @@ def request_context(
     action, gap = torch.from_numpy(tail.action).to(device), torch.from_numpy(tail.gap).to(device)
     events = model.encoder(vectors, action, gap, features=tail.features)
     stage = model.target_attention
-    context = stage.encode_request(summary.to(device), events, torch.from_numpy(tail.valid).to(device), masks)
+    context = stage.encode_request(
+        torch.as_tensor(summary, device=device), events, torch.from_numpy(tail.valid).to(device), masks
+    )
     return replace(context, user=user_feature_vectors(model, users, len(summary)))
 
 
 def request_bucket(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tensor | None:
-    """int64 [B, 1] log buckets of the time from the tail's newest event to the request; None if times are not used.
-
-    Args:
-        now: int64 [B] ms of the requests. The bucket is UNKNOWN_GAP without it, and for an empty tail.
-    """
-    if model.encoder.gap is None:
-        return None
-    bucket = np.zeros(len(tail.last_time), np.int64)
-    if now is not None:
-        bucket = np.where(tail.valid.any(1), gap_bucket(now - tail.last_time), UNKNOWN_GAP)
-    return torch.from_numpy(bucket[:, None]).to(model.device)
+    """`gap_buckets` as int64 [B, 1] on the model's device."""
+    bucket = gap_buckets(model, now, tail)
+    return None if bucket is None else torch.from_numpy(bucket[:, None]).to(model.device)
 
 
 def request_gap(model: VistaModel, now: Int | None, tail: PaddedTail) -> Tensor | None:
@@ -385,7 +297,7 @@ class UserTransitions:
         """
         if (table := model.transitions) is None:
             return None
-        recent, num_rows = newest_first(tail).to(model.device), len(table.item)
+        recent, num_rows = torch.from_numpy(newest_first(tail)).to(model.device), len(table.item)
         is_small = num_rows <= MOST_ROWS and len(tail) * num_rows <= MOST_PAIRS
         return cls(table, recent, transition_sums(table, recent, range(num_rows)) if is_small else None)
 
@@ -406,18 +318,6 @@ class UserTransitions:
         """Those of some users."""
         whole = None if self.whole is None else self.whole[users]
         return UserTransitions(self.table, self.recent[users], whole)
-
-
-def follower_rows(model: RankingModel, tail: Int) -> list[Int]:
-    """Sorted model rows of the followers of each user's newest items; none for a model without transitions.
-
-    Args:
-        tail: as of `catalog_scores`.
-    """
-    if (table := model.transitions) is None:
-        return [np.zeros(0, np.int64)] * len(tail)
-    followers = table.item.cpu().numpy()[newest_first(tail).numpy()].astype(np.int64)
-    return [np.setdiff1d(of_user, [UNKNOWN_ITEM]) for of_user in followers]
 
 
 def transition_scores(users: Tensor, sums: Tensor) -> Tensor:

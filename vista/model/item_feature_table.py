@@ -1,6 +1,6 @@
-"""Features of the items that a model ranks: encoded in a table, and their vectors.
+"""Features of the items that a model ranks, encoded in a table.
 
-R model rows, E entries of all rows together, F dense inputs, M model dim.
+R model rows, E entries of all rows together, F dense inputs.
 """
 
 from __future__ import annotations
@@ -8,16 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.numpy import save_file
 
-from vista.arrays import Int, offsets_of
+from vista.arrays import Float32s, Int, mapped_tensors, offsets_of
 from vista.config.checks import require
 from vista.config.model_config import RankingConfig, counted_categories
 from vista.counters.counters import CounterSpec
@@ -26,39 +23,30 @@ from vista.errors import ConfigError, shown
 from vista.log.features import Column, Columns
 from vista.log.histories import ranges
 from vista.log.vocabulary import Vocabulary
-from vista.model.features import FeatureEncoder, FeatureSpec, HashedVocabulary, Schema, load_values
-
-if TYPE_CHECKING:
-    from vista.model.saved_model import SharedTables
+from vista.model.features import FeatureSpec, HashedVocabulary, Schema, load_values
 
 FEATURES_FILE = "item_features.safetensors"
 _VALUES_FILE = "item_values_{}"
-_DTYPES = {"entry": torch.int64, "weight": torch.float32, "offsets": torch.int64, "dense": torch.float32}
+_DTYPES = {"entry": np.int64, "weight": np.float32, "offsets": np.int64, "dense": np.float32}
 
 
-class ItemFeatureTable(nn.Module):
+@dataclass(eq=False, slots=True)
+class ItemFeatureTable:
     """Rows in the order of a model's item table. Row 0, the unknown item, has no entries and a dense input of 0.
 
-    The tensors are not weights: they are saved in a file of their own.
+    The arrays are not weights: they are saved in a file of their own.
     """
 
-    entry: Tensor
+    entry: Int
     """int64 [E] rows of the encoder's embedding, in the order of the model rows that have them."""
-    weight: Tensor
+    weight: Float32s
     """float32 [E]: 1 / number of values that the item has in the column."""
-    offsets: Tensor
+    offsets: Int
     """int64 [R + 1]."""
-    dense: Tensor
+    dense: Float32s
     """float32 [R, F] standardized numbers and scaled vectors; 0 where they are missing."""
-
-    def __init__(
-        self, entry: Tensor, weight: Tensor, offsets: Tensor, dense: Tensor, values: Mapping[str, Vocabulary]
-    ) -> None:
-        super().__init__()
-        for name, tensor in zip(_DTYPES, (entry, weight, offsets, dense), strict=True):
-            self.register_buffer(name, tensor, persistent=False)
-        self.values = dict(values)
-        """By name of a category column: the values that the model knows."""
+    values: dict[str, Vocabulary]
+    """By name of a category column: the values that the model knows."""
 
     @classmethod
     def of(cls, features: Columns, columns: Sequence[FeatureSpec]) -> ItemFeatureTable:
@@ -91,10 +79,10 @@ class ItemFeatureTable(nn.Module):
         order = np.argsort(owner, kind="stable")
         counts = np.bincount(owner + 1, minlength=1 + num_items)
         return cls(
-            torch.from_numpy(np.concatenate(entries)[order]),
-            torch.from_numpy(np.concatenate(weights)[order].astype(np.float32)),
-            torch.from_numpy(offsets_of(counts)),
-            torch.from_numpy(dense),
+            np.concatenate(entries)[order],
+            np.concatenate(weights)[order].astype(np.float32),
+            offsets_of(counts),
+            dense,
             values,
         )
 
@@ -105,12 +93,12 @@ class ItemFeatureTable(nn.Module):
             features: of the new items.
             columns: as in `of`.
         """
-        new = self._encoded(features, columns).to(self.entry.device)
+        new = self._encoded(features, columns)
         return ItemFeatureTable(
-            torch.cat([self.entry, new.entry]),
-            torch.cat([self.weight, new.weight]),
-            torch.cat([self.offsets[:-1], self.offsets[-1] + new.offsets[1:]]),
-            torch.cat([self.dense, new.dense[1:]]),
+            np.concatenate([self.entry, new.entry]),
+            np.concatenate([self.weight, new.weight]),
+            np.concatenate([self.offsets[:-1], self.offsets[-1] + new.offsets[1:]]),
+            np.concatenate([self.dense, new.dense[1:]]),
             self.values,
         )
 
@@ -123,13 +111,11 @@ class ItemFeatureTable(nn.Module):
             columns: as in `of`.
         """
         new = self._encoded(features, columns)
-        own, given = self.offsets.cpu().numpy(), new.offsets.numpy()[1:]
+        own, given = self.offsets, new.offsets[1:]
         starts, counts = own[rows], np.diff(given)
-        same: NDArray[np.bool_] = (own[rows + 1] - starts == counts) & (
-            self.dense.cpu().numpy()[rows] == new.dense.numpy()[1:]
-        ).all(1)
+        same: NDArray[np.bool_] = (own[rows + 1] - starts == counts) & (self.dense[rows] == new.dense[1:]).all(1)
         index, other = ranges(starts[same], counts[same]), ranges(given[:-1][same], counts[same])
-        unequal = self.entry.cpu().numpy()[index] != new.entry.numpy()[other]
+        unequal = self.entry[index] != new.entry[other]
         same[np.repeat(np.flatnonzero(same), counts[same])[unequal]] = False
         return ~same
 
@@ -151,15 +137,15 @@ class ItemFeatureTable(nn.Module):
         if "category" not in kinds:
             raise RuntimeError(f"{name!r}, which the model counts, is not a category of its items")
         place = kinds.index("category")
-        value = self.entry.cpu().numpy() - sum(column.num_rows for column in columns[:place])
+        value = self.entry - sum(column.num_rows for column in columns[:place])
         found = np.flatnonzero((value > 0) & (value <= columns[place].size))
         keys = np.zeros(len(self.offsets) - 1, np.int32)
-        keys[np.searchsorted(self.offsets.cpu().numpy(), found, side="right") - 1] = value[found]
+        keys[np.searchsorted(self.offsets, found, side="right") - 1] = value[found]
         return keys
 
     def save(self, folder: Path) -> None:
-        """Write the tensors and the values into a folder. Raises OSError, SafetensorError."""
-        save_file({name: getattr(self, name).cpu().contiguous() for name in _DTYPES}, folder / FEATURES_FILE)
+        """Write the arrays and the values into a folder. Raises OSError, SafetensorError."""
+        save_file({name: np.ascontiguousarray(getattr(self, name)) for name in _DTYPES}, folder / FEATURES_FILE)
         for number, values in enumerate(self.values.values()):
             values.save(folder, _VALUES_FILE.format(number))
 
@@ -173,16 +159,16 @@ class ItemFeatureTable(nn.Module):
 
         Raises:
             OSError, SafetensorError, LogFormatError: a file is missing or damaged.
-                ValueError: a tensor is missing or of another type, or the values do not fit the columns.
+                ValueError: an array is missing or of another type, or the values do not fit the columns.
         """
-        tensors = load_file(folder / FEATURES_FILE)
-        if {name: tensor.dtype for name, tensor in tensors.items()} != _DTYPES:
+        arrays = mapped_tensors(folder / FEATURES_FILE)
+        if {name: array.dtype for name, array in arrays.items()} != _DTYPES:
             raise ValueError(f"{FEATURES_FILE} must hold {', '.join(_DTYPES)}, of int64 and float32")
         categories = [column for column in columns if column.kind == "category"]
         values = {}
         for number, column in enumerate(categories):
             values[column.name] = load_values(folder, _VALUES_FILE.format(number), column)
-        return cls(**tensors, values=values)
+        return cls(**arrays, values=values)
 
     def fits(self, num_rows: int, num_values: int, num_dense: int) -> bool:
         """Whether it has `num_rows` rows and `num_dense` dense inputs, and all entries are below `num_values`."""
@@ -194,15 +180,15 @@ class ItemFeatureTable(nn.Module):
             and int(offsets[0]) == 0
             and bool((offsets[1:] >= offsets[:-1]).all())  # a difference might wrap around
             and (not len(entry) or 0 <= int(entry.min()) <= int(entry.max()) < num_values)
-            and bool(weight.isfinite().all())
-            and bool(dense.isfinite().all())
+            and bool(np.isfinite(weight).all())
+            and bool(np.isfinite(dense).all())
         )
 
     def content(self, num_rows: int) -> list[memoryview]:
-        """The bytes of all tensors, of the first `num_rows` rows."""
+        """The bytes of all arrays, of the first `num_rows` rows."""
         stop = int(self.offsets[num_rows])
         parts = self.entry[:stop], self.weight[:stop], self.offsets[: num_rows + 1], self.dense[:num_rows]
-        return [part.cpu().contiguous().numpy().reshape(-1).view(np.uint8).data for part in parts]
+        return [np.ascontiguousarray(part).reshape(-1).view(np.uint8).data for part in parts]
 
 
 def value_codes(column: Column, spec: FeatureSpec) -> tuple[Int, Int]:
@@ -220,89 +206,6 @@ def _recoded(features: Columns, values: Mapping[str, Vocabulary]) -> dict[str, C
     return {
         name: column if column.values is None else column.recoded(values[name]) for name, column in features.items()
     }
-
-
-ROWS_AT_ONCE = 8192
-
-
-class ItemFeatureEncoder(FeatureEncoder):
-    """Of the items of a model, whose features are encoded once.
-
-    A row of the item table is learned from the item's own events. Features are shared by many items, so an item with
-    few events, or none, still has a vector.
-    """
-
-    def __init__(self, columns: Sequence[FeatureSpec], dim: int) -> None:
-        super().__init__(columns, dim)
-        self.table: ItemFeatureTable | None = None
-        """Encoded features of the columns, set before the first use."""
-        self._missing = [sum(column.num_rows for column in columns[:index]) for index in range(len(columns))]
-        """The row of `values` for items without a value, of each column."""
-        self._of_rows: tuple[object, Tensor] | None = None
-        """What `forward` gives for all rows, and the state of the weights that it was computed from."""
-
-    def set_table(self, table: ItemFeatureTable, num_rows: int) -> None:
-        """Set the encoded features of `num_rows` model rows.
-
-        Raises:
-            RuntimeError: if they are of other columns, or of another number of rows.
-        """
-        if not table.fits(num_rows, len(self.values), 0 if self.dense is None else len(self.dense)):
-            raise RuntimeError("the features of the items do not fit the model")
-        self.table, self._of_rows = table, None
-
-    def rows_with_values(self) -> NDArray[np.bool_]:
-        """bool [R]: model rows with a value in at least one column."""
-        assert self.table is not None
-        is_missing = torch.isin(self.table.entry, torch.tensor(self._missing, device=self.table.entry.device))
-        missing_before = F.pad(is_missing.cumsum(0), (1, 0))[self.table.offsets]
-        known: NDArray[np.bool_] = (missing_before.diff() < len(self._missing)).cpu().numpy()
-        known[0] = False
-        return known
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """[..., M] of model rows int64 [...]; 0 for the unknown item."""
-        if self.training or torch.is_grad_enabled():
-            return self._encode(rows.flatten()).view(*rows.shape, self.values.shape[1])
-        # For inference, all rows are encoded once: requests are fast, and bits do not depend on the other rows.
-        return F.embedding(rows, self._all_rows())
-
-    def share_rows(self, tables: SharedTables) -> None:
-        """Compute what `forward` gives for all rows, and hold it once with the other models that have the same."""
-        rows = self._all_rows()
-        assert self._of_rows is not None
-        if rows.device.type == "cpu":
-            self._of_rows = self._of_rows[0], tables.take_tensors({"": rows}, lambda: {"": rows})[""]
-
-    def _all_rows(self) -> Tensor:
-        """[R, M] of all model rows, of the current weights."""
-        weights = [(p.data_ptr(), p._version) for p in self.parameters()]
-        state = weights, self.values.device, id(self.table)
-        if self._of_rows is None or self._of_rows[0] != state:
-            assert self.table is not None
-            rows = torch.arange(len(self.table.offsets) - 1, device=self.values.device)
-            with torch.inference_mode(False), torch.no_grad():
-                blocks = [self._encode(rows[at : at + ROWS_AT_ONCE]) for at in range(0, len(rows), ROWS_AT_ONCE)]
-                self._of_rows = state, torch.cat(blocks)
-        return self._of_rows[1]
-
-    def _encode(self, rows: Tensor) -> Tensor:
-        """[N, M] of model rows int64 [N]."""
-        table = self.table
-        assert table is not None
-        start = table.offsets[rows]
-        counts = table.offsets[rows + 1] - start
-        bags = F.pad(counts.cumsum(0), (1, 0))
-        index = torch.arange(int(bags[-1]), device=rows.device) + (start - bags[:-1]).repeat_interleave(counts)
-        out = F.embedding_bag(
-            table.entry[index],
-            self.values,
-            bags[:-1],
-            mode="sum",
-            sparse=True,
-            per_sample_weights=table.weight[index].to(self.values.dtype),
-        )
-        return out if self.dense is None else out + table.dense[rows].to(out.dtype) @ self.dense
 
 
 class ItemsByValue:
@@ -375,7 +278,7 @@ class ItemsByValue:
     def _sort(self, name: str) -> tuple[NDArray[np.int32], Int]:
         assert self._table is not None
         first, column = self._columns[name]
-        entry, starts = self._table.entry.cpu().numpy(), self._table.offsets.cpu().numpy()
+        entry, starts = self._table.entry, self._table.offsets
         owner = np.repeat(np.arange(len(starts) - 1, dtype=np.int32), np.diff(starts))
         code = entry - (first + 1)  # The first row stands for items without a value.
         own = (code >= 0) & (code < column.size)
@@ -514,24 +417,24 @@ def _with_rows(
     owner, old_owner = _owners(fresh), _owners(old)
     is_fresh, is_old = ~stays[owner], stays[old_owner]
     owners = np.concatenate([owner[is_fresh], old_owner[is_old], np.repeat(kept, len(missing))])
-    entries = [fresh.entry.numpy()[is_fresh], new_rows[old.entry.numpy()[is_old]], np.tile(missing, len(kept))]
+    entries = [fresh.entry[is_fresh], new_rows[old.entry[is_old]], np.tile(missing, len(kept))]
     ones = np.ones(len(kept) * len(missing), np.float32)
-    weights = [fresh.weight.numpy()[is_fresh], old.weight.numpy()[is_old], ones]
+    weights = [fresh.weight[is_fresh], old.weight[is_old], ones]
     order = np.argsort(owners, kind="stable")
-    dense, has_column = fresh.dense.numpy(), np.flatnonzero(grown.dense_rows >= 0)
-    dense[np.ix_(kept, has_column)] = old.dense.numpy()[np.ix_(kept, grown.dense_rows[has_column])]
+    dense, has_column = fresh.dense, np.flatnonzero(grown.dense_rows >= 0)
+    dense[np.ix_(kept, has_column)] = old.dense[np.ix_(kept, grown.dense_rows[has_column])]
     return ItemFeatureTable(
-        torch.from_numpy(np.concatenate(entries)[order]),
-        torch.from_numpy(np.concatenate(weights)[order]),
-        torch.from_numpy(offsets_of(np.bincount(owners, minlength=len(stays)))),
-        fresh.dense,
+        np.concatenate(entries)[order],
+        np.concatenate(weights)[order],
+        offsets_of(np.bincount(owners, minlength=len(stays))),
+        dense,
         fresh.values,
     )
 
 
 def _owners(table: ItemFeatureTable) -> Int:
     """int64 [E] the model row of each entry."""
-    return np.repeat(np.arange(len(table.offsets) - 1), np.diff(table.offsets.numpy()))
+    return np.repeat(np.arange(len(table.offsets) - 1), np.diff(table.offsets))
 
 
 # What a model counts for each user: items, categories of items, and their products with other parts.

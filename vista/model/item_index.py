@@ -33,13 +33,13 @@ from vista.files import (
 )
 from vista.model.codebooks import load_faiss, one_thread
 from vista.model.ranking_model import UNKNOWN_ITEM
-from vista.model.saved_model import FileEntry, checksum_of
+from vista.model.saved_model import INDEX_MANIFEST, FileEntry, checksum_of
 from vista.progress_bar import elapsed_time, progress_bar, ticking
 
 # index.json of an item index: what it is, and the digests of its files.
 
 FORMAT_VERSION = 2
-MANIFEST_FILE, CHECK_FILE, FAISS_FILE = "index.json", "item_check.npy", "items.faiss"
+MANIFEST_FILE, CHECK_FILE, FAISS_FILE = INDEX_MANIFEST, "item_check.npy", "items.faiss"
 MAX_BYTES = 1 << 16
 """Of index.json."""
 _RULES = {
@@ -234,7 +234,7 @@ class ItemIndex:
             raise unreadable_index(folder, error) from error
         return cls(manifest, check, index)
 
-    def require(self, table: Tensor, name: str) -> None:
+    def require(self, table: Tensor | Float32s, name: str) -> None:
         """Require that the index was built from the first rows of a model's table [1 + V, M'].
 
         Args:
@@ -244,6 +244,7 @@ class ItemIndex:
         Raises:
             ItemIndexMismatchError: it was not.
         """
+        table = torch.as_tensor(table)
         vectors = table[UNKNOWN_ITEM + 1 :][: self.num_items]
         if vectors.shape != (self.num_items, self.manifest.dim):
             raise ItemIndexMismatchError(
@@ -258,7 +259,13 @@ class ItemIndex:
                 f"{self.num_items:,} items; run `vista index model=…` for the model in service"
             )
 
-    def nearest(self, table: Tensor, user: Tensor, count: int, allowed: NDArray[np.bool_] | None = None) -> Int:
+    def nearest(
+        self,
+        table: Tensor | Float32s,
+        user: Tensor | Float32s,
+        count: int,
+        allowed: NDArray[np.bool_] | None = None,
+    ) -> Int:
         """Model rows of the nearest items, at most `count`, best first; the result does not depend on other calls.
 
         Items of the table that the index lacks, because they were added to the model later, are all compared.
@@ -269,6 +276,8 @@ class ItemIndex:
             count: at least 1.
             allowed: bool [1 + V]: rows that may be returned; None allows all.
         """
+        table = torch.as_tensor(table)
+        user = torch.as_tensor(user, device=table.device)
         if self._index is None:
             if allowed is not None:
                 return _best(table, user, torch.from_numpy(np.flatnonzero(allowed)), count)

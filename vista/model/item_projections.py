@@ -7,23 +7,28 @@ vectors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
+from vista.arrays import Float32s
+from vista.config.model_config import RankingConfig
 from vista.errors import CheckpointError
-from vista.model.saved_model import ModelDescription, SharedTables
+from vista.examples.item_spaces import Pooled
+from vista.model.saved_model import SavedModel, SharedTables
 
 if TYPE_CHECKING:
+    from vista.model.serving_model import ServingModel
     from vista.model.vista_model import VistaModel
 
 RETRIEVAL_FILE, CANDIDATE_FILE = "item_retrieval_vectors.npy", "item_projections.npy"
+NORM_EPS = 1e-5
+"""Of all layer norms (`vista.model.layers.norm`)."""
 _ROWS_AT_ONCE = 8192
 _ROWS_COMPARED = 64
 
@@ -32,50 +37,38 @@ _ROWS_COMPARED = 64
 class ItemProjections:
     """Tables of 1 + V rows, in the order of the model's item table; row 0 belongs to the unknown item. float32."""
 
-    retrieval: Tensor | None
+    retrieval: Float32s | None
     """[1+V, M'] vectors that the retrieval head's user vectors are multiplied with (`RankingModel.retrieval_items`; 0
     for the unknown item, so that it is orthogonal to every user); None without that head."""
-    candidate: Tensor | None
+    candidate: Float32s | None
     """[1+V, 5M] vector, then query, gate, key and value of the first layer of stage 2; None without labeled tasks, or
     if requests compute them."""
 
     @classmethod
     def of(cls, model: VistaModel, *, with_candidate: bool = True) -> ItemProjections:
-        """Computed in memory, on the model's device.
+        """Computed in memory.
 
         Args:
             with_candidate: whether to compute `candidate`.
         """
-        retrieval, candidate = _widths(model)
-        tables = [
-            None if width is None else torch.empty(len(model.items) + 1, width, device=model.device)
-            for width in (retrieval, candidate if with_candidate else None)
-        ]
-        for first, parts in _blocks(model):
-            for table, part in zip(tables, parts, strict=True):
-                if table is not None and part is not None:
-                    table[first : first + len(part)] = part
-        return cls(*tables)
+        retrieval, candidate = zip(*(parts for _, parts in _blocks(model)), strict=True)
+        return cls(
+            None if retrieval[0] is None else np.concatenate(retrieval),
+            None if candidate[0] is None or not with_candidate else np.concatenate(candidate),
+        )
 
-    def with_statistics_of(self, model: VistaModel) -> ItemProjections:
+    def with_statistics_of(self, model: ServingModel) -> ItemProjections:
         """The same tables with the item statistics of a model that differs in these alone."""
         columns = model.statistics_columns
         if self.retrieval is None or columns.start == columns.stop:
             return self
-        retrieval = self.retrieval.clone()
-        retrieval[1:, columns] = model.temperature * model.item_statistics[1:]
+        retrieval = self.retrieval.copy()
+        retrieval[1:, columns] = model.temperature * model.weights["item_statistics"][1:]
         return replace(self, retrieval=retrieval)
 
     @classmethod
-    def load(
-        cls,
-        folder: Path,
-        model: VistaModel,
-        tables: SharedTables,
-        *,
-        with_candidate: bool = True,
-    ) -> ItemProjections:
-        """Map the tables of a folder of `save_pretrained`; copy them to the model's device if that is not the CPU.
+    def load(cls, saved: SavedModel, tables: SharedTables, *, with_candidate: bool = True) -> ItemProjections:
+        """Map the tables of a saved model.
 
         Args:
             tables: of the model; gets them, and gives those that other models hold.
@@ -84,34 +77,58 @@ class ItemProjections:
         Raises:
             CheckpointError: if they are missing or damaged, or belong to other weights.
         """
-        retrieval, candidate = _widths(model)
-        paths = [
-            None if width is None else folder / name
-            for name, width in ((RETRIEVAL_FILE, retrieval), (CANDIDATE_FILE, candidate if with_candidate else None))
-        ]
-        saved = ModelDescription.read(folder)
-        saved.check_files(folder, *(path.name for path in paths if path is not None))
+        folder, described = saved.folder, saved.description
+        names = (
+            RETRIEVAL_FILE if described.schema.has_retrieval else None,
+            CANDIDATE_FILE if described.schema.tasks and with_candidate else None,
+        )
+        described.check_files(folder, *(name for name in names if name is not None))
 
-        def table_of(path: Path | None) -> Tensor | None:
-            if path is None:
+        def table_of(name: str | None) -> Float32s | None:
+            if name is None:
                 return None
-            return tables.take_files(saved.files, (path.name,), lambda: _mapped(path).to(model.device))
+            return tables.take_files(described.files, (name,), lambda: _mapped(folder / name))
 
-        projections = cls(*map(table_of, paths))
-        projections._require(model, folder)
+        projections = cls(*map(table_of, names))
+        if not projections._belong_to(saved):
+            raise CheckpointError(
+                f"{folder}: its item projections do not belong to its weights; export the model again"
+            )
         return projections
 
-    def _require(self, model: VistaModel, folder: Path) -> None:
-        """Compare rows from all over the tables with what the weights give."""
-        count = len(model.items) + 1
-        rows = torch.linspace(0, count - 1, min(count, _ROWS_COMPARED), dtype=torch.float64).long().to(model.device)
-        for table, part in zip((self.retrieval, self.candidate), model.project_items(rows), strict=True):
-            if table is None or part is None:
-                continue
-            if table.shape != (count, part.shape[1]) or not torch.allclose(table[rows], part, rtol=1e-3, atol=1e-4):
-                raise CheckpointError(
-                    f"{folder}: its item projections do not belong to its weights; export the model again"
-                )
+    def _belong_to(self, saved: SavedModel) -> bool:
+        """Whether rows from all over the tables are what the weights give, as far as these tell without a model: the
+        vectors of items that have features or share rows are taken from `candidate`."""
+        count, config, weights = len(saved.items) + 1, saved.description.config, saved.weights
+        rows = np.linspace(0, count - 1, min(count, _ROWS_COMPARED)).astype(np.int64)
+        vectors = None
+        if config.embedding_rows == 0 and not saved.description.schema.item_features:
+            vectors = weights["item_table"][rows]
+        dim, made = config.dim, self.candidate
+        if made is not None:
+            if made.shape != (count, 5 * dim):
+                return False
+            vectors = made[rows, :dim] if vectors is None else vectors
+            layer = "target_attention.layers.0."
+            normed = (vectors - vectors.mean(1, keepdims=True)) / np.sqrt(vectors.var(1, keepdims=True) + NORM_EPS)
+            projected = (normed * weights[f"{layer}norm.weight"]) @ weights[f"{layer}projections.weight"].T
+            if not np.allclose(made[rows], np.concatenate([vectors, projected], 1), rtol=1e-3, atol=1e-4):
+                return False
+        if self.retrieval is None:
+            return True
+        if self.retrieval.shape != (count, retrieval_dim(config, weights)):
+            return False
+        if vectors is None:
+            return True
+        unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return np.allclose(self.retrieval[rows, :dim], unit, rtol=1e-3, atol=1e-4)
+
+
+def retrieval_dim(config: RankingConfig, weights: Mapping[str, NDArray[Any]]) -> int:
+    """M' of a model with these weights."""
+    if (term := weights.get("statistics.weight.bias")) is None:
+        return config.dim
+    return config.dim + config.space_dim + len(term) - (len(Pooled) if config.space_dim else 0)
 
 
 def save_item_projections(model: VistaModel, folder: Path) -> None:
@@ -132,25 +149,27 @@ def save_item_projections(model: VistaModel, folder: Path) -> None:
         for _, parts in _blocks(model):
             for table, part in zip(tables, parts, strict=True):
                 if table is not None and part is not None:
-                    table.write(part.cpu().contiguous().numpy().astype("<f4", copy=False).data)
+                    table.write(np.ascontiguousarray(part, "<f4").data)
 
 
 def _widths(model: VistaModel) -> list[int | None]:
     """Columns of the two tables; None for a table that the model does not need."""
-    no_rows = torch.zeros(0, dtype=torch.int64, device=model.device)
-    return [None if part is None else part.shape[1] for part in model.project_items(no_rows)]
+    return [None if part is None else part.shape[1] for part in model.project_items(np.zeros(0, np.int64))]
 
 
-def _blocks(model: VistaModel) -> Iterator[tuple[int, tuple[Tensor | None, Tensor | None]]]:
+def _blocks(model: VistaModel) -> Iterator[tuple[int, tuple[Float32s | None, Float32s | None]]]:
     """All rows of both tables, in order, some at a time: (first row, what `project_items` gives)."""
     count = len(model.items) + 1
     for first in range(0, count, _ROWS_AT_ONCE):
-        yield first, model.project_items(torch.arange(first, min(first + _ROWS_AT_ONCE, count), device=model.device))
+        yield first, model.project_items(np.arange(first, min(first + _ROWS_AT_ONCE, count)))
 
 
-def _mapped(path: Path) -> Tensor:
+def _mapped(path: Path) -> Float32s:
     try:
         # Copy-on-write, because torch wants writable memory. Nothing is written.
-        return torch.from_numpy(np.lib.format.open_memmap(path, "c"))
-    except (OSError, ValueError, TypeError) as error:  # TypeError: a dtype that torch lacks
+        table = np.lib.format.open_memmap(path, "c")
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: cannot be mapped ({error}); export the model again") from error
+    if table.dtype != np.float32 or table.ndim != 2:
+        raise CheckpointError(f"{path}: cannot be mapped ({table.dtype} {table.shape}); export the model again")
+    return np.asarray(table)

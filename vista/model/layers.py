@@ -8,17 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import IntEnum
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vista.counters.counters import MAX_CODE, CounterSpec
-from vista.errors import CheckpointError
 from vista.examples.item_spaces import Pooled
 from vista.examples.transitions import TransitionSum
 from vista_kernels.processor import processor
@@ -561,23 +558,6 @@ def _size(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any])
     if len(size) and isinstance(size[0], Sequence):
         size = size[0]
     return math.prod(size)
-
-
-def finite_weights(file: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        OSError, ValueError, SafetensorError: it cannot be read.
-        CheckpointError: a weight is not finite.
-    """
-    weights = load_file(file)
-    for name, weight in weights.items():
-        bounds = weight.aminmax() if weight.is_floating_point() and weight.numel() else ()  # NaN if any value is
-        if not all(math.isfinite(bound.item()) for bound in bounds):
-            raise CheckpointError(
-                f"{file}: {name} is not finite; export an earlier checkpoint, or train the model again"
-            )
-    return weights
 
 
 class EmbeddingFeature(IntEnum):

@@ -21,7 +21,6 @@ from vista.arrays import Float32s
 from vista.config import DataConfig, OptimConfig
 from vista.config.checks import Architecture, TableKind
 from vista.config.model_config import EMBEDDING_HASHES, NextItemConfig, RankingConfig
-from vista.counters.counters import CounterSpec
 from vista.counters.keys import ItemKeys
 from vista.errors import CheckpointError
 from vista.examples.batch import Batch, BatchEvents
@@ -31,10 +30,12 @@ from vista.examples.transitions import NUM_SUMS, TransitionTable
 from vista.files import checked_path
 from vista.log.features import Columns
 from vista.log.histories import NUM_GAPS, ColumnValues, RowFeatures
-from vista.log.vocabulary import Ids, Vocabulary
-from vista.model.features import EncodedRows, Recode, RowFeatureEncoder, RowFeatureReader, Schema
-from vista.model.item_feature_table import ItemFeatureEncoder, ItemFeatureTable, item_keys
+from vista.log.vocabulary import Vocabulary
+from vista.model.feature_encoders import ItemFeatureEncoder, RowFeatureEncoder
+from vista.model.features import EncodedRows, Recode, RowFeatureReader, Schema
+from vista.model.item_feature_table import ItemFeatureTable, item_keys
 from vista.model.layers import (
+    AllocationLimit,
     CountedItemHead,
     EmbeddingFeature,
     HashedEmbedding,
@@ -43,18 +44,20 @@ from vista.model.layers import (
     gather,
     hashed_rows,
     read_together,
+    tables_from_file,
 )
 from vista.model.losses import Losses
-from vista.model.saved_model import ROW_FEATURES, ModelDescription, opened_model, write_model
+from vista.model.saved_model import ROW_FEATURES, WEIGHTS_FILE, ModelDescription, SavedModel, does_not_fit, write_model
+from vista.model.serving_model import NEXT_TASK as NEXT_TASK
+from vista.model.serving_model import UNKNOWN_ITEM as UNKNOWN_ITEM
+from vista.model.serving_model import Readings, rate_columns
 from vista.model.summarizer import Stage1Config
 
 if TYPE_CHECKING:
     from vista.model.sharded_table import ShardedTable
 
-NEXT_TASK = "next"
-"""Name of the retrieval head's scores among those of the labeled tasks."""
-UNKNOWN_ITEM = 0
-"""Model row of items that the vocabulary lacks; vocabulary row r is model row r + 1."""
+_SPARE_VALUES = 1 << 22
+"""What building a small model may allocate in addition, such as temporary tensors: 16 MiB."""
 
 
 class EventEncoder(nn.Module):
@@ -141,7 +144,7 @@ class EventEncoder(nn.Module):
         return None if self.gap is None or gap is None else self.gap(gap)
 
 
-class RankingModel(nn.Module):
+class RankingModel(nn.Module, Readings):
     """Base of VISTA and its baselines: all that the trainer knows about a model.
 
     `vista.model.registry` loads saved models of any architecture.
@@ -174,11 +177,7 @@ class RankingModel(nn.Module):
         self.stage1 = Stage1Config.of(config, schema)
         """What summaries depend on, and of baselines, what event embeddings depend on."""
         self.items = items
-        """The model's own item vocabulary."""
         self.num_trained_items = len(items)
-        """Items that stage 1 was trained on. Later ones are unknown in histories (`history_rows`)."""
-        self.temperature = config.softmax_temperature
-        """Divides inner products of users and items."""
         self.data = data
         """How the training data were split, which decides what evaluation may use."""
         unified, retrieval = config.embedding_rows > 0, schema.has_retrieval
@@ -311,11 +310,11 @@ class RankingModel(nn.Module):
             rates: float32 [1 + V, T].
             labels: names of the T rates. If they lack a task of the model, it keeps the rates that it has.
         """
-        other, tasks = copy.copy(self), self.schema.tasks
+        other = copy.copy(self)
         other._buffers = dict(self._buffers)
         new = {"item_statistics": statistics}
-        if "item_rates" in self._buffers and set(tasks) <= set(labels) and self.item_rates.any():
-            new["item_rates"] = rates[:, [labels.index(task) for task in tasks]]
+        if (columns := rate_columns(self.schema.tasks, labels, self._buffers.get("item_rates"))) is not None:
+            new["item_rates"] = rates[:, columns]
         for name, values in new.items():
             other._buffers[name] = torch.from_numpy(np.array(values, order="C")).to(self.device)
         return other
@@ -453,7 +452,37 @@ class RankingModel(nn.Module):
             CheckpointError: if the folder is missing, damaged, of another format, or of another architecture; if its
                 config.json asks for a larger model than its weights are; or if a weight is not finite.
         """
-        return opened_model(cls, Path(folder)).to(device).eval()
+        ModelDescription.read(Path(folder)).require(cls.architecture, Path(folder), cls.__name__)
+        return cls.built(SavedModel.read(Path(folder))).to(device).eval()
+
+    @classmethod
+    def built(cls, saved: SavedModel) -> Self:
+        """A model of what was read from its folder, whose arrays are its weights.
+
+        Raises:
+            CheckpointError: its config.json asks for another model than its weights are, or for a larger one.
+        """
+        num_values = sum(weight.size for weight in saved.weights.values())
+        described = saved.description
+        too_large = CheckpointError(
+            f"{saved.folder}/{WEIGHTS_FILE} does not fit its config.json, which asks for far more than its "
+            f"{num_values} values; export the model again"
+        )
+        try:
+            # The drawn weights are replaced at once, so the caller's random state must not advance.
+            limit = AllocationLimit(4 * num_values + _SPARE_VALUES, too_large)
+            with torch.random.fork_rng(devices=[]), limit, tables_from_file():
+                model = cls(described.config, described.schema, saved.items, described.data)
+            model.take_weights({name: torch.from_numpy(weight) for name, weight in saved.weights.items()})
+            if (transitions := model.transitions) is not None:
+                transitions.check()
+            model.set_item_features(saved.features)
+        except RuntimeError as error:
+            raise does_not_fit(saved.folder, error) from error
+        for name, reader in saved.readers.items():
+            setattr(model, name, reader)
+        model.num_trained_items = described.num_trained_items
+        return model
 
     def take_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take all weights by name, as they are: a table stays mapped from its file, shared by all processes.
@@ -464,17 +493,6 @@ class RankingModel(nn.Module):
         self.load_state_dict(weights, assign=True)
         for embedding in self.encoder.hashed:
             embedding.set_table(self.item_table)
-
-    def item_rows(self, ids: Ids) -> NDArray[np.int64]:
-        """Model rows int64 [N] of raw item ids; UNKNOWN_ITEM for ids that the vocabulary lacks."""
-        return self.items.rows(ids) + 1
-
-    def history_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Model rows [N] as histories have them: items that stage 1 was not trained on are unknown there.
-
-        So what a store holds depends only on what `summarizer_id` covers.
-        """
-        return np.where(rows > self.num_trained_items, UNKNOWN_ITEM, rows)
 
     def rows_of(self, items: Vocabulary) -> NDArray[np.int64]:
         """Model rows int64 [len(items)] of all items of a log's vocabulary, in its order."""
@@ -496,16 +514,6 @@ class RankingModel(nn.Module):
             return None
         encoded = self.event_features.encode(features, num_events)
         return encoded.apply(lambda part: torch.from_numpy(part).to(self.device))
-
-    @property
-    def counter_spec(self) -> CounterSpec | None:
-        """What the counters of users count; None for a model without counters."""
-        return None if self.item_keys is None else self.item_keys.spec
-
-    @property
-    def has_retrieval(self) -> bool:
-        """Whether the retrieval head was trained."""
-        return self.schema.has_retrieval
 
     @property
     def retrieval_dim(self) -> int:

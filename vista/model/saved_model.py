@@ -1,4 +1,7 @@
-"""config.json of a saved model: what to build before the weights are loaded, and the digests of all files."""
+"""The folder of a saved model: config.json, which also has the digests of all files, and what these files hold.
+
+Reading one does not load torch (`vista.model.ranking_model.built` makes a model of what is read).
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,16 @@ from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakValueDictionary
 
 import numpy as np
-import torch
 import xxhash
+from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
+from vista.arrays import mapped_tensors
 from vista.config import DataConfig
-from vista.config.checks import from_dict, to_dict
+from vista.config.checks import Architecture, from_dict, to_dict
 from vista.config.model_config import RankingConfig, model_config_of
 from vista.errors import CheckpointError, LogFormatError
 from vista.files import (
@@ -40,14 +42,15 @@ from vista.files import (
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import FEATURE_KEYS, FeatureSpec, RowFeatureReader, Schema
 from vista.model.item_feature_table import FEATURES_FILE, ItemFeatureTable
-from vista.model.layers import AllocationLimit, finite_weights, tables_from_file
 
 if TYPE_CHECKING:
     from vista.model.ranking_model import RankingModel
 
 
-FORMAT_VERSION = 14
+FORMAT_VERSION = 15
 CONFIG_FILE = "config.json"
+INDEX_MANIFEST = "index.json"
+"""In the folder of an index of items (`vista.model.item_index`), which this module need not load."""
 MAX_BYTES = 16 << 20
 """Of config.json."""
 _FILE_NAME = re.compile(r"[a-z][a-z0-9_.]*\.(npy|safetensors)")
@@ -157,6 +160,14 @@ class ModelDescription:
         except (TypeError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: {error}; export the model again") from error
 
+    def require(self, architecture: Architecture, folder: Path, kind: str) -> None:
+        """Raise CheckpointError if a folder's model is of another architecture than the class `kind` needs."""
+        if self.config.architecture is not architecture:
+            raise CheckpointError(
+                f"{folder}: holds a model of architecture {self.config.architecture.value}, but {kind} needs "
+                f"{architecture.value}; name a model that was trained with model.architecture={architecture.value}"
+            )
+
     def check_files(self, folder: Path, *patterns: str) -> None:
         """Compare the files of a folder whose names match a pattern, such as `items.*`, with their entries.
 
@@ -207,6 +218,13 @@ def unreadable_model(folder: Path, error: Exception) -> CheckpointError:
     )
 
 
+def does_not_fit(folder: Path, error: object) -> CheckpointError:
+    """The error for a folder whose weights are not those that its config.json describes."""
+    return CheckpointError(
+        f"{folder}/{WEIGHTS_FILE} does not fit its config.json: {error}; copy the model again, or export it again"
+    )
+
+
 # The large arrays of the models that one process serves: models with equal ones hold them once.
 #
 # Models that keep the item table of an earlier one are exported with the same table, the same vocabulary, and often the
@@ -215,6 +233,7 @@ def unreadable_model(folder: Path, error: Exception) -> CheckpointError:
 # has it.
 
 Table = TypeVar("Table")
+Arrays = Mapping[str, NDArray[Any]]
 MIN_BYTES = 1024
 """Smaller weights are not shared, because it would save nothing: a page of memory holds several of them."""
 
@@ -238,12 +257,11 @@ class SharedTables:
     """The large arrays of one model. They must not change.
 
     Args:
-        device: of the model. Only arrays on the CPU are shared, because others are copies that belong to one model.
-            None shares nothing.
+        is_shared: whether other models may have them too: those on the CPU. Others are copies that belong to one model.
     """
 
-    def __init__(self, device: torch.device | None) -> None:
-        self._is_shared = device is not None and device.type == "cpu"
+    def __init__(self, *, is_shared: bool) -> None:
+        self._is_shared = is_shared
         self._own: list[_HeldTable] = []
 
     @property
@@ -255,10 +273,6 @@ class SharedTables:
         """Bytes of the arrays that other models hold too."""
         elsewhere = {id(table) for other in others if other is not self for table in other._own}
         return sum(table.num_bytes for table in self._own if id(table) in elsewhere)
-
-    def belong_to(self, model: nn.Module) -> None:
-        """Keep these arrays as long as the model exists."""
-        _of_models[model] = self
 
     def take(self, key: Hashable, num_bytes: int, make: Callable[[], Table]) -> Table:
         """The array that is held under a key, or else a new one, which later models get.
@@ -290,31 +304,21 @@ class SharedTables:
         used = {name: files[name] for name in sorted(files) if any(fnmatchcase(name, one) for one in patterns)}
         return self.take(tuple(used.items()), sum(entry.bytes for entry in used.values()), make)
 
-    def take_tensors(
-        self, tensors: Mapping[str, Tensor], map_again: Callable[[], Mapping[str, Tensor]]
-    ) -> dict[str, Tensor]:
-        """Tensors by name, with those that other models hold in their place; small ones as they are.
+    def take_arrays(self, arrays: Arrays, map_again: Callable[[], Arrays]) -> dict[str, NDArray[Any]]:
+        """Arrays by name, with those that other models hold in their place; small ones as they are.
 
         Args:
-            tensors: mapped from one file.
+            arrays: mapped from one file.
             map_again: the same from another mapping.
         """
-        keys = {name: _key_of(tensor) for name, tensor in tensors.items() if _num_bytes(tensor) >= MIN_BYTES}
+        keys = {name: _key_of(array) for name, array in arrays.items() if array.nbytes >= MIN_BYTES}
         if self._is_shared and any(key in _held for key in keys.values()):
-            # What has been read of the first mapping would stay in memory as long as one tensor is in it.
-            tensors = map_again()
+            # What has been read of the first mapping would stay in memory as long as one array is in it.
+            arrays = map_again()
         return {
-            name: self.take(keys[name], _num_bytes(tensor), partial(_same, tensor)) if name in keys else tensor
-            for name, tensor in tensors.items()
+            name: self.take(keys[name], array.nbytes, partial(_same, array)) if name in keys else array
+            for name, array in arrays.items()
         }
-
-
-_of_models: WeakKeyDictionary[nn.Module, SharedTables] = WeakKeyDictionary()
-
-
-def tables_of(model: nn.Module) -> SharedTables:
-    """The arrays of a model that a scorer has opened; none for any other model."""
-    return _of_models.get(model) or SharedTables(None)
 
 
 def total_bytes(models: Iterable[SharedTables]) -> int:
@@ -322,37 +326,43 @@ def total_bytes(models: Iterable[SharedTables]) -> int:
     return sum(table.num_bytes for table in {id(table): table for one in models for table in one._own}.values())
 
 
-def _num_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _key_of(array: NDArray[Any]) -> Hashable:
+    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return array.shape, array.dtype.str, xxhash.xxh3_128_digest(content.data)
 
 
-def _key_of(tensor: Tensor) -> Hashable:
-    content = tensor.contiguous().numpy().reshape(-1).view(np.uint8)
-    return tuple(tensor.shape), tensor.dtype, xxhash.xxh3_128_digest(content.data)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+def _same(array: NDArray[Any]) -> NDArray[Any]:
+    return array
 
 
 # The files of a saved model: weights, vocabulary, features.
 
-Model = TypeVar("Model", bound="RankingModel")
 WEIGHTS_FILE = "model.safetensors"
 ROW_FEATURES = "event_features", "request_features", "user_features"
 """Attributes of a model with readers of features, and fields of its schema with their columns."""
-_SPARE_VALUES = 1 << 22
-"""What building a small model may allocate in addition, such as temporary tensors: 16 MiB."""
 
 
-def _read_weights(file: Path, tables: SharedTables | None) -> dict[str, Tensor]:
-    """The weights of a file by name, float32, and rows as they are; errors as of `finite_weights`."""
-    weights = _full_precision(finite_weights(file))
-    return weights if tables is None else tables.take_tensors(weights, lambda: _full_precision(load_file(file)))
+def _read_weights(file: Path, tables: SharedTables | None) -> dict[str, NDArray[Any]]:
+    """Map the weights of a file by name, float32, and rows as they are.
+
+    Raises:
+        OSError, ValueError, SafetensorError: it cannot be read.
+        CheckpointError: a weight is not finite.
+    """
+    weights = _full_precision(mapped_tensors(file))
+    for name, weight in weights.items():
+        if weight.dtype == np.float32 and weight.size and not (np.isfinite(weight.min()) and np.isfinite(weight.max())):
+            raise CheckpointError(
+                f"{file}: {name} is not finite; export an earlier checkpoint, or train the model again"
+            )
+    return weights if tables is None else tables.take_arrays(weights, lambda: _full_precision(mapped_tensors(file)))
 
 
-def _full_precision(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: weight.float() if weight.is_floating_point() else weight for name, weight in weights.items()}
+def _full_precision(weights: Arrays) -> dict[str, NDArray[Any]]:
+    return {
+        name: weight.astype(np.float32, copy=False) if weight.dtype.kind == "f" else weight
+        for name, weight in weights.items()
+    }
 
 
 def check_is_model(folder: Path) -> None:
@@ -367,6 +377,8 @@ def check_is_model(folder: Path) -> None:
 
 def write_model(model: RankingModel, folder: Path, *, card: str | None, weights_file: Path | None) -> None:
     """Write the folder of `RankingModel.save_pretrained`."""
+    from safetensors.torch import save_file  # Reading a folder does not need torch.
+
     try:
         check_is_model(folder)
         with replaced_folder(folder) as partial:
@@ -391,60 +403,51 @@ def write_model(model: RankingModel, folder: Path, *, card: str | None, weights_
         ) from error
 
 
-def opened_model(kind: type[Model], folder: Path, tables: SharedTables | None = None) -> Model:
-    """Read a folder of `RankingModel.save_pretrained`.
+@dataclass(frozen=True, slots=True)
+class SavedModel:
+    """What the files of a model hold."""
 
-    Args:
-        tables: gets the large arrays, and gives those that other models hold; only for a model that does not change.
-            None reads all.
+    folder: Path
+    """Where it was read from, for errors."""
+    description: ModelDescription
+    weights: dict[str, NDArray[Any]]
+    """By name, mapped: float32, and rows as int32."""
+    items: Vocabulary
+    features: ItemFeatureTable | None
+    """Of the items; None without columns."""
+    readers: dict[str, RowFeatureReader | None]
+    """By name in ROW_FEATURES."""
 
-    Raises:
-        CheckpointError: as `RankingModel.from_pretrained`.
-    """
-    saved = ModelDescription.read(folder)
-    if saved.config.architecture is not kind.architecture:
-        raise CheckpointError(
-            f"{folder}: holds a model of architecture {saved.config.architecture.value}, but {kind.__name__} needs "
-            f"{kind.architecture.value}; name a model that was trained with "
-            f"model.architecture={kind.architecture.value}"
-        )
-    columns = saved.schema.item_features
-    try:
-        items_files, features_files = ("items.*",), (FEATURES_FILE, "item_values_*")
-        saved.check_files(folder, WEIGHTS_FILE, *items_files, FEATURES_FILE, "*_values_*")
-        weights = _read_weights(folder / WEIGHTS_FILE, tables)
-        tables = SharedTables(None) if tables is None else tables
-        items = tables.take_files(saved.files, items_files, lambda: Vocabulary.load(folder, "items"))
-        features = None
-        if columns:
-            features = tables.take_files(saved.files, features_files, lambda: ItemFeatureTable.load(folder, columns))
-        readers = {
-            name: RowFeatureReader.load(folder, name.removesuffix("_features"), getattr(saved.schema, name))
-            for name in ROW_FEATURES
-        }
-    except (OSError, ValueError, SafetensorError, LogFormatError) as error:
-        raise unreadable_model(folder, error) from error
-    num_values = sum(weight.numel() for weight in weights.values())
-    too_large = CheckpointError(
-        f"{folder}/{WEIGHTS_FILE} does not fit its config.json, which asks for far more than its {num_values} "
-        "values; export the model again"
-    )
-    try:
-        # The drawn weights are replaced at once, so the caller's random state must not advance.
-        limit = AllocationLimit(4 * num_values + _SPARE_VALUES, too_large)
-        with torch.random.fork_rng(devices=[]), limit, tables_from_file():
-            model = kind(saved.config, saved.schema, items, saved.data)
-        model.take_weights(weights)
-        if (transitions := model.transitions) is not None:
-            transitions.check()
-        model.set_item_features(features)
-        for name, reader in readers.items():
-            setattr(model, name, reader)
+    @classmethod
+    def read(cls, folder: Path, tables: SharedTables | None = None) -> SavedModel:
+        """Read a folder of `RankingModel.save_pretrained`.
+
+        Args:
+            tables: gets the large arrays, and gives those that other models hold; only for a model that does not
+                change. None reads all.
+
+        Raises:
+            CheckpointError: as `RankingModel.from_pretrained`.
+        """
+        saved = ModelDescription.read(folder)
+        columns = saved.schema.item_features
+        try:
+            items_files, features_files = ("items.*",), (FEATURES_FILE, "item_values_*")
+            saved.check_files(folder, WEIGHTS_FILE, *items_files, FEATURES_FILE, "*_values_*")
+            weights = _read_weights(folder / WEIGHTS_FILE, tables)
+            tables = SharedTables(is_shared=False) if tables is None else tables
+            items = tables.take_files(saved.files, items_files, lambda: Vocabulary.load(folder, "items"))
+            features = None
+            if columns:
+                features = tables.take_files(
+                    saved.files, features_files, lambda: ItemFeatureTable.load(folder, columns)
+                )
+            readers = {
+                name: RowFeatureReader.load(folder, name.removesuffix("_features"), getattr(saved.schema, name))
+                for name in ROW_FEATURES
+            }
+        except (OSError, ValueError, SafetensorError, LogFormatError) as error:
+            raise unreadable_model(folder, error) from error
         if saved.num_trained_items > len(items):
-            raise RuntimeError(f"it knows {len(items)} items, but was trained on {saved.num_trained_items}")
-        model.num_trained_items = saved.num_trained_items
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{folder}/{WEIGHTS_FILE} does not fit its config.json: {error}; copy the model again, or export it again"
-        ) from error
-    return model
+            raise does_not_fit(folder, f"it knows {len(items)} items, but was trained on {saved.num_trained_items}")
+        return cls(folder, saved, weights, items, features, readers)

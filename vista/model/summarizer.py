@@ -346,6 +346,14 @@ class Summarizer(nn.Module):
         summary: Tensor = self.final_norm(x)
         return summary.view(count, num_seeds, self.config.dim)
 
+    def of_nothing(self) -> Tensor:
+        """Summary [1, S, M] of an empty history."""
+        if self.config.mixing is Mixing.separable:
+            state = self.empty_state(1)
+            return self.read(state.z, state.n)
+        nothing = self.seeds.new_empty(0, self.config.dim)
+        return self.summarize_set(nothing, torch.zeros(2, dtype=torch.int64, device=self.seeds.device))
+
     def summarize_set(self, tokens: Tensor, offsets: Tensor) -> Tensor:
         """Bidirectional mixing: packed tokens [T, M] with offsets int64 [B+1] -> summaries [B, S, M]."""
         count, num_seeds = len(offsets) - 1, len(self.seeds)

@@ -21,13 +21,13 @@ import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 
+from vista.arrays import Float32s, Int
 from vista.config import DataConfig, ModelConfig, OptimConfig
 from vista.config.checks import Architecture, Mixing, Precision, planned
 from vista.examples.batch import Batch, BatchEvents
-from vista.examples.item_spaces import Pooled
 from vista.log.histories import UNKNOWN_GAP
 from vista.log.vocabulary import Vocabulary
-from vista.model.features import EncodedRows, RowFeatureReader, Schema
+from vista.model.features import EncodedRows, Schema
 from vista.model.item_projections import save_item_projections
 from vista.model.layers import CandidateHead, FeedForward, GatedOutput, frozen, module_list, norm, split_heads
 from vista.model.losses import (
@@ -41,6 +41,7 @@ from vista.model.losses import (
 )
 from vista.model.ranking_model import RankingModel
 from vista.model.saved_model import ModelDescription
+from vista.model.serving_model import EMPTY_FILE, input_scale
 from vista.model.summarizer import Summarizer
 from vista.model.target_attention import TargetAttention, TargetContext
 from vista_kernels import causal_linear_attention
@@ -152,18 +153,11 @@ class VistaModel(RankingModel):
         self._identified = b"", b""
         """Hash of the inputs that `summarizer_id` was last computed from, and the id."""
 
-    @property
-    def tail_features(self) -> RowFeatureReader | None:
-        """How stage 2 reads features of events; None if it reads none."""
-        count, events = self.schema.num_tail_features, self.event_features
-        return events.first(count) if events is not None and count else None
-
     def _input_scale(self) -> list[float]:
         """Factors of the inputs that labeled tasks read (`candidate_inputs`); none without pooled vectors."""
         if not self.stage1.pooled_dim or not self.schema.tasks:
             return []
-        sizes = len(Pooled), self.item_statistics.shape[1], self.item_rates.shape[1]
-        return [factor for factor, size in zip((4.0, 1.0, 4.0), sizes, strict=True) for _ in range(size)]
+        return input_scale(self.item_statistics.shape[1], self.item_rates.shape[1])
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         encoded, summaries, context = self._contexts(batch, item_vectors)
@@ -423,7 +417,7 @@ class VistaModel(RankingModel):
         return torch.cat([cosines, self.item_statistics[rows], self.item_rates[rows]], -1)
 
     @torch.inference_mode()
-    def project_items(self, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def project_items(self, rows: Int) -> tuple[Float32s | None, Float32s | None]:
         """What scoring reads of items (`ItemProjections`), float32.
 
         Args:
@@ -433,11 +427,19 @@ class VistaModel(RankingModel):
             (vectors [N, M'] of `retrieval_items`, or None without the retrieval head;
              [N, 5M] vector, query, gate, key and value of the first layer of stage 2, or None without labeled tasks).
         """
-        vectors = self.item_vectors(rows).float()
-        retrieval = self.retrieval_items(vectors, rows) if self.has_retrieval else None
+        index = torch.from_numpy(rows).to(self.device)
+        vectors = self.item_vectors(index).float()
+        retrieval = self.retrieval_items(vectors, index).cpu().numpy() if self.has_retrieval else None
         if not self.schema.tasks:
             return retrieval, None
-        return retrieval, torch.cat([vectors, self.target_attention.layers[0].project(vectors)], -1)
+        return retrieval, torch.cat([vectors, self.target_attention.layers[0].project(vectors)], -1).cpu().numpy()
+
+    @torch.inference_mode()
+    def empty_summary(self) -> Tensor:
+        """float32 [1, S, M] summary of an empty history, which is also that of unknown users."""
+        if self.summarizer is None:
+            return torch.zeros(1, 0, self.config.dim, device=self.device)
+        return self.summarizer.of_nothing().float()
 
     def with_tail(self, tail_len: int) -> VistaModel:
         """The same model with a shorter tail: cheaper to score, and no training needed. The two share their weights.
@@ -478,6 +480,9 @@ class VistaModel(RankingModel):
 
     def save_serving_tables(self, folder: Path) -> None:
         save_item_projections(self, folder)
+        training = self.training
+        np.save(folder / EMPTY_FILE, self.eval().empty_summary()[0].cpu().numpy())
+        self.train(training)
 
     def description(self) -> ModelDescription:
         return replace(super().description(), summarizer_id=self.summarizer_id().hex())

@@ -1,6 +1,6 @@
 """The scorer: what ranking code calls (`vista.scorer.scorer`)."""
 
-from vista.model.ranking_model import NEXT_TASK
+from vista.model.serving_model import NEXT_TASK
 from vista.scorer.explanation import Explanation, Reason
 from vista.scorer.ranking import Ranking
 from vista.scorer.request import NOW

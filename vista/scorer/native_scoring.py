@@ -9,28 +9,25 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from vista.arrays import Int
 from vista.config.checks import Precision, ScoringBackend, TargetAttentionKind
-from vista.errors import ConfigError
+from vista.counters.counters import MAX_CODE
+from vista.errors import CheckpointError, ConfigError
 from vista.examples.item_spaces import Pooled
-from vista.examples.transitions import NUM_RECENT, RECENT_DECAY, newest_first
+from vista.examples.item_statistics import NUM_RECENT, RECENT_DECAY
 from vista.log.histories import NUM_GAPS
-from vista.model import inference
-from vista.model.inference import PaddedTail
-from vista.model.item_projections import ItemProjections
-from vista.model.ranking_model import NEXT_TASK
-from vista.model.target_attention import PointwiseLayer, SoftmaxLayer, TargetLayer
-from vista.model.vista_model import VistaModel
+from vista.model.features import EncodedRows
+from vista.model.item_projections import NORM_EPS, ItemProjections
+from vista.model.serving_model import NEXT_TASK, PaddedTail, ServingModel, gap_buckets, input_scale, newest_first
 from vista.scorer.request import Request
-from vista.scorer.request_features import PairFeatures, RequestProjections
+from vista.scorer.request_features import PairFeatures
+from vista.threads import num_threads
 from vista_kernels.cpp_backend.library import (
     CountedItems,
     CountedPairs,
@@ -78,45 +75,48 @@ class Pairs:
             yield first, user, place if self.rows is None else self.rows[place]
 
 
+MAX_PREPARED_ROWS = 1 << 14
+"""At M = 256, a table of so many rows takes 84 MB."""
+
+
 class NativeScoring:
     """Scores by the C++ library."""
 
-    def __init__(
-        self,
-        model: VistaModel,
-        items: ItemProjections,
-        time_projections: Tensor | None,
-        of_features: RequestProjections | None,
-        code_vectors: Tensor | None,
-    ) -> None:
+    def __init__(self, model: ServingModel, items: ItemProjections) -> None:
         """
         Args:
-            model: in eval mode, on the CPU.
+            model: on the CPU.
             items: projections of its items.
-            time_projections: [NUM_GAPS, 5M] what the time of a request adds to candidates; None without times.
-            of_features: what features of requests add; None without them.
-            code_vectors: [G * F * 64, 5M] what codes of counters add; None without them.
 
         Raises:
             LibraryError: the library is missing, or lacks this kind of model; the message says why.
+            KeyError, ValueError: a weight is missing, or has a wrong shape.
         """
-        self._model = model
-        self._native = ScoringModel(scoring_plan(model, _array(code_vectors)))
-        self._candidates, self._retrieval = _array(items.candidate), _array(items.retrieval)
-        self._times, self._of_features = _array(time_projections), of_features
-        is_plain = model.config.embedding_rows == 0 and model.features is None
+        self._model, weights = model, model.weights
+        is_plain = model.config.embedding_rows == 0 and not model.schema.item_features
+        self._actions, self._gaps = event_tables(model)
+        self._native = ScoringModel(scoring_plan(model, self._actions, self._gaps))
+        self._candidates, self._retrieval = items.candidate, items.retrieval
         self._vectors = self._candidates
         """[1 + V, at least M] whose first M columns are item vectors; None if requests compute those that they need."""
         if self._vectors is None and is_plain:
-            self._vectors = _array(model.item_table)
-        self._reads = ItemReads(
-            *(_array(getattr(model, name, None)) for name in ("item_space", "item_statistics", "item_rates"))
-        )
+            self._vectors = weights["item_table"]
+        self._reads = ItemReads(*(weights.get(name) for name in ("item_space", "item_statistics", "item_rates")))
+        self._projection = weights["target_attention.request_projection.weight"].T.astype(np.float64)
+        self._times = None if self._gaps is None else self._projected(self._gaps)
+        """[NUM_GAPS, 5M] what the time of a request adds to candidates; None without times."""
+        self._prepared: Floats | None = None
+        """[R, 5M] what each value of features of requests, then each dense input, adds to candidates; None without
+        features, or if there are too many values."""
+        if model.request_features is not None:
+            rows = [weights[name] for name in ("request_encoder.values", "request_encoder.dense") if name in weights]
+            if sum(map(len, rows)) <= MAX_PREPARED_ROWS:
+                self._prepared = self._projected(np.concatenate(rows))
 
     def __str__(self) -> str:
         return f"native, vectors of {self._native.lanes} floats"
 
-    def task_scores(self, request: Request, pairs: Pairs, tasks: list[str]) -> dict[str, Tensor]:
+    def task_scores(self, request: Request, pairs: Pairs, tasks: list[str]) -> dict[str, Floats]:
         """Scores per task, float32 [N].
 
         Args:
@@ -126,13 +126,12 @@ class NativeScoring:
         made = self.run(request, pairs, logits=labeled, scores=NEXT_TASK in tasks, probabilities=True)
         scores = {}
         if made.scores is not None:
-            scores[NEXT_TASK] = torch.from_numpy(made.scores)
+            scores[NEXT_TASK] = made.scores
         if made.logits is not None:
-            probability, names = torch.from_numpy(made.logits), self._model.schema.tasks
-            scores |= {task: probability[:, names.index(task)].contiguous() for task in tasks if task != NEXT_TASK}
+            columns, names = made.logits.T, self._model.schema.tasks
+            scores |= {task: np.ascontiguousarray(columns[names.index(task)]) for task in tasks if task != NEXT_TASK}
         return {task: scores[task] for task in tasks}
 
-    @torch.inference_mode()
     def run(
         self,
         request: Request,
@@ -156,7 +155,7 @@ class NativeScoring:
             others = self.run(request, pairs, scores=scores, user_vectors=user_vectors)
             count = len(self._model.items) + 1
             used, rows = (np.arange(count), None) if pairs.rows is None else np.unique(pairs.rows, return_inverse=True)
-            vectors = self._model.item_vectors(torch.from_numpy(used)).numpy()
+            vectors = self._item_vectors(used)
             places = replace(pairs, rows=rows)
             tables = self._reads.space, self._reads.statistics, self._reads.rates
             reads = ItemReads(*(None if table is None else table[used] for table in tables))
@@ -171,15 +170,14 @@ class NativeScoring:
         """Compute what is wanted, of pairs whose rows of `candidates` and `reads` are `places`."""
         logits, scores = wanted.get("logits", False), wanted.get("scores", False)
         features = None
-        if logits and self._of_features is not None:
-            features = self._features(self._of_features, request.features, len(request))
+        if logits and self._model.request_features is not None:
+            features = self._features(request.features, len(request))
         counted, counted_next = self._counted(request, pairs, logits=logits, scores=scores)
-        recent, transitions = None, self._model.transitions
-        if scores and transitions is not None:
-            newest = newest_first(request.tail.item).numpy()
-            recent = RecentItems(newest, transitions.item.numpy(), transitions.weight.numpy())
+        recent, followers = None, self._model.weights.get("transition_items")
+        if scores and followers is not None:
+            recent = RecentItems(newest_first(request.tail.item), followers, self._model.weights["transition_weights"])
         asked = ScoringRequest(
-            summary=np.ascontiguousarray(request.summary.numpy()),
+            summary=np.ascontiguousarray(request.summary),
             events=self._events(request.tail),
             offsets=pairs.offsets,
             rows=places.rows,
@@ -187,46 +185,67 @@ class NativeScoring:
             candidates=candidates,
             retrieval=self._retrieval,
             added=self._of_users(request),
-            pooled=_array(request.pooled),
+            pooled=request.pooled,
             reads=reads,
             recent=recent,
             features=features,
             counted=counted,
             counted_next=counted_next,
         )
-        return self._native.score(asked, **wanted, threads=torch.get_num_threads())
+        return self._native.score(asked, **wanted, threads=num_threads())
+
+    def _item_vectors(self, rows: Int) -> Floats:
+        """float32 [..., M] of model rows that share rows of a table or have features, which torch computes."""
+        model = self._model.vista_model  # built outside of inference mode, in which its weights would have no versions
+        import torch
+
+        with torch.inference_mode():
+            vectors: Floats = model.item_vectors(torch.from_numpy(rows)).numpy()
+            return vectors
 
     def _events(self, tail: PaddedTail) -> EventRows:
-        encoder, added = self._model.encoder, None
-        if self._vectors is None:
-            vectors = self._model.item_vectors(torch.from_numpy(tail.item))
-            action, gap = torch.from_numpy(tail.action), torch.from_numpy(tail.gap)
-            added = _array(encoder(vectors, action, gap, features=tail.features))
-            return EventRows(tail.valid, None, tail.action, tail.gap, None, added)
-        if encoder.features is not None and tail.features is not None:
-            added = _array(encoder.features(tail.features))
-        return EventRows(tail.valid, tail.item, tail.action, tail.gap, self._vectors, added)
+        added = None if tail.features is None else self._of_rows("encoder.features", tail.features)
+        if self._vectors is not None:
+            return EventRows(tail.valid, tail.item, tail.action, tail.gap, self._vectors, added)
+        whole = self._item_vectors(tail.item)
+        for table, values in ((self._actions, tail.action), (self._gaps, tail.gap)):
+            whole = whole if table is None else whole + table[values]
+        return EventRows(tail.valid, None, tail.action, tail.gap, None, whole if added is None else whole + added)
+
+    def _of_rows(self, name: str, rows: EncodedRows) -> Floats:
+        """float32 [..., M] vectors of features, as of `RowFeatureEncoder`."""
+        weights = self._model.weights
+        vectors: Floats = weights[f"{name}.values"][rows.entry].sum(-2)
+        for place in range(rows.dense.shape[-1]):
+            vectors += rows.dense[..., place : place + 1] * weights[f"{name}.dense"][place]
+        return vectors
+
+    def _projected(self, vectors: Floats) -> Floats:
+        """[N, 5M] vectors [N, M], and their projections in the first layer of stage 2. In float64, so that the bits of
+        a row do not depend on the others."""
+        return np.concatenate([vectors, (vectors @ self._projection).astype(np.float32)], 1)
 
     def _of_users(self, request: Request) -> Floats | None:
         """[B, 5M] what the time of a request and features of the user add to query tokens."""
-        bucket = inference.request_bucket(self._model, request.now, request.tail)
-        times = None if bucket is None or self._times is None else self._times[bucket.numpy()[:, 0]]
-        return _sum(times, _array(inference.user_feature_vectors(self._model, request.users, len(request))))
+        bucket = gap_buckets(self._model, request.now, request.tail)
+        times = None if bucket is None or self._times is None else self._times[bucket]
+        if (reader := self._model.user_features) is None:
+            return times
+        users = reader.missing(len(request)) if request.users is None else request.users
+        of_features = self._of_rows("user_encoder", users)
+        return of_features if times is None else times + of_features
 
-    def _features(
-        self, projections: RequestProjections, features: PairFeatures | None, num_users: int
-    ) -> PairFeatureRows:
+    def _features(self, features: PairFeatures | None, num_users: int) -> PairFeatureRows:
         reader = self._model.request_features
         assert reader is not None
         if features is None:
             features = PairFeatures(reader.missing(1), np.zeros(num_users, np.int64), False)
         rows, first = features.rows, np.ascontiguousarray(features.first, np.int64)
-        if projections.table is None:  # Each pair's own sum is its row of the table.
-            table, entries = _array(projections.of(rows, len(rows))), np.arange(len(rows))[:, None]
-            dense = np.zeros((len(rows), 0), np.float32)
+        if self._prepared is None:  # Each pair's own sum is its row of the table.
+            table = self._projected(self._of_rows("request_encoder", rows))
+            entries, dense = np.arange(len(rows))[:, None], np.zeros((len(rows), 0), np.float32)
         else:
-            table, entries, dense = _array(projections.table), rows.entry, rows.dense
-        assert table is not None
+            table, entries, dense = self._prepared, rows.entry, rows.dense
         return PairFeatureRows(
             table,
             not features.per_candidate,
@@ -240,7 +259,7 @@ class NativeScoring:
     ) -> tuple[CountedPairs | None, CountedItems | None]:
         """The pairs that the users' counters count, for logits and for the retrieval head."""
         counters, model = request.counters, self._model
-        logits, scores = logits and model.candidate_head is not None, scores and model.counted is not None
+        scores = scores and model.has_retrieval
         if counters is None or not (logits or scores):
             return None, None
         found, codes, items, places = [], [], [], []
@@ -264,104 +283,119 @@ class NativeScoring:
         )
 
 
-def scoring_plan(model: VistaModel, code_vectors: Floats | None) -> ScoringPlan:
+def event_tables(model: ServingModel) -> tuple[Floats | None, Floats | None]:
+    """Vectors of actions and of gaps that are added to events; None for a table that the model lacks."""
+    weights = model.weights
+    if model.config.embedding_rows == 0:
+        return weights.get("encoder.action.weight"), weights.get("encoder.gap.weight")
+    import torch  # Values share rows of a table by hashes, which torch computes.
+
+    encoder = model.vista_model.encoder
+    sizes = (encoder.action, len(model.schema.actions)), (encoder.gap, NUM_GAPS)
+    actions, gaps = (None if table is None else table(torch.arange(size)).detach().numpy() for table, size in sizes)
+    return actions, gaps
+
+
+def scoring_plan(model: ServingModel, actions: Floats | None, gaps: Floats | None) -> ScoringPlan:
     """The weights of a model for the library.
 
     Args:
-        code_vectors: as in `NativeScoring`.
+        actions, gaps: of `event_tables`.
+
+    Raises:
+        KeyError: a weight is missing.
+        ValueError: the seeds have a wrong shape.
     """
-    stage, config, counted = model.target_attention, model.config, model.counted
-    actions, gaps = (
-        None if table is None else _array(table(torch.arange(size, device=model.device)))
-        for table, size in ((model.encoder.action, len(model.stage1.actions)), (model.encoder.gap, NUM_GAPS))
-    )
-    head, term, transitions, spec = model.task_head, model.statistics, model.transitions, model.counter_spec
-    num_recent = 0 if transitions is None else min(NUM_RECENT, config.tail_len)
-    pooled, scale = len(Pooled) if config.space_dim else 0, np.float32(math.sqrt(config.dim))
-    wide_weight, wide_bias = np.zeros((pooled, config.dim), np.float32), np.zeros(pooled, np.float32)
-    if term is not None:
-        wide_weight, wide_bias = scale * _weight(term.weight.weight), _weight(term.weight.bias)
-    candidate_head = None
-    if (of_candidates := model.candidate_head) is not None:
-        candidate_head = _network(of_candidates.network)
-        num_scaled = len(of_candidates.input_scale)  # the last inputs, after the codes
-        if num_scaled:
-            candidate_head.first[:, -num_scaled:] *= of_candidates.input_scale.numpy()
+    config, weights, spec = model.config, model.weights, model.counter_spec
+    is_softmax = config.target_attention is TargetAttentionKind.softmax
+    pooled = len(Pooled) if config.space_dim else 0
+    columns, statistics = 0 if spec is None else spec.num_fields * spec.num_columns, weights.get("item_statistics")
+    wide_weight, wide_bias, wide = np.zeros((pooled, config.dim), np.float32), np.zeros(pooled, np.float32), 1.0
+    scale, stage = np.float32(math.sqrt(config.dim)), "target_attention."
+    counts_next = spec is not None and model.has_retrieval
+    if "statistics.gain" in weights:
+        wide = float(weights["statistics.gain"])
+        wide_weight, wide_bias = scale * weights["statistics.weight.weight"], _copied(weights["statistics.weight.bias"])
+    followers = weights.get("transition_items")
+    tasks, candidate_head = len(model.schema.tasks), None
+    if tasks and (columns or pooled):
+        candidate_head = _network(weights, "candidate_head.network.")
+        if pooled:  # the last inputs, after the codes
+            assert statistics is not None
+            factors = np.float32(input_scale(statistics.shape[1], tasks))
+            candidate_head.first[:, -len(factors) :] *= factors
+    kind = _copied(weights[f"{stage}summary_kind"])
+    if kind.shape != (config.num_seeds, config.dim):
+        raise ValueError(f"{stage}summary_kind is of shape {list(kind.shape)}")
     return ScoringPlan(
-        softmax=config.target_attention is TargetAttentionKind.softmax,
+        softmax=is_softmax,
         heads=config.num_heads,
         tail=config.tail_len,
-        norm_eps=stage.final_norm.eps,
-        input_scale=stage.scale,
+        norm_eps=NORM_EPS,
+        input_scale=1.0 if is_softmax else config.dim**0.5,
         temperature=model.temperature,
-        layers=[_layer_weights(layer) for layer in stage.layers],
-        summary_norm=_weight(stage.summary_norm.weight),
-        summary_kind=_weight(stage.summary_kind),
-        final_norm=_weight(stage.final_norm.weight),
-        task_weight=np.zeros((0, config.dim), np.float32) if head is None else _weight(head.weight),
-        task_bias=np.zeros(0, np.float32) if head is None else _weight(head.bias),
-        actions=actions,
-        gaps=gaps,
-        request=_weight(model.request),
+        layers=[
+            _layer_weights(weights, f"{stage}layers.{index}.", is_softmax=is_softmax)
+            for index in range(config.num_target_layers)
+        ],
+        summary_norm=_copied(weights[f"{stage}summary_norm.weight"]),
+        summary_kind=kind,
+        final_norm=_copied(weights[f"{stage}final_norm.weight"]),
+        task_weight=_copied(weights["task_head.weight"]) if tasks else np.zeros((0, config.dim), np.float32),
+        task_bias=_copied(weights["task_head.bias"]) if tasks else np.zeros(0, np.float32),
+        actions=None if actions is None else _copied(actions),
+        gaps=None if gaps is None else _copied(gaps),
+        request=_copied(weights["request"]),
         space=config.space_dim,
         pooled=pooled,
-        statistics=model.item_statistics.shape[1] if hasattr(model, "item_statistics") else 0,
-        gain=1.0 if term is None else float(term.gain.detach()),
+        statistics=0 if statistics is None else statistics.shape[1],
+        gain=wide,
         wide_weight=wide_weight,
         wide_bias=wide_bias,
-        decay=RECENT_DECAY ** np.arange(num_recent, dtype=np.float32),
-        followers=0 if transitions is None else transitions.item.shape[1],
-        gate_weight=None if counted is None else scale * _weight(counted.gate.weight)[0],
-        gate_bias=0.0 if counted is None else float(counted.gate.bias.detach()),
-        columns=0 if spec is None else spec.num_fields * spec.num_columns,
-        code_vectors=code_vectors,
+        decay=RECENT_DECAY ** np.arange(0 if followers is None else min(NUM_RECENT, config.tail_len), dtype=np.float32),
+        followers=0 if followers is None else followers.shape[1],
+        gate_weight=scale * weights["counted.gate.weight"][0] if counts_next else None,
+        gate_bias=float(weights["counted.gate.bias"][0]) if counts_next else 0.0,
+        columns=columns,
+        code_vectors=code_vectors(weights["candidate_head.added.weight"], columns) if tasks and columns else None,
         candidate_head=candidate_head,
-        counted_head=None if counted is None else _network(counted.network),
+        counted_head=_network(weights, "counted.network.") if counts_next else None,
     )
 
 
-def _layer_weights(layer: TargetLayer) -> dict[str, Floats]:
-    weights = {
-        "norm": _weight(layer.norm.weight),
-        "projections": _weight(layer.projections.weight),
-        "bias": _weight(layer.bias),
-    }
-    if isinstance(layer, SoftmaxLayer):
-        feed = layer.feed_forward
-        return weights | {
-            "head_norm": _weight(layer.output.head_norm.weight),
-            "out": _weight(layer.output.out.weight),
-            "feed_norm": _weight(feed.norm.weight),
-            "up": _weight(feed.up.weight),
-            "down": _weight(feed.down.weight),
-        }
-    assert isinstance(layer, PointwiseLayer)
-    return weights | {"head_norm": _weight(layer.head_norm.weight), "out": _weight(layer.out.weight)}
+def code_vectors(added: Floats, columns: int) -> Floats:
+    """[64 * columns, width]: row 64 f + c is what code c of column f adds to candidates (`CandidateHead.forward`).
+
+    Args:
+        added: [width, 2 * columns + fields] weight of the head's linear map.
+        columns: of codes of all fields.
+    """
+    level = np.arange(MAX_CODE + 1, dtype=np.float32)[:, None] / MAX_CODE
+    linear, square, counted = np.split(added.T, [columns, 2 * columns])
+    vectors = linear[:, None] * level + square[:, None] * level**2
+    vectors[:: columns // len(counted), 1:] += counted[:, None]  # The first code of a field tells that it counts.
+    return vectors.reshape(-1, len(added))
 
 
-def _network(network: nn.Sequential) -> Network:
-    first, _, second, _, last = network
-    return Network(
-        first=_weight(first.weight),
-        first_bias=_weight(first.bias),
-        second=_weight(second.weight),
-        second_bias=_weight(second.bias),
-        last=_weight(last.weight),
-    )
+def _layer_weights(weights: Mapping[str, Any], name: str, *, is_softmax: bool) -> dict[str, Floats]:
+    names = {"norm": "norm.weight", "projections": "projections.weight", "bias": "bias"}
+    if is_softmax:
+        names |= {"head_norm": "output.head_norm.weight", "out": "output.out.weight"}
+        names |= {"feed_norm": "feed_forward.norm.weight"}
+        names |= {part: f"feed_forward.{part}.weight" for part in ("up", "down")}
+    else:
+        names |= {"head_norm": "head_norm.weight", "out": "out.weight"}
+    return {part: _copied(weights[name + own]) for part, own in names.items()}
 
 
-def _weight(weight: Any) -> Floats:
-    return np.array(weight.detach().numpy(), np.float32)
+def _network(weights: Mapping[str, Any], name: str) -> Network:
+    parts = ("0.weight", "0.bias", "2.weight", "2.bias", "4.weight")
+    first, first_bias, second, second_bias, last = (_copied(weights[name + part]) for part in parts)
+    return Network(first=first, first_bias=first_bias, second=second, second_bias=second_bias, last=last)
 
 
-def _array(tensor: Tensor | None) -> Floats | None:
-    return None if tensor is None else tensor.detach().numpy()
-
-
-def _sum(first: Floats | None, second: Floats | None) -> Floats | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first + second
+def _copied(weight: Any) -> Floats:
+    return np.array(weight, np.float32)
 
 
 def _joined(parts: list[Int]) -> Int:
@@ -369,35 +403,36 @@ def _joined(parts: list[Int]) -> Int:
 
 
 def native_scoring(
-    backend: ScoringBackend,
-    precision: Precision,
-    model: VistaModel,
-    items: ItemProjections,
-    time_projections: Tensor | None,
-    of_features: RequestProjections | None,
-    code_vectors: Tensor | None,
+    backend: ScoringBackend, device: str, precision: Precision, model: ServingModel, items: ItemProjections
 ) -> NativeScoring | str:
     """The C++ library with a model's weights; or why torch computes the scores.
 
     Args:
-        backend: what the caller asks for; others are those of `NativeScoring`.
+        backend: what the caller asks for.
+        device: of the model, such as "cpu".
+        precision: of matrix products.
 
     Raises:
         ConfigError: the caller asks for the library, which cannot score this model here.
+        CheckpointError: a weight is missing, or has a wrong shape.
     """
     if backend is ScoringBackend.torch:
         return "asked for"
     try:
-        if model.device.type != "cpu":
-            raise LibraryError(f"the C++ library runs on CPUs, and the model is on {model.device}")
+        if device != "cpu":
+            raise LibraryError(f"the C++ library runs on CPUs, and the model is on {device}")
         if precision is not Precision.float32:
             raise LibraryError(f"the C++ library multiplies float32, and precision={precision.value}")
-        return NativeScoring(model, items, time_projections, of_features, code_vectors)
+        return NativeScoring(model, items)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"the weights of the model do not fit its config.json: {error}; copy the model again, or export it again"
+        ) from error
     except LibraryError as error:
         if backend is ScoringBackend.native:
             raise ConfigError(f"backend=native: {error}; or use backend=torch") from error
         # A device and a precision are choices of the caller; of a CPU and float32, more can be expected.
-        is_chosen = model.device.type != "cpu" or precision is not Precision.float32
+        is_chosen = device != "cpu" or precision is not Precision.float32
         level = logging.INFO if is_chosen else logging.WARNING
         logger.log(level, "scores are computed by torch, which takes about twice as long on a CPU: %s", error)
         return str(error)

@@ -9,19 +9,16 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
 from vista.config.checks import OnMissing
 from vista.errors import DeadlineError
 from vista.log.vocabulary import Vocabulary
-from vista.model import inference
-from vista.model.item_index import ItemIndex
-from vista.model.ranking_model import NEXT_TASK, UNKNOWN_ITEM
+from vista.model.serving_model import NEXT_TASK, UNKNOWN_ITEM, follower_rows
 from vista.scorer.request import (
     MAX_SCORES,
     Request,
@@ -30,6 +27,9 @@ from vista.scorer.request import (
     require_most,
 )
 from vista.scorer.serving_snapshot import Call, ServingSnapshot
+
+if TYPE_CHECKING:
+    from vista.model.item_index import ItemIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,11 @@ class ItemFilter:
 
     def excluded(self, snapshot: ServingSnapshot) -> Int:
         """Model rows of the items to leave out for all users, ascending."""
-        return np.unique(item_rows(snapshot.model, ids_of(self.exclude, "exclude"), "exclude"))
+        return np.unique(item_rows(snapshot.served, ids_of(self.exclude, "exclude"), "exclude"))
 
     def allowed(self, call: Call) -> NDArray[np.bool_] | None:
         """bool [1 + V]: rows of the items that `within` and `where` allow; None if neither is given."""
-        num_rows, mask = len(call.snapshot.model.items) + 1, None
+        num_rows, mask = len(call.snapshot.served.items) + 1, None
         if self.where is not None:
             mask = call.snapshot.items_by_value.mask(self.where, num_rows)
         if self.within is not None:
@@ -82,7 +82,7 @@ def ranked(
     """The best items for the one user of a request; arguments, result and errors are those of `Scorer.rank`."""
     deadline = None if timeout_s is None else time.perf_counter() + timeout_s
     require_top_k(top_k, "top_k")
-    snapshot, items = call.snapshot, call.snapshot.model.items
+    snapshot, items = call.snapshot, call.snapshot.served.items
     left_out = np.zeros(len(items) + 1, bool)
     left_out[UNKNOWN_ITEM] = True
     num_unknown = 0
@@ -105,8 +105,8 @@ def ranked(
     for rows in parts:
         if deadline is not None and time.perf_counter() > deadline:
             raise DeadlineError(f"the ranking took longer than {timeout_s:g} s; rank fewer candidates, or use retrieve")
-        given = None if len(rows) == len(left_out) else torch.from_numpy(rows)
-        scores = snapshot.scores(request, given, [task])[task][0].numpy()
+        given = None if len(rows) == len(left_out) else rows
+        scores = snapshot.scores(request, given, [task])[task][0]
         if call.on_missing is OnMissing.nan and request.missing[0]:
             scores[:] = np.nan
         kept = ~left_out[rows]
@@ -142,7 +142,10 @@ def best_items(items: Vocabulary, rows: Int, scores: NDArray[np.float32], top_k:
 
 def _best(rows: Int, scores: NDArray[np.float32], top_k: int) -> tuple[Int, NDArray[np.float32]]:
     """The rows with the best finite scores, and these scores, best first."""
-    best = torch.from_numpy(scores).topk(min(top_k, len(scores))).indices.numpy()
+    if top_k < len(scores):
+        chosen = np.sort(np.argpartition(scores, len(scores) - top_k)[len(scores) - top_k :])
+        rows, scores = rows[chosen], scores[chosen]
+    best = np.argsort(-scores, kind="stable")
     return rows[best], scores[best]
 
 
@@ -173,7 +176,7 @@ def retrieved(
     request = call.asked(features, None)
     excluded, allowed = wanted.excluded(snapshot), wanted.allowed(call)
     if allowed is None and len(excluded) > count:
-        allowed = np.ones(len(snapshot.model.items) + 1, np.bool_)
+        allowed = np.ones(len(snapshot.served.items) + 1, np.bool_)
     if allowed is not None:
         allowed[excluded] = False
         excluded = excluded[:0]
@@ -182,9 +185,9 @@ def retrieved(
         candidates = [rows[:0] if request.missing[user] else rows for user, rows in enumerate(candidates)]
     rows = np.concatenate([np.zeros(0, np.int64), *candidates])
     offsets = offsets_of(np.array([len(part) for part in candidates], np.int64))
-    scores = snapshot.ragged_scores(request, rows, offsets, [task])[task].numpy()
+    scores = snapshot.ragged_scores(request, rows, offsets, [task])[task]
     rankings = [
-        best_items(snapshot.model.items, rows[first:stop], scores[first:stop], top_k)
+        best_items(snapshot.served.items, rows[first:stop], scores[first:stop], top_k)
         for first, stop in pairwise(offsets.tolist())
     ]
     call.tally(candidates=len(rows), dropped=sum(ranking.num_dropped for ranking in rankings))
@@ -211,9 +214,9 @@ def _candidates(
         excluded: rows that may not be returned, even if allowed.
         exclude_tail: whether to leave out the items of the user's tail too.
     """
-    table, vectors = snapshot.retrieval_vectors(), snapshot.user_vectors(request)
+    table, vectors = snapshot.searched_vectors(), snapshot.user_vectors(request)
     counters, tail, nearest, of_users = request.counters, request.tail, [], []
-    followers = inference.follower_rows(snapshot.model, tail.item)
+    followers = follower_rows(snapshot.served, tail.item)
     for user in range(len(request)):
         own = own_tail = np.unique(tail.item[user][tail.valid[user]]).astype(np.int64)
         if counters is not None:
@@ -230,7 +233,7 @@ def _candidates(
         of_users.append(own if allowed is None else own[allowed[own]])
     if any(len(rows) > count for rows in nearest):
         rows, offsets = np.concatenate(nearest), offsets_of(np.array([len(part) for part in nearest], np.int64))
-        scores = snapshot.ragged_scores(request, rows, offsets, [NEXT_TASK])[NEXT_TASK].numpy()
+        scores = snapshot.ragged_scores(request, rows, offsets, [NEXT_TASK])[NEXT_TASK]
         bounds = pairwise(offsets.tolist())
         nearest = [_best(rows[first:stop], scores[first:stop], count)[0] for first, stop in bounds]
     return [np.union1d(*parts) for parts in zip(nearest, of_users, strict=True)]

@@ -13,20 +13,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from vista.arrays import Int, id_array, offsets_of
+from vista.arrays import Float32s, Int, id_array, is_tensor, offsets_of
 from vista.counters.counters import CounterCodes, cells_of, decode_values
 from vista.counters.keys import ItemKeys, UserCounters, newest_items
 from vista.errors import shown
 from vista.examples.item_spaces import pooled_vectors
 from vista.log.histories import DAY_MS, LATEST_MS, YEAR_1971_MS, RowColumn
 from vista.model.features import EncodedRows
-from vista.model.inference import PaddedTail, pooled_sums
-from vista.model.ranking_model import RankingModel
-from vista.model.vista_model import VistaModel
+from vista.model.serving_model import PaddedTail, Readings, ServingModel
 from vista.scorer.request_features import PairFeatures, of_users
 from vista.store.reader import StoredBatch
 from vista.store.record import Tail
@@ -53,7 +49,7 @@ MAX_TAIL_EVENTS = 1 << 20
 class Request:
     """Summaries, tails, times and features of B users' requests."""
 
-    summary: Tensor
+    summary: Float32s
     """float32 [B, S, M]."""
     tail: PaddedTail
     now: Int | None
@@ -64,7 +60,7 @@ class Request:
     """Number of the store's generation from which the records come; 0 if there are none."""
     counters: RequestCounters | None = None
     """Of the B users; None without counters."""
-    pooled: Tensor | None = None
+    pooled: Float32s | None = None
     """float32 [B, J, r] from `pooled_vectors`; None for a model without."""
     features: PairFeatures | None = None
     """Of the B requests; None if all are missing."""
@@ -74,7 +70,7 @@ class Request:
     def __len__(self) -> int:
         return len(self.missing)
 
-    def with_features(self, model: VistaModel, given: Any, candidates: int | Int | None) -> Request:
+    def with_features(self, model: ServingModel, given: Any, candidates: int | Int | None) -> Request:
         """The same request with the features that a caller passes, of the request and of the users.
 
         Arguments and errors are those of `PairFeatures`. A name that both have belongs to the request.
@@ -143,7 +139,7 @@ class RequestCounters(UserCounters):
         others = tuple(one.select(index) for one in self.others)
         return self._made_of(self.codes.select(index), self.num_events[index], others, self.keys, self.newest[index])
 
-    def find(self, users: slice, rows: Tensor | None, columns: slice) -> tuple[Int, Int, Int]:
+    def find(self, users: slice, rows: Int | None, columns: slice) -> tuple[Int, Int, Int]:
         """The counted items in a rectangle of users and columns: user and column within it, and place in `codes`.
 
         Args:
@@ -190,7 +186,7 @@ class RequestCounters(UserCounters):
         found = np.flatnonzero(codes[:, :: self.codes.spec.num_columns].any(1))
         return found, self._with_event_counts(codes[found], user[found])
 
-    def counted_pairs(self, users: slice, rows: Tensor | None, columns: slice) -> tuple[Int, Int, NDArray[np.uint8]]:
+    def counted_pairs(self, users: slice, rows: Int | None, columns: slice) -> tuple[Int, Int, NDArray[np.uint8]]:
         """The candidates in a rectangle of which the key in any field is counted: user and column within it, int64 [n]
         each, and their codes uint8 [n, G * F + 1] (`of_pairs`). Arguments are those of `find`."""
         if not self.others:
@@ -222,8 +218,8 @@ class RequestCounters(UserCounters):
 
 
 def request_pooled(
-    model: VistaModel, stored: StoredBatch, tail: Tail, is_fresh: Bools, padded: PaddedTail
-) -> Tensor | None:
+    model: ServingModel, stored: StoredBatch, tail: Tail, is_fresh: Bools, padded: PaddedTail
+) -> Float32s | None:
     """Pooled vectors of requests, float32 [B, J, r]; None for a model without.
 
     Args:
@@ -232,19 +228,19 @@ def request_pooled(
     """
     if not (width := model.config.space_dim):
         return None
-    fresh = np.flatnonzero(is_fresh)
-    new = pooled_sums(model, tail.items[fresh], np.searchsorted(fresh, tail.offsets))
-    sums = stored.summary[:, -1, :width].astype(np.float64) * stored.event_count[:, None] + new
-    return pooled_vectors(model.item_space, torch.from_numpy(sums), padded.item)
+    space, sums = model.weights["item_space"], stored.summary[:, -1, :width] * stored.event_count[:, None]
+    if is_fresh.any():
+        owner = np.repeat(np.arange(len(sums)), np.diff(tail.offsets))
+        np.add.at(sums, owner[is_fresh], space[tail.items[is_fresh]])
+    return pooled_vectors(space, sums, padded.item)
 
 
-def _rectangle(rows: Tensor, users: slice, columns: slice) -> Int:
+def _rectangle(rows: Int, users: slice, columns: slice) -> Int:
     """Rows of candidates, [C] or [B, C], of some users and columns: int64 [columns] or [users, columns]."""
-    part: Int = (rows[columns] if rows.ndim == 1 else rows[users, columns]).cpu().numpy()
-    return part
+    return rows[columns] if rows.ndim == 1 else rows[users, columns]
 
 
-def with_fresh_events(model: VistaModel, stored: StoredBatch, tail: Tail, *, refuse: bool) -> tuple[Tail, Bools, Bools]:
+def with_fresh_events(model: Readings, stored: StoredBatch, tail: Tail, *, refuse: bool) -> tuple[Tail, Bools, Bools]:
     """Merge the stored tails of a batch with a caller's tail, whose items are raw ids.
 
     Args:
@@ -396,7 +392,7 @@ def _column(name: Any, values: Any) -> Any:
     return array
 
 
-def _model_features(model: VistaModel, tail: Tail) -> Mapping[str, RowColumn]:
+def _model_features(model: Readings, tail: Tail) -> Mapping[str, RowColumn]:
     """Features of a caller's events, with the model's codes, in the columns that stage 2 reads.
 
     Callers may also name the columns that only stage 1 reads.
@@ -466,7 +462,7 @@ def length_of(values: Any) -> int:
 def ids_of(values: Any, name: str) -> Any:
     """Ids in the form that the store and the vocabulary accept: a sequence or an array."""
     require_most(length_of(values), MAX_IDS, name)
-    if isinstance(values, Tensor):
+    if is_tensor(values):
         return values.cpu().numpy()
     if hasattr(values, "to_numpy"):  # a column of pandas or Polars
         return values.to_numpy()
@@ -478,7 +474,7 @@ def ids_of(values: Any, name: str) -> Any:
 def array_of(values: Any, name: str) -> NDArray[Any]:
     """Convert an argument to an array; a ValueError names it if its rows differ in length."""
     try:
-        return id_array(values.cpu() if isinstance(values, Tensor) else values)
+        return id_array(values.cpu() if is_tensor(values) else values)
     except ValueError:
         raise ValueError(f"{name}: the rows differ in length") from None
 
@@ -498,7 +494,7 @@ def integers(values: Any, name: str, what: str = "integers") -> Int:
     return array.astype(np.int64)
 
 
-def item_rows(model: RankingModel, ids: Any, name: str) -> Int:
+def item_rows(model: Readings, ids: Any, name: str) -> Int:
     """Model rows int64 [N] of raw ids.
 
     Raises:

@@ -1,6 +1,6 @@
 """Features of requests: how a caller passes them, and what the model reads of each pair of a user and a candidate.
 
-B users, C candidates of each, or N ragged candidates of all of them; M model dim, R rows of the encoder of requests.
+B users, C candidates of each, or N ragged candidates of all of them.
 """
 
 from __future__ import annotations
@@ -10,16 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from vista.arrays import Int, offsets_of
+from vista.arrays import Int, is_tensor, offsets_of
 from vista.errors import shown
 from vista.log.histories import RowFeatures
 from vista.model.features import EncodedRows, RowFeatureReader, require_known
-from vista.model.inference import ROW_TILE
-from vista.model.vista_model import VistaModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +148,7 @@ def _shaped(name: Any, values: Any) -> tuple[tuple[int, ...], Sequence[Any]]:
     values = _array(values)
     if np.isscalar(values) or values is None:
         return (), [values]
-    if isinstance(values, (Tensor, np.ndarray)):
+    if is_tensor(values) or isinstance(values, np.ndarray):
         shape, values = tuple(values.shape), values.reshape(-1).tolist()
     elif isinstance(values, Sequence):
         shape = (len(values),)
@@ -191,53 +186,6 @@ def _array(values: Any) -> Any:
 def _is_row(values: Any) -> bool:
     """Whether a value is several values."""
     values = _array(values)
-    is_many = isinstance(values, (Sequence, Tensor, np.ndarray)) and not isinstance(values, (str, bytes))
+    is_many = is_tensor(values) or isinstance(values, (Sequence, np.ndarray))
+    is_many &= not isinstance(values, (str, bytes))
     return is_many and getattr(values, "ndim", 1) > 0
-
-
-MAX_PREPARED_ROWS = 1 << 14
-"""At M = 256, a table of so many rows takes 84 MB."""
-
-
-class RequestProjections:
-    """Computes what features of requests add to the rows of `ItemProjections.candidate`.
-
-    Encoder and projection are linear, so each value is projected once per model, and a request only adds up rows.
-    """
-
-    def __init__(self, model: VistaModel) -> None:
-        """
-        Args:
-            model: reads features of requests; its weights no longer change.
-        """
-        assert model.request_encoder is not None
-        self._model = model
-        values, dense = model.request_encoder.values, model.request_encoder.dense
-        rows = values if dense is None else torch.cat([values, dense])
-        self._dense_rows = np.arange(len(values), len(rows))
-        self.table = self._projected(rows) if len(rows) <= MAX_PREPARED_ROWS else None
-        """[R, 5M] of each value, then of each dense input; None if the encoder has too many."""
-
-    @torch.inference_mode()
-    def of(self, features: EncodedRows | None, count: int) -> Tensor:
-        """[N, 5M] float32. The bits of a row do not depend on the others.
-
-        Args:
-            features: None if all are missing.
-            count: N.
-        """
-        if features is None:
-            assert self._model.request_features is not None
-            features = self._model.request_features.missing(count)
-        if self.table is None:
-            tiles = np.arange(-(-count // ROW_TILE) * ROW_TILE) % max(count, 1)  # repeated rows fill the last one
-            assert self._model.request_encoder is not None
-            return self._projected(self._model.request_encoder(features.select(tiles)))[:count]
-        row = np.concatenate([features.entry, np.broadcast_to(self._dense_rows, features.dense.shape)], 1)
-        weight = np.concatenate([np.ones(features.entry.shape, np.float32), features.dense], 1)
-        row_, weight_ = torch.from_numpy(row).to(self.table.device), torch.from_numpy(weight).to(self.table.device)
-        return F.embedding_bag(row_, self.table, mode="sum", per_sample_weights=weight_)
-
-    def _projected(self, vectors: Tensor) -> Tensor:
-        """[N, 5M] vectors [N, M], and their projections in the first layer of stage 2."""
-        return torch.cat([vectors, self._model.target_attention.request_projection(vectors)], -1)

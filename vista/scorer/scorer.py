@@ -7,26 +7,25 @@ from __future__ import annotations
 
 import bisect
 import math
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from vista.arrays import is_tensor
 from vista.config.checks import OnMissing, Precision, ScoringBackend, choice_of
-from vista.device import reuse_freed_memory
 from vista.errors import StoreError, VistaError
 from vista.log.vocabulary import Ids
-from vista.model.ranking_model import UNKNOWN_ITEM
-from vista.model.vista_model import VistaModel
-from vista.scorer.explanation import Explanation, explained
+from vista.machine import reuse_freed_memory
+from vista.model.serving_model import UNKNOWN_ITEM, ServingModel
+from vista.scorer.explanation import Explanation
 from vista.scorer.ranking import ItemFilter, Ranking, ranked, retrieved
 from vista.scorer.request import MAX_SCORES, ragged_offsets, require_max_age, require_most, split_ragged
 from vista.scorer.serving_snapshot import Call, CandidateSet, ServingSnapshot
@@ -34,6 +33,10 @@ from vista.scorer.serving_source import Follower, ServingSource, repair_after_fo
 from vista.store.manifest import Manifest
 from vista.store.reader import ShardedReader, StoreReader
 from vista.store.record import Tail
+from vista.threads import num_threads, set_num_threads
+
+if TYPE_CHECKING:
+    from vista.model.vista_model import VistaModel
 
 BUCKETS_PER_OCTAVE = 4
 LATENCY_BOUNDS_MS = tuple(0.0625 * 2 ** (step / BUCKETS_PER_OCTAVE) for step in range(20 * BUCKETS_PER_OCTAVE + 1))
@@ -214,8 +217,13 @@ class Scorer:
 
     @property
     def model(self) -> VistaModel:
-        """The model in service."""
+        """The model in service, for torch. If the C++ library computes the scores, the first use loads torch."""
         return self._current.model
+
+    @property
+    def served(self) -> ServingModel:
+        """What requests read of the model in service."""
+        return self._current.served
 
     @property
     def store(self) -> StoreReader | ShardedReader:
@@ -440,9 +448,7 @@ class Scorer:
         """
         with self._call(users, tail, now) as call:
             call.snapshot.retrieval_vectors()
-            return nan_for(
-                call.request.missing, call.snapshot.user_vectors(call.request).cpu().numpy(), call.on_missing
-            )
+            return nan_for(call.request.missing, call.snapshot.user_vectors(call.request), call.on_missing)
 
     def item_vectors(self) -> tuple[NDArray[Any], NDArray[np.float32]]:
         """(ids [V], vectors float32 [V, M']) of the vocabulary, for an index by inner product.
@@ -451,8 +457,8 @@ class Scorer:
             ValueError: the model was trained without a retrieval head.
         """
         with self.in_service() as snapshot:
-            vectors = snapshot.retrieval_vectors()[1:].cpu().numpy().copy()
-            return snapshot.model.items.ids(np.arange(len(snapshot.model.items))), vectors
+            vectors = snapshot.retrieval_vectors()[1:].copy()
+            return snapshot.served.items.ids(np.arange(len(snapshot.served.items))), vectors
 
     def counted_items(
         self, users: Ids, *, tail: Tail | None = None, now: Any = None
@@ -469,7 +475,7 @@ class Scorer:
         with self._call(users, tail, now) as call:
             rows, scores, offsets = call.snapshot.counted_items(call.request)
             scores = nan_for(np.repeat(call.request.missing, np.diff(offsets)), scores, call.on_missing)
-            return call.snapshot.model.items.ids(rows - 1), scores, offsets
+            return call.snapshot.served.items.ids(rows - 1), scores, offsets
 
     def catalog_scores(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
         """Scores of `next` float32 [B, V] of the whole catalog for each user, in the order of `item_vectors`.
@@ -481,7 +487,7 @@ class Scorer:
         """
         with self._call(users, tail, now) as call:
             snapshot, request = call.snapshot, call.request
-            require_most(len(request) * len(snapshot.model.items), MAX_SCORES, "users", "pairs of a user and an item")
+            require_most(len(request) * len(snapshot.served.items), MAX_SCORES, "users", "pairs of a user and an item")
             scores = nan_for(request.missing, snapshot.catalog_scores(request), call.on_missing)
             call.tally(candidates=scores.size)
             return scores
@@ -515,6 +521,8 @@ class Scorer:
             UnknownUserError: with on_missing="raise".
             ValueError: an item is not one of the candidates. Others as in `predict`.
         """
+        from vista.scorer.score_shares import explained  # Shares need torch, scores may not.
+
         with self._call([user], tail, now) as call:
             return explained(call, self.task if task is None else task, items, candidates, request)
 
@@ -552,10 +560,10 @@ class Scorer:
             raise StoreError(f"the scorer of {self._current.store.path} is closed; open a new one")
         if self._inherited:  # OpenMP's threads are not forked, so a child that waits for them would hang.
             self._inherited = False
-            torch.set_num_threads(1)
+            set_num_threads(1)
 
     def _after_fork(self) -> None:
-        self._inherited = torch.get_num_threads() > 1
+        self._inherited = "torch" in sys.modules and num_threads() > 1
         self._changing = threading.Lock()
 
     @contextmanager
@@ -582,16 +590,16 @@ def _predict(call: Call, candidates: Any, features: Any, tasks: list[str]) -> di
                 f"candidates: shape {rows.shape} does not match {num_users} users; pass [C], or one row per user"
             )
         require_most(num_users * rows.shape[-1], MAX_SCORES, "candidates", "pairs of a user and a candidate")
-        scores = call.snapshot.scores(call.asked(features, rows.shape[-1]), torch.from_numpy(rows), tasks)
+        scores = call.snapshot.scores(call.asked(features, rows.shape[-1]), rows, tasks)
         missing = missing[:, None]
     unknown = np.broadcast_to(rows == UNKNOWN_ITEM, scores[tasks[0]].shape)
     if call.on_missing is OnMissing.nan:
-        nobody = torch.from_numpy(missing | unknown)
-        scores = {task: cells.masked_fill(nobody, float("nan")) for task, cells in scores.items()}
+        nobody = missing | unknown
+        scores = {task: np.where(nobody, np.float32(np.nan), cells) for task, cells in scores.items()}
     call.tally(candidates=unknown.size, unknown_candidates=int(unknown.sum()))
-    if isinstance(values, Tensor):
-        return {task: cells.to(values.device) for task, cells in scores.items()}
-    return {task: cells.numpy() for task, cells in scores.items()}
+    if is_tensor(values):
+        return {task: values.new_tensor(cells, dtype=sys.modules["torch"].float32) for task, cells in scores.items()}
+    return scores
 
 
 def nan_for(missing: NDArray[np.bool_], values: NDArray[np.float32], on_missing: OnMissing) -> NDArray[np.float32]:

@@ -7,11 +7,11 @@ import os
 import threading
 import weakref
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from vista.config.checks import IndexKind, Precision, ScoringBackend
-from vista.device import choose_precision, resolve_device
+from vista.config.checks import Architecture, IndexKind, Precision, ScoringBackend
 from vista.errors import (
     CheckpointError,
     ConfigError,
@@ -22,15 +22,19 @@ from vista.errors import (
 )
 from vista.files import checked_path
 from vista.model.features import RowFeatureReader, Schema
-from vista.model.item_index import MANIFEST_FILE, ItemIndex
 from vista.model.item_projections import ItemProjections
-from vista.model.saved_model import CONFIG_FILE, ModelDescription, SharedTables, opened_model
-from vista.model.vista_model import VistaModel
+from vista.model.saved_model import CONFIG_FILE, INDEX_MANIFEST, ModelDescription, SavedModel, SharedTables
+from vista.model.serving_model import ServingModel
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.store.reader import ShardedReader, StoreReader, open_store
 from vista.store.record import TailColumn, UserColumn
+from vista.threads import adopt_num_threads
 
 if TYPE_CHECKING:
+    import torch
+
+    from vista.model.item_index import ItemIndex
+    from vista.model.vista_model import VistaModel
     from vista.scorer.scorer import Scorer
 
 logger = logging.getLogger(__name__)
@@ -73,29 +77,31 @@ class ServingSource:
 
     def _open(self, identity: tuple[int, ...]) -> ServingSnapshot:
         stored = not self.project_per_request
-        if isinstance(self.model, VistaModel):
-            model, checksum = self.model.eval(), None
-            items = ItemProjections.of(self.model, with_candidate=stored)
-        else:
-            folder, device = Path(self.model), resolve_device(self.device)
+        if isinstance(self.model, (str, Path)):
+            folder, device = Path(self.model), "cpu" if self.device == "cpu" else str(resolved(self.device))
             self._require_records(folder)
-            tables = SharedTables(device)
-            model = opened_model(VistaModel, folder, tables).to(device).eval()
-            if model.features is not None:
-                model.features.share_rows(tables)
-            items = ItemProjections.load(folder, model, tables, with_candidate=stored)
-            tables.belong_to(model)
-            checksum = ModelDescription.read(folder).checksum
+            served, items, checksum = _loaded(folder, device, with_candidate=stored)
+        else:
+            served, items = _in_memory(self.model, with_candidate=stored)
+            device, checksum = str(self.model.device), None
         index = None if self.index is None else self._opened_index(items)
-        opened = self._opened_store(model.summarizer_id(), model.config.tail_len, model.schema, model.user_features)
+        opened = self._opened_store(served.summarizer_id, served.config.tail_len, served.schema, served.user_features)
         try:
-            precision = choose_precision(self.precision, model.device)
-            return ServingSnapshot(model, items, opened, precision, identity, checksum, index, backend=self.backend)
+            precision = self.precision
+            if precision is Precision.auto:
+                from vista.device import choose_precision  # asks torch what the processor multiplies
+
+                precision = choose_precision(precision, resolved(device))
+            return ServingSnapshot(
+                served, items, opened, device, precision, identity, checksum, index, backend=self.backend
+            )
         except BaseException:
             opened.close()
             raise
 
     def _opened_index(self, items: ItemProjections) -> ItemIndex:
+        from vista.model.item_index import ItemIndex  # Searching an index needs torch.
+
         assert self.index is not None
         if items.retrieval is None:
             raise ConfigError(f"index={self.index}: this model has no retrieval head; open the scorer without an index")
@@ -167,16 +173,50 @@ class ServingSource:
 
     def _identity(self) -> tuple[int, ...]:
         """Identifies the export in the folder and the index, either of which may be replaced; () if there is none."""
-        if isinstance(self.model, VistaModel):
+        if not isinstance(self.model, (str, Path)):
             return ()
         files = [checked_path(self.model, CheckpointError) / CONFIG_FILE]
         if self.index is not None:
-            files.append(checked_path(self.index, ItemIndexError) / MANIFEST_FILE)
+            files.append(checked_path(self.index, ItemIndexError) / INDEX_MANIFEST)
         try:
             found = [file.stat() for file in files]
         except OSError:
             return ()  # such as between the two renames of an export, where names cannot be exchanged
         return tuple(number for status in found for number in (status.st_dev, status.st_ino, status.st_mtime_ns))
+
+
+def resolved(device: str) -> torch.device:
+    """`resolve_device`; loads torch."""
+    from vista.device import resolve_device
+
+    return resolve_device(device)
+
+
+def _loaded(folder: Path, device: str, *, with_candidate: bool) -> tuple[ServingModel, ItemProjections, str | None]:
+    """The model of a folder, the projections of its items, and the checksum of its config.json."""
+    ModelDescription.read(folder).require(Architecture.vista, folder, "VistaModel")
+    tables = SharedTables(is_shared=device == "cpu")
+    saved = SavedModel.read(folder, tables)
+
+    @cache
+    def made() -> VistaModel:
+        from vista.model.vista_model import VistaModel  # loads torch
+
+        model = VistaModel.built(saved).to(device).eval()
+        if model.features is not None:
+            model.features.share_rows(tables)
+        adopt_num_threads()
+        return model
+
+    served = ServingModel.load(saved, tables, made)
+    items = ItemProjections.load(saved, tables, with_candidate=with_candidate)
+    return served, items, saved.description.checksum
+
+
+def _in_memory(model: VistaModel, *, with_candidate: bool) -> tuple[ServingModel, ItemProjections]:
+    model.eval()
+    served = ServingModel.of(model, model.empty_summary().cpu().numpy())
+    return served, ItemProjections.of(model, with_candidate=with_candidate)
 
 
 class Forkable(Protocol):

@@ -33,9 +33,8 @@ from vista.installation import __version__
 from vista.log.histories import NO_TIMESTAMP, RowFeatures
 from vista.log.vocabulary import ids_of_words
 from vista.model.features import require_known
-from vista.model.item_index import MANIFEST_FILE
-from vista.model.saved_model import CONFIG_FILE
-from vista.model.vista_model import VistaModel
+from vista.model.saved_model import CONFIG_FILE, INDEX_MANIFEST
+from vista.model.serving_model import ServingModel
 from vista.scorer import NOW, Ranking, Scorer, Tail
 from vista.serve.http_protocol import Unrepeated, has_few_values
 from vista.store.reader import ShardedReader, StoreReader
@@ -218,7 +217,7 @@ def candidate_ids(given: Sequence[Any] | bytes) -> Any:
     return [item for row in rows for item in row], offsets_of(np.array([len(row) for row in rows], np.int64))
 
 
-def tail_of(given: Sequence[Sequence[TailEvent]] | None, model: VistaModel) -> Tail | None:
+def tail_of(given: Sequence[Sequence[TailEvent]] | None, model: ServingModel) -> Tail | None:
     """Events since the refresh, per user, as a scorer takes them.
 
     Actions stay names, because a reload can put another model into service before the call.
@@ -311,7 +310,7 @@ class ScoringService:
         """The best items for a user, found within `timeout_s` seconds."""
         asked = decoded(body, RankBody, media_type)
         candidates = None if asked.candidates is None else item_ids(asked.candidates, "candidates")
-        num_candidates = len(self.scorer.model.items) if candidates is None else len(candidates)
+        num_candidates = len(self.scorer.served.items) if candidates is None else len(candidates)
         self._require_most(min(asked.top_k, num_candidates) if candidates is None else num_candidates, 1)
         ranking = self.scorer.rank(
             asked.user,
@@ -369,13 +368,13 @@ class ScoringService:
         Args:
             word: the id, as it is written in the path.
         """
-        with self.scorer.in_service() as served:
-            store = served.store
+        with self.scorer.in_service() as snapshot:
+            store = snapshot.store
             try:
                 users = ids_of_words([word], "user", store.manifest.user_kind)
             except ConfigError as error:  # which would be the operator's fault
                 raise ValueError(str(error)) from None
-            record = user_record(store, served.model, users[0])
+            record = user_record(store, snapshot.served, users[0])
             if record is None:
                 raise UnknownUserError(f"user {users[0]!r} has no record in {store.path}")
             return Answer(msgspec.json.encode(self._named(record)))
@@ -387,9 +386,8 @@ class ScoringService:
             more: fields that are added.
         """
         scorer = self.scorer
-        with scorer.in_service() as served:
-            model, manifest = served.model, served.store.manifest
-            summarizer_id = served.store.summarizer_id  # The same as the model's, which is slow to compute.
+        with scorer.in_service() as snapshot:
+            model, manifest = snapshot.served, snapshot.store.manifest
         schema, config = model.schema, model.config
         names = {
             key: [column.name for column in getattr(schema, key)]
@@ -412,8 +410,8 @@ class ScoringService:
                         "dim": config.dim,
                         "num_seeds": config.num_seeds,
                         "tail_len": config.tail_len,
-                        "summarizer_id": summarizer_id.hex(),
-                        "model_checksum": served.checksum,
+                        "summarizer_id": model.summarizer_id.hex(),
+                        "model_checksum": snapshot.checksum,
                         "generation": manifest.generation,
                         "refreshed_at": manifest.refreshed_at,
                         "num_users": manifest.count,
@@ -443,7 +441,7 @@ class ScoringService:
         if not os.path.isfile(os.path.join(self.config.model, CONFIG_FILE)):  # also False without permissions
             found.append("the folder of the model cannot be read; the loaded model stays in service")
         index = self.config.index
-        if index is not None and not os.path.isfile(os.path.join(index, MANIFEST_FILE)):
+        if index is not None and not os.path.isfile(os.path.join(index, INDEX_MANIFEST)):
             found.append("the folder of the index cannot be read; the loaded index stays in service")
         if self.scorer.stats().last_reload_error is not None:
             found.append("the last reload failed; the loaded model and generation stay in service (see the log)")
@@ -464,7 +462,7 @@ class ScoringService:
         if asked.tail is not None:
             _require_one_per_user(len(asked.tail), asked, "tail")
         return {
-            "tail": tail_of(asked.tail, self.scorer.model),
+            "tail": tail_of(asked.tail, self.scorer.served),
             "now": NOW if asked.now is None else asked.now,
             "request": asked.request or None,
         }
@@ -473,7 +471,7 @@ class ScoringService:
         """The other arguments of a call for one user."""
         features = {name: [value] if isinstance(value, list) else value for name, value in asked.request.items()}
         return {
-            "tail": tail_of(None if asked.tail is None else [asked.tail], self.scorer.model),
+            "tail": tail_of(None if asked.tail is None else [asked.tail], self.scorer.served),
             "now": NOW if asked.now is None else asked.now,
             "request": features or None,
         }
@@ -637,7 +635,7 @@ def _can_join(body: ScoreBody) -> bool:
     return not body.request and count > 0 and all(len(one) == count for one in of_users if isinstance(one, list))
 
 
-def user_record(store: StoreReader | ShardedReader, model: VistaModel, user: int | str) -> dict[str, Any] | None:
+def user_record(store: StoreReader | ShardedReader, model: ServingModel, user: int | str) -> dict[str, Any] | None:
     """The record of a user as JSON values; None without a record.
 
     Args:

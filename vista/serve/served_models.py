@@ -28,7 +28,7 @@ from vista.errors import (
     VistaError,
     shown,
 )
-from vista.model.saved_model import SharedTables, tables_of, total_bytes
+from vista.model.saved_model import SharedTables, total_bytes
 from vista.scorer import Scorer
 from vista.serve.scoring_service import ScoringService
 from vista.serve.service_metrics import ServiceMetrics
@@ -318,7 +318,7 @@ class ServedModels:
         opened = _OpenModel(ScoringService(scorer, config, name if self.are_several else None), calls=1)
         with self._lock:
             self._open[name] = opened
-            tables = tables_of(scorer.model)
+            tables = scorer.served.tables
             shared = tables.bytes_of_others(self._tables())
         if self.are_several or last is not None:
             logger.info(
@@ -368,7 +368,7 @@ class ServedModels:
         self._metrics.closed(name, opened.service.scorer)
 
     def _tables(self) -> list[SharedTables]:
-        return [tables_of(opened.service.scorer.model) for opened in self._open.values()]
+        return [opened.service.scorer.served.tables for opened in self._open.values()]
 
 
 def _unavailable(name: str, problem: str, retry_after_s: float) -> ModelUnavailableError:

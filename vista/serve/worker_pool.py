@@ -249,7 +249,7 @@ def read_models(path: str) -> ModelsFile:
     Raises:
         ConfigError: it is wrong, or names a folder without a model.
     """
-    from vista.model.saved_model import ModelDescription  # imports torch
+    from vista.model.saved_model import ModelDescription  # most services do not need it
 
     file = ModelsFile.read(path)
     for name, served in file.models.items():

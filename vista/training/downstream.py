@@ -24,7 +24,6 @@ from vista.examples.batch_source import StoredSummaries
 from vista.log.event_log import EventLog
 from vista.log.splits import parse_until, split_until, visible_counts
 from vista.model.features import RowReaders, Schema
-from vista.model.inference import empty_summary
 from vista.model.ranking_model import RankingModel
 from vista.model.summarizer import Stage1Config
 from vista.model.vista_model import STAGE1_WEIGHTS, VistaModel
@@ -51,7 +50,7 @@ class Downstream:
         """With the base's values for settings that are null."""
         self._log, self._base, self._store, self._since = log, base, store, since
         self._seen = visible_counts(log, since)
-        self._empty = empty_summary(base).numpy()
+        self._empty = base.empty_summary().numpy()
         self.summaries = StoredSummaries(since, self._read)
         logger.info(
             "downstream of %s: %d summaries of generation %d of %s, until=%d",

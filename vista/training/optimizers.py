@@ -16,7 +16,7 @@ from vista.config import OptimConfig
 from vista.config.checks import TableOptimizer, planned
 from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work
 from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
-from vista.model.features import FeatureEncoder
+from vista.model.feature_encoders import FeatureEncoder
 from vista.model.layers import CandidateHead
 from vista.model.losses import Losses, LossPart, loss_names, weighted_losses
 from vista.model.ranking_model import RankingModel

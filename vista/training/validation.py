@@ -58,8 +58,9 @@ from vista.log.splits import (
 from vista.model import inference
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.features import log_encoder
-from vista.model.inference import LogUsers, PaddedTail, pad_tail
+from vista.model.inference import LogUsers
 from vista.model.ranking_model import RankingModel
+from vista.model.serving_model import PaddedTail, pad_tail
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 from vista.ranks import ALONE, Ranks

@@ -456,9 +456,9 @@ def start_model(
     if source.statistics is not None:
         model.item_statistics.copy_(torch.from_numpy(source.statistics.latest(1 + len(model.items))))
     if source.rates is not None:
-        model.item_rates.copy_(source.rates.of_all(1 + len(model.items)))
+        model.item_rates.copy_(torch.from_numpy(source.rates.of_all(1 + len(model.items))))
     if source.spaces is not None and config.base is None and (warm is None or not warm.freezes):
-        model.item_space.copy_(source.spaces.of_all(1 + len(model.items)))
+        model.item_space.copy_(torch.from_numpy(source.spaces.of_all(1 + len(model.items))))
     if source.transitions is not None and model.transitions is not None:
         model.transitions.copy_(source.transitions.table(1 + len(model.items)))
     if config.base is None:  # a base contains what is read here
