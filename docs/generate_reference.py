@@ -16,7 +16,7 @@ import vista
 from vista import errors, refresh, scorer, store
 from vista.cli.command_table import COMMANDS
 from vista.cli.help_pages import OPTIONS
-from vista.config.composition import ConfigKey, ConfigKeys, conf_dir, groups_of, options_of, value_text
+from vista.config.composition import ConfigKey, ConfigKeys, group_dir, groups_of, options_of, value_text
 from vista.config.model_config import ModelConfig
 from vista.config.train_config import DataConfig, OptimConfig
 from vista.log.features import Column
@@ -173,7 +173,7 @@ def _groups(command: str) -> Iterator[str]:
     for group in groups_of(command):
         yield f"### {group}"
         for option, comment in options_of(group).items():
-            text = (conf_dir() / group / f"{option}.yaml").read_text(encoding="utf-8")
+            text = (group_dir(group) / f"{option}.yaml").read_text(encoding="utf-8")
             body = re.sub(r"\A(#.*\n)*", "", text).strip()  # the comments at the top are shown as text
             yield f"**`{group}={option}`**: {_text(comment)}"
             yield _fence(body, "yaml")

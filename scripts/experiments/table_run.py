@@ -157,7 +157,7 @@ def train_config(table: Table, row: TableRow) -> TrainConfig:
 @cache
 def _composed(*words: str) -> TrainConfig:
     """The configuration of words, of which the model takes those that its architecture reads."""
-    model = [word.removeprefix("model=") for word in words if word.startswith("model=")]
+    model = [word.removeprefix("model.kind=") for word in words if word.startswith("model.kind=")]
     chosen = Architecture.__members__.get(model[-1] if model else "", Architecture.vista)
     keys = ConfigKeys.of(TrainConfig).keys
     read = [

@@ -92,7 +92,7 @@ def truncate(path: Path, size: int) -> None:
         (["seed=-1"], r"seed: must be at least 0, got -1"),
         (["num_threads=-1"], r"num_threads: must be at least 0, got -1"),
         (["device=tpu"], r"device=tpu: write auto, cpu, cuda or cuda:N"),
-        (["model.search_category=a"], r"model\.search_category: is only for model=sim, got model=vista"),
+        (["model.search_category=a"], r"model\.search_category: is only for model.kind=sim, got model.kind=vista"),
     ],
 )
 def test_settings_of_training(served: Served, tmp_path: Path, fails: Fails, words: list[str], message: str) -> None:

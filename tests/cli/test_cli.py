@@ -28,6 +28,7 @@ from vista.config.composition import (
     command_name,
     compose_config,
     conf_dir,
+    group_dir,
     groups_of,
     options_of,
     to_yaml,
@@ -89,10 +90,8 @@ def test_every_command_has_its_schema_and_file() -> None:
     assert {name: command_name(command.schema) for name, command in COMMANDS.items()} == {n: n for n in NAMES}
     with_groups = {name for name in NAMES if groups_of(name)}
     assert {path.stem for path in conf_dir().glob("*.yaml")} == with_groups == {"plan", "prepare", "train"}
-    assert {path.name for path in conf_dir().iterdir() if path.is_dir()} == {
-        *groups_of("train"),
-        *groups_of("prepare"),
-    }
+    groups = [*groups_of("train"), *groups_of("prepare")]
+    assert {path for path in conf_dir().iterdir() if path.is_dir()} == set(map(group_dir, groups))
 
 
 @pytest.mark.parametrize("word", [f"{g}={o}" for g in groups_of("train") for o in options_of(g)])
@@ -133,7 +132,8 @@ def test_simulation_experiment_splits_where_the_simulation_does() -> None:
 
 
 def test_option_of_a_group_and_value_below_it() -> None:
-    one = compose_config(config.TrainConfig, ["model.dim=128", "model=paper", "optim=quick"])
+    one = compose_config(config.TrainConfig, ["model.dim=128", "model.kind=paper", "optim=quick"])
+    assert one == compose_config(config.TrainConfig, ["model={dim: 128, kind: paper}", "optim=quick"])
     assert (one.model.dim, one.model.num_seeds, one.optim.epochs) == (128, 128, 2)
 
 
@@ -249,6 +249,9 @@ def test_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("train experiment=ml-1n", ["experiment: no option 'ml-1n'", "did you mean ml-1m", *EXPERIMENTS]),
         ("train model.num_heads=5", ["model.num_heads: must divide model.dim=64, got 5"]),
         ("train data.split=time", ["data.validation_from: is required"]),
+        ("train model=sasrec", ["model: is a group of keys, not a key; set model.kind, model."]),
+        ("train model.kind=sasrek", ["model.kind: no option 'sasrek'", "did you mean sasrec?"]),
+        ("train model={kind: sasrec, dim: wide}", ["model.dim: expected int, got wide"]),
         ("train data=[a]", ["data: is a group of keys, not a key; set data.path"]),
         ("evaluate horizon_events=50", ["write a list as horizon_events=[50]"]),
         ("evaluate horizon_events=[]", ["horizon_events: needs one or more numbers from 1 to 65536"]),
@@ -372,7 +375,7 @@ def test_help_of_a_part(capsys: pytest.CaptureFixture[str]) -> None:
     assert text.startswith("Group optim:\n") and "\n  optim.epochs=null" in text and "\n  model." not in text
     assert main(["train", "--help", "experiment"]) == 0
     assert capsys.readouterr().out.startswith("Experiments (complete runs by name):\n")
-    assert main(["train", "--help", "model=hstu"]) == 0 and "--help all" in capsys.readouterr().out
+    assert main(["train", "--help", "model.kind=hstu"]) == 0 and "--help all" in capsys.readouterr().out
     assert main(["train", "--help", "modell"]) == 2
     assert "error: --help 'modell': is not a part of this text; use one of all, model, " in capsys.readouterr().err
 

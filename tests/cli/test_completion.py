@@ -135,7 +135,7 @@ def test_words_that_shells_are_given(folder: Path, capsys: pytest.CaptureFixture
         assert {*offered(capsys, *name.split(), "")} >= {f"{key}=" for key in names}
     for words, expected in (
         (["train", "data.split=l"], ["data.split=leave-last-out "]),
-        (["train", "model=fuxi"], ["model=fuxi_linear "]),
+        (["train", "model.kind=fuxi"], ["model.kind=fuxi_linear "]),
         (["train", "data.path=so"], ["data.path=source/"]),
         (["prepare", "out=data/mine", "so"], ["source/"]),
         (["refresh", "incremental=f"], ["incremental=false "]),

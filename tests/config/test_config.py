@@ -281,7 +281,7 @@ def test_passwords_are_left_out_in_linear_time(unit: str) -> None:
 @pytest.mark.parametrize("architecture", Architecture)
 def test_each_architecture_has_keys_of_its_own(architecture: Architecture, most: int) -> None:
     """A key of another one is refused (at most so many are tried), but left out if it comes from an experiment."""
-    made = compose_config(TrainConfig, ["experiment=ml-1m", f"model={architecture.value}"]).model
+    made = compose_config(TrainConfig, ["experiment=ml-1m", f"model.kind={architecture.value}"]).model
     assert type(made) is CONFIGS[architecture] and made.architecture is architecture
     assert model_config_of(to_dict(made)) == made
     keys = ConfigKeys.of(TrainConfig).keys
@@ -289,7 +289,9 @@ def test_each_architecture_has_keys_of_its_own(architecture: Architecture, most:
     assert all(not hasattr(made, name.removeprefix("model.")) or name in ANSWERED for name in foreign)
     for name in foreign[:most]:
         with pytest.raises(ConfigError, match=rf"{name}: is only for model=.*, got model={architecture.value}"):
-            compose_config(TrainConfig, [f"model={architecture.value}", f"{name}={value_text(keys[name].default)}"])
+            compose_config(
+                TrainConfig, [f"model.kind={architecture.value}", f"{name}={value_text(keys[name].default)}"]
+            )
 
 
 ANSWERED = ("model.counter_keys", "model.mixing", "model.decay")

@@ -12,7 +12,7 @@ import vista
 from docs.generate_reference import MEMBERS, error_classes, main, reference_pages, unit_of
 from vista import errors
 from vista.cli.command_table import COMMANDS
-from vista.config.composition import ConfigKeys, conf_dir, groups_of, options_of, value_text
+from vista.config.composition import ConfigKeys, conf_dir, group_dir, groups_of, options_of, value_text
 
 PAGES = reference_pages()
 NO_UNIT_IN_MODEL = ("dim", "pooled_dim", "transitions", "dropout", "temperature")
@@ -69,7 +69,7 @@ def test_every_option_of_conf_is_documented() -> None:
         text = PAGES["reference/config.md"].split(f"**`{group}={option}`**: ")[1]
         comment, block = text.split("\n\n```yaml\n")[:2]
         assert comment.strip()
-        settings = (conf_dir() / group / f"{option}.yaml").read_text().strip().splitlines()
+        settings = (group_dir(group) / f"{option}.yaml").read_text().strip().splitlines()
         assert f"\n{settings[-1]}\n" in f"\n{block}".split("```")[0]
 
 

@@ -116,7 +116,7 @@ def test_a_remote_store_needs_memory_instead_of_disks() -> None:
         (["refresh_every_s=0"], r"refresh_every_s: must lie in \[1, 86400\], got 0"),
         (["candidates=0"], r"candidates: must be at least 1, got 0"),
         (
-            ["model=tail-only", "model.pooled_dim=0"],
+            ["model.kind=tail-only", "model.pooled_dim=0"],
             r"model\.architecture: only vista with num_seeds or pooled_dim above 0 stores summaries",
         ),
         (["items=1e9"], r"machine\.memory_gb: the vectors of the items take 1\.8 TB on each machine"),
@@ -354,7 +354,7 @@ USERS = 3.2e9
     ],
 )
 def test_cache_of_the_published_size(num_seeds: int, codec: Codec, expected_bytes: float) -> None:
-    model = compose_config(PlanConfig, ["model=paper", f"model.num_seeds={num_seeds}"]).model
+    model = compose_config(PlanConfig, ["model.kind=paper", f"model.num_seeds={num_seeds}"]).model
     plan = plan_capacity(PlanConfig(users=USERS, events_per_day=1e11, model=model, codec=codec))
     low, high = PUBLISHED_VALUES
     assert low <= USERS * model.num_seeds * model.dim <= high

@@ -139,7 +139,7 @@ TINY = Table(
     {
         "vista": TableRow(1),
         "tail-only": TableRow(1, K0),
-        "sasrec": TableRow(1, ("model=sasrec",), trial=True),
+        "sasrec": TableRow(1, ("model.kind=sasrec",), trial=True),
         "transitions": TableRow(1, untrained="transitions"),
     },
     SMALL,

@@ -79,7 +79,7 @@ COMMANDS: dict[str, Command] = {
         (
             "vista train data.path=data/mine run_dir=runs/mine",
             "vista train experiment=ml-1m model.num_seeds=32",
-            "vista train model=bidirectional optim=quick optim.learning_rate=1e-3 --cfg",
+            "vista train model.kind=bidirectional optim=quick optim.learning_rate=1e-3 --cfg",
         ),
         resumes=True,
         first=(

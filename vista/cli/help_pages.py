@@ -70,7 +70,7 @@ def command_help(name: str, command: Command, part: str = "") -> str:
     """
     keys, groups = ConfigKeys.of(command.schema), groups_of(name)
     sections = dict.fromkeys(section.partition(".")[0] for section in keys.sections)
-    known = ["all", *dict.fromkeys([*sections, *groups])]
+    known = ["all", *dict.fromkeys([*sections, *(group.partition(".")[0] for group in groups)])]
     if part not in ("", *known):
         raise ConfigError(f"--help {shown(part)}: is not a part of this text; use one of {', '.join(known)}")
     first = command.first if not part else ()
@@ -91,7 +91,7 @@ def command_help(name: str, command: Command, part: str = "") -> str:
         lines += ["Keys and defaults:", two_columns(short, 34, cut=True)]
         lines += [hanging(f"  … and {len(keys.keys) - len(first)} more keys: vista {name} --help all", 4), ""]
     else:
-        for group in groups if part in ("", "all") else [part] if part in groups else []:
+        for group in [one for one in groups if part in ("", "all", one.partition(".")[0])]:
             title = TITLES.get(group, f"Group {group}")
             described = ((f"{group}={option}", doc) for option, doc in options_of(group).items())
             lines += [f"{title}:", two_columns(described, 34), ""]

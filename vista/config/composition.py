@@ -317,18 +317,28 @@ def conf_dir() -> Path:
 
 
 def groups_of(name: str) -> list[str]:
-    """Groups in a command's defaults list, such as model and experiment; commands without a file have none."""
+    """Words that choose an option of a group, such as experiment and model.kind; commands without a file have none.
+
+    They are the groups in the command's defaults list. That of models is an exception, because `model` names the folder
+    of a trained model in all other commands.
+    """
     file = conf_dir() / f"{name}.yaml"
     if not file.is_file():
         return []
     defaults = cast(DictConfig, OmegaConf.load(file)).get("defaults", [])
-    return [str(key).split()[-1] for entry in defaults if not isinstance(entry, str) for key in entry]
+    groups = [str(key).split()[-1] for entry in defaults if not isinstance(entry, str) for key in entry]
+    return ["model.kind" if group == "model" else group for group in groups]
+
+
+def group_dir(group: str) -> Path:
+    """The folder of a group's options: conf/model of model.kind."""
+    return conf_dir() / group.partition(".")[0]
 
 
 def options_of(group: str) -> dict[str, str]:
     """Options of a group, each with the comment that describes it."""
     options = {}
-    for path in sorted((conf_dir() / group).glob("*.yaml"), key=lambda path: path.stem):
+    for path in sorted(group_dir(group).glob("*.yaml"), key=lambda path: path.stem):
         comments = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
         options[path.stem] = " ".join(comment for comment in comments if not comment.startswith("@"))
     return options
@@ -341,7 +351,7 @@ def compose_config(
 
     Args:
         schema: the config of a command, such as TrainConfig.
-        overrides: words in Hydra's grammar: `model.num_seeds=32`, `model=paper`, `experiment=ml-1m`.
+        overrides: words in Hydra's grammar: `model.num_seeds=32`, `model.kind=paper`, `experiment=ml-1m`.
         config_file: YAML with the same keys and groups, such as the output of `--cfg`.
 
     Raises:
@@ -352,12 +362,12 @@ def compose_config(
     choices: dict[str, str] = {}
     values: dict[str, Any] = {}
     for key, value, written in [*_words_of_file(config_file), *(_parse(word) for word in overrides)]:
-        if key in groups and not isinstance(value, dict):
-            choices[key] = _option(key, value, keys)
-            continue
         for leaf, leaf_value in _leaves(key, value, written, keys, name, groups):
-            values.pop(leaf, None)
-            values[leaf] = leaf_value
+            if leaf in groups:
+                choices[leaf] = _option(leaf, leaf_value)
+            else:
+                values.pop(leaf, None)
+                values[leaf] = leaf_value
     composed = _compose_groups(name, choices) if groups else {}
     config = OmegaConf.structured(schema)
     if "model" in keys.sections:
@@ -397,7 +407,7 @@ def _choose_model(
     others = {key.name for key in keys.keys.values() if key.readers and chosen not in key.readers}
     for key in others & values.keys():
         names = "|".join(each.value for each in keys.keys[key].readers)
-        raise ConfigError(f"{key}: is only for model={names}, got model={chosen.value}; leave it out")
+        raise ConfigError(f"{key}: is only for model.kind={names}, got model.kind={chosen.value}; leave it out")
     for key in others:
         composed.pop(key.removeprefix("model."), None)
     if schema is RankingConfig:
@@ -409,7 +419,7 @@ def _compose_groups(name: str, choices: dict[str, str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf_dir()), job_name="vista", version_base="1.3"):
-            words = [f"{group}={option}" for group, option in choices.items()]
+            words = [f"{group_dir(group).name}={option}" for group, option in choices.items()]
             composed = OmegaConf.to_container(compose(name, overrides=words))
             assert isinstance(composed, dict)
             return cast(dict[str, Any], composed)
@@ -536,7 +546,7 @@ def _inner(written: Any, key: Any) -> Any:
     return written.get(str(key)) if isinstance(written, dict) else None
 
 
-def _option(group: str, option: Any, keys: ConfigKeys) -> str:
+def _option(group: str, option: Any) -> str:
     known = list(options_of(group))
     if option not in known:
         text = value_text(option)
@@ -553,8 +563,10 @@ def _hint(matches: Sequence[str]) -> str:
 def _leaves(
     key: str, value: Any, written: Any, keys: ConfigKeys, name: str, groups: Sequence[str]
 ) -> Iterator[tuple[str, Any]]:
-    """The single keys and values of a word, whose value may be a dict, or of `data` the path."""
-    if key in keys.keys:
+    """The single keys, groups and values of a word, whose value may be a dict, or of `data` the path."""
+    if key in groups and not isinstance(value, dict):
+        yield key, value
+    elif key in keys.keys:
         value = _as_written(key, value, written) if keys.keys[key].is_text else value
         check_value(key, value)
         yield key, value
@@ -570,7 +582,7 @@ def _leaves(
     elif f"{key}.path" in keys.keys and not isinstance(value, list):
         yield from _leaves(f"{key}.path", value, written, keys, name, groups)
     else:
-        examples = [known for known in keys.keys if known.startswith(f"{key}.")][:3]
+        examples = [known for known in (*groups, *keys.keys) if known.startswith(f"{key}.")][:3]
         raise ConfigError(f"{key}: is a group of keys, not a key; set {', '.join(examples)}, ...")
 
 

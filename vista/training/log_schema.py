@@ -252,7 +252,7 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
         raise ConfigError(
             f"model.architecture={model.architecture.value}: learns only from labeled impressions, but {why}; prepare "
             "the log with impressions.* and set optim.task_weight=1, or train an architecture that ranks next items, "
-            "such as model=sasrec"
+            "such as model.kind=sasrec"
         )
     if not config.ranks_items and not tasks:
         raise ConfigError(

@@ -26,7 +26,7 @@ def _labels(data: str, task: str, minutes: int, more: dict[str, tuple[str, ...]]
         "tail-only": K0,
         "epoch 0": (*K0, "optim.epochs=0"),
         **(more or {}),
-        **{name: (f"model={name}",) for name in ("din", "sasrec", "hstu")},
+        **{name: (f"model.kind={name}",) for name in ("din", "sasrec", "hstu")},
     }
     rows = {name: TableRow(1.5 * minutes, words) for name, words in trained.items()}
     rows |= {name: TableRow(2, untrained=name) for name in (*BASELINES, STACK)}

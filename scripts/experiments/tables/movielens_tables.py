@@ -10,8 +10,8 @@ def _movielens(data: str, minutes: float, more: dict[str, TableRow]) -> Table:
     rows = {
         "vista": TableRow(minutes, codecs=BOTH, tails=TAILS),
         "tail-only": TableRow(0.4 * minutes, K0, tails=TAILS),
-        "sasrec": TableRow(0.7 * minutes, ("model=sasrec",)),
-        "hstu": TableRow(0.9 * minutes, ("model=hstu",)),
+        "sasrec": TableRow(0.7 * minutes, ("model.kind=sasrec",)),
+        "hstu": TableRow(0.9 * minutes, ("model.kind=hstu",)),
         **more,
         **COUNTING_BASELINES,
     }
@@ -22,8 +22,8 @@ def _timeless(minutes: float) -> dict[str, TableRow]:
     without = "model.ignore=[times,item_features,user_features]"
     return {
         "no-times": TableRow(minutes, (without,)),
-        "sasrec-no-times": TableRow(0.7 * minutes, ("model=sasrec", without)),
-        "hstu-no-times": TableRow(0.9 * minutes, ("model=hstu", without)),
+        "sasrec-no-times": TableRow(0.7 * minutes, ("model.kind=sasrec", without)),
+        "hstu-no-times": TableRow(0.9 * minutes, ("model.kind=hstu", without)),
     }
 
 
@@ -46,12 +46,12 @@ TWO_SOFTMAX = (*SOFTMAX, "model.num_target_layers=2")
 WIDE = ("model.dim=128", "model.dropout=0.25", "data.unknown_share=0.15")
 ML_1M = {
     "2-layers": TableRow(20, ("model.num_target_layers=2",)),
-    "hstu-8-layers": TableRow(35, ("model=hstu", "model.num_layers=8")),
+    "hstu-8-layers": TableRow(35, ("model.kind=hstu", "model.num_layers=8")),
     # About as many parameters as vista's 617,000: 617,000 and 619,000. Of vista's, 55,000 belong to the decoder, which
     # is not used in serving, and 41,000 are never read: those of events after the last layer of stage 1, and of gaps
     # that this data set does not have.
-    "sasrec-equal": TableRow(30, ("model=sasrec", "model.dim=116")),
-    "hstu-equal": TableRow(45, ("model=hstu", "model.num_layers=8", "model.dim=84")),
+    "sasrec-equal": TableRow(30, ("model.kind=sasrec", "model.dim=116")),
+    "hstu-equal": TableRow(45, ("model.kind=hstu", "model.num_layers=8", "model.dim=84")),
     # The value of the summary's size, with two softmax layers instead of eight pointwise ones.
     "softmax": TableRow(28, TWO_SOFTMAX, codecs=BOTH, tails=TAILS),
     "softmax-tail-only": TableRow(19, (*K0, *TWO_SOFTMAX), tails=TAILS),
@@ -70,7 +70,7 @@ ML_1M = {
         apart=(16, 32),
     ),
     # Their baseline: the same width, passes and share of unknown items, over the last 200 events.
-    "hstu-wide": TableRow(65, ("model=hstu", "model.num_layers=8", *WIDE)),
+    "hstu-wide": TableRow(65, ("model.kind=hstu", "model.num_layers=8", *WIDE)),
     "softmax-wide": TableRow(55, (*TWO_SOFTMAX, "model.dim=128", "model.dropout=0.3"), codecs=BOTH, tails=TAILS),
 }
 

@@ -17,7 +17,7 @@ def _next_items(data: str, minutes: float, more: dict[str, TableRow]) -> Table:
     rows = {
         "vista": TableRow(minutes),
         **more,
-        **{name: TableRow(minutes, (f"model={name}",)) for name in ("sasrec", "hstu", "fuxi_linear")},
+        **{name: TableRow(minutes, (f"model.kind={name}",)) for name in ("sasrec", "hstu", "fuxi_linear")},
         "popularity": TableRow(1, untrained="popularity"),
     }
     return Table("", data, rows)
@@ -30,14 +30,14 @@ def _kuairand() -> Table:
 
 def _yambda() -> Table:
     """The last model, trained on all events before the gap."""
-    rows = {name: TableRow(120, (f"model={name}",)) for name in ("vista", "sasrec", "hstu")}
+    rows = {name: TableRow(120, (f"model.kind={name}",)) for name in ("vista", "sasrec", "hstu")}
     words = ("data.validation_from=1970-10-27T22:13:20", "optim.validate_every=0")
     return Table("", "yambda", rows, words, asked=LAST_DAY, as_yambda=True)
 
 
 def _longctr(data: str) -> Table:
-    limits = {f"din, {limit} events": ("model=din", f"model.history_limit={limit}") for limit in (50, 1000)}
-    searches = {f"{name}, 1000 events": (f"model={name}", "model.history_limit=1000") for name in ("sim", "twin")}
+    limits = {f"din, {limit} events": ("model.kind=din", f"model.history_limit={limit}") for limit in (50, 1000)}
+    searches = {f"{name}, 1000 events": (f"model.kind={name}", "model.history_limit=1000") for name in ("sim", "twin")}
     rows = {name: TableRow(60, words) for name, words in {"vista": (), **limits, **searches}.items()}
     return Table("", data, rows, ("model.ignore=[times,user_features]",))
 

@@ -11,7 +11,7 @@ from typing import Any
 from scripts.experiments.tables.table import AGES, BOTH, K0, ORACLE, SOFTMAX, Table, TableRow
 from vista.config.checks import Codec
 
-SIM_HARD = ("model=sim", "model.search_category=topic")
+SIM_HARD = ("model.kind=sim", "model.search_category=topic")
 """SIM that finds events by the simulation's true topics."""
 LENGTHS = {"length-200": 200, "length-1k": 1_000, "simulation": 4_000, "length-16k": 16_000, "length-64k": 64_000}
 """The tables of one simulation -> mean events per history."""
@@ -56,17 +56,17 @@ def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
         "tail-only": TableRow(7, K0),
         # Every event is a label, as in SASRec and HSTU, and the tail is twice as long.
         "vista-all-labels": TableRow(20, all_labels),
-        "sasrec": TableRow(20, ("model=sasrec", *four_passes)),
-        "hstu": TableRow(25, ("model=hstu", *four_passes)),
-        "din": TableRow(10, ("model=din",)),
-        "sim": TableRow(10, ("model=sim",)),
+        "sasrec": TableRow(20, ("model.kind=sasrec", *four_passes)),
+        "hstu": TableRow(25, ("model.kind=hstu", *four_passes)),
+        "din": TableRow(10, ("model.kind=din",)),
+        "sim": TableRow(10, ("model.kind=sim",)),
         # Uses the simulation's true topics, which no other model gets.
         "sim-hard": TableRow(10, SIM_HARD),
-        "twin": TableRow(8, ("model=twin",)),
+        "twin": TableRow(8, ("model.kind=twin",)),
         # With the learning rate that the table `tuning` chooses for all three, and about equal training times.
         "vista-tuned": TableRow(16, ("optim.learning_rate=0.004",)),
-        "sim-tuned": TableRow(16, ("model=sim", f"optim.epochs={7 * lighter}", "optim.learning_rate=0.004")),
-        "twin-tuned": TableRow(18, ("model=twin", f"optim.epochs={8 * lighter}", "optim.learning_rate=0.004")),
+        "sim-tuned": TableRow(16, ("model.kind=sim", f"optim.epochs={7 * lighter}", "optim.learning_rate=0.004")),
+        "twin-tuned": TableRow(18, ("model.kind=twin", f"optim.epochs={8 * lighter}", "optim.learning_rate=0.004")),
     }
     words = (
         f"data.windows_per_chunk={windows}",
@@ -96,7 +96,7 @@ def _ablations(minutes: float, staleness: tuple[int, ...] = ()) -> dict[str, Tab
         "reconstruction-0.05": (1.25, ("optim.reconstruction_weight=0.05",)),
         "reconstruction-0.2": (1.25, ("optim.reconstruction_weight=0.2",)),
         "reconstruction-1": (1.25, ("optim.reconstruction_weight=1",)),
-        "bidirectional": (1.5, ("model=bidirectional",)),
+        "bidirectional": (1.5, ("model.kind=bidirectional",)),
         "1-window": (0.5, ("data.windows_per_chunk=1",)),
         "cuts-every-8": (1.8, ("data.label_spacing=8",)),
         "decay-position": (1, ("model.decay=position", f"{horizons}=[0,256,64,16]")),
@@ -138,7 +138,7 @@ def _five_minutes() -> Table:
         "vista": TableRow(5, budget),
         "clicks alone": TableRow(5, (*budget, "optim.next_weight=0")),
         # The published choices and sizes: K = 128, d = 256, bidirectional, softmax layers in stage 2.
-        "paper": TableRow(5, (*budget, "model=paper", "optim.reconstruction_weight=0.1")),
+        "paper": TableRow(5, (*budget, "model.kind=paper", "optim.reconstruction_weight=0.1")),
     }
     return replace(SIMULATION, rows=rows | ORACLE, costs=False, validation=True)
 
@@ -148,7 +148,7 @@ def _trials() -> dict[str, TableRow]:
     passes = {"vista": 5, "tail-only": 5, "sasrec": 6, "hstu": 4, "din": 6, "sim": 7, "twin": 8}
     return {
         f"{model}, rate {rate:g}": TableRow(
-            4.5, (f"model={model}", f"optim.epochs={count}", f"optim.learning_rate={rate}")
+            4.5, (f"model.kind={model}", f"optim.epochs={count}", f"optim.learning_rate={rate}")
         )
         for rate in (0.002, 0.001, 0.004)
         for model, count in passes.items()
@@ -158,14 +158,14 @@ def _trials() -> dict[str, TableRow]:
 def _features() -> dict[str, TableRow]:
     """Every model without and with the true topic of each item as a feature."""
     models = {
-        "vista": (5, ("model=vista",)),
+        "vista": (5, ("model.kind=vista",)),
         "tail-only": (5, K0),
-        "sasrec": (6, ("model=sasrec",)),
-        "hstu": (4, ("model=hstu",)),
-        "din": (6, ("model=din",)),
-        "sim": (7, ("model=sim",)),
+        "sasrec": (6, ("model.kind=sasrec",)),
+        "hstu": (4, ("model.kind=hstu",)),
+        "din": (6, ("model.kind=din",)),
+        "sim": (7, ("model.kind=sim",)),
         "sim-hard": (7, SIM_HARD),
-        "twin": (8, ("model=twin",)),
+        "twin": (8, ("model.kind=twin",)),
     }
     return {
         name + suffix: TableRow(4.5, (*words, f"optim.epochs={passes}", *reads))
@@ -227,8 +227,8 @@ def _world(name: str, **size: Any) -> Table:
         "tail-only, keyed counters": TableRow(12, (*K0, *TOPICS, *KEYED)),
         "tail-only": TableRow(7, K0),
         "tail-only, counters": TableRow(8, (*K0, *COUNTERS)),
-        "hstu": TableRow(20, ("model=hstu",)),
-        "hstu-2,000": TableRow(60, ("model=hstu", "model.history_limit=2000")),
+        "hstu": TableRow(20, ("model.kind=hstu",)),
+        "hstu-2,000": TableRow(60, ("model.kind=hstu", "model.history_limit=2000")),
         **REFERENCES,
         **ORACLE,
     }

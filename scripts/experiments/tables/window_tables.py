@@ -90,7 +90,7 @@ def _windows(data: str, minutes: float) -> Table:
     """`minutes` is the estimated time of one model of the row `vista, counters`; a row trains two."""
     words, both = (*COUNTERS, *CHOSEN[data]), 2 * minutes
     varied = VARIED | (CATEGORIES if data == "complete-journey" else {})
-    hstu, sasrec = ((*words, f"model={name}") for name in ("hstu", "sasrec"))
+    hstu, sasrec = ((*words, f"model.kind={name}") for name in ("hstu", "sasrec"))
     rows = {
         "vista, counters": TableRow(both, words),
         "tail-only, counters": TableRow(0.5 * both, (*words, *K0)),
@@ -143,7 +143,7 @@ def _newcomer(data: str, *, windows: bool) -> Table:
     rows = {
         "vista": TableRow(minutes, (budget,)),
         **({ALL_EVENTS: TableRow(2, ("optim.epochs=0", *LAST_MODEL))} if windows else {}),
-        **{name: TableRow(minutes, (budget, f"model={name}")) for name in others},
+        **{name: TableRow(minutes, (budget, f"model.kind={name}")) for name in others},
         **_baselines(*names),
     }
     pairs = tuple((row, name) for row in ("vista", ALL_EVENTS) for name in names) if windows else ()

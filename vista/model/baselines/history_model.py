@@ -101,7 +101,7 @@ class HistoryModel(RankingModel):
         name = self.config.architecture.value
         raise ConfigError(
             f"model.architecture={name}: only ranks candidates, without user vectors; train an architecture that ranks "
-            "next items, such as model=sasrec"
+            "next items, such as model.kind=sasrec"
         )
 
     def candidate_logits(
