@@ -359,7 +359,7 @@ def test_a_key_and_a_group_from_the_configuration(served, tmp_path):
     run_refresh(RefreshConfig(data=str(served.log.path), shared_with_group=True, **keyed))
     assert (tmp_path / "store").stat().st_mode & 0o7777 == 0o2750
     user = str(served.log.users.ids(np.array([0]))[0])
-    assert f"user {user}: " in run_score(ScoreConfig(users=[user], **keyed))
+    assert f"user {user} (now " in run_score(ScoreConfig(users=[user], **keyed))
     with pytest.raises(StoreError, match="authentication key"):
         run_score(ScoreConfig(users=[user], **common))
 

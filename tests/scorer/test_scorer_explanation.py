@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.conftest import DAY, ROUNDING, START, Served, tail_of, untrained
 from vista.config.checks import TargetAttentionKind
+from vista.errors import UnknownItemError
 from vista.log.event_log import EventLog
 from vista.model import inference
 from vista.model.attribution import attribute
@@ -169,11 +170,13 @@ def test_a_contribution_is_the_difference_without_the_token(opened: Scorer, impr
     assert (made_of.tail[0, :2] == 0).all()
 
 
-def test_tails_of_requests_and_unknown_items_are_explained(scorer: Scorer, served: Served) -> None:
+def test_tails_of_requests_are_explained_but_not_unknown_items(scorer: Scorer, served: Served) -> None:
     fresh = tail_of([(108, [(777, START + 900 * DAY, 0), (20, START + 901 * DAY, 1)])])
-    explanation = scorer.explain(108, [0, 777, 390], tail=fresh)
-    assert explanation.tail_items[-2:] == [None, 20] and explanation.tail.shape == (3, 6)
-    assert explanation.items == [0, None, 390]
+    explanation = scorer.explain(108, [0, 390], tail=fresh)
+    assert explanation.tail_items[-2:] == [None, 20] and explanation.tail.shape == (2, 6)
+    assert explanation.items == [0, 390]
+    with pytest.raises(UnknownItemError, match="items: the model does not know the item in place 1"):
+        scorer.explain(108, [0, 777])
     nobody = scorer.explain(999, [0, 390])
     assert nobody.tail.shape == (2, 0) and nobody.tail_items == []
     assert scorer.explain(108, []).value.shape == (0,)

@@ -35,8 +35,9 @@ from vista.model.item_projections import CANDIDATE_FILE, RETRIEVAL_FILE, ItemPro
 from vista.model.saved_model import WEIGHTS_FILE
 from vista.model.vista_model import VistaModel
 from vista.refresh import erase, refresh
-from vista.scorer import Scorer
-from vista.scorer.scorer import LATENCY_BOUNDS_MS, AnswerSource, ScorerStats
+from vista.scorer import NOW, Scorer
+from vista.scorer.request import MOST_IDLE_MS
+from vista.scorer.scorer import LATENCY_BOUNDS_MS, ScorerStats
 from vista.store.admin import compact_store
 from vista.store.layout import Shard
 
@@ -219,29 +220,38 @@ def test_a_model_without_retrieval_head(impression_log: EventLog, tmp_path: Path
             scorer.user_vectors([user])
 
 
+def source_of(scorer: Scorer) -> tuple[int, str | None] | None:
+    """Generation and model of this thread's last answer."""
+    source = scorer.answered_from
+    return None if source is None else (source.generation, source.model_checksum)
+
+
 def test_the_source_of_an_answer(served: Served, tmp_path: Path) -> None:
     store, checksum = tmp_path / "store", json.loads((served.model_dir / "config.json").read_text())["checksum"]
     refresh(served.model, served.log, store)
     with Scorer.open(served.model_dir, store) as scorer:
         assert scorer.answered_from is None
-        scorer.score(USERS, ITEMS)
-        assert scorer.answered_from == AnswerSource(1, checksum)
+        scorer.score([*USERS, 999], ITEMS, now=NOW)
+        assert source_of(scorer) == (1, checksum)
+        source, newest = scorer.answered_from, scorer.store.get_many(USERS).last_event_ts
+        assert source is not None and source.known.tolist() == [True] * len(USERS) + [False]
+        assert source.now is not None and source.now[:-1].tolist() == (newest + MOST_IDLE_MS).tolist()
         refresh(served.model, served.log, store)
         assert scorer.reload()
-        assert scorer.answered_from == AnswerSource(1, checksum)  # No call since.
+        assert source_of(scorer) == (1, checksum)  # No call since.
         seen = []
 
         def work() -> None:
-            seen.append(scorer.answered_from)
+            seen.append(source_of(scorer))
             scorer.rank(USERS[0])
-            seen.append(scorer.answered_from)
+            seen.append(source_of(scorer))
 
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
-        assert seen == [None, AnswerSource(2, checksum)] and scorer.answered_from == AnswerSource(1, checksum)
+        assert seen == [None, (2, checksum)] and source_of(scorer) == (1, checksum)
         scorer.user_vectors([])
-        assert scorer.answered_from == AnswerSource(2, checksum)
+        assert source_of(scorer) == (2, checksum)
 
 
 def test_a_model_in_memory_and_a_store_with_shards(served: Served, tmp_path: Path) -> None:
@@ -251,7 +261,7 @@ def test_a_model_in_memory_and_a_store_with_shards(served: Served, tmp_path: Pat
     with Scorer.open(served.model, tmp_path) as scorer:
         assert sorted(reader.generation for reader in scorer.store._readers) == [1, 2]  # type: ignore[union-attr]
         scorer.score(USERS, ITEMS)
-        assert scorer.answered_from == AnswerSource(1, None)
+        assert source_of(scorer) == (1, None)
 
 
 def wait_for_end(thread: threading.Thread) -> None:

@@ -191,14 +191,16 @@ def test_scores_and_rankings_as_text(served: Served, scorer: Scorer) -> None:
     lines = run_score(score_config(served, users=["103", "100"], candidates=["0", "390"])).splitlines()
     scores = scorer.score([103, 100], [0, 390], now=NOW)
     assert lines[0] == "task next, generation 1"
-    assert lines[1] == f"user 103: 0 {scores[0, 0]:.4f}, 390 {scores[0, 1]:.4f}" and len(lines) == 3
+    assert scorer.answered_from is not None and scorer.answered_from.now is not None
+    came = np.datetime64(int(scorer.answered_from.now[0]) // 60_000, "m")
+    assert lines[1] == f"user 103 (now {came}): 0 {scores[0, 0]:.4f}, 390 {scores[0, 1]:.4f}" and len(lines) == 3
     moment = {"now": "2024-05-01T12:00"}
     asked = run_score(score_config(served, users=["103"], candidates=["0"], **moment)).splitlines()
     then = scorer.score([103], [0], now=1_714_564_800_000)[0, 0]
     assert asked[1] == f"user 103: 0 {then:.4f}"
     best = scorer.rank(103, top_k=2, now=NOW).items.tolist()
-    words = run_score(score_config(served, users=["103"], top_k=2)).splitlines()[1].split()
-    assert [words[2], words[4]] == [str(item) for item in best]
+    words = run_score(score_config(served, users=["103"], top_k=2)).splitlines()[1].split(": ")[1].split()
+    assert [words[0], words[2]] == [str(item) for item in best]
 
 
 @pytest.mark.parametrize(
@@ -259,7 +261,7 @@ def test_requests_without_a_time_come_now(served: Served, scorer: Scorer, monkey
 def test_unknown_user_by_policy(served: Served) -> None:
     with pytest.raises(UnknownUserError, match=r"users \[999\] have no record"):
         run_score(score_config(served, users=["999"], on_missing=OnMissing.error))
-    assert run_score(score_config(served, users=["999"], top_k=1)).count("user 999 (no record): ") == 1
+    assert run_score(score_config(served, users=["999"], top_k=1)).count("user 999 (no record, now ") == 1
 
 
 def test_items_are_explained_with_their_names(served: Served, scorer: Scorer, tmp_path: Path) -> None:
@@ -270,7 +272,9 @@ def test_items_are_explained_with_their_names(served: Served, scorer: Scorer, tm
     lines = run_score(score_config(served, users=["103"], top_k=2, **named)).splitlines()
     best = scorer.rank(103, top_k=2, now=NOW)
     told = scorer.explain(103, best.items, now=NOW)
-    assert lines[0].startswith("task next, generation 1; what raises the score above ") and lines[1] == "user 103:"
+    assert lines[0].startswith("task next, generation 1; what raises the score above ") and lines[1].startswith(
+        "user 103 (now "
+    )
     for place, line in enumerate(lines[2:]):
         assert line == f"  {names(best.items)[place]} {best.scores[place]:.4f}: {told.why(place, names)}"
     assert len(lines) == 4 and names(best.items)[0].startswith("Film ")
@@ -280,7 +284,7 @@ def test_items_are_explained_with_their_names(served: Served, scorer: Scorer, tm
     alone = run_score(score_config(served, users=["103"], candidates=["0"], explain=True)).splitlines()[2]
     assert alone.endswith(f": {scorer.explain(103, [0], now=NOW).why(0)}"), "compared with the catalog, shown by ids"
     plain = run_score(score_config(served, users=["103"], top_k=1, data=str(log.path), item_name="label"))
-    assert plain.splitlines()[1] == f"user 103: {names(best.items)[0]} {best.scores[0]:.4f}"
+    assert plain.splitlines()[1].endswith(f"): {names(best.items)[0]} {best.scores[0]:.4f}")
     with pytest.raises(ConfigError, match=r"item_name: 'title' is not a category .* it has \['label'\]"):
         run_score(score_config(served, users=["103"], data=str(log.path), item_name="title"))
 

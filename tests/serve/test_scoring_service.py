@@ -122,6 +122,9 @@ def test_answers_say_what_they_were_computed_from(service: RunningService, serve
         packed = service.send(f"/v1/{path}", msgspec.msgpack.encode(asked), headers=MSGPACK)[2]
         for answer in (service.fetch(f"/v1/{path}", asked)[1], msgspec.msgpack.decode(packed)):
             assert {name: answer[name] for name in source} == source, path
+            known = answer["known_user"] if "user" in asked else answer["known_users"]
+            assert known == (True if "user" in asked else [True] * len(USERS)), path
+            assert np.shape(answer["now"]) == np.shape(known), path
             assert {"413", "421", "431"} <= page[f"/v1/{path}"]["post"]["responses"].keys()
             content = page[f"/v1/{path}"]["post"]["responses"]["200"]["content"]
             assert list(answer) == list(content["application/json"]["example"]), path
@@ -133,6 +136,11 @@ def test_unknown_users_and_items(service: RunningService, strict: RunningService
     asked = {"users": [103, 999], "candidates": [0, 7], "now": NOW}
     status, answer = service.fetch("/v1/score", asked)
     assert status == 200 and [row[1] for row in answer["scores"]] == [0, 0]
+    assert answer["known_users"] == [True, False] and answer["now"] == [NOW, NOW]
+    status, answer = service.fetch("/v1/rank", {"user": 999, "now": NOW})
+    assert status == 200 and answer["known_user"] is False and answer["now"] == NOW
+    status, answer = service.fetch("/v1/explain", {"user": 103, "items": [0, 7]})
+    assert status == 404 and answer["error"]["type"] == "UnknownItemError" and "place 1" in answer["error"]["message"]
     status, answer = strict.fetch("/v1/score", asked)
     assert status == 404 and answer["error"]["type"] == "UnknownUserError" and "999" in answer["error"]["message"]
     assert "/" not in answer["error"]["message"].replace("on_missing", "")

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +154,7 @@ def run_score(config: ScoreConfig) -> str:
         known = (model.item_rows(candidates) != UNKNOWN_ITEM).tolist() if candidates else []
         items = [item if known[i] else f"{item} (unknown)" for i, item in enumerate(names(candidates))]
         for user in users:
-            name = f"user {user}{_problem(scorer, user)}"
+            problem = _problem(scorer, user)
             try:
                 if candidates:
                     named, scores = items, scorer.score([user], candidates, now=now, request=request)[0].tolist()
@@ -162,6 +163,7 @@ def run_score(config: ScoreConfig) -> str:
                     retrieve = config.retrieve
                     ranking = scorer.retrieve([user], **asked)[0] if retrieve else scorer.rank(user, **asked)
                     named, scores = names(ranking.items.tolist()), ranking.scores.tolist()
+                name = f"user {user}{_remarks(problem, scorer if config.now is None else None)}"
                 pairs = [f"{item} {score:.4f}" for item, score in zip(named, scores, strict=True)]
                 if not config.explain:
                     lines.append(f"{name}: {', '.join(pairs)}")
@@ -217,11 +219,24 @@ def _features(words: Sequence[str], num_candidates: int) -> dict[str, Any]:
 def _problem(scorer: Scorer, user: Any) -> str:
     """What is wrong with a user's record, for the user's line."""
     try:
-        return "" if scorer.store.get_many([user]).found[0] else " (no record)"
+        return "" if scorer.store.get_many([user]).found[0] else "no record"
     except RecordError:
         if scorer.on_missing is not OnMissing.nan:
             raise
-        return " (damaged record)"
+        return "damaged record"
+
+
+def _remarks(problem: str, scorer: Scorer | None) -> str:
+    """What a user's line says in parentheses: the problem, and the time of the scorer's last request, if one is given.
+
+    The lines say it if no time was asked for, because it differs between users (`current_times`).
+    """
+    source = None if scorer is None else scorer.answered_from
+    time_ms = None if source is None or source.now is None else int(source.now[0])
+    remarks = [problem] * bool(problem) + (
+        [] if time_ms is None else [f"now {datetime.fromtimestamp(time_ms // 1000, UTC):%Y-%m-%dT%H:%M}"]
+    )
+    return f" ({', '.join(remarks)})" if remarks else ""
 
 
 def run_serve(config: ServeConfig) -> None:

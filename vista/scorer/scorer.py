@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import is_tensor
+from vista.arrays import Int, is_tensor
 from vista.config.checks import OnMissing, Precision, ScoringBackend, choice_of
 from vista.errors import StoreError, VistaError
 from vista.log.vocabulary import Ids
@@ -45,13 +45,17 @@ LATENCY_BOUNDS_MS = tuple(0.0625 * 2 ** (step / BUCKETS_PER_OCTAVE) for step in 
 
 @dataclass(frozen=True, slots=True)
 class AnswerSource:
-    """The generation of the store and the model that gave an answer."""
+    """What an answer for B users was computed from: the model, the store, and the times of the requests."""
 
     generation: int
     """Number of the store's generation; of a sharded store, the oldest one of its shards. An incremental refresh
     changes records without a new number."""
     model_checksum: str | None
     """`checksum` of the model's config.json, 16 hex digits; None for a model that was not read from a folder."""
+    now: Int | None
+    """[B] times of the requests in ms; None if none was given, or if the model reads no times."""
+    known: NDArray[np.bool_]
+    """[B] whether the store had a usable record of the user. The others were answered as users without history."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +257,7 @@ class Scorer:
 
     @property
     def answered_from(self) -> AnswerSource | None:
-        """The generation and the model of this thread's last call that read the store; None before the first one."""
+        """What this thread's last call that read the store was computed from; None before the first one."""
         return self._latest.source
 
     @property
@@ -519,6 +523,7 @@ class Scorer:
 
         Raises:
             UnknownUserError: with on_missing="raise".
+            UnknownItemError: the model does not know an item, whichever policy the scorer has.
             ValueError: an item is not one of the candidates. Others as in `predict`.
         """
         from vista.scorer.score_shares import explained  # Shares need torch, scores may not.
@@ -571,7 +576,8 @@ class Scorer:
         """One call, which is counted and timed."""
         with self._recorder.timed(), self.in_service() as snapshot:
             request = snapshot.read(users, tail, now, self.on_missing, self.max_age_s, self._recorder.add)
-            self._latest.source = AnswerSource(request.generation, snapshot.checksum)
+            now = request.now if snapshot.model.schema.has_time else None
+            self._latest.source = AnswerSource(request.generation, snapshot.checksum, now, ~request.missing)
             yield Call(snapshot, request, self.on_missing, self._recorder.add)
 
 

@@ -470,8 +470,10 @@ float32 numbers in little-endian order, row by row.
 The examples have integer ids and an action named `click`. `/v1/model` says what the ids of your log are, and how its
 actions are named.
 
-Each answer says which generation of the store (`generation`) and which model (`model_checksum`, as in `/v1/model`) it
-was computed from.
+Each answer says what it was computed from: the generation of the store (`generation`), the model (`model_checksum`, as
+in `/v1/model`), the time of the request (`now`, in ms), and whether the store has a record of the user (`known_user`).
+Unless the service runs with `on_missing=raise`, a user without a record gets the answer of a user without history.
+Answers for several users have lists, in `now` and `known_users`.
 
 An error is `{"error": {"type": ..., "message": ...}}`. Send a request again after a connection error, and after 429 and
 503 when the time in `Retry-After` has passed: no request changes anything.
@@ -547,13 +549,15 @@ _EXAMPLES: dict[str, dict[str, Any]] = {
     },
 }
 _SOURCE = {"generation": 7, "model_checksum": "93a1c04be1f2d687"}
+_OF_USERS, _OF_USER = {"now": [_NOW], "known_users": [True]}, {"now": _NOW, "known_user": True}
 _RANKING = {"items": [20, 10], "scores": [0.75, 0.5], "num_dropped": 0}
 ANSWERS: dict[str, dict[str, Any]] = {
-    "score": {"task": "click", "scores": [[0.5, 0.75, 0.25]]},
-    "predict": {"scores": {"click": [[0.5, 0.75, 0.25]], "next": [[2.5, 3.0, -1.5]]}},
-    "rank": {"task": "click", **_RANKING},
-    "retrieve": {"task": "click", "rankings": [_RANKING]},
+    "score": {**_OF_USERS, "task": "click", "scores": [[0.5, 0.75, 0.25]]},
+    "predict": {**_OF_USERS, "scores": {"click": [[0.5, 0.75, 0.25]], "next": [[2.5, 3.0, -1.5]]}},
+    "rank": {**_OF_USER, "task": "click", **_RANKING},
+    "retrieve": {**_OF_USERS, "task": "click", "rankings": [_RANKING]},
     "explain": {
+        **_OF_USER,
         "task": "click",
         "items": [10],
         "value": [1.0],

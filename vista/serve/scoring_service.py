@@ -294,9 +294,9 @@ class ScoringService:
         candidates = candidate_ids(asked.candidates)
         return self.answer(self.scores(asked, candidates), candidates, media_type)
 
-    def answer(self, scores: NDArray[np.float32], candidates: Any, media_type: str) -> Answer:
-        """An answer with scores in the shape of the candidates."""
-        held = self._sourced({"task": self.scorer.task, "scores": scores})
+    def answer(self, scores: Any, candidates: Any, media_type: str, users: slice = slice(None)) -> Answer:
+        """An answer with float32 scores in the shape of the candidates, for some users of this thread's last call."""
+        held = self._sourced({"task": self.scorer.task, "scores": scores}, users)
         return _answer(held, media_type, candidates, scores.size)
 
     def predict(self, body: bytes, media_type: str) -> Answer:
@@ -321,7 +321,8 @@ class ScoringService:
             timeout_s=timeout_s,
             **self._of_one(asked),
         )
-        return _answer(self._sourced({"task": self.scorer.task, **_ranking(ranking)}), media_type, None, num_candidates)
+        held = self._sourced({"task": self.scorer.task, **_ranking(ranking)}, 0)
+        return _answer(held, media_type, None, num_candidates)
 
     def retrieve(self, body: bytes, media_type: str) -> Answer:
         """The best items of a large catalog for each user, from candidates that the index finds."""
@@ -359,7 +360,7 @@ class ScoringService:
             [{"part": each.part, "share": each.share, "text": each.words()} for each in reasons]
             for reasons in told.reasons
         ]
-        held = self._sourced({"task": self.scorer.task if asked.task is None else asked.task, **shares})
+        held = self._sourced({"task": self.scorer.task if asked.task is None else asked.task, **shares}, 0)
         return _answer(held, media_type, None, len(asked.items))
 
     def user(self, word: str) -> Answer:
@@ -451,11 +452,18 @@ class ScoringService:
         """The fields of an answer, and the variant if the service has several models."""
         return held if self.variant is None else {"variant": self.variant, **held}
 
-    def _sourced(self, held: dict[str, Any]) -> dict[str, Any]:
-        """An answer with its generation and model, which are those of this thread's last call, as first fields."""
+    def _sourced(self, held: dict[str, Any], users: slice | int = slice(None)) -> dict[str, Any]:
+        """An answer that starts with what it was computed from: what this thread's last call read of some users, or of
+        one, whose place is given."""
         source = self.scorer.answered_from
         assert source is not None
-        return self._named({"generation": source.generation, "model_checksum": source.model_checksum, **held})
+        first = {
+            "generation": source.generation,
+            "model_checksum": source.model_checksum,
+            "now": None if source.now is None else source.now[users].tolist(),
+            "known_user" if isinstance(users, int) else "known_users": source.known[users].tolist(),
+        }
+        return self._named(first | held)
 
     def _arguments(self, asked: BodyOfUsers) -> dict[str, Any]:
         """The other arguments of a call."""
@@ -622,10 +630,13 @@ def _together(bodies: list[ScoreBody], media_types: list[str], service: ScoringS
     ids = [item for some in values for item in (some if isinstance(some, list) else some.tolist())]
     scores = service.scores(merged, (ids, offsets_of(np.concatenate(lengths))))
     bounds = np.cumsum([own.sum() for own in lengths])[:-1]
-    return [
-        service.answer(part if isinstance(own, tuple) else part.reshape(len(body.users), -1), own, kind)
-        for part, own, body, kind in zip(np.split(scores, bounds), given, bodies, media_types, strict=True)
-    ]
+    parts, answers, first = np.split(scores, bounds), list[Answer](), 0
+    for part, own, body, kind in zip(parts, given, bodies, media_types, strict=True):
+        num_users = len(body.users)
+        shaped = part if isinstance(own, tuple) else part.reshape(num_users, -1)
+        answers.append(service.answer(shaped, own, kind, slice(first, first + num_users)))
+        first += num_users
+    return answers
 
 
 def _can_join(body: ScoreBody) -> bool:
