@@ -374,8 +374,13 @@ def circumstance(model: VistaModel, counts: NDArray[np.float32]) -> str | None:
     keys = model.config.counter_keys or []
     for key, (number, *_) in zip(keys, np.split(counts, len(keys)), strict=True):
         if key in words and np.isfinite(number):
-            return words[key].format("once" if round(number) == 1 else f"{number:.0f} times")
+            return words[key].format(times(number))
     return None
+
+
+def times(number: float) -> str:
+    """Codes of counts are exact below 10."""
+    return "once" if round(number) == 1 else f"{'' if number < 10 else 'about '}{number:.0f} times"
 
 
 @pytest.mark.parametrize("opened", ["fresh"], indirect=True)
@@ -398,7 +403,8 @@ def test_reasons_say_what_parts_with_positive_shares_hold(opened: Opened, task: 
             texts.add(re.sub(r"\d.*", "", reason.text))
             number, own = told.counts[place, 0], space[1 + place]
             if reason.part == "counters" and np.isfinite(number):
-                assert reason.text.startswith("once before" if number == 1 else f"{number:.0f} times before")
+                assert reason.text.startswith(f"{times(number)} before")
+                assert re.search(r"last (about \d+ (day|hour|minute)s?|less than a minute) ago", reason.text)
             if reason.part == "counters" and (said := circumstance(model, told.counts[place])):
                 assert said in reason.text
                 products.add(said.split(" before ")[1])
@@ -407,7 +413,11 @@ def test_reasons_say_what_parts_with_positive_shares_hold(opened: Opened, task: 
             if reason.part in ("history", "recent"):
                 assert all(space[rows[item]] @ own >= 0.2 and item != items[place] for item in reason.items)
             if reason.part == "transitions" and reason.items:
-                assert 1 + place in model.transition_items[rows[reason.items[0]]]
+                assert model.transitions is not None
+                row = rows[reason.items[0]]
+                weight = model.transitions.weight[row][model.transitions.item[row] == 1 + place].item()
+                share = (np.exp(weight) - 1) / 100  # n / (m + 10) of m events after the item
+                assert reason.text == f"{'often comes' if share >= 0.2 else 'has come'} right after"
             if reason.part == "rate":
                 odds = float(model.item_rates[1 + place, 0].exp())
                 assert reason.text == f"the odds of click are {odds:.1f} times those of all impressions"

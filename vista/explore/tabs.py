@@ -57,7 +57,7 @@ from vista.log.histories import Histories
 from vista.log.inspection import LogStats
 from vista.runs.run_list import better_values, is_run
 from vista.scorer import Scorer
-from vista.scorer.explanation import duration
+from vista.scorer.explanation import about
 from vista.store.admin import verify_store
 from vista.store.layout import stores_in
 from vista.store.record_encoding import read_key
@@ -162,7 +162,7 @@ def _show_counters(facts: UserFacts) -> None:
     rows = [dict(row) for row in facts.counters[field][:SHOWN_ROWS]]
     for row in rows:
         if "seconds since the last" in row:
-            row["last"] = duration(row.pop("seconds since the last"))
+            row["last"] = about(row.pop("seconds since the last"))
     sums = [name for row in rows[:1] for name in row if name.startswith("last ~")]
     formats = {name: st.column_config.NumberColumn(format="%.1f") for name in sums}
     formats["count"] = st.column_config.NumberColumn(format="%d")

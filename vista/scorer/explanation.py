@@ -86,7 +86,7 @@ class Explanation:
     """[C] the parts with the largest positive shares, the largest first, at most MOST_REASONS."""
 
     def why(self, place: int, names: Names | None = None) -> str:
-        """The reasons of an item in one line, such as "89 times before, last 1 day ago (+6.21)".
+        """The reasons of an item in one line, such as "about 89 times before, last about 1 day ago (+6.21)".
 
         Args:
             place: of the item, from 0.
@@ -96,10 +96,15 @@ class Explanation:
         return "; ".join(words) or "nothing raises it above the average candidate"
 
 
+def about(seconds: float) -> str:
+    """A duration that was stored as a code, in words."""
+    return f"{'about ' * (seconds >= 60)}{duration(seconds)}"
+
+
 def duration(seconds: float) -> str:
-    """A duration in its largest fitting unit, such as "3 hours"."""
+    """A duration in its largest fitting unit, rounded, such as "3 hours"."""
     for unit, size in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
         if seconds >= size:
-            count = int(seconds // size)
+            count = round(seconds / size)
             return f"{count:,} {unit}{'s' * (count != 1)}"
     return "less than a minute"

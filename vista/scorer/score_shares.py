@@ -5,6 +5,7 @@ C items that are explained, N rows: these items, then the candidates that the me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import comb
@@ -19,14 +20,16 @@ from torch import Tensor
 from vista.arrays import Floats, Int
 from vista.config.model_config import ITEM, NOT_CATEGORIES, PREVIOUS, parts_of
 from vista.counters.counters import CounterSpec
+from vista.errors import UnknownItemError
 from vista.examples.item_spaces import NUM_POOLED, Pooled
 from vista.examples.item_statistics import RECENT_DECAY
+from vista.examples.transitions import SCALE
 from vista.model import inference
 from vista.model.attribution import attribute
 from vista.model.serving_model import NEXT_TASK, UNKNOWN_ITEM, newest_first
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
-from vista.scorer.explanation import PARTS, Explanation, Reason, duration
+from vista.scorer.explanation import PARTS, Explanation, Reason, about, duration
 from vista.scorer.request import Request
 from vista.scorer.serving_snapshot import Call, ServingSnapshot
 
@@ -36,6 +39,11 @@ MOST_REASONS, LEAST_OF_LARGEST = 3, 0.05
 """Most reasons of an item, and the least share of one, relative to the largest."""
 LEAST_SIMILARITY = 0.2
 """Least cosine of two items of which reasons say that they go together."""
+EXACT_COUNTS, EXACT_EVENTS = 10, 5
+"""Counts, and ages in events, below which each has a code of its own."""
+OFTEN = 0.2
+"""Least share of an item's followers, shrunk as in `vista.examples.transitions`, of which reasons say that it often
+comes right after the item. It takes three cases or more."""
 RISING = 0.5
 """Standard deviations by which an item's events of 7 days exceed those of all time, relative to other items, if reasons
 call it rising."""
@@ -46,6 +54,11 @@ def explained(call: Call, task: str, items: Any, candidates: Any, features: Any)
     snapshot, items_of_model = call.snapshot, call.snapshot.served.items
     snapshot.require_task(task)
     rows = call.rows(items, "items")
+    if (unknown := rows == UNKNOWN_ITEM).any():
+        raise UnknownItemError(
+            f"items: the model does not know the item in place {int(unknown.argmax())}, so it has no score to explain; "
+            "name items that the model was trained on"
+        )
     if candidates is None:
         request = call.asked(features, None)
         joint = np.concatenate([rows, _evenly(np.arange(UNKNOWN_ITEM + 1, len(items_of_model) + 1))])
@@ -56,7 +69,7 @@ def explained(call: Call, task: str, items: Any, candidates: Any, features: Any)
         joint = chosen[index]
         if request.features is not None:
             request = replace(request, features=request.features.of_candidates(index))
-    call.tally(candidates=len(rows), unknown_candidates=int((rows == UNKNOWN_ITEM).sum()))
+    call.tally(candidates=len(rows))
     return _Scores(snapshot, request, task, joint, len(rows)).explanation()
 
 
@@ -358,15 +371,13 @@ class _Words:
         assert table is not None
         follows = (table.item[recent.to(table.item.device)] == int(self._rows[place])).double()
         weight = (follows * table.weight[recent.to(table.item.device)].double()).sum(1).cpu()
-        weight *= RECENT_DECAY ** torch.arange(len(recent))
-        best = int(weight.argmax()) if len(recent) else 0
+        best = int((weight * RECENT_DECAY ** torch.arange(len(recent))).argmax()) if len(recent) else 0
         if not len(recent) or weight[best] <= 0:
             return "seldom comes right after the newest items", []
-        return "often comes right after", [self._id(int(recent[best]))]
+        verb = "often comes" if math.expm1(float(weight[best])) / SCALE >= OFTEN else "has come"
+        return f"{verb} right after", [self._id(int(recent[best]))]
 
     def _popularity(self, place: int) -> tuple[str, list[Any]]:
-        if not self._rows[place]:
-            return "an unknown item", []
         statistics = self._model.item_statistics[1:].cpu().numpy()
         own = statistics[int(self._rows[place]) - 1]
         below = int(100 * (statistics[:, 0] < own[0]).mean())
@@ -398,9 +409,13 @@ _CIRCUMSTANCES = {
 
 
 def _counter_text(spec: CounterSpec, field: str, values: NDArray[np.float32]) -> str:
-    """A counter in words, such as "items of its brand 3 times before in the same month, last 1 day ago"."""
+    """A counter in words: "items of its brand 3 times before in the same month, last about 1 day ago".
+
+    Counters are stored as codes (`encode_values`), so ages and large counts are approximate.
+    """
     parts = parts_of(field)
-    times = "once" if values[0] < 1.5 else f"{values[0]:,.0f} times"
+    number = float(values[0])
+    times = "once" if number < 1.5 else f"{'about ' * (number >= EXACT_COUNTS)}{number:,.0f} times"
     names = [part for part in parts if part not in NOT_CATEGORIES]
     what = [] if ITEM in parts else [f"items of its {' and '.join(names)}"]
     when = [words for part, words in _CIRCUMSTANCES.items() if part in parts]
@@ -410,5 +425,5 @@ def _counter_text(spec: CounterSpec, field: str, values: NDArray[np.float32]) ->
 def _age(spec: CounterSpec, age: float) -> str:
     """The age of an event in words, from seconds, or from the number of later events."""
     if not spec.has_time:
-        return f"{age:,.0f} event{'s' * (round(age) != 1)}"
-    return duration(age)
+        return f"{'about ' * (age >= EXACT_EVENTS)}{age:,.0f} event{'s' * (round(age) != 1)}"
+    return about(age)
