@@ -211,11 +211,12 @@ def test_validation_measures_baselines_as_evaluation_does(
 ) -> None:
     config = small_config(event_log, tmp_path / "run", data__exclude_seen=exclude_seen)
     rows = np.arange(1, event_log.num_items + 1)
-    measured = Validation(event_log, rows, config).baselines()
+    measured, of_users = Validation(event_log, rows, config).baselines()
     assert ("own frequency" in measured) != exclude_seen, "returns are ranked only if seen items are"
     asked = EvaluateConfig(split="validation", top_k=[10])
     expected = measure_baseline(Transitions(), event_log, config.data, asked, rows - 1).means()
     assert measured["transitions"] == pytest.approx(expected)
+    assert np.mean(of_users) == pytest.approx(max(each["ndcg@10"] for each in measured.values()))
 
 
 def test_in_a_large_log_item_neighbors_count_some_users(
@@ -223,10 +224,10 @@ def test_in_a_large_log_item_neighbors_count_some_users(
 ) -> None:
     config = small_config(event_log, tmp_path / "run", data__exclude_seen=False)
     validation = Validation(event_log, np.arange(1, event_log.num_items + 1), config)
-    whole = validation.baselines()
+    whole, _ = validation.baselines()
     monkeypatch.setattr(counting_baselines, "MOST_EVENTS", 10)
     with caplog.at_level(logging.INFO):
-        some = validation.baselines()
+        some, _ = validation.baselines()
     assert {name for name in whole if whole[name] != some[name]} == {"item neighbors"} and some.keys() == whole.keys()
     assert len([line for line in caplog.messages if line.startswith("pairs of items are counted among")]) == 1
 
@@ -237,21 +238,25 @@ def decided_by(metric: str) -> Any:
 
 
 @pytest.mark.parametrize("counts", [False, True])
-@pytest.mark.parametrize(("reached", "warns"), [(0.29, True), (0.3, False), (0.31, False)])
-def test_a_model_below_a_baseline_is_reported(
-    reached: float, warns: bool, counts: bool, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("reached", "standing"), [(0.27, "behind"), (0.29, "tie"), (0.3, "tie"), (0.31, "tie"), (0.33, "ahead")]
+)
+def test_the_last_lines_compare_with_the_best_baseline_by_two_standard_errors(
+    reached: float, standing: str, counts: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     progress = Progress(
+        lead=[reached - 0.3, 0.01],
         best=0.7,  # NE: the second validation is the best, though its NDCG@10 is not
         history=[{"ne/click": 0.9, "ndcg@10": 0.5}, {"ne/click": 0.7, "ndcg@10": reached}],
         baselines={"popularity": {"ndcg@10": 0.1}, "own frequency": {"ndcg@10": 0.3}},
     )
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.INFO):
         compare_with_baselines(progress, decided_by("ne/click"), counts=counts)
-    assert [record.message.split(":")[0] for record in caplog.records] == (
-        ["ndcg@10 0.2900 is below that of a counting baseline (own frequency"] if warns else []
-    )
-    assert not warns or ("count more" in caplog.text) == counts
+    (record,) = caplog.records
+    lead = f"{reached - 0.3:+.4f} ± 0.0100 compared with the best counting baseline, own frequency: {standing}"
+    assert record.message.startswith(f"ndcg@10 {reached:.4f}, {lead}")
+    assert (record.levelno == logging.WARNING) == (standing == "behind")
+    assert standing != "behind" or ("count more" in caplog.text) == counts
 
 
 def test_without_validations_nothing_is_compared(caplog: pytest.LogCaptureFixture) -> None:

@@ -394,6 +394,7 @@ CONTRADICTIONS: dict[str, Any] = {
     "an average of no weights": lambda run: run["average"].update(values={}),
     "an average of another weight": lambda run: _averages(run).update(item_table={"$tensor": "state.rng"}),
     "an average without its number": lambda run: run["average"].pop("count"),
+    "a lead without an error": lambda run: run["progress"].update(lead=[0.5]),
     "an unknown field": lambda run: run["progress"].update(surplus=1),
     "a missing field": lambda run: run["progress"].pop("stopped"),
     "no progress": lambda run: run.pop("progress"),

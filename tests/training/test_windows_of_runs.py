@@ -130,7 +130,7 @@ def test_windows_are_those_of_the_evaluation(
     assert set(measured) == {f"ndcg@10{kind}/{window}" for kind in ("", ":returns", ":new")}
     assert measured == pytest.approx(without_others(expected), abs=1e-3)
     baseline = measure_baseline(OwnFrequency(), log, config.data, question, model.rows_of(log.items) - 1).means()
-    assert validation.baselines()["own frequency"] == pytest.approx(without_others(baseline))
+    assert validation.baselines()[0]["own frequency"] == pytest.approx(without_others(baseline))
 
 
 @pytest.mark.nightly

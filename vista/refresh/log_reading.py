@@ -147,7 +147,9 @@ def item_values(
         mask = shown.known(kept, end)
         label = np.asarray(shown.label)[kept].astype(np.float32)
         has_labels = np.flatnonzero(mask.any(0))  # the model's own rates are better than none
-        measured = ItemRates(item_rows[shown.item[kept]], label[:, has_labels], mask[:, has_labels], user[kept], num_rows)
+        measured = ItemRates(
+            item_rows[shown.item[kept]], label[:, has_labels], mask[:, has_labels], user[kept], num_rows
+        )
         rates, tasks = measured.of_all(num_rows), [shown.tasks[place] for place in has_labels]
     as_of = int(statistics.time[-1]) - 1 if log.has_time and counts.any() else None
     logger.debug("values of %d items (%.1f s)", len(model.items), time.perf_counter() - began)

@@ -29,7 +29,7 @@ from vista.model.attribution import attribute
 from vista.model.serving_model import NEXT_TASK, UNKNOWN_ITEM, newest_first
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
-from vista.scorer.explanation import PARTS, Explanation, Reason, about, duration
+from vista.scorer.explanation import PARTS, Explanation, Reason, about
 from vista.scorer.request import Request
 from vista.scorer.serving_snapshot import Call, ServingSnapshot
 

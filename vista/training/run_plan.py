@@ -158,6 +158,10 @@ class Progress:
     """The validation metric of each user after epoch 0; empty without an epoch 0."""
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     """Validation metrics of the counting baselines, by name."""
+    counted: list[float] = field(default_factory=list)
+    """NDCG@10 of each user by the best of these baselines."""
+    lead: list[float] = field(default_factory=list)
+    """By how much the best model is ahead of that baseline in NDCG@10, and the standard error over users."""
 
     @classmethod
     def restored(cls, values: dict[str, Any], step: int, metric: str, ranking_metric: str) -> Progress:
@@ -180,6 +184,8 @@ class Progress:
             "history": list_of(TABLE),
             "wide": list_of(_MEASURED),
             "baselines": TABLE,
+            "counted": list_of(_MEASURED),
+            "lead": either(list_of(_MEASURED, 0, 0), list_of(_MEASURED, 2, 2)),
         }
         check_fields(values, rules)
         progress = cls(**values)

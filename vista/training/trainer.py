@@ -208,7 +208,7 @@ class Trainer:
         with RunRecord(self.config, self.model, self.validation) as metrics:
             resumes = self._start(metrics)
             if self.validation is not None and not self.progress.baselines:
-                self.progress.baselines = self.validation.baselines()
+                self.progress.baselines, self.progress.counted = self.validation.baselines()
             with deferred_interrupt() as interrupted:
                 if self._wide is not None and not resumes:
                     self._fit_wide(self._wide, metrics, interrupted)
@@ -460,6 +460,8 @@ class Trainer:
             logger.info("attention changes %s by %+.4f ± %.4f from epoch 0", validation.metric, change, error)
         if is_best:
             progress.best = value
+            if progress.counted:
+                progress.lead = list(mean_and_error(validation.ranked_users - np.array(progress.counted)))
             self._export(model, progress.history[-1])
         elif self._ranks.leads:
             (self.run_dir / PLAIN_WEIGHTS).unlink(missing_ok=True)

@@ -28,6 +28,7 @@ from vista.evaluation.cases import (
     window_cases,
     with_tasks,
 )
+from vista.evaluation.comparison import Estimate
 from vista.evaluation.counting_baselines import counting_baselines, scores_in_columns
 from vista.evaluation.protocol import (
     WindowReport,
@@ -233,6 +234,8 @@ class Validation:
         better), else `ranking_metric`; empty if the log has no cases."""
         self.of_users: Floats = np.zeros(0)
         """float64 [U] `metric` of each user in the last call, whose mean is that of all; NaN for users without it."""
+        self.ranked_users: Floats = np.zeros(0)
+        """float64 [U'] `ranking_metric` of each user in the last call, likewise."""
 
     @classmethod
     def of(cls, log: EventLog, item_rows: Int, config: TrainConfig, ranks: Ranks) -> Validation | None:
@@ -290,13 +293,14 @@ class Validation:
                 place, best = place_of_value, value
         return max(len(values) - 1 - place, 0)
 
-    def baselines(self) -> dict[str, dict[str, float]]:
-        """Metrics of the counting baselines on the same ranked items, by name; empty if there are no such cases.
+    def baselines(self) -> tuple[dict[str, dict[str, float]], list[float]]:
+        """Metrics of the counting baselines on the same ranked items, by name, and `ranking_metric` of each user by the
+        best of them; empty if there are no such cases.
 
         They are logged.
         """
         if self._ranked is None:
-            return {}
+            return {}, []
         began = time.perf_counter()
         is_window = isinstance(self._ranked, WindowCases)
         chosen = counting_baselines(
@@ -304,15 +308,16 @@ class Validation:
             horizon_events=self._windows.horizon_events[0] if is_window else 1,
             returns=is_window or not self._exclude_seen,
         )
-        measured = {}
+        measured, of_users = dict[str, dict[str, float]](), dict[str, Floats]()
         for baseline in chosen:
             baseline.fit(self._log, self._cut, np.random.default_rng(0))
             score = partial(scores_in_columns, baseline, self._item_rows - 1)
             measured[baseline.name] = self._ranking_metrics(self._ranked, score)
+            of_users[baseline.name] = self.ranked_users
         numbers = ", ".join(f"{name} {metrics[self.ranking_metric]:.4f}" for name, metrics in measured.items())
         seconds = time.perf_counter() - began
         logger.info("counting baselines (%.1f s), %s: %s", seconds, self.ranking_metric, numbers)
-        return measured
+        return measured, of_users[_best_baseline(measured, self.ranking_metric)].tolist()
 
     def _ranking_metrics(
         self,
@@ -325,11 +330,11 @@ class Validation:
         if isinstance(cases, NextItemCases):
             ranks = rank_next_items(self._log, cases, columns, score, batches, exclude_seen=self._exclude_seen)
             ranks = self._ranks.of_all_cases({"rank": ranks})["rank"]
-            self.of_users = ranking_values(ranks, [10])["ndcg@10"]
+            self.of_users = self.ranked_users = ranking_values(ranks, [10])["ndcg@10"]
             return ranking_metrics(ranks, [10])
         measured = rank_windows(self._log, {self._length: cases}, columns, score, batches, [10])[self._length]
         report = WindowReport({self._length: self._ranks.of_all_cases(measured)})
-        self.of_users = report.per_user()[self.ranking_metric]
+        self.of_users = self.ranked_users = report.per_user()[self.ranking_metric]
         # NaN if no window has items of the kind.
         return {k: v for k, v in report.metrics().items() if k.startswith("ndcg@10") and not math.isnan(v)}
 
@@ -429,7 +434,7 @@ WITH_COUNTERS = "train longer (optim.epochs or optim.minutes), or count more (mo
 
 
 def compare_with_baselines(progress: Progress, validation: Validation, *, counts: bool) -> None:
-    """Warn if the best model of a run ranks items worse than the best counting baseline.
+    """Log whether the best model of a run ranks items better than the best counting baseline; warn if it is behind.
 
     Args:
         validation: its `metric` chose that model, and its `ranking_metric` compares both.
@@ -439,14 +444,15 @@ def compare_with_baselines(progress: Progress, validation: Validation, *, counts
     best = [validated for validated in progress.history if validated[validation.metric] == progress.best]
     if not best or not progress.baselines:
         return
-    name = max(progress.baselines, key=lambda each: progress.baselines[each][metric])
-    bar, value = progress.baselines[name][metric], best[0][metric]
-    if value < bar:
-        logger.warning(
-            "%s %.4f is below that of a counting baseline (%s: %.4f): %s",
-            metric,
-            value,
-            name,
-            bar,
-            WITH_COUNTERS if counts else WITHOUT_COUNTERS,
-        )
+    name = _best_baseline(progress.baselines, metric)
+    lead = Estimate(*progress.lead)
+    found = f"{metric} {best[0][metric]:.4f}, {lead.text(signed=True)} compared with the best counting baseline, {name}"
+    if lead.standing == "behind":
+        logger.warning("%s: behind; %s", found, WITH_COUNTERS if counts else WITHOUT_COUNTERS)
+    else:
+        logger.info("%s: %s", found, lead.standing)
+
+
+def _best_baseline(measured: dict[str, dict[str, float]], metric: str) -> str:
+    """The counting baseline with the highest metric."""
+    return max(measured, key=lambda name: measured[name][metric])
