@@ -321,7 +321,7 @@ class BatchSource:
             began = time.perf_counter()
             num_rows = 1 + largest  # those of items that histories do not know are 0
             self.spaces = ItemSpaces(log, self._history_rows, self.counts, dim, seed=config.seed, num_rows=num_rows)
-            logger.info("item spaces of %d dimensions (%.1f s)", dim, time.perf_counter() - began)
+            logger.info("item vectors of %d values for pooled vectors (%.1f s)", dim, time.perf_counter() - began)
         self.rates: ItemRates | None = None
         """Of the model rows; None for a model without pooled vectors or tasks."""
         if self.spaces is not None and tasks:
@@ -338,7 +338,7 @@ class BatchSource:
         if self._reads_counts and (size := config.model.num_transitions):
             began = time.perf_counter()
             self.transitions = TransitionCounts(log, reads.item_rows, self.counts, size)
-            logger.info("%d followers per item (%.1f s)", size, time.perf_counter() - began)
+            logger.info("the %d most frequent next items of each item (%.1f s)", size, time.perf_counter() - began)
         self._chunk_len = chunk_len(config)
         self._epoch = -1
         self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
