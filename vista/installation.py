@@ -112,4 +112,4 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
