@@ -172,6 +172,7 @@ def _write_events(folder: Path, step: Step, number: int, log: EventLog | None) -
         "has_time": True,
         "timestamp": "milliseconds since 1970-01-01 UTC",
         "has_rating": False,
+        "read_with": {},
         "counts": {name: {"rows": count, "users": active.get(name, 0)} for name, count in rows.items()},
         "features": [],
         "user_features": [],

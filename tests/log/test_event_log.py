@@ -116,7 +116,7 @@ def test_golden_bytes_of_a_segment(tmp_path: Path) -> None:
     assert {name: (array.dtype.str, array.tobytes().hex()) for name, array in arrays.items()} == GOLDEN_SEGMENT
     manifest = json.loads((segment / "manifest.json").read_text())
     assert {path.name for path in segment.iterdir()} == {*GOLDEN_SEGMENT, "manifest.json"}
-    assert (segment.name, manifest["format"], manifest["version"]) == ("segment-000001", "vista-event-log", 5)
+    assert (segment.name, manifest["format"], manifest["version"]) == ("segment-000001", "vista-event-log", 6)
 
 
 def test_owners_and_ages_of_events() -> None:
@@ -217,7 +217,7 @@ def tear_manifest(folder: Path) -> None:
         (delete_column, r"timestamp\.npy: missing; prepare the log again"),
         (delete_segment, r"segment-000001 is missing, but segment-000002"),
         (manifest_says(deletions=3), r"deletions: the manifest says 3, found 0; restore the folder"),
-        (manifest_says(version=2), r"format version 2, but this version of vista reads 5"),
+        (manifest_says(version=2), r"format version 2, but this version of vista reads 6"),
         (manifest_says(format="other"), r"not the manifest of an EventLog"),
         (tear_manifest, r"manifest\.json: cannot be read"),
     ],

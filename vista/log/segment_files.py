@@ -21,13 +21,15 @@ from vista.log.vocabulary import Vocabulary
 from vista.progress_bar import progress_bar
 
 FORMAT = "vista-event-log"
-VERSION = 5
+VERSION = 6
 MANIFEST_FILE = "manifest.json"
 QUARANTINE_FILE = "quarantine.csv"
 DEAD_LETTERS_FILE = "dead_letters.jsonl"
 SET_ASIDE_FILES = (QUARANTINE_FILE, DEAD_LETTERS_FILE)
 """Files of invalid rows, and of invalid messages of topics."""
-LOG_FIELDS = ("num_users", "num_items", "id_types", "actions", "tasks", "has_time", "timestamp", "has_rating")
+LOG_FIELDS = (
+    *("num_users", "num_items", "id_types", "actions", "tasks", "has_time", "timestamp", "has_rating", "read_with"),
+)
 """Entries that describe the log up to the segment; segments without new sources copy them."""
 REMEDY = "prepare the log again from its sources"
 _MAX_BYTES = 64 << 20
@@ -83,6 +85,7 @@ _RULES = {
     "has_time": _FLAG,
     "timestamp": text(),
     "has_rating": _FLAG,
+    "read_with": TABLE,
     "counts": _fields({"events": _COUNTS, "impressions": _COUNTS}),
     "features": _features("category", "number", "vector"),
     "user_features": _features("category", "number"),

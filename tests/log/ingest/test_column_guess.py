@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -167,6 +168,24 @@ def test_several_files_and_an_append() -> None:
     run("files=[2.csv]", "append=true")
     log = EventLog.open("data/log")
     assert log.items.ids(log[1].item).tolist() == [0, 1, 2]
+
+
+def test_appended_files_are_read_like_the_earlier_ones(caplog: pytest.LogCaptureFixture) -> None:
+    """By the columns that were named and the format of times that was inferred; keys that are set count."""
+    Path("0.csv").write_text("who;sku;at\n1;7;01/25/2017 09:00\n")
+    for number in (1, 2):
+        Path(f"{number}.csv").write_text(f"who;sku;at;day\n1;{number};02/03/2017 09:00;03.02.2017\n")
+    columns = ["events.user=who", "events.item=sku", "events.timestamp=at", "events.separator=';'"]
+    run("events.paths=[0.csv]", *columns)
+    with caplog.at_level("INFO", "vista.prepare"):
+        run("files=[1.csv]", "append=true")
+    assert "read like the earlier files of data/log: " in messages(caplog)
+    assert "events.item=sku" in messages(caplog) and "guessed" not in messages(caplog)
+    run("events.paths=[2.csv]", "append=true", "events.timestamp=day", "events.time_format=%d.%m.%Y")
+    log = EventLog.open("data/log")
+    assert log.items.ids(log[1].item).tolist() == [7, 2, 1]
+    ends = [np.datetime64(time) for time in ("2017-01-25T09:00", "2017-02-03T00:00", "2017-02-03T09:00")]
+    assert log[1].timestamp.tolist() == np.array(ends, "datetime64[ms]").astype(np.int64).tolist()
 
 
 def test_known_formats_are_recognized(caplog: pytest.LogCaptureFixture) -> None:

@@ -224,7 +224,7 @@ def test_out_must_be_new_or_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             [(1, 1)],
             {"timestamp": None, "time_unit": None},
             DataError,
-            r"the log has timestamps; name their col",
+            r"column 'timestamp' is missing, the file has: user, item; name the right one",
         ),
         ("user,item,timestamp,stars", [(1, 1, 1, 1)], {"rating": "stars"}, DataError, r"no ratings; leave them out"),
         (
@@ -338,7 +338,7 @@ def test_times_become_milliseconds(tmp_path: Path, values: object, unit: str | N
 @pytest.mark.parametrize(
     ("values", "unit", "message"),
     [
-        (pl.Series([TIME_MS]).cast(pl.Datetime("ms")), "s", r"has type Datetime.*; leave events.time_unit out"),
+        (pl.Series([TIME_MS]).cast(pl.Datetime("ms")), "s", r"has type Datetime.*; set events.time_unit=iso"),
         ([5], "iso", r"has type Int64, not text"),
         ([5], None, r"set the unit of"),
     ],

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vista.config import SourceConfig
-from vista.config.checks import to_dict
+from vista.config.checks import from_dict, to_dict
 from vista.errors import ConfigError, DataError, shell_word, shown
 from vista.files import checked_path
 from vista.installation import require_module
@@ -20,6 +20,8 @@ from vista.log.ingest.source_files import read_header, scan_text, text_fault
 from vista.log.ingest.source_parser import SourceParser
 from vista.log.ingest.sources import detect_kind, is_parquet, text_separator
 from vista.log.ingest.times import FORMS, fits
+from vista.log.segment import find_segments
+from vista.log.segment_files import read_segment_manifest
 
 if TYPE_CHECKING:
     import polars as pl
@@ -41,9 +43,54 @@ _WORDS = {"user": frozenset(_USERS.split()), "item": frozenset(_ITEMS.split()), 
 """What names of columns contain, by role."""
 _IDS = frozenset(["id", "ids", "uid", "uuid", "code", "key", "no", "number", "num", "index", "sk"])
 """Words that names of columns of ids have next to these."""
+_TOGETHER = ({"time_unit", "time_format"}, {"categories", "numbers"})
+"""Keys of which none is taken from earlier files if one is set: they say what the same columns are."""
 _EARLIEST_S = 631_152_000
 """Numbers are taken for times from 1990 on, so that each is a time in at most one unit."""
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+
+
+def settings_of(config: SourceConfig | None, time_form: str | None = None) -> dict[str, Any]:
+    """The keys and values with which files of events were read; empty if they were not files of a table.
+
+    Args:
+        time_form: what the times are, if the configuration leaves that open.
+    """
+    if config is None or not config.paths or config.kind != _DEFAULT.kind:
+        return {}
+    if config.time_form is None and time_form is not None:
+        is_format = "%" in time_form
+        config = replace(
+            config, time_format=time_form if is_format else None, time_unit=None if is_format else time_form
+        )
+    values, defaults = to_dict(config), to_dict(_DEFAULT)
+    return {key: value for key, value in values.items() if value != defaults[key] and key not in ("paths", "ids")}
+
+
+def with_earlier_settings(config: SourceConfig, log: Path) -> SourceConfig:
+    """The configuration of files that are appended to a log, where what it leaves open is as for the log's last files.
+
+    Args:
+        config: keys that are not the default are kept. Files of another kind have nothing in common with earlier ones.
+
+    Raises:
+        LogFormatError: there is no log, or its newest manifest is damaged.
+        ConfigError: the settings that are kept contradict those of the log.
+    """
+    if config.kind != _DEFAULT.kind:
+        return config
+    earlier = read_segment_manifest(find_segments(log)[-1])["read_with"]
+    own = {key for key, value in to_dict(config).items() if value != getattr(_DEFAULT, key)} - {"ids"}
+    for both in _TOGETHER:
+        own |= both if both & own else set()
+    reused = {key: value for key, value in earlier.items() if key not in own}
+    if reused:
+        words = (
+            shell_word(f"events.{key}", value if isinstance(value, list) else str(value))
+            for key, value in reused.items()
+        )
+        _LOG.info("read like the earlier files of %s: %s", log, " ".join(words))
+    return from_dict(SourceConfig, to_dict(config) | reused)
 
 
 def with_guesses(config: SourceConfig, files: Sequence[str], parser: SourceParser) -> SourceConfig:

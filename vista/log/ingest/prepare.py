@@ -29,7 +29,7 @@ from vista.files import checked_path
 from vista.log.event_keys import obey_deletions
 from vista.log.features import declared_columns, values_of
 from vista.log.histories import YEAR_1971_MS, rows_that_fit
-from vista.log.ingest.column_guess import with_guesses
+from vista.log.ingest.column_guess import settings_of, with_earlier_settings, with_guesses
 from vista.log.ingest.feature_sources import features_of_frame
 from vista.log.ingest.kafka_messages import MessageRows, write_dead_letters
 from vista.log.ingest.made_impressions import MadeImpressions, check_actions, check_labels
@@ -194,7 +194,11 @@ def prepare(
         for table in (config.items, config.users):
             if table is not None:
                 run.add_features(table.table, open_feature_tables(table, files), is_inferred=table.is_inferred)
-        table_of_events = with_guesses(config.events, config.files, files) if config.files else config.events
+        table_of_events = config.events
+        if config.append and (config.files or config.events.paths):
+            table_of_events = with_earlier_settings(table_of_events, run.target)
+        if config.files:
+            table_of_events = with_guesses(table_of_events, config.files, files)
         if run.sources and config.append and not table_of_events.paths and config.impressions is None:
             return run.write()
         events = run.events = with_kind(table_of_events)
@@ -561,6 +565,8 @@ class _Ingest:
             "has_time": has_time,
             "timestamp": "milliseconds since 1970-01-01 UTC" if has_time else "ordinal of the event in its history",
             "has_rating": "rating" in self.parts["events"][0].source.columns,
+            "read_with": settings_of(self.events, self.sources["events"][0].time_form)
+            or (self.before[-1].manifest["read_with"] if self.before else {}),
             "counts": {
                 owner.table: {"rows": self.num_rows(owner.table), "users": active_users.get(owner.table, 0)}
                 for owner in (EVENTS, IMPRESSIONS)

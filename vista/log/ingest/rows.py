@@ -230,7 +230,7 @@ def _time_form(column: str, dtype: pl.DataType, source: Source, table: str) -> s
         raise ConfigError(f"{key}: unknown unit {unit!r}; use one of {', '.join(TIME_UNITS)}")
     if dtype in (pl.Datetime, pl.Date):
         if unit not in (None, "iso"):
-            raise ConfigError(f"{key}={unit}: column {name!r} has type {dtype}; leave {key} out")
+            raise ConfigError(f"{key}={unit}: column {name!r} has type {dtype}; set {table}.time_unit=iso")
         return "iso"
     if unit is None:
         raise ConfigError(
