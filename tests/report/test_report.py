@@ -189,8 +189,8 @@ def test_names_the_other_run_and_the_baselines(reported: Reported) -> None:
         "k0",
         "oracle",
         "item rate",
-        "counters",
-        "pooled vectors",
+        "counter baseline",
+        "pooled-vector baseline",
         "popularity",
         "item neighbors",
     } <= named
@@ -255,7 +255,7 @@ def test_windows(served_tasks: Served, tmp_path: Path) -> None:
     config = report_config(served_tasks, tmp_path)
     config.target, config.horizon_events, config.top_k = Target.window, 5, 5
     page = write_report(config).path.read_text()
-    assert "precision@5 of the next 5 events: run reaches" in page and "pooled vectors" in page
+    assert "precision@5 of the next 5 events: run reaches" in page and "pooled-vector baseline" in page
     assert "quality by the age of the deciding event, because a window has several labels" in page
     assert "calibration, because there are no labeled impressions" in page
 

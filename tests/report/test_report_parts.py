@@ -190,9 +190,9 @@ def test_an_undefined_baseline_is_neither_shown_nor_listed_first() -> None:
     values = {"run": np.full(3, 0.2), "undefined": nan, "weak": np.full(3, 0.1), "best": np.full(3, 0.3)}
     user = np.arange(3)
     measure = MeanMeasure("ndcg@10 of the next item", "ndcg@10", user, user, None, values)
-    assert _shown(["run"], [measure]) == ["run", ORACLE, "pooled vectors", "best"]
+    assert _shown(["run"], [measure]) == ["run", ORACLE, "pooled-vector baseline", "best"]
     alone = MeanMeasure("m", "m", user, user, None, {"run": nan, "undefined": nan})
-    assert _shown(["run"], [alone]) == ["run", ORACLE, "pooled vectors"]
+    assert _shown(["run"], [alone]) == ["run", ORACLE, "pooled-vector baseline"]
     ranking = {name: PerUserMetrics(user, {"ndcg@10": each}, {}) for name, each in values.items()}
     data = ComparisonData(["run"], ranking, None, {}, [measure], ["run", "best"])
     page = "\n".join(quality_section(data, "test").body)

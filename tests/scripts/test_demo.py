@@ -22,7 +22,14 @@ def test_on_the_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     monkeypatch.chdir(tmp_path)
     report = demo.run(None, DEMO, [*SMALL, "data.tokens_per_batch=400"], SIZES)
     text = report.path.read_text()
-    for shown in ("without-summary", "pooled vectors", "counters", "oracle", "own frequency", "load average"):
+    for shown in (
+        "without-summary",
+        "pooled-vector baseline",
+        "counter baseline",
+        "oracle",
+        "own frequency",
+        "load average",
+    ):
         assert shown in text, shown
     better, added, fresh = report.verdict
     assert better.startswith("Better than simple baselines? AUC of click 0.") and "without-summary? AUC" in added

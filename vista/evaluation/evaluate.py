@@ -231,7 +231,10 @@ def check_store(scorer: Scorer, config: EvaluateConfig) -> None:
     if stored == asked:
         return
     labels = f"the {config.split} labels of this model begin after until={limit}"
-    remedy = f"run `vista refresh until={asked}` into a store of its own"
+    remedy = (
+        f"run `vista refresh until={asked}` with another store, and keep this one for serving (`vista report` makes "
+        "a store of its own if none is named)"
+    )
     leaks = stored.held_share < limit.held_share if limit.held_share else stored.held_out < limit.held_out
     if limit.before is not None:
         leaks = stored.before is None or stored.before > limit.before

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -42,6 +43,9 @@ from vista.scorer import CandidateSet, Scorer
 
 MAX_CARD_BYTES = 1 << 20
 ORACLE = "oracle"
+OTHER_NAMES = {"counters": "counter baseline", PooledItemVectors.name: "pooled-vector baseline"}
+"""Names in a report of the baselines that are called like parts of a model."""
+T = TypeVar("T")
 MIN_ROUNDS, MAX_ROUNDS = 3, 9
 REQUESTS_PER_ROUND = 30
 """Requests per user and round."""
@@ -215,7 +219,7 @@ class ComparisonData:
     measures: list[Measure]
     """The first task's AUC, and the most important metric of ranking."""
     shown: list[str]
-    """What sections show that split the cases: the runs, the oracle, pooled vectors, and the best other baseline."""
+    """What sections that split the cases show: the runs, the oracle, the pooled-vector baseline, the best other one."""
     parts: dict[str, str] = field(default_factory=dict)
     """{predictor: what it reads} of the parts of the model, each with one part more than the one before."""
 
@@ -269,9 +273,9 @@ class ComparisonData:
                     )
                 probabilities[run.name] = answers
         if baselines and ranking:
-            ranking |= _ranking_baselines(own, log, config)
+            ranking |= _as_baselines(_ranking_baselines(own, log, config))
         if baselines and cases is not None:
-            probabilities |= label_baselines(log, own.model.data, cases, trained=False)
+            probabilities |= _as_baselines(label_baselines(log, own.model.data, cases, trained=False))
         if cases is not None and cases.probability is not None:
             probabilities[ORACLE] = cases.probability.astype(np.float32)
         names = [run.name for run in runs]
@@ -293,6 +297,11 @@ class ComparisonData:
         parts = _parts(runs)
         shown = [name for name in names if name != EPOCH_0]
         return cls(names, ranking, cases, probabilities, measures, _shown(shown, measures), parts)
+
+
+def _as_baselines(measured: Mapping[str, T]) -> dict[str, T]:
+    """Baselines by the names that they have in a report."""
+    return {OTHER_NAMES.get(name, name): each for name, each in measured.items()}
 
 
 def _parts(runs: Sequence[MeasuredRun]) -> dict[str, str]:
@@ -351,10 +360,10 @@ def _ranking_measure(
 
 
 def _shown(runs: list[str], measures: Sequence[Measure]) -> list[str]:
-    chosen = [*runs, ORACLE, "pooled vectors"]
+    chosen = [*runs, ORACLE, OTHER_NAMES[PooledItemVectors.name]]
     for measure in measures:
         estimates = measure.estimates()
-        named = [name for name in measure.names if name not in (*runs, ORACLE, "pooled vectors")]
+        named = [name for name in measure.names if name not in chosen]
         others = [name for name in named if np.isfinite(estimates[name].value)]
         chosen += [max(others, key=lambda name: estimates[name].value)] if others else []
     return list(dict.fromkeys(chosen))

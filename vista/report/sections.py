@@ -112,7 +112,10 @@ def _freshness(own: MeasuredRun, log: EventLog, split: str) -> str:
         own.model.data.refresh_days,
     )
     if missing is None or not len(missing):
-        return "Without impressions, every question comes directly after the refresh."
+        return (
+            "Not measured: without impressions, each question comes right after the refresh. `vista evaluate "
+            "staleness=N` measures summaries that lack each user's newest N events."
+        )
     often = f"The store is refreshed every {refresh_days:g} days" if refresh_days else "The store is refreshed once"
     lost = float((missing > tail_len).mean())
     return (
@@ -164,8 +167,8 @@ def quality_section(data: ComparisonData, split: str) -> PageSection:
         paragraph(
             "± is one standard error over users. Differences are paired: both models answer the same cases of the same "
             "users. Ahead and behind mean by two standard errors. The baselines count events, or fit a "
-            "logistic regression to earlier labels (item rate, counters, pooled vectors), and read all events before "
-            "each question."
+            "logistic regression to earlier labels (item rate, counter baseline, and pooled-vector baseline), and read "
+            "all events before each question."
         )
     )
     return PageSection("Quality", " ".join(findings), body)
