@@ -115,6 +115,14 @@ def test_the_best_rows_of_a_long_table_are_shown(draw: Draw, served: Served, tmp
     assert shown == [f"m{n}" for n in range(30)]
 
 
+def test_outside_of_the_repository_there_are_no_tables(
+    draw: Draw, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = texts(draw("Results", **of(served)))
+    assert "Does the summary help?" in said and "Tables" not in said and "no result files" not in said
+
+
 @pytest.mark.nightly
 def test_a_new_model_at_the_same_path_is_measured_again(
     draw: Draw, served_tasks: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -504,9 +504,11 @@ def _show_benefit(workspace: Workspace) -> None:
 
 
 def _show_tables(workspace: Workspace) -> None:
-    st.markdown("#### Tables")
     folder = workspace.places.results
     files = result_files(folder)
+    if not files and folder == Path(ExploreConfig().results):  # outside of this repository
+        return
+    st.markdown("#### Tables")
     if not files:
         st.info(
             f"There are no result files in {escaped(folder)}. Write one with `vista evaluate out=...`, or name another "
