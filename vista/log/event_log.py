@@ -338,7 +338,7 @@ class EventLog:
         return np.flatnonzero(changed)
 
     def may_delete(self, after: int) -> bool:
-        """Whether segments numbered above `after` delete older rows, or a compaction may have removed these deletions."""
+        """Whether segments numbered above `after` delete older rows, or a compaction may have applied deletions."""
         return any(
             segment.manifest["deletions"] > 0 or segment.first <= after
             for segment in self.segments

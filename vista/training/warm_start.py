@@ -235,7 +235,7 @@ class WarmStart:
         return made
 
     def start_optimizers(self, optimizers: Optimizers) -> None:
-        """Give optimizers the moments of the newest checkpoint of the earlier model's run, if it has the model's weights.
+        """Give optimizers the moments of the newest checkpoint of the model's run, if it has the model's weights.
 
         The model is that of the best validation, such as epoch 0, and the run may have gone on from there.
 
