@@ -138,6 +138,15 @@ def is_loopback(bound: socket.socket) -> bool:
     return ipaddress.ip_address(bound.getsockname()[0]).is_loopback
 
 
+_GPU_FILES = "/dev/nvidiactl", "/dev/nvmap", "/dev/kfd", "/dev/dxg"
+"""Of NVIDIA's drivers, also on Tegra, of ROCm, and of WSL."""
+
+
+def may_have_gpu() -> bool:
+    """Whether torch could find a GPU: not where no driver has made a device file. Asking torch takes a second."""
+    return os.name == "nt" or any(map(os.path.exists, _GPU_FILES))
+
+
 LARGEST_ADAPTED_BYTES = (32 << 20) - (64 << 10)
 """Just under the largest block that glibc's thresholds adapt to (DEFAULT_MMAP_THRESHOLD_MAX)."""
 

@@ -21,6 +21,7 @@ from vista.errors import (
     VistaError,
 )
 from vista.files import checked_path
+from vista.machine import may_have_gpu
 from vista.model.features import RowFeatureReader, Schema
 from vista.model.item_projections import ItemProjections
 from vista.model.saved_model import CONFIG_FILE, INDEX_MANIFEST, ModelDescription, SavedModel, SharedTables
@@ -78,7 +79,8 @@ class ServingSource:
     def _open(self, identity: tuple[int, ...]) -> ServingSnapshot:
         stored = not self.project_per_request
         if isinstance(self.model, (str, Path)):
-            folder, device = Path(self.model), "cpu" if self.device == "cpu" else str(resolved(self.device))
+            is_cpu = self.device == "cpu" or (self.device == "auto" and not may_have_gpu())
+            folder, device = Path(self.model), "cpu" if is_cpu else str(resolved(self.device))
             self._require_records(folder)
             served, items, checksum = _loaded(folder, device, with_candidate=stored)
         else:
