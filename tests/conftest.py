@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import fcntl
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -320,6 +322,21 @@ def run_python(code: str, *arguments: str, timeout: float = 240) -> subprocess.C
     )
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills. The workers of pytest-xdist share it: the first one that needs it makes it."""
+    own = factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / name
+    done = folder.with_suffix(".made")
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that was ended
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @dataclass(frozen=True)
 class Served:
     """A model with three stores, which differ in the events they cover."""
@@ -337,7 +354,7 @@ class Served:
 
 
 def serve(log: EventLog, config: TrainConfig, folder: Path) -> Served:
-    """Train a model and refresh its three stores."""
+    """Train a model and refresh its three stores, in `folder`, which `config.run_dir` lies in."""
     from vista.config.checks import Codec
     from vista.log.splits import split_until
     from vista.refresh import RefreshOptions, refresh
@@ -349,17 +366,26 @@ def serve(log: EventLog, config: TrainConfig, folder: Path) -> Served:
     refresh(
         model, log, folder / "test", until=split_until(config.data, "test"), options=RefreshOptions(codec=Codec.float32)
     )
+    return served_in(log, config, folder)
+
+
+def served_in(log: EventLog, config: TrainConfig, folder: Path) -> Served:
+    """What `serve` has made in a folder."""
+    best = Path(config.run_dir) / "best"
     folders = (folder / name for name in ("store", "exact", "test"))
-    return Served(log, config, model, Path(config.run_dir) / "best", *folders)
+    return Served(log, config, VistaModel.from_pretrained(best), best, *folders)
 
 
 @pytest.fixture(scope="session")
 def event_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
     """A log with times, ratings, two actions and integer ids."""
-    folder = tmp_path_factory.mktemp("event-log")
-    return EventLog.from_frame(
-        small_frame(), folder / "log", time_unit="ms", columns=SourceColumns(action="action", rating="rating")
+    columns = SourceColumns(action="action", rating="rating")
+    folder = made_once(
+        tmp_path_factory,
+        "event-log",
+        lambda folder: EventLog.from_frame(small_frame(), folder / "log", time_unit="ms", columns=columns),
     )
+    return EventLog.open(folder / "log")
 
 
 @pytest.fixture(scope="session")
@@ -378,36 +404,41 @@ def impression_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
     from vista.log.ingest.prepare import prepare
     from vista.simulation.simulate import simulate
 
-    folder = tmp_path_factory.mktemp("impression-log")
-    simulate(
-        SimulateConfig(
-            out=str(folder / "source"),
-            num_users=12,
-            events_per_user=60,
-            num_items=40,
-            num_topics=8,
-            episode_events=20,
-            session_events=5,
-            impressions_per_user=40,
-            days=200,
+    def make(folder: Path) -> None:
+        simulate(
+            SimulateConfig(
+                out=str(folder / "source"),
+                num_users=12,
+                events_per_user=60,
+                num_items=40,
+                num_topics=8,
+                episode_events=20,
+                session_events=5,
+                impressions_per_user=40,
+                days=200,
+            )
         )
-    )
-    source = SourceConfig(kind="simulated", paths=[str(folder / "source")])
-    prepare(PrepareConfig(out=str(folder / "log"), events=source))
-    return EventLog.open(folder / "log")
+        source = SourceConfig(kind="simulated", paths=[str(folder / "source")])
+        prepare(PrepareConfig(out=str(folder / "log"), events=source))
+
+    return EventLog.open(made_once(tmp_path_factory, "impression-log", make) / "log")
 
 
 @pytest.fixture(scope="session")
 def served(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Served:
     """A model of the next item, split by leave-last-out."""
-    folder = tmp_path_factory.mktemp("served")
-    return serve(event_log, small_config(event_log, folder / "run"), folder)
+
+    def config(folder: Path) -> TrainConfig:
+        return small_config(event_log, folder / "run")
+
+    folder = made_once(tmp_path_factory, "served", lambda folder: serve(event_log, config(folder), folder))
+    return served_in(event_log, config(folder), folder)
 
 
-def serve_tasks(log: EventLog, folder: Path, **changes: Any) -> Served:
-    """A model of three labeled tasks and the next item, split by time; `changes` as in `small_config`."""
+def tasks_config(log: EventLog, folder: Path, **changes: Any) -> TrainConfig:
+    """A run of three labeled tasks and the next item, split by time; `changes` as in `small_config`."""
     times = np.sort(np.asarray(log.impressions.timestamp))  # type: ignore[union-attr]
-    config = small_config(
+    return small_config(
         log,
         folder / "run",
         data__split=Split.time,
@@ -416,13 +447,14 @@ def serve_tasks(log: EventLog, folder: Path, **changes: Any) -> Served:
         data__tokens_per_batch=256,
         **changes,
     )
-    return serve(log, config, folder)
 
 
 @pytest.fixture(scope="session")
 def served_tasks(impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """`serve_tasks` without pooled vectors."""
-    return serve_tasks(impression_log, tmp_path_factory.mktemp("served-tasks"))
+    """A model of `tasks_config` without pooled vectors."""
+    log = impression_log
+    folder = made_once(tmp_path_factory, "served-tasks", lambda folder: serve(log, tasks_config(log, folder), folder))
+    return served_in(log, tasks_config(log, folder), folder)
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import Served, serve_tasks
+from tests.conftest import Served, serve, tasks_config
 from tests.training.test_trainer import assert_same_result
 from vista.config import EvaluateConfig, OptimConfig, SasrecConfig, TrainConfig
-from vista.config.checks import Codec, Decay, Mixing, Split
+from vista.config.checks import Codec, Decay, Mixing
 from vista.errors import ConfigError, LeakageError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.examples.batch_source import BatchSource, ModelReads
@@ -44,8 +44,8 @@ def past_of(served: Served) -> int:
 @pytest.fixture(scope="module")
 def served_tasks(impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Served:
     """The base. It has pooled vectors, and is the model of the last epoch: the best may be epoch 0."""
-    changes = {"model__pooled_dim": 16, "optim__validate_every": 0}
-    return serve_tasks(impression_log, tmp_path_factory.mktemp("base"), **changes)
+    folder, changes = tmp_path_factory.mktemp("base"), {"model__pooled_dim": 16, "optim__validate_every": 0}
+    return serve(impression_log, tasks_config(impression_log, folder, **changes), folder)
 
 
 @pytest.fixture(scope="module")
@@ -132,17 +132,6 @@ def test_a_table_that_all_features_share_stays_too(served_tasks: Served, tmp_pat
     )
 
 
-def test_frozen_weights_are_in_no_optimizer(served_tasks: Served, past_store: Path, tmp_path: Path) -> None:
-    config = downstream_config(served_tasks, past_store, tmp_path)
-    with Downstream.open(config, served_tasks.log) as downstream:
-        made = Trainer(config, served_tasks.log, downstream)
-        updated = {id(p) for group in made.optimizers.dense.param_groups for p in group["params"]}
-        names = {name for name, p in made.model.named_parameters() if id(p) in updated}
-        assert names == {name for name, _ in made.model.named_parameters() if not name.startswith(STAGE1_WEIGHTS)}
-        made._step(made.source.batch(0, 0), 0.0)
-        assert made.model.item_table.grad is None and not made.optimizers.table.state
-
-
 def test_the_bases_store_serves_it(served_tasks: Served, liked: tuple[TrainConfig, VistaModel]) -> None:
     """One refresh serves the base and the downstream model, which is evaluated like any other."""
     export = Path(liked[0].run_dir) / "best"
@@ -182,12 +171,10 @@ def read_as_served(source: BatchSource, model: VistaModel) -> None:
     source.statistics = SimpleNamespace(of_items=lambda times, rows: statistics[rows])  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("label_spacing", [1, 4])
 def test_training_at_a_position_is_serving_from_the_store(
     served_tasks: Served,
     liked: tuple[TrainConfig, VistaModel],
     tmp_path: Path,
-    label_spacing: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """For impressions with a full tail: the scorer gives the same probability from the record and the events since.
@@ -200,7 +187,7 @@ def test_training_at_a_position_is_serving_from_the_store(
     log, since, end = served_tasks.log, past_of(served_tasks), int(str(served_tasks.config.data.validation_from))
     past_store = tmp_path / "past"
     refresh(served_tasks.model, log, past_store, until=since, options=RefreshOptions(codec=Codec.float32))
-    config = replace(config, store=str(past_store), data=replace(config.data, label_spacing=label_spacing))
+    config = replace(config, store=str(past_store), data=replace(config.data, label_spacing=2))
     shown = liked_impressions(log, since, end)
     checked = 0
     with Downstream.open(config, log) as downstream, Scorer.open(model, past_store) as scorer:
@@ -229,7 +216,7 @@ def test_training_at_a_position_is_serving_from_the_store(
             served = scorer.predict(user, candidate, tail=tail, now=now)["like"][0, 0]
             assert float(trained) == pytest.approx(float(served), abs=1e-5)
             checked += 1
-    assert checked > (20 if label_spacing == 1 else 3)
+    assert checked > 10
 
 
 def test_a_user_without_a_record_has_the_empty_historys_summary(
@@ -270,18 +257,6 @@ class TestLeakage:
             refresh(served_tasks.model, served_tasks.log, tmp_path / "store", until=past_of(served_tasks))
         with pytest.raises(LeakageError, match=r"user \d+: the record in .* covers \d+ events, .* refresh the store"):
             train(downstream_config(served_tasks, tmp_path / "store", tmp_path / "run"), served_tasks.log)
-
-    def test_a_record_of_more_events_than_the_log_has_is_refused(
-        self, served_tasks: Served, past_store: Path, tmp_path: Path
-    ) -> None:
-        """Its times are valid, but it was made from another log."""
-        with Downstream.open(downstream_config(served_tasks, past_store, tmp_path), served_tasks.log) as downstream:
-            downstream._seen = downstream._seen.copy()
-            downstream._seen[3] -= 1
-            user = served_tasks.log.users.ids([3])[0]
-            with pytest.raises(LeakageError, match=f"user {user}: the record"):
-                downstream.summaries.read(np.arange(5))
-            downstream.summaries.read(np.arange(3))
 
     def test_a_base_that_was_trained_on_the_labels_is_refused(
         self, served_tasks: Served, past_store: Path, tmp_path: Path
@@ -377,20 +352,3 @@ class TestRefusals:
             OptimConfig(tasks=["like"], task_weight=0)
         chosen = schema_of(served_tasks.log, TrainConfig(optim=OptimConfig(tasks=["long_view", "click"])))
         assert chosen.tasks == ["click", "long_view"]
-
-
-def test_a_joint_model_of_chosen_tasks(served_tasks: Served, tmp_path: Path) -> None:
-    """The comparison for a downstream model: trained from scratch on the same labels."""
-    config = replace(
-        served_tasks.config,
-        optim=replace(
-            served_tasks.config.optim, tasks=["long_view", "like"], next_weight=0.0, epochs=1, validate_every=1
-        ),
-        run_dir=str(tmp_path),
-    )
-    assert config.data.split is Split.time
-    model = train(config, served_tasks.log)
-    assert model.schema.tasks == ["like", "long_view"] and not model.has_retrieval
-    assert (
-        "auc/like" in (tmp_path / "train.log").read_text() and "click" not in (tmp_path / "metrics.jsonl").read_text()
-    )
