@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import threading
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -174,19 +172,6 @@ def test_two_batches_are_built_while_a_step_runs_and_no_more() -> None:
             assert not built.acquire(timeout=0.05)
 
 
-def test_an_error_is_raised_by_the_step_that_needs_the_batch() -> None:
-    def damaged(epoch: int, index: int) -> Any:
-        if index == 2:
-            raise DataError("row 7 is damaged")
-        return index
-
-    with BatchPrefetcher(source_of(damaged), 0, 0) as batches:
-        assert [next(batches), next(batches)] == [0, 1]
-        with pytest.raises(DataError, match="row 7 is damaged") as caught:
-            next(batches)
-    assert "damaged" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
-
-
 def test_an_error_ends_the_run_after_the_steps_before_it(
     event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,14 +227,3 @@ def test_a_step_that_waits_can_be_interrupted() -> None:
             next(batches)
         go.set()
     assert num_threads() == 0
-
-
-def test_the_end_of_the_run_says_how_long_steps_waited(event_log: EventLog, tmp_path: Path) -> None:
-    config = small_config(event_log, tmp_path, optim__epochs=1)
-    train(config, event_log)
-    train(config, event_log)
-    done = [
-        line.partition("done: ")[2] for line in (tmp_path / "train.log").read_text().splitlines() if "done:" in line
-    ]
-    assert re.match(r"\d+ steps, \d+\.\d% of their time spent waiting for batches; model in", done[0])
-    assert re.match(r"\d+ steps; model in", done[1])  # nothing was left to do

@@ -12,19 +12,12 @@ import torch
 from numpy.typing import NDArray
 
 from tests.conftest import DAY, START, small_config
-from vista.config import EvaluateConfig, SourceColumns, TrainConfig
-from vista.config.checks import Codec, Split
-from vista.evaluation.answers import ScorerAnswers
-from vista.evaluation.cases import impression_cases
-from vista.evaluation.evaluate import evaluate_scorer
+from vista.config import SourceColumns, TrainConfig
+from vista.config.checks import Split
 from vista.examples.batch import Batch
 from vista.log.event_log import EventLog
 from vista.model.features import EncodedRows, FeatureSpec
-from vista.model.vista_model import VistaModel
-from vista.refresh import RefreshOptions, refresh
-from vista.scorer import Scorer
-from vista.training.trainer import Trainer, train
-from vista.training.validation import SummaryAnswers, Validation
+from vista.training.trainer import Trainer
 
 Columns = dict[str, NDArray[Any]]
 NUM_USERS, NUM_EVENTS, NUM_ITEMS = 8, 30, 12
@@ -171,31 +164,3 @@ def test_a_row_does_not_read_later_prices_of_its_item(
             for batch, made in ((one, first), (changed, second))
         )
         assert ((before == after) == [time_of[price] < MIDDLE for price in before.tolist()]).all()
-
-
-@pytest.mark.nightly
-def test_prices_of_candidates_score_as_those_of_impressions(log: EventLog, shown: Columns, tmp_path: Path) -> None:
-    config = config_of(log, tmp_path / "run")
-    model = train(config, log)
-    assert isinstance(model, VistaModel)
-    refresh(model, log, tmp_path / "store", until=str(VALIDATION), options=RefreshOptions(codec=Codec.float32))
-    cases, rows = impression_cases(log, VALIDATION, TEST), model.rows_of(log.items)
-    assert len(cases.user) == NUM_USERS * 4 * 3
-    raw = SummaryAnswers(model, log, rows, np.unique(cases.user), cases.seen[:: 4 * 3], 1000).probabilities(cases)[:, 0]
-    now = cases.timestamp.reshape(-1, 3)[:, 0]
-    users, candidates = log.users.ids(cases.user[::3]), log.items.ids(cases.item).reshape(-1, 3)
-    prices = cases.features.columns["price"].reshape(-1, 3)
-    with Scorer.open(tmp_path / "run" / "best", tmp_path / "store") as scorer:
-        for row in range(len(users)):
-            one = {"now": now[row], "request": {"price": [prices[row].tolist()]}}
-            scores = scorer.score(users[row : row + 1], candidates[row], **one)[0]
-            np.testing.assert_allclose(scores, raw[3 * row : 3 * row + 3], atol=2e-5)
-        whole = scorer.score(users, candidates, now=now, request={"price": prices})
-        np.testing.assert_allclose(whole.ravel(), raw, atol=2e-5)
-        served = ScorerAnswers(scorer, log, requests_per_batch=5).probabilities(cases)[:, 0]
-        np.testing.assert_allclose(served, raw, atol=2e-5)
-        swapped = scorer.score(users, candidates, now=now, request={"price": prices[:, ::-1]})
-        assert np.abs(swapped - whole).max() > 0.05
-        metrics = evaluate_scorer(scorer, log, EvaluateConfig(split="validation")).metrics
-    measured = Validation(log, rows, config)(model)
-    assert metrics["ne/click"] == pytest.approx(measured["ne/click"], abs=1e-4) and measured["auc/click"] > 0.8

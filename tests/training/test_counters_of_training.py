@@ -16,6 +16,7 @@ import torch
 from tests.conftest import Served, draw_counter_weights, small_config, small_frame
 from tests.counters.counter_histories import counters_of_request
 from tests.training.conftest import assert_served_as_validated
+from tests.training.worlds import begun
 from vista.cli.item_commands import run_items_add
 from vista.config import (
     ExploreConfig,
@@ -31,7 +32,6 @@ from vista.errors import CheckpointError, ConfigError
 from vista.evaluation.cases import NextItemCases
 from vista.examples.batch import Batch
 from vista.examples.batch_source import MEASURED_BATCHES
-from vista.examples.item_spaces import pooled_vectors
 from vista.examples.item_statistics import num_statistics
 from vista.examples.transitions import TransitionCounts
 from vista.explore.user_page import counter_rows
@@ -42,8 +42,6 @@ from vista.log.splits import split_until, visible_counts
 from vista.model import inference
 from vista.model.baselines.sequence_models import SequenceModel
 from vista.model.ranking_model import RankingModel
-from vista.model.serving_model import pad_tail
-from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
 from vista.planning.capacity_plan import StoreSizes
 from vista.refresh import RefreshOptions, refresh
@@ -147,12 +145,11 @@ def counted_share(model: RankingModel, batch: Batch) -> float:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request after the first `seen` events of a user, of which the record covers the first `covered`."""
+    """A request to a baseline after the first `seen` events of a user."""
 
-    model: RankingModel
+    model: SequenceModel
     log: EventLog
     user: int
-    covered: int
     seen: int
     now: np.ndarray
 
@@ -160,104 +157,71 @@ class Asked:
         keys, history = self.model.item_keys, self.newest(self.seen, self.seen)
         assert keys is not None
         start = max(self.seen - self.model.config.tail_len, 0)
-        return counters_of_request(keys, history, covered=self.covered, tail_start=start, seen=self.seen, now=self.now)
+        return counters_of_request(keys, history, covered=self.seen, tail_start=start, seen=self.seen, now=self.now)
 
     def newest(self, limit: int, stop: int) -> Histories:
         """Up to `limit` events before the position `stop`, with rows of the model."""
         events = self.log.slice(self.user, max(stop - limit, 0), stop)
         return replace(events, item=self.model.rows_of(self.log.items)[events.item].astype(np.int32))
 
-    def context(self) -> tuple[TargetContext, torch.Tensor | None]:
-        assert isinstance(self.model, VistaModel)
-        events = self.newest(self.model.config.tail_len, self.seen)
-        tail = pad_tail(
-            self.model, events.item, np.asarray(events.timestamp), np.asarray(events.action), events.offsets
-        )
-        summary = torch.zeros(1, 0, self.model.config.dim)
-        return inference.request_context(self.model, summary, tail), inference.request_gap(self.model, self.now, tail)
-
-    def pooled(self) -> torch.Tensor | None:
-        """float32 [1, J, r]; None for a model without."""
-        model = self.model
-        if not model.config.space_dim:
-            return None
-        item, first = self.newest(self.seen, self.seen).item, max(self.covered, self.seen - model.config.tail_len)
-        space, known = model.item_space.numpy(), np.concatenate([item[: self.covered], item[first:]])
-        sums = space[known].sum(0, dtype=np.float64, keepdims=True)
-        return torch.from_numpy(pooled_vectors(space, sums, item[None, -model.config.tail_len :]))
-
     def scores(self) -> np.ndarray:
         """[V]."""
         model = self.model
-        if isinstance(model, SequenceModel):
-            users = model.user_vectors(self.newest(model.config.history_limit, self.seen), self.now)
-        else:
-            assert isinstance(model, VistaModel)
-            users = inference.user_vectors(model, *self.context(), self.pooled())
+        users = model.user_vectors(self.newest(model.config.history_limit, self.seen), self.now)
         newest = self.newest(model.config.tail_len, self.seen).item
         tail = np.concatenate([np.zeros(model.config.tail_len, np.int64), newest])[None, -model.config.tail_len :]
         items = inference.item_vectors(model)
-        return inference.catalog_scores(model, users, items, self.counters(), tail, self.pooled())[0].numpy()
+        return inference.catalog_scores(model, users, items, self.counters(), tail, None)[0].numpy()
 
     def probabilities(self, item: int) -> np.ndarray:
         """[num_tasks] of an item, a row of the log."""
         row = self.model.rows_of(self.log.items)[[item]]
         codes = torch.from_numpy(self.counters().of_pairs(np.zeros(1, np.int64), row))[None]
-        candidate = torch.from_numpy(row[None])
-        if isinstance(self.model, SequenceModel):
-            history = self.newest(self.model.config.history_limit, self.seen)
-            logits = self.model.candidate_logits(history, candidate, self.now, codes)
-        else:
-            assert isinstance(self.model, VistaModel)
-            pooled = self.pooled()
-            assert pooled is not None
-            cosines = inference.pooled_cosines(pooled, self.model.item_space[candidate[0]])
-            inputs = self.model.candidate_inputs(cosines, candidate[0])[None]
-            logits = inference.candidate_logits(self.model, *self.context(), candidate, codes, inputs)
+        history = self.newest(self.model.config.history_limit, self.seen)
+        logits = self.model.candidate_logits(history, torch.from_numpy(row[None]), self.now, codes)
         return logits[0, 0].sigmoid().numpy()
 
 
-@pytest.mark.parametrize("name", ["vista", "hstu"])
-def test_validation_scores_counted_items(event_log: EventLog, tmp_path: Path, name: str) -> None:
-    """The record covers the events before the validation part. The raw history of a baseline covers all."""
-    limits = {"model__architecture": Architecture(name), "model__history_limit": 8 if name == "hstu" else 0}
-    config = counting_config(event_log, tmp_path, **limits)
+HSTU = {"model__architecture": Architecture.hstu, "model__history_limit": 8}
+"""A baseline, whose raw history covers all events. Validation of vista is compared with a store (test_validation.py),
+and that with raw histories (test_scorer_counters.py)."""
+
+
+def test_validation_scores_counted_items(event_log: EventLog, tmp_path: Path) -> None:
+    config = counting_config(event_log, tmp_path, **HSTU)
     model = Trainer(config, event_log).model.eval()
-    assert isinstance(model, VistaModel | SequenceModel)
+    assert isinstance(model, SequenceModel)
     draw_counter_weights(model)
     validation = Validation(event_log, model.rows_of(event_log.items), config)
     measured = validation(model)
 
-    cut, rows = visible_counts(event_log, split_until(config.data, "validation")), model.rows_of(event_log.items)
-    cases = validation._ranked
+    rows, cases = model.rows_of(event_log.items), validation._ranked
     assert isinstance(cases, NextItemCases)
     gains = []
     for user, seen, item in zip(cases.user.tolist(), cases.seen.tolist(), cases.item.tolist(), strict=True):
         now = np.asarray(event_log.slice(user, seen, seen + 1).timestamp)
-        scores = Asked(model, event_log, user, seen if name == "hstu" else int(cut[user]), seen, now).scores()
+        scores = Asked(model, event_log, user, seen, now).scores()
         rank = int((scores > scores[rows[item] - 1]).sum())
         gains.append(1 / math.log2(rank + 2) if rank < 10 else 0.0)
     assert measured["ndcg@10"] == pytest.approx(np.mean(gains), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["vista", "hstu"])
-def test_tasks_read_the_counters_of_candidates(served_tasks: Served, tmp_path: Path, name: str) -> None:
-    limits = {"model__architecture": Architecture(name), "model__history_limit": 8 if name == "hstu" else 0}
+def test_tasks_read_the_counters_of_candidates(served_tasks: Served, tmp_path: Path) -> None:
     log, data = served_tasks.log, served_tasks.config.data
-    config = counting_config(log, tmp_path, **limits, data=data, optim__epochs=1)
+    config = counting_config(log, tmp_path, **HSTU, data=data)
     model = Trainer(config, log).model.eval()
-    assert isinstance(model, VistaModel | SequenceModel) and model.candidate_head is not None
+    assert isinstance(model, SequenceModel) and model.candidate_head is not None
     assert not model.candidate_head.added.weight.any()
     assert not model.candidate_head.network[-1].weight.any()
     draw_counter_weights(model)
     validation = Validation(log, model.rows_of(log.items), config)
-    cut, cases = visible_counts(log, split_until(data, "validation")), validation._impressions
+    cases = validation._impressions
     assert cases is not None
     predicted = validation._answers(model, np.arange(log.num_users)).probabilities(cases)
     counted = 0
     for n in range(0, len(cases.user), 3):
         user, seen = int(cases.user[n]), int(cases.seen[n])
-        asked = Asked(model, log, user, seen if name == "hstu" else int(cut[user]), seen, cases.timestamp[[n]])
+        asked = Asked(model, log, user, seen, cases.timestamp[[n]])
         np.testing.assert_allclose(predicted[n], asked.probabilities(int(cases.item[n])), rtol=1e-4, atol=1e-6)
         counted += int(model.rows_of(log.items)[cases.item[n]] in asked.counters().codes.key)
     assert counted > 3
@@ -379,10 +343,8 @@ def test_scores_read_the_counters_of_a_category(trained: Path, brand_log: EventL
             np.testing.assert_allclose(scores[np.arange(5), np.arange(5)], alone, err_msg=name, **terms)
 
 
-@pytest.mark.parametrize("architecture", [Architecture.sasrec, Architecture.hstu])
-def test_baselines_count_categories_too(brand_log: EventLog, tmp_path: Path, architecture: Architecture) -> None:
-    options = {"model__architecture": architecture, "model__history_limit": 8, "optim__epochs": 1}
-    model = train_model(config_of(brand_log, tmp_path / "run", **options), brand_log)
+def test_baselines_count_categories_too(brand_log: EventLog, tmp_path: Path) -> None:
+    model = train_model(config_of(brand_log, tmp_path / "run", **HSTU, optim__epochs=1), brand_log)
     assert model.item_keys is not None and list(model.item_keys.categories) == ["brand"]
     assert model.candidate_head.added.weight.any()  # type: ignore[union-attr]
 
@@ -465,7 +427,8 @@ def test_a_warm_start_keeps_the_values_of_earlier_items(trained: Path, brand_log
         frame, tmp_path / "log", time_unit="ms", items={"item": ITEMS.tolist(), "brand": brands}, columns=COLUMNS
     )
     options = {"init_from": str(trained / "run" / "best"), "optim__task_weight": 0.0}
-    model = train_model(config_of(brand_log, tmp_path / "run", **options, data__path=str(later.path)), later)
+    _, made = begun(config_of(brand_log, tmp_path / "run", **options, data__path=str(later.path)), later)
+    model = made.model
     assert model.item_keys is not None and model.feature_table is not None
     keys = model.item_keys.categories["brand"][model.item_rows(ITEMS)]
     names = model.feature_table.values["brand"].ids(np.maximum(keys - 1, 0)).tolist()

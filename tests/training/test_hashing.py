@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import small_config, small_frame
-from tests.training.test_items_of_runs import as_log, training_counts
+from tests.training.test_items_of_runs import training_counts
 from tests.training.worlds import (
     END,
     HOUR,
@@ -25,11 +25,9 @@ from tests.training.worlds import (
     feature_frame,
     frames,
     log_of,
-    of_architecture,
 )
 from vista.cli.item_commands import run_items_add
 from vista.config import ItemsAddConfig, ItemTableConfig, TrainConfig
-from vista.config.checks import Architecture
 from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.log.features import selected
@@ -40,7 +38,7 @@ from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
 from vista.training.log_schema import HashCollisions, hash_collisions
-from vista.training.trainer import Trainer, train, train_model
+from vista.training.trainer import Trainer, train
 
 ROWS = {"brand": 4, "surface": 5, "device": 6, "region": 7}
 """Of an item, an event, a request, and a user."""
@@ -160,12 +158,8 @@ def test_settings_that_are_refused(log: EventLog, tmp_path: Path, hashed: list[A
         train(config_of(log, tmp_path, model__hashed_features=hashed), log)
 
 
-@pytest.mark.parametrize("architecture", [Architecture.vista, Architecture.sasrec])
-def test_items_without_training_events_are_their_features(
-    log: EventLog, tmp_path: Path, architecture: Architecture
-) -> None:
-    config = feature_config(log, tmp_path / "run", **HASHED_ITEMS, **of_architecture(architecture))
-    model = train_model(config, log)
+def test_items_without_training_events_are_their_features(log: EventLog, item_run: Run) -> None:
+    _, model = item_run
     rows = torch.arange(1 + len(model.items))
     silent = int(model.item_rows([NEW_ITEM])[0])
     assert model.id_mask is not None and torch.nonzero(model.id_mask == 0).flatten().tolist() == [silent]
@@ -250,22 +244,3 @@ def test_items_that_share_rows(event_log: EventLog, tmp_path: Path) -> None:
     assert found.value_share == pytest.approx(len(shares) / len(ids))
     assert found.use_share == pytest.approx(sum(counts[item] for item in shares) / sum(counts.values()))
     assert not hash_collisions(made.model, event_log, config, np.zeros(1, np.int64))[0].num_values
-
-
-def test_features_of_items(tmp_path: Path) -> None:
-    """Several values per item; each counts as often as its items."""
-    frame = small_frame()
-    items = np.unique(frame["item"])
-    table = feature_frame(items)
-    log = as_log(frame, tmp_path / "log", items=table)
-    config = small_config(log, tmp_path / "run", model__hashed_features=["tags:4"])
-    (found,) = Trainer(config, log)._collisions
-    counts, uses = training_counts(frame), dict[str, int]()
-    for item, tags in zip(items.tolist(), table["tags"], strict=True):
-        for tag in tags:
-            uses[tag] = uses.get(tag, 0) + counts[item]
-    rows = HashedVocabulary(4).rows(list(uses)).tolist()
-    shares = [tag for tag, row in zip(uses, rows, strict=True) if rows.count(row) > 1]
-    assert (found.feature, found.num_rows, found.num_values) == ("feature tags of items", 4, len(uses))
-    assert found.value_share == pytest.approx(len(shares) / len(uses))
-    assert found.use_share == pytest.approx(sum(uses[tag] for tag in shares) / sum(uses.values()))

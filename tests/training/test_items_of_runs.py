@@ -19,13 +19,12 @@ from vista.config.checks import Architecture, Codec, Decay, InitFreeze, Split, t
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
 from vista.log.features import selected
-from vista.log.histories import Histories
 from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.model.registry import with_items
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer, Tail
-from vista.training.log_schema import frequent_items, rating_range, schema_and_readers, schema_of
+from vista.training.log_schema import frequent_items, schema_and_readers, schema_of
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.warm_start import drawn_model
 
@@ -39,21 +38,6 @@ def test_what_a_log_offers(event_log: EventLog, order_log: EventLog, impression_
     assert schema_of(impression_log, TrainConfig()).tasks == ["click", "like", "long_view"]
     assert schema_of(impression_log, TrainConfig(optim=OptimConfig(task_weight=0))).tasks == []
     assert not schema_of(impression_log, TrainConfig(optim=OptimConfig(next_weight=0))).has_retrieval
-
-
-def test_ratings_are_read_in_blocks(event_log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, read = EventLog.gather, []
-
-    def gather(log: EventLog, users: np.ndarray, *rest: np.ndarray, features: bool = True) -> Histories:
-        read.append(len(users))
-        return whole(log, users, *rest, features=features)
-
-    monkeypatch.setattr(EventLog, "gather", gather)
-    ratings = [event_log.slice(user).rating for user in range(event_log.num_users)]
-    read.clear()
-    low, high = min(each.min() for each in ratings if len(each)), max(each.max() for each in ratings if len(each))
-    assert rating_range(event_log, events_per_batch=30) == (low, high)
-    assert sum(read) == event_log.num_users and len(read) > 3
 
 
 def test_decay_by_time_needs_times(order_log: EventLog) -> None:
@@ -181,8 +165,7 @@ def test_the_unknown_item_does_not_learn(run: tuple[TrainConfig, VistaModel]) ->
     assert not model.item_table[UNKNOWN_ITEM].any() and model.item_table[1:].any(1).all()
 
 
-@pytest.mark.parametrize("rows", [0, 23])
-def test_labels_give_no_item_a_row(tmp_path: Path, rows: int) -> None:
+def test_labels_give_no_item_a_row(tmp_path: Path) -> None:
     """Held-out events of other items, new ones too, change not one bit of a model."""
     frame, other = small_frame(), small_frame()
     users = other["user"]
@@ -193,7 +176,7 @@ def test_labels_give_no_item_a_row(tmp_path: Path, rows: int) -> None:
     models = []
     for name, given in (("one", frame), ("other", other)):
         log = as_log(given, tmp_path / name / "log")
-        changes: dict[str, Any] = {"model__embedding_rows": rows, "optim__validate_every": 0, "optim__epochs": 1}
+        changes: dict[str, Any] = {"model__embedding_rows": 23, "optim__validate_every": 0, "optim__epochs": 1}
         models.append(train(small_config(log, tmp_path / name / "run", data__min_item_events=1, **changes), log))
     one, two = models
     assert ids_of(one) == ids_of(two) == frequent(frame, 1)
@@ -269,9 +252,8 @@ def test_features_of_the_items_with_rows(tmp_path: Path) -> None:
     assert (unknown == unknown[0, 0]).all() and len(np.unique(by_features)) > 1
 
 
-@pytest.mark.parametrize("freeze", InitFreeze)
 def test_a_warm_start_adds_items_that_have_become_frequent(
-    event_log: EventLog, run: tuple[TrainConfig, VistaModel], tmp_path: Path, freeze: InitFreeze
+    event_log: EventLog, run: tuple[TrainConfig, VistaModel], tmp_path: Path
 ) -> None:
     config, base = run
     frame, later = small_frame(), small_frame(seed=1)
@@ -290,18 +272,18 @@ def test_a_warm_start_adds_items_that_have_become_frequent(
         data=replace(config.data, path=str(log.path)),
         optim=replace(config.optim, epochs=1),
         init_from=str(Path(config.run_dir) / "best"),
-        init_freeze=freeze,
+        init_freeze=InitFreeze.summarizer,
         run_dir=str(tmp_path / "run"),
     )
     model = train(warm, log)
     assert ids_of(model) == ids_of(base) | expected
     new = sorted(expected - ids_of(base))
     assert new and (model.item_rows(new) > len(base.items)).all() and model.item_table[1:].any(1).all()
-    assert (model.summarizer_id() == base.summarizer_id()) is (freeze is InitFreeze.summarizer)
+    assert model.summarizer_id() == base.summarizer_id()
 
 
-@pytest.mark.parametrize("architecture", [Architecture.sasrec, Architecture.hstu, Architecture.sim, Architecture.twin])
-def test_every_model_trains_without_rare_items(
+@pytest.mark.parametrize("architecture", [Architecture.hstu, Architecture.sim])
+def test_every_kind_of_model_trains_without_rare_items(
     served_tasks: Served, tmp_path: Path, architecture: Architecture
 ) -> None:
     """Candidates, labels, and negatives too."""

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.conftest import assert_served_as_validated, copies_of_run
+from tests.training.conftest import copies_of_run
 from tests.training.test_trainer import assert_same_result
 from tests.training.worlds import (
     END,
@@ -45,7 +45,7 @@ from vista.config import EvaluateConfig, TrainConfig
 from vista.config.checks import Architecture, Codec, InitFreeze
 from vista.errors import ConfigError
 from vista.evaluation.answers import RawHistoryAnswers
-from vista.evaluation.cases import ImpressionCases, impression_cases, request_starts
+from vista.evaluation.cases import ImpressionCases, impression_cases
 from vista.evaluation.evaluate import evaluate_model, evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.log.features import selected
@@ -125,13 +125,13 @@ def negated(weight: torch.Tensor) -> Iterator[None]:
         weight.neg_()
 
 
-TWINS = (Architecture.fuxi_linear, Architecture.twin)
-"""They read features by the code of HSTU and SIM."""
+OFTEN = (Architecture.vista, Architecture.hstu, Architecture.sim)
+"""One of each kind; the others read features by the same code."""
 
 
 @pytest.mark.parametrize(
     "architecture",
-    [pytest.param(each, marks=pytest.mark.nightly if each in TWINS else ()) for each in Architecture],
+    [pytest.param(each, marks=() if each in OFTEN else pytest.mark.nightly) for each in Architecture],
 )
 def test_every_model_learns_every_part(log: EventLog, tmp_path: Path, architecture: Architecture) -> None:
     model = train_model(feature_config(log, tmp_path / "run", **of_architecture(architecture)), log)
@@ -168,15 +168,12 @@ def test_every_model_learns_every_part(log: EventLog, tmp_path: Path, architectu
 
 def test_features_that_decide_labels_predict_them(log: EventLog, tmp_path: Path) -> None:
     """Regions of users decide clicks, and devices of requests likes."""
-    for use in (True, False):
-        changes = {"model__ignore": [] if use else [PARTS[name].schema for name in ("users", "impressions")]}
-        config = feature_config(log, tmp_path / str(use), optim__epochs=6, **changes)
-        model = train(config, log)
-        measured = Validation(log, model.rows_of(log.items), config)(model)
-        for quality in (measured["auc/click"], measured["auc/like"]):
-            assert quality > 0.8 if use else quality < 0.65, measured
-        card = (tmp_path / str(use) / "best" / "README.md").read_text()
-        assert ("Labeled tasks read features of requests: `device`, `hour`. Pass them (`request`)." in card) == use
+    config = feature_config(log, tmp_path, optim__epochs=6)
+    model = train(config, log)
+    measured = Validation(log, model.rows_of(log.items), config)(model)
+    assert min(measured["auc/click"], measured["auc/like"]) > 0.8, measured
+    card = (tmp_path / "best" / "README.md").read_text()
+    assert "Labeled tasks read features of requests: `device`, `hour`. Pass them (`request`)." in card
 
 
 @pytest.mark.parametrize("names", [[*PARTS], *(pytest.param([name], marks=pytest.mark.nightly) for name in PARTS)])
@@ -192,15 +189,6 @@ def test_without_features_nothing_changes(log: EventLog, tmp_path: Path, names: 
 def test_a_run_without_tasks_reads_no_features_of_requests(log: EventLog, tmp_path: Path) -> None:
     made = Trainer(feature_config(log, tmp_path, optim__task_weight=0.0), log)
     assert made.model.schema.request_features == [] and made.source.batch(0, 0).impressions.features is None
-
-
-@pytest.mark.parametrize("architecture", [Architecture.vista, Architecture.sasrec])
-def test_a_batch_without_features_is_refused(log: EventLog, tmp_path: Path, architecture: Architecture) -> None:
-    made = Trainer(feature_config(log, tmp_path / "run", **of_architecture(architecture)), log)
-    batch = made.source.batch(0, 0)
-    bare = replace(batch, events=replace(batch.events, features=None))
-    with pytest.raises(ValueError, match="has no features of events, which the model reads"):
-        made.model.losses(bare, made.model.item_vectors(bare.rows), made.config.optim)
 
 
 @pytest.mark.parametrize("hidden", [True, False])
@@ -304,15 +292,6 @@ def test_columns_of_tails_that_cannot_be_read_are_refused(log: EventLog, tmp_pat
             event_reader(log, config)
 
 
-def test_what_a_user_was_shown_at_one_time_is_one_request(log: EventLog) -> None:
-    cases = impression_cases(log, 0, None)
-    keys = list(zip(cases.user.tolist(), cases.timestamp.tolist(), strict=True))
-    starts = request_starts(cases)
-    assert starts.tolist() == [n for n, key in enumerate(keys) if n == 0 or key != keys[n - 1]]
-    device = cases.features.columns["device"]
-    assert (device[starts] != device[starts + 1]).any()
-
-
 def drawn(model: RankingModel) -> VistaModel:
     """Weights by which everything that a model reads matters."""
     generator = torch.Generator().manual_seed(1)
@@ -328,12 +307,12 @@ def drawn(model: RankingModel) -> VistaModel:
     "changes",
     [
         {},
-        {"num_seeds": 0},
-        {"counter_keys": ["item"]},
-        {"tail_features": ["dwell"]},
-        {"tail_features": []},
-        {"hashed_features": ["brand:4", "surface:5", "device:6", "region:7"]},
-        {"embedding_rows": 24},
+        {"num_seeds": 0, "counter_keys": ["item"], "tail_features": ["dwell"]},
+        {
+            "hashed_features": ["brand:4", "surface:5", "device:6", "region:7"],
+            "embedding_rows": 24,
+            "tail_features": [],
+        },
     ],
     ids=lambda changes: ",".join(changes) or "default",
 )
@@ -363,23 +342,21 @@ def test_serving_predicts_what_validation_predicts(
                 assert validation(model)["ne/click"] != measured["ne/click"], name
 
 
-def test_a_trained_model_is_served_as_it_was_validated(log: EventLog, run: Run, tmp_path: Path) -> None:
+def test_the_summarizers_id_covers_the_features_of_items(run: Run) -> None:
     config, model = run
-    assert_served_as_validated(config, model, log, tmp_path / "store")
     loaded = VistaModel.from_pretrained(Path(config.run_dir) / "best")
     assert loaded.features is not None and loaded.features.table is not None
     loaded.features.table.dense = np.roll(loaded.features.table.dense, 1, 0)
-    assert loaded.summarizer_id() != model.summarizer_id(), "it covers the features of items"
+    assert loaded.summarizer_id() != model.summarizer_id()
 
 
 def test_a_run_resumes_bit_identically(log: EventLog, run: Run, copies: list[tuple[int, Path]]) -> None:
     config, _ = run
     last, _ = copies[-1]
-    assert len(copies) > 3
-    for step, run_dir in (copies[0], copies[-2]):
-        assert step <= last
-        train(replace(config, run_dir=str(run_dir)), log, metrics_every=1)
-        assert_same_result(run_dir, Path(config.run_dir))
+    step, run_dir = copies[len(copies) // 2]
+    assert len(copies) > 3 and step < last
+    train(replace(config, run_dir=str(run_dir)), log, metrics_every=1)
+    assert_same_result(run_dir, Path(config.run_dir))
 
 
 def later_tables() -> dict[str, Frame]:

@@ -9,7 +9,6 @@ import pytest
 
 from tests.log.conftest import PARSER
 from tests.log.ingest.public.samples import ITEMS, SAMPLES, USERS
-from vista.cli.main import main
 from vista.config import PrepareConfig, TrainConfig
 from vista.config.checks import Split
 from vista.config.composition import compose_config, options_of
@@ -29,9 +28,6 @@ TINY = (
 """One small step."""
 FEW = ("filter.min_item_events=5", "filter.min_user_events=5")
 """In place of the counts of a published filter, which the sample cannot reach."""
-
-BENCHMARK = ("target=window", "horizon_days=1", "min_seen=1", "min_after=1", "top_k=[10,50,100]")
-"""What Yambda's benchmark asks."""
 
 
 def test_every_public_experiment_has_a_sample() -> None:
@@ -67,19 +63,3 @@ def test_prepare_and_train(tmp_path: Path, name: str) -> None:
     assert model.schema.tasks == labels.get(name, [])
     assert len(model.items) <= 2 * len(ITEMS) and log.num_users == len(USERS)
     assert (tmp_path / "run" / "best").is_dir()
-
-
-def test_the_benchmark_of_yambda(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The commands of the guide, from the files to the metrics of the last day."""
-    (tmp_path / "files").mkdir()
-    SAMPLES["yambda"](tmp_path / "files")
-    log, run, store = (f"'{tmp_path / name}'" for name in ("log", "run", "store"))
-    best = f"model='{tmp_path / 'run' / 'best'}'"
-    for command, *words in (
-        ("prepare", "set=yambda", f"events.paths=['{tmp_path / 'files'}']", f"out={log}"),
-        ("train", "experiment=yambda", f"data.path={log}", f"run_dir={run}", *TINY),
-        ("refresh", best, f"data={log}", f"store={store}", "until=1970-10-27T21:43:20"),
-        ("evaluate", best, f"data={log}", f"store={store}", *BENCHMARK),
-    ):
-        assert main([command, *words]) == 0, capsys.readouterr().err
-    assert "recall@10" in capsys.readouterr().out

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,6 @@ from torch import Tensor
 from tests.conftest import Served, small_config, small_frame
 from tests.thread_ranks import on_ranks
 from tests.training.ranks_of_run import start, torchrun
-from tests.training.test_downstream import downstream_config, past_of
 from tests.training.test_trainer import assert_same_result, metrics
 from vista.config import SourceColumns, TrainConfig
 from vista.config.checks import Architecture, Precision, Split, TrackerKind
@@ -29,7 +27,6 @@ from vista.installation import __version__
 from vista.log.event_log import EventLog
 from vista.model.ranking_model import RankingModel
 from vista.ranks import ALONE, JobRanks, Ranks
-from vista.refresh import refresh
 from vista.training.checkpoint import latest_checkpoint
 from vista.training.optimizers import DataParallel
 from vista.training.trainer import Trainer, train
@@ -92,27 +89,6 @@ def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(
     )
     for own, other in zip(measured, single, strict=True):
         assert own == pytest.approx(other, abs=1e-3)
-
-
-@pytest.mark.nightly
-def test_a_table_that_no_rank_trains(event_log: EventLog, tmp_path: Path) -> None:
-    changes = {"optim__table_rate": 0.0, "optim__epochs": 2}
-    config = config_of(event_log, tmp_path / "two", **changes)
-    done = start(config, 2)
-    assert_trained(done, 2)
-    train(replace(config, run_dir=str(tmp_path / "one")), event_log, metrics_every=1)
-    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-4)
-
-
-@pytest.mark.nightly
-def test_downstream_training(served_tasks: Served, tmp_path: Path) -> None:
-    refresh(served_tasks.model, served_tasks.log, tmp_path / "store", until=past_of(served_tasks))
-    changes = {"model__dropout": 0.0, "precision": Precision.float32, "optim__epochs": 2}
-    config = downstream_config(served_tasks, tmp_path / "store", tmp_path / "two", **changes)
-    done = start(config, 2)
-    assert_trained(done, 2)
-    train(replace(config, run_dir=str(tmp_path / "one")), served_tasks.log, metrics_every=1)
-    np.testing.assert_allclose(curve(tmp_path / "two"), curve(tmp_path / "one"), rtol=1e-4)
 
 
 class TwoEqualRanks(JobRanks):
@@ -305,8 +281,7 @@ def assert_ranks_measure_the_same(made: Trainer) -> None:
                 assert value == pytest.approx(expected[name], abs=bound, nan_ok=True), name
 
 
-@pytest.mark.parametrize("architecture", [Architecture.vista, Architecture.sasrec])
-@pytest.mark.parametrize("users", [0, 3])
+@pytest.mark.parametrize(("architecture", "users"), [(Architecture.vista, 3), (Architecture.sasrec, 0)])
 def test_validation_of_next_items(event_log: EventLog, tmp_path: Path, architecture: Architecture, users: int) -> None:
     """With three users, some ranks have none."""
     limit = 0 if architecture is Architecture.vista else 9
@@ -321,8 +296,7 @@ def test_validation_of_windows(event_log: EventLog, tmp_path: Path) -> None:
     assert_ranks_measure_the_same(Trainer(config, event_log))
 
 
-@pytest.mark.parametrize("architecture", [Architecture.vista, Architecture.din])
-@pytest.mark.parametrize("users", [0, 3])
+@pytest.mark.parametrize(("architecture", "users"), [(Architecture.vista, 0), (Architecture.din, 3)])
 def test_validation_of_impressions(
     served_tasks: Served, tmp_path: Path, architecture: Architecture, users: int
 ) -> None:

@@ -6,6 +6,8 @@ import errno
 import json
 import logging
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +24,6 @@ from vista.evaluation import counting_baselines
 from vista.evaluation.baseline_evaluation import measure_baseline
 from vista.evaluation.counting_baselines import Transitions
 from vista.log.event_log import EventLog
-from vista.runs import tracking
-from vista.runs.tracking import MetricsWriter
 from vista.training.checkpoint import latest_checkpoint, load_checkpoint
 from vista.training.run_folder import log_file, model_card
 from vista.training.run_plan import Progress
@@ -47,8 +47,7 @@ def test_a_run_writes_to_no_link_and_waits_for_no_pipe(event_log: EventLog, tmp_
         train_model(config, event_log)
 
 
-@pytest.mark.parametrize("name", ["best", "best.old"])
-@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize(("name", "resume"), [("best", True), ("best.old", False)])
 def test_a_folder_that_is_no_model_is_kept(event_log: EventLog, tmp_path: Path, resume: bool, name: str) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "mine.txt").write_text("x")
@@ -81,32 +80,16 @@ def test_a_refused_batch_is_not_written_through_a_link_or_to_a_pipe(event_log: E
 def test_a_full_disk_is_a_typed_error(
     event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    replace = os.replace
+    move = os.replace
 
     def fill(source: str, target: str, **folders: int) -> None:
         if target == name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        replace(source, target, **folders)
+        move(source, target, **folders)
 
     monkeypatch.setattr(os, "replace", fill)
     with pytest.raises(ConfigError, match=rf"{name}: cannot be written \(No space left on device\); free space"):
         train_model(small_config(event_log, tmp_path / "run"), event_log)
-
-
-def test_a_full_disk_under_a_row_of_metrics_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "open_to_append", lambda path: open("/dev/full", "a"))  # noqa: SIM115
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl: cannot be written \(No space left on device\); free space"):
-        MetricsWriter(tmp_path).write({"step": 1})
-
-
-@pytest.mark.parametrize("step", [0, 5])
-def test_metrics_in_a_pipe_are_not_waited_for(tmp_path: Path, step: int) -> None:
-    os.mkfifo(tmp_path / "metrics.jsonl")
-    metrics = MetricsWriter(tmp_path)
-    with pytest.raises(ConfigError, match="is not a regular file"):
-        metrics.rewind(step, [])
-    with pytest.raises(ConfigError, match="is not a regular file"):
-        metrics.write({"step": step})
 
 
 def test_a_log_is_appended_to_and_its_permissions_follow_the_umask(tmp_path: Path) -> None:
@@ -129,26 +112,21 @@ def table_of(card: str, heading: str) -> dict[str, str]:
     return {row[0]: row[1] for row in rows[2:]}
 
 
-def test_a_run_exports_its_numbers(impression_log: EventLog, tmp_path: Path) -> None:
-    config = small_config(impression_log, tmp_path / "run")
-    times = impression_log.time_range()
-    assert times is not None
-    validation_from, test_from = (int(np.quantile(times, share)) for share in (0.6, 0.8))
-    data = config.data
-    data.split, data.validation_from, data.test_from = Split.time, str(validation_from), str(test_from)
-    model = train(config, impression_log)
-    card = (tmp_path / "run" / "best" / "README.md").read_text()
+def test_a_run_exports_its_numbers(served_tasks: Served) -> None:
+    impression_log, model, data = served_tasks.log, served_tasks.model, served_tasks.config.data
+    run_dir = Path(served_tasks.config.run_dir)
+    card = (run_dir / "best" / "README.md").read_text()
     counts = table_of(card, "Training data")
     assert impression_log.impressions is not None
     assert int(counts["events"].replace(",", "")) == impression_log.num_events == impression_log.lengths.sum()
     assert int(counts["users"].replace(",", "")) == impression_log.num_users
     assert int(counts["items"].replace(",", "")) == impression_log.num_items
     assert int(counts["impressions"].replace(",", "")) == len(impression_log.impressions.item)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     best = min((row for row in rows if "validation" in row), key=lambda row: row["validation"]["ne/click"])
     assert f"Epoch {best['epoch']} was the best" in card
     assert table_of(card, "Validation") == {name: f"{value:.4f}" for name, value in best["validation"].items()}
-    assert f"Labels from {validation_from} on are not trained on: those before {test_from}" in card
+    assert f"Labels from {data.validation_from} on are not trained on: those before {data.test_from}" in card
     made = table_of(card, "Model")
     assert made["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
     assert made["summary tokens per user (`model.num_seeds`)"] == "3"
@@ -194,15 +172,12 @@ def test_names_of_a_log_do_not_break_a_table(served: Served, monkeypatch: pytest
     assert "| actions | `click`, `a\\|b c` |\n" in model_card(served.model, served.config, served.log)
 
 
-def test_a_run_measures_the_baselines_once(
-    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = small_config(event_log, tmp_path / "run", optim__epochs=1)
-    train(config, event_log)
-    text = (tmp_path / "run" / "train.log").read_text()
+def test_a_run_measures_the_baselines_once(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = shutil.copytree(served.config.run_dir, tmp_path / "run")
+    text = (run_dir / "train.log").read_text()
     assert text.count("counting baselines") == 1 and "transitions 0." in text
     monkeypatch.setattr(Validation, "baselines", lambda self: pytest.fail("measured again"))
-    train(config, event_log)  # resumes, and has nothing left to do
+    train(replace(served.config, run_dir=str(run_dir)), served.log)  # resumes, and has nothing left to do
 
 
 @pytest.mark.parametrize("exclude_seen", [True, False])

@@ -28,8 +28,7 @@ from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossE
 from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
-from vista.training import checkpoint, trainer
-from vista.training.checkpoint import STATE_FILE, TENSOR_FILE, latest_checkpoint, load_checkpoint
+from vista.training.checkpoint import STATE_FILE, latest_checkpoint, load_checkpoint
 from vista.training.trainer import Trainer, train
 from vista.training.validation import Validation
 
@@ -153,64 +152,39 @@ def test_an_interrupt_leaves_a_checkpoint_of_the_current_step(
     assert_same_result(tmp_path, uninterrupted)
 
 
-@pytest.mark.nightly
-def test_a_crash_between_validation_and_checkpoint_writes_no_line_twice(
-    event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_run_folder_is_complete_and_a_finished_run_does_not_change(
+    event_log: EventLog, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    save = checkpoint.save_checkpoint
-
-    def save_or_crash(folder: Path, step: int, tensors: Any, state: Any) -> Path:
-        if (state["run"]["progress"]["epoch"], state["run"]["progress"]["batch"]) == (2, 0):
-            raise SystemExit
-        return save(folder, step, tensors, state)
-
-    # With a checkpoint per step, there is one of the epoch's last step, from before its validation.
-    config = small_config(event_log, tmp_path, **LONG | {"checkpoint_every": 1})
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_checkpoint", save_or_crash)
-        with pytest.raises(SystemExit):
-            train(config, event_log, metrics_every=1)
-    assert [row["epoch"] for row in metrics(tmp_path) if "validation" in row] == [0, 1, 2]
-    train(config, event_log, metrics_every=1)
-    assert_same_result(tmp_path, uninterrupted)
-
-
-def test_the_run_folder_is_complete_and_a_finished_run_does_not_change(event_log: EventLog, tmp_path: Path) -> None:
-    config = small_config(event_log, tmp_path / "run")
-    model = train(config, event_log)
-    run_dir = tmp_path / "run"
-    names = ["best", "checkpoints", "config.yaml", "metrics.jsonl", "run.json", "train.log"]
-    assert sorted(path.name for path in run_dir.iterdir()) == names
-    assert (run_dir / "config.yaml").read_text() == to_yaml(config)
+    names = ["best", "checkpoints", "config.yaml", "epoch-0", "metrics.jsonl", "run.json", "train.log"]
+    assert sorted(path.name for path in uninterrupted.iterdir()) == names
+    assert (uninterrupted / "config.yaml").read_text() == to_yaml(small_config(event_log, uninterrupted, **LONG))
+    run_dir = shutil.copytree(uninterrupted, tmp_path / "run")
     log_text = (run_dir / "train.log").read_text()
     assert "EventLog" in log_text and "ndcg@10" in log_text and "done:" in log_text and "kernels: torch" in log_text
-    assert not model.training
     weights = load_file(run_dir / "best" / "model.safetensors")
+    model = train(small_config(event_log, run_dir, **LONG), event_log)
+    assert not model.training
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
-    before = result(run_dir)[1:]
-    again = train(config, event_log)
-    assert result(run_dir)[1:] == before
-    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert_same_result(run_dir, uninterrupted)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "named"),
-    [
-        ("optim__learning_rate", 1e-4, r"optim\.learning_rate \(0\.005 -> 0\.0001\)"),
-        ("model__dropout", 0.3, r"model\.dropout \(0\.1 -> 0\.3\)"),
-        ("data__staleness_share", 0.5, r"data\.staleness_share"),
-        ("seed", 2, r"seed \(1 -> 2\)"),
-    ],
-)
-def test_resume_with_another_config_is_refused(served: Served, key: str, value: Any, named: str) -> None:
+def test_resume_with_another_config_is_refused(served: Served) -> None:
     def content() -> dict[Path, bytes]:
         paths = Path(served.config.run_dir).rglob("*")
         return {path: path.read_bytes() for path in paths if path.is_file() and path.name != "train.log"}
 
     before = content()
-    with pytest.raises(ConfigError, match=rf"holds a run with another.*{named}.*resume=false"):
-        train(small_config(served.log, served.config.run_dir, **{key: value}), served.log)
+    changes = {"optim__learning_rate": 1e-4, "model__dropout": 0.3, "data__staleness_share": 0.5, "seed": 2}
+    with pytest.raises(ConfigError, match=r"holds a run with another.*resume=false") as caught:
+        train(small_config(served.log, served.config.run_dir, **changes), served.log)
     assert content() == before
+    for named in (
+        "optim.learning_rate (0.005 -> 0.0001)",
+        "model.dropout (0.1 -> 0.3)",
+        "data.staleness_share",
+        "seed (1 -> 2)",
+    ):
+        assert named in str(caught.value)
 
 
 def test_resuming_on_another_log_is_refused_and_resume_false_starts_over(
@@ -219,33 +193,29 @@ def test_resuming_on_another_log_is_refused_and_resume_false_starts_over(
     other = EventLog.from_frame(
         small_frame(5), tmp_path / "log", time_unit="ms", columns=SourceColumns(action="action", rating="rating")
     )
-    run_dir = tmp_path / "run"
-    train(small_config(other, run_dir, **LONG | {"optim__epochs": 1}), other)
-    config = small_config(event_log, run_dir, **LONG)
+    run_dir = shutil.copytree(uninterrupted, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"another log \("):
-        train(config, event_log, metrics_every=1)
+        train(small_config(other, run_dir, **LONG), other)
+    config = small_config(event_log, run_dir, **LONG)
     config.resume = False
     train(config, event_log, metrics_every=1)
     assert_same_result(run_dir, uninterrupted)
+    assert "resuming" not in (run_dir / "train.log").read_text().rpartition("EventLog")[2]
 
 
 def test_an_export_without_checkpoints_stays_until_it_is_replaced(
-    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    event_log: EventLog, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = small_config(event_log, tmp_path, optim__epochs=1)
-    train(config, event_log)
-    shutil.rmtree(tmp_path / "checkpoints")
+    run_dir = shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(run_dir / "checkpoints")
 
     def fail(self: Any, *_: Any) -> None:
         raise RuntimeError("before the first step")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_step", fail)
-        with pytest.raises(RuntimeError, match="before the first step"):
-            train(config, event_log)
-        assert VistaModel.from_pretrained(tmp_path / "best").items.digest() == event_log.items.digest()
-    train(config, event_log)
-    assert not (tmp_path / "best.old").exists()
+    monkeypatch.setattr(Trainer, "_step", fail)
+    with pytest.raises(RuntimeError, match="before the first step"):
+        train(small_config(event_log, run_dir, **LONG), event_log)
+    assert VistaModel.from_pretrained(run_dir / "best").items.digest() == event_log.items.digest()
 
 
 def test_a_line_of_metrics_cut_off_by_a_crash_is_dropped(
@@ -364,32 +334,14 @@ def test_a_log_without_validation_cases_trains_with_a_warning(tmp_path: Path) ->
     assert "no case to validate on" in (tmp_path / "run" / "train.log").read_text()
 
 
-def test_a_truncated_checkpoint_is_named_with_a_remedy(event_log: EventLog, tmp_path: Path) -> None:
-    config = small_config(event_log, tmp_path, optim__epochs=1, checkpoint_every=2)
-    train(config, event_log)
-    export = (tmp_path / "best" / "model.safetensors").read_bytes()
-    newest = latest_checkpoint(tmp_path / "checkpoints")
-    assert newest is not None
-    with (newest / TENSOR_FILE).open("r+b") as file:
-        file.truncate(1000)
-    with pytest.raises(CheckpointError, match=rf"{newest.name}/{TENSOR_FILE}: holds 1000 bytes .*remove the folder"):
-        train(config, event_log)
-    shutil.rmtree(newest)  # the remedy
-    train(config, event_log)
-    assert (tmp_path / "best" / "model.safetensors").read_bytes() == export
-
-
 CONTRADICTIONS: dict[str, Any] = {
     "a step that is not the folder's": lambda run: run["progress"].update(step=-5),
     "more epochs than steps": lambda run: run["progress"].update(epoch=10**12),
     "more batches than steps": lambda run: run["progress"].update(batch=10**15),
-    "batches of an earlier epoch": lambda run: run["progress"].update(epoch=0, batch=1),
     "a best that is text": lambda run: run["progress"].update(best="x"),
     "a best that was not measured": lambda run: run["progress"].update(best=7.0),
     "a validation without metrics": lambda run: run["progress"].update(history=[{"epoch": 1}]),
-    "no validation of the best": lambda run: run["progress"].update(history=[]),
     "a baseline without the metric": lambda run: run["progress"].update(baselines={"a": {"hr@10": 0.5}}),
-    "a baseline that is text": lambda run: run["progress"].update(baselines={"a": {"ndcg@10": "x"}}),
     "a baseline without a table": lambda run: run["progress"].update(baselines={"a": 1}),
     "an average of no weights": lambda run: run["average"].update(values={}),
     "an average of another weight": lambda run: _averages(run).update(item_table={"$tensor": "state.rng"}),

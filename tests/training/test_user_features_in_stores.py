@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-import torch
 
 from tests.scorer.test_scorer_exactness import same
 from tests.training.worlds import END, HOUR, NEW_USER, NUM_USERS, feature_config, frames, log_of
@@ -22,14 +21,13 @@ from vista.log.event_log import EventLog
 from vista.log.features import row_features
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import RowFeatureReader
-from vista.model.inference import LogUsers, user_feature_vectors
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, merge, refresh, refresh_incremental
 from vista.scorer import Scorer
 from vista.store.layout import Shard
 from vista.store.parquet import export_store, import_store
 from vista.store.reader import ShardedReader, StoreReader
-from vista.training.trainer import Trainer, train
+from vista.training.trainer import train
 
 EXACT = RefreshOptions(codec=Codec.float32)
 ITEMS = np.arange(8)
@@ -64,54 +62,6 @@ def store(log: EventLog, best: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 def copied(log: EventLog, to: Path) -> EventLog:
     return EventLog.open(shutil.copytree(log.path, to))
-
-
-def test_training_reads_what_serving_reads(log: EventLog, tmp_path: Path) -> None:
-    """User vectors and logits of the windows of a batch equal those of a scorer with the same tail and no summary."""
-    config = feature_config(log, tmp_path, model__num_seeds=0, data__staleness_share=0.0, data__tokens_per_batch=256)
-    made = Trainer(config, log)
-    model = made.model
-    assert isinstance(model, VistaModel) and model.user_encoder is not None and model.user_features is not None
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.eval()
-    batch = made.source.batch(0, 0)
-    assert batch.user_features is not None
-    own, missing = LogUsers(model.user_features, log).encoded(batch.user.numpy()), model.user_features.missing(1)
-    assert own is not None
-    is_unknown = (batch.user_features.entry.numpy() == missing.entry).all(1)
-    assert 0 < is_unknown.sum() < len(is_unknown) / 2  # some chunks train an unknown user
-    np.testing.assert_array_equal(batch.user_features.entry.numpy()[~is_unknown], own.entry[~is_unknown])
-    np.testing.assert_array_equal(batch.user_features.dense.numpy()[~is_unknown], own.dense[~is_unknown])
-    with torch.no_grad():
-        shown = model.shown_vectors(batch.events, model.item_vectors(batch.rows))
-        context = model.window_context(batch, shown, model.cut_summaries(batch, shown))
-        served = user_feature_vectors(model, own, len(batch.user))
-    assert context.user is not None and served is not None
-    known = ~is_unknown[batch.windows.chunk.numpy()]
-    torch.testing.assert_close(context.user[known], served[batch.windows.chunk][known])
-
-
-def test_scores_of_users_do_not_depend_on_each_other(log: EventLog, best: Path, store: Path) -> None:
-    users = log.users.ids(np.arange(12))
-    with Scorer.open(best, store) as scorer:
-        together, vectors = scorer.predict(users, ITEMS), scorer.user_vectors(users)
-        for row, user in enumerate(users):
-            alone = scorer.predict([user], ITEMS)
-            for task, scores in together.items():
-                same(alone[task][0], scores[row])
-            same(scorer.user_vectors([user])[0], vectors[row])
-            explained = scorer.explain(user, ITEMS, task="click")
-            np.testing.assert_allclose(1 / (1 + np.exp(-explained.value)), together["click"][row], atol=1e-4)
-            np.testing.assert_allclose(sum(explained.shares.values()), explained.value - explained.mean, atol=1e-12)
-        assert np.isfinite(scorer.score([10**6], ITEMS)).all()
-        shorter = scorer.model.with_tail(scorer.model.config.tail_len - 1)
-        assert shorter.user_features is scorer.model.user_features
-    with Scorer.open(shorter, store) as scorer:
-        assert np.isfinite(scorer.score(users, ITEMS)).all()
-    with Scorer.open(best, store, precision="bfloat16") as scorer:
-        np.testing.assert_allclose(scorer.predict(users, ITEMS)["click"], together["click"], atol=0.02)
 
 
 def test_a_changed_feature_is_refreshed_without_new_events(

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from tests.conftest import Served, draw_counter_weights, small_config
 from vista.config import EvaluateConfig, SourceColumns
@@ -128,27 +127,6 @@ def test_hand_computed_ranks(tmp_path: Path) -> None:
     gain = [1 / math.log2(rank + 2) for rank in range(5)]
     assert values["hr@1"] == pytest.approx(3 / 6) and values["hr@3"] == pytest.approx(4 / 6)
     assert values["ndcg@1"] == pytest.approx(3 / 6) and values["ndcg@3"] == pytest.approx((3 * gain[0] + gain[1]) / 6)
-
-
-def test_batches_hold_few_events(tmp_path: Path) -> None:
-    log = hand_log(tmp_path)
-    cases = next_item_cases(log, visible_counts(log, 10 * HOUR))
-    assert cases.seen.tolist() == [0, 3, 1, 0, 3, 0]
-    batches: list[list[int]] = []
-
-    def score(batch: NextItemCases) -> NDArray[np.float32]:
-        batches.append(batch.seen.tolist())
-        return np.zeros((len(batch.user), 6), np.float32)
-
-    rank_next_items(
-        log,
-        cases,
-        np.arange(6),
-        score,
-        case_batches(cases, log.num_items, users_per_batch=4, events_per_batch=4),
-        exclude_seen=True,
-    )
-    assert batches == [[0, 3], [1, 0], [3, 0]]
 
 
 def test_impressions_see_the_events_strictly_before(tmp_path: Path) -> None:
