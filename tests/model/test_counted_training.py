@@ -49,8 +49,7 @@ def asked(rows: int, slots: int) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("temperature", [0.05, 0.4])
-@pytest.mark.parametrize("num_negatives", [1000, 400])
+@pytest.mark.parametrize(("temperature", "num_negatives"), [(0.05, 1000), (0.4, 400)])
 def test_before_training_counted_items_have_the_share_of_returns(temperature: float, num_negatives: int) -> None:
     """30 percent of the labels are counted items: so is 30 percent of the probability, as the loss has it."""
     torch.manual_seed(0)

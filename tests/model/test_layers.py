@@ -315,7 +315,7 @@ def test_training_does_not_reach_a_frozen_copy() -> None:
 
 
 @pytest.mark.usefixtures("packed")
-@pytest.mark.parametrize(("seeds", "kind"), [(seeds, kind) for seeds in (0, 5) for kind in TargetAttentionKind])
+@pytest.mark.parametrize(("seeds", "kind"), [(0, TargetAttentionKind.softmax), (5, TargetAttentionKind.pointwise)])
 @pytest.mark.parametrize("precision", [Precision.float32, Precision.bfloat16])
 def test_a_model_with_a_frozen_stage_computes_the_same(
     make: SimpleNamespace, seeds: int, kind: TargetAttentionKind, precision: Precision

@@ -43,8 +43,7 @@ def formula(
     return total / max(len(label), 1)
 
 
-@pytest.mark.parametrize("count", [1, 7, 256, 257, 600])
-@pytest.mark.parametrize("temperature", [0.05, 1.0])
+@pytest.mark.parametrize(("count", "temperature"), [(1, 1.0), (256, 0.05), (257, 0.05), (600, 1.0)])
 def test_sampled_softmax_equals_its_formula(count: int, temperature: float) -> None:
     user, items, label = problem(count, 40)
     negatives = torch.arange(0, 40, 2)
@@ -87,8 +86,7 @@ def test_large_logits_stay_finite() -> None:
         assert torch.isfinite(torch.autograd.grad(loss, user)[0]).all()
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.5, 0.0])
-@pytest.mark.parametrize("power", [0.0, 1.0])
+@pytest.mark.parametrize(("power", "strength"), [(0.0, 1.0), (1.0, 0.5)])
 def test_the_correction_makes_the_sampled_loss_estimate_the_full_one(power: float, strength: float) -> None:
     """logQ: the sampled denominator is right on average for any distribution of draws, and far off without logQ."""
     user, items, label = problem(40, 300)
@@ -232,9 +230,10 @@ def window_formula(
     return total / len(asked.label)
 
 
-@pytest.mark.parametrize("counts", [False, True], ids=["cosines", "counted"])
-@pytest.mark.parametrize(("num_statistics", "num_sums"), [(0, 0), (3, 0), (3, 2)])
-@pytest.mark.parametrize("count", [1, 7, 257])
+@pytest.mark.parametrize(
+    ("count", "num_statistics", "num_sums", "counts"),
+    [(1, 3, 2, True), (7, 0, 0, False), (7, 3, 0, True), (257, 0, 0, True), (257, 3, 2, True)],
+)
 def test_window_loss_equals_its_formula(count: int, num_statistics: int, num_sums: int, counts: bool) -> None:
     asked = window_problem(count, num_statistics=num_statistics, num_sums=num_sums)
     negatives, log_weight = torch.arange(0, NUM_ITEMS, 2), torch.linspace(-1, 3, 20, dtype=torch.float64)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import resource
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +30,7 @@ from vista.model import inference
 from vista.model.features import FeatureSpec, Schema
 from vista.model.item_feature_table import FEATURES_FILE, ItemFeatureTable
 from vista.model.registry import ARCHITECTURES, load_model, with_items
-from vista.model.saved_model import FORMAT_VERSION, ModelDescription
+from vista.model.saved_model import FORMAT_VERSION
 from vista.model.summarizer import Stage1Config
 from vista.model.vista_model import VistaModel
 
@@ -161,39 +159,24 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"items\.blank\.npy: does not belong to the model",
     ),
     "a pipe": (piped("config.json"), "no readable model .*is not a regular file"),
-    "piped weights": (piped("model.safetensors"), r"model\.safetensors: holds 0 bytes"),
     "a huge config": (
         lambda folder: os.truncate(folder / "config.json", 1 << 31),
         "no readable model .*holds 2147483648 bytes, but at most 16777216 are read",
     ),
-    "a nested config": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "no readable model"),
     "a file elsewhere": (edited(lambda d: d["files"].update({"../x.npy": {}})), "files: expected a table of files"),
-    "a file without size": (edited(lambda d: d.update(files={"x.npy": {}})), "the field 'bytes' is missing"),
     "many actions": (
         edited(lambda d: d["schema"].update(actions=["a"] * 10**6)),
         r"schema\.actions: at most 256 are possible, got 1000000",
     ),
-    "a long task": (edited(lambda d: d["schema"].update(tasks=["x" * 501])), r"schema\.tasks: a name has at most 500"),
-    "odd tasks": (edited(lambda d: d["schema"].update(tasks=[1])), r"schema\.tasks: must list texts"),
-    "odd ratings": (edited(lambda d: d["schema"].update(rating_range=[1])), r"schema\.rating_range: must be two"),
-    "truncated config": (cut("config.json"), "no readable model"),
-    "truncated vocabulary": (cut("items.ids.npy"), r"items\.ids\.npy: holds \d+ bytes instead of 448"),
     "another vocabulary": (with_other_items, r"items\.ids\.npy: holds 184 bytes instead of 448; copy the model again"),
     "a signed other vocabulary": (lambda folder: (with_other_items(folder), sign_model(folder)), "does not fit"),
     "no weights": (without("model.safetensors"), "no readable model"),
-    "no config": (without("config.json"), "no readable model"),
-    "no vocabulary": (without("items.ids.npy"), r"no readable model .*items\.ids\.npy"),
     "no folder": (shutil.rmtree, "no readable model .*vista train"),
     "another format": (
         edited(lambda d: d.update(format_version=99)),
         f"format 99, but this version of vista reads {FORMAT_VERSION}",
     ),
-    "not a description": (lambda folder: (folder / "config.json").write_text('["a list"]'), "format None"),
     "no schema": (edited(lambda d: d.pop("schema")), r"config\.json: the field 'schema' is missing"),
-    "no data": (
-        edited(lambda d: d.update(data=None)),
-        r"config\.json: data: expected a table of keys, got None",
-    ),
     "missing key": (
         edited(lambda d: d["model"].pop("target_attention")),
         r"config\.json: .*target_attention: missing or unknown in ModelConfig",
@@ -202,17 +185,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         edited(lambda d: d["model"].update(wings=2)),
         r"config\.json: .*wings: missing or unknown in ModelConfig",
     ),
-    "unknown schema": (
-        edited(lambda d: d["schema"].update(wings=2)),
-        r"config\.json: .*unexpected keyword argument 'wings'",
-    ),
     "contradiction": (
         edited(lambda d: d["model"].update(num_heads=5)),
         r"config\.json: .*model\.num_heads: must divide",
     ),
-    "bad value": (edited(lambda d: d["model"].update(mixing="soup")), r"config\.json: .*soup"),
     "another width": (edited(lambda d: d["model"].update(dim=32)), r"model\.safetensors does not fit its config\.json"),
-    "another depth": (edited(lambda d: d["model"].update(num_layers=3)), r"does not fit its config\.json"),
 }
 
 
@@ -228,38 +205,12 @@ def test_damage_is_named(make: SimpleNamespace, tmp_path: Path, damage: str) -> 
     assert str(tmp_path / "best") in str(caught.value)
 
 
-def test_a_config_that_a_power_cut_has_torn_is_refused(make: SimpleNamespace, tmp_path: Path) -> None:
-    """Each sector is old, new or zero, or the file ends early."""
-    contents, answers = [], []
-    for dim in (16, 64):
-        make.model(dim=dim).save_pretrained(tmp_path / "best")
-        contents.append((tmp_path / "best" / "config.json").read_bytes())
-        answers.append(ModelDescription.read(tmp_path / "best"))
-    old, new = contents
-    sectors = range(0, len(new), 512)
-    torn = [new[:size] for size in range(0, len(new) - 1, 29)]
-    every = list(product((old, new, bytes(len(new))), repeat=len(sectors)))
-    for sources in random.Random(0).sample(every, min(len(every), 300)):
-        torn.append(b"".join(source[at : at + 512] for at, source in zip(sectors, sources, strict=True)))
-    for content in torn:
-        (tmp_path / "best" / "config.json").write_bytes(content)
-        if content.rstrip() in (old.rstrip(), new.rstrip()):
-            assert ModelDescription.read(tmp_path / "best") in answers
-        else:
-            with pytest.raises(CheckpointError, match=str(tmp_path / "best")):
-                ModelDescription.read(tmp_path / "best")
-
-
 @pytest.mark.parametrize(
     "change",
     [
         {"tail_len": 4096, "dim": 4096, "num_heads": 1},
-        {"dim": 65_535, "num_heads": 1},
-        {"num_seeds": 65_535, "dim": 1024},
         {"embedding_rows": 2**31 - 1},
         {"num_layers": 64, "dim": 1024},
-        {"num_target_layers": 64, "dim": 1024},
-        {"conv_width": 1024, "dim": 8192},
     ],
     ids=str,
 )
@@ -279,12 +230,9 @@ def test_a_config_that_asks_for_more_than_the_weights_hold(
     "sizes",
     [
         {"tail_len": 4096},
-        {"tail_len": 4096, "target_attention": "softmax"},
-        {"num_seeds": 4096},
         {"conv_width": 1024},
         {"num_layers": 64, "num_target_layers": 64},
         {"embedding_rows": 100_000},
-        {"architecture": "sasrec", "history_limit": 10_000},
         {"architecture": "hstu", "history_limit": 10_000},
     ],
     ids=str,
@@ -298,11 +246,10 @@ def test_small_models_with_one_large_size_are_loaded(make: SimpleNamespace, tmp_
     assert all(torch.equal(weights[name], loaded[name]) for name in weights)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_weight_that_is_not_finite_is_named(make: SimpleNamespace, tmp_path: Path, value: float) -> None:
+def test_a_weight_that_is_not_finite_is_named(make: SimpleNamespace, tmp_path: Path) -> None:
     make.model().save_pretrained(tmp_path / "best")
     weights = load_file(tmp_path / "best" / "model.safetensors")
-    weights["target_attention.layers.1.bias"].view(-1)[3] = value
+    weights["target_attention.layers.1.bias"].view(-1)[3] = math.nan
     save_file(weights, tmp_path / "best" / "model.safetensors")
     sign_model(tmp_path / "best")
     with pytest.raises(CheckpointError, match=r"target_attention\.layers\.1\.bias is not finite"):
@@ -500,18 +447,16 @@ def test_a_model_without_features_is_refused() -> None:
 
 FEATURE_DAMAGE: dict[str, Any] = {
     "offsets that wrap": lambda t: t["offsets"].__setitem__(slice(1, 3), torch.tensor([2**62, -(2**62)])),
-    "offsets that fall": lambda t: t["offsets"].__setitem__(slice(1, 3), torch.tensor([3, 1])),
     "a negative entry": lambda t: t["entry"].__setitem__(0, -1),
-    "an entry beyond int32": lambda t: t["entry"].__setitem__(0, 2**40),
     "an infinite number": lambda t: t["dense"].__setitem__((3, 0), math.inf),
     "an entry of another model": lambda t: t["entry"].__setitem__(0, 10_000),
-    "a weight that is not a number": lambda t: t["weight"].__setitem__(0, math.nan),
     "floats for integers": lambda t: t.update(offsets=t["offsets"].float()),
     "a missing tensor": lambda t: t.pop("dense"),
     "another number of items": lambda t: t.update(offsets=t["offsets"][:-1]),
 }
 
 
+@pytest.mark.parametrize("featured", [False], indirect=True)
 @pytest.mark.parametrize("damage", FEATURE_DAMAGE)
 def test_damaged_features_are_refused(featured: VistaModel, tmp_path: Path, damage: str) -> None:
     featured.save_pretrained(tmp_path)
@@ -528,6 +473,7 @@ def test_damaged_features_are_refused(featured: VistaModel, tmp_path: Path, dama
         VistaModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("featured", [False], indirect=True)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

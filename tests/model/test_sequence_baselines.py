@@ -202,8 +202,7 @@ def test_neighbors_padding_and_other_candidates_change_nothing(make: SimpleNames
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("tile_tokens", [10, TILE_TOKENS])
-@pytest.mark.parametrize("unknown_share", [0.0, 0.4])
+@pytest.mark.parametrize(("tile_tokens", "unknown_share"), [(10, 0.4), (TILE_TOKENS, 0.0)])
 def test_training_at_a_position_is_a_request_after_its_events(
     make: SimpleNamespace, name: str, unknown_share: float, tile_tokens: int
 ) -> None:

@@ -72,9 +72,6 @@ def test_gradients_are_those_of_the_formula(make: SimpleNamespace) -> None:
     assert all(p.grad is not None and p.grad.any() for p in stage.parameters())
 
 
-DAY = 86_400_000
-
-
 @pytest.mark.parametrize(("codec", "lost_share"), [(Codec.int8, 0.01), (Codec.float16, 0.002), (Codec.int4, 0.15)])
 @pytest.mark.parametrize(
     "options",
