@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -307,35 +306,3 @@ def test_added_items_are_found_before_and_after_a_new_index(folder: Path) -> Non
             same(ranking, scorer.rank(104, top_k=99))
             run_index(IndexConfig(model=str(folder / "model"), kind=kind))
             assert scorer.reload()
-
-
-def test_under_load(folder: Path) -> None:
-    """Threads retrieve while the index is replaced again and again."""
-    kinds = [IndexKind.flat, *([IndexKind.hnsw, IndexKind.ivfpq] if HAS_FAISS else [])]
-    with open_scorer(folder) as scorer:
-        expected = scorer.retrieve(USERS, top_k=5, now=NOW)
-        stop, failures, num_calls = threading.Event(), [], [0, 0]
-
-        def ask(number: int) -> None:
-            while not stop.is_set():
-                try:
-                    for one, other in zip(scorer.retrieve(USERS, top_k=5, now=NOW), expected, strict=True):
-                        same(one, other)
-                except BaseException as error:
-                    failures.append(error)
-                    return
-                num_calls[number] += 1
-
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(2)]
-        for thread in threads:
-            thread.start()
-        try:
-            for round_number in range(3):
-                run_index(IndexConfig(model=str(folder / "model"), kind=kinds[round_number % len(kinds)]))
-                assert scorer.reload()
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
-        assert not failures and min(num_calls) > 0
-        assert scorer.stats().reloads == 3

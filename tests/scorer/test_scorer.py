@@ -25,7 +25,7 @@ from tests.conftest import (
     untrained,
 )
 from tests.required_program import require_library
-from vista.config.checks import OnMissing, Precision, ScoringBackend
+from vista.config.checks import OnMissing
 from vista.errors import (
     UnknownItemError,
     UnknownUserError,
@@ -37,7 +37,6 @@ from vista.model.serving_model import pad_tail
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import CandidateSet, Scorer, Tail
-from vista.scorer.serving_snapshot import ServingSnapshot
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
@@ -146,21 +145,6 @@ def test_tensors_in_tensors_out(scorer: Scorer) -> None:
     np.testing.assert_array_equal(scorer.score(USERS, ITEMS, now=now), scorer.score(USERS, ITEMS, now=START + DAY))
 
 
-def test_a_candidates_score_does_not_depend_on_the_others(task_scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:
-    users = list(task_scorer.store.keys())[:4]
-    items = task_scorer.model.items.ids(np.arange(len(task_scorer.model.items)))
-    whole = task_scorer.predict(users, items)
-    current = task_scorer._current
-    parts = (current.served, current.items, current.store, "cpu", Precision.float32, current.identity)
-    for pairs in (1024, 1, 40):
-        snapshot = ServingSnapshot(*parts, backend=ScoringBackend.torch, passes=(pairs, pairs))
-        monkeypatch.setattr(task_scorer, "_current", snapshot)
-        backwards = task_scorer.predict(users, items[::-1])
-        for task, scores in whole.items():
-            np.testing.assert_allclose(backwards[task][:, ::-1], scores, atol=ROUNDING)
-            np.testing.assert_allclose(task_scorer.predict(users, items[7:8])[task], scores[:, 7:8], atol=ROUNDING)
-
-
 def test_scores_depend_on_the_time_of_the_request(scorer: Scorer) -> None:
     near, far = (scorer.score(USERS, ITEMS, now=START + days * DAY) for days in (300, 20_000))
     assert np.abs(near - far).max() > 1e-3 and np.abs(scorer.score(USERS, ITEMS) - far).max() > 1e-3
@@ -175,16 +159,6 @@ def test_user_and_item_vectors_rank_like_the_scores(scorer: Scorer, served: Serv
     np.testing.assert_allclose(users @ items.T / scorer.model.config.softmax_temperature, scores, atol=1e-4)
     items[:] = 0  # The array is the caller's own copy.
     np.testing.assert_array_equal(scorer.score(USERS, ids), scores)
-
-
-def test_catalog_scores_are_products_of_the_vectors(scorer: Scorer) -> None:
-    now = START + 300 * DAY
-    scores = scorer.catalog_scores(USERS, now=now)
-    _, items = scorer.item_vectors()
-    users = scorer.user_vectors(USERS, now=now) / np.float32(scorer.model.config.softmax_temperature)
-    np.testing.assert_array_equal(scores, users @ items.T)
-    np.testing.assert_allclose(scores, scorer.predict(USERS, scorer.item_vectors()[0], now=now)["next"], atol=1e-5)
-    assert scores.dtype == np.float32 and (scores != scorer.catalog_scores(USERS)).any()
 
 
 def test_catalog_scores_of_too_many_users_are_refused(scorer: Scorer, monkeypatch: pytest.MonkeyPatch) -> None:

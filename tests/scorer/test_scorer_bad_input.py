@@ -43,10 +43,8 @@ def good_tail(**changes: Any) -> Tail:
 @pytest.mark.parametrize(
     "users",
     [
-        *([True], [None], [100, "a"], ["a"], [100.0], [np.nan], [2**63], [-(2**70)], [b"100"], [[100], [103]]),
-        *([[100]], [np.array([100])]),
-        *(np.array([[100]]), np.array(100), np.array([100.0]), np.array([2**63], np.uint64)),
-        *(torch.tensor([100.0]), torch.tensor(100), np.array(["2024-01-01"], "datetime64[D]")),
+        *([True], [None], [100, "a"], [np.nan], [2**63], [[100], [103]], np.array([[100]]), np.array(100)),
+        *(torch.tensor([100.0]), np.array(["2024-01-01"], "datetime64[D]")),
     ],
     ids=repr,
 )
@@ -58,9 +56,7 @@ def test_users(scorer: Scorer, users: Any) -> None:
             call(users, ITEMS)
 
 
-@pytest.mark.parametrize(
-    "users", [None, 100, "100", b"100", {100}, {100: 1}, map(int, "1")], ids=lambda users: type(users).__name__
-)
+@pytest.mark.parametrize("users", [None, 100, "100", {100: 1}, map(int, "1")], ids=lambda users: type(users).__name__)
 def test_users_that_are_not_a_list(scorer: Scorer, users: Any) -> None:
     for call in (scorer.score, scorer.predict, lambda users, _: scorer.user_vectors(users)):
         with pytest.raises(TypeError, match="users: must be a list or an array of ids"):
@@ -110,14 +106,10 @@ def test_top_k(scorer: Scorer, top_k: Any, error: type[Exception]) -> None:
     [
         (True, TypeError, "now: must hold integer milliseconds, got bool"),
         (np.nan, TypeError, "now: must hold integer milliseconds, got float64"),
-        ([None], TypeError, "now: must hold integer milliseconds, got object"),
         (datetime.datetime(2024, 1, 1), TypeError, "now: must hold integer milliseconds, got object"),
-        (np.datetime64("2024-01-01"), TypeError, "now: must hold integer milliseconds, got datetime64"),
         (2**63, ValueError, "now: 9223372036854775808 does not fit int64"),
-        (2**64, TypeError, "now: must hold integer milliseconds, got object"),
         ([[START]], ValueError, r"now: must be one time, .*got shape \(1, 1\)"),
         ([[1], [2, 3]], ValueError, "now: the rows differ in length"),
-        ([], ValueError, r"now: must be one time, .*got shape \(0,\)"),
         ([START] * 3, ValueError, r"now: must be one time, or one for each of 1 users, .*\(3,\)"),
         ("2024-01-01", TypeError, "now: must hold integer milliseconds, got <U10"),
     ],
@@ -127,31 +119,6 @@ def test_now(scorer: Scorer, now: Any, error: type[Exception], message: str) -> 
     for call in (scorer.score, lambda users, _, now: scorer.user_vectors(users, now=now)):
         with pytest.raises(error, match=message):
             call([100], ITEMS, now=now)
-
-
-@pytest.mark.parametrize("part", ["items", "times", "actions", "offsets"])
-@pytest.mark.parametrize(
-    "value",
-    [
-        *(None, "ab", {1, 2}, [None, None], [[1], [2, 3]], [[1, 2]], [np.nan, 1.0], [True, False]),
-        *(["a", "b"], [2**64, 1], np.array([2**63, 2], np.uint64), [b"a", b"b"]),
-    ],
-    ids=repr,
-)
-def test_parts_of_a_tail(scorer: Scorer, part: str, value: Any) -> None:
-    for call in (scorer.score, lambda users, _, tail: scorer.user_vectors(users, tail=tail)):
-        with pytest.raises((TypeError, ValueError), match=rf"^tail\.{part}: "):
-            call([100], ITEMS, tail=good_tail(**{part: value}))
-
-
-@pytest.mark.parametrize(
-    "offsets",
-    [[[0, 2]], [[0], [1, 2]], [0, np.nan], ["0", "2"], [True, True], [0, -1], [0, 2**40], [1, 2], [0], [0, 1, 2]],
-    ids=repr,
-)
-def test_offsets_of_candidates(scorer: Scorer, offsets: Any) -> None:
-    with pytest.raises(ValueError, match="candidates: "):
-        scorer.score([100], ([10, 20], offsets))
 
 
 def test_empty_requests(task_scorer: Scorer) -> None:
@@ -166,23 +133,6 @@ def test_empty_requests(task_scorer: Scorer) -> None:
     assert all(s.shape == (0,) for s in task_scorer.predict([], (empty, [0])).values())
     assert task_scorer.score([], [], tail=Tail.empty(0), now=[]).shape == (0, 0)
     assert task_scorer.user_vectors([]).shape == (0, task_scorer.model.retrieval_dim)
-
-
-def test_many_candidates(scorer: Scorer) -> None:
-    few = np.array([*ITEMS, 7])
-    expected = scorer.score([103], few)[0]
-    scores = scorer.score([103], np.resize(few, 10**5))[0]
-    assert scores.shape == (10**5,)
-    np.testing.assert_allclose(scores, np.resize(expected, 10**5), atol=ROUNDING)
-    ranking = scorer.rank(103, candidates=np.resize(few, 10**5), top_k=10**5)
-    assert ranking.items.tolist() == [ITEMS[i] for i in np.argsort(-expected[:-1])]
-
-
-def test_many_candidates_of_a_task(task_scorer: Scorer) -> None:
-    user, items = next(task_scorer.store.keys()), task_scorer.model.items.ids(np.arange(7))
-    expected = task_scorer.predict([user], items)
-    for task, scores in task_scorer.predict([user], np.resize(items, 20_000)).items():
-        np.testing.assert_allclose(scores[0], np.resize(expected[task][0], 20_000), atol=ROUNDING)
 
 
 def test_one_long_list_does_not_slow_down_the_others(task_scorer: Scorer) -> None:
@@ -245,10 +195,9 @@ ODD_USERS: dict[str, tuple[int, list[int], list[tuple[int, int, int]]]] = {
 
 
 @pytest.mark.parametrize("what", ODD_USERS)
-@pytest.mark.parametrize("policy", ["empty", "nan"])
-def test_have_the_same_scores_without_the_odd_user(served: Served, policy: str, what: str) -> None:
+def test_have_the_same_scores_without_the_odd_user(served: Served, what: str) -> None:
     odd_user, odd_items, odd_events = ODD_USERS[what]
-    with Scorer.open(served.model, served.store, on_missing=policy) as scorer:
+    with Scorer.open(served.model, served.store, on_missing="nan") as scorer:
         now = LATE + DAY
         healthy = scorer.score(USERS, ITEMS, now=now)
         for place in (0, 2, len(USERS)):
@@ -262,7 +211,7 @@ def test_have_the_same_scores_without_the_odd_user(served: Served, policy: str, 
             rows = np.split(scores, offsets[1:-1])
             odd = rows.pop(place)
             np.testing.assert_allclose(np.stack(rows), healthy, atol=ROUNDING)
-            missing = policy == "nan" and ("no record" in what or "candidates" in what)
+            missing = "no record" in what or "candidates" in what
             assert len(odd) == len(odd_items) and (np.isnan(odd) if missing else np.isfinite(odd)).all()
             vectors = scorer.user_vectors(users, tail=tail_of(tails), now=now)
             np.testing.assert_allclose(np.delete(vectors, place, 0), scorer.user_vectors(USERS, now=now), atol=ROUNDING)
@@ -330,13 +279,11 @@ def damage_record(store: Path, user: int) -> None:
     ("call", "message"),
     [
         (lambda s: s.score(range((1 << 24) + 1), ITEMS), "users: 16,777,217 ids, but at most 16,777,216 per call"),
-        (lambda s: s.user_vectors(range(10**18)), "users: 1,000,000,000,000,000,000 ids, but at most"),
         (lambda s: s.score([100], range((1 << 24) + 1)), "candidates: 16,777,217 ids, but at most"),
         (
             lambda s: s.encode(np.broadcast_to(np.int64(10), (1 << 13, 1 << 12))),
             "candidates: 33,554,432 ids, but at",
         ),
-        (lambda s: s.rank(100, candidates=range(1 << 25)), "candidates: 33,554,432 ids, but at most"),
         (lambda s: s.rank(100, exclude=range(1 << 25)), "exclude: 33,554,432 ids, but at most"),
         (
             lambda s: s.score([100] * 1025, np.broadcast_to(np.int64(10), 1 << 18)),
@@ -360,7 +307,6 @@ def test_refusals(scorer: Scorer, call: Call, message: str) -> None:
     ("users", "candidates", "error", "message"),
     [
         (["abc"], ITEMS, UserKeyError, "user 'abc': the user ids of the store are of type int"),
-        ([1.5], ITEMS, UserKeyError, "user id 1.5 is a float"),
         ([100], [[[10]]], ValueError, r"candidates: must be of shape \[C\] or \[B, C\], got \(1, 1, 1\)"),
         ([100], [[10], [20]], ValueError, r"candidates: shape \(2, 1\) does not match 1 users"),
         ([100, 103], [[10], [20, 30]], ValueError, "candidates: the rows differ in length"),

@@ -119,12 +119,11 @@ def untrained(log: EventLog, items: Vocabulary, **changes: Any) -> VistaModel:
     return model
 
 
-@pytest.fixture(scope="module", params=["summary", "no summary", "products"])
+@pytest.fixture(scope="module", params=["items", "products"])
 def model(request: pytest.FixtureRequest, impression_log: EventLog) -> VistaModel:
     """Knows 36 of the log's 40 items."""
     changes: dict[str, Any] = {
-        "summary": {},
-        "no summary": {"model__num_seeds": 0},
+        "items": {},
         "products": {"model__counter_keys": ["item", "brand", "brand*month", "previous*item"]},
     }[request.param]
     items = Vocabulary.from_ids(impression_log.items.ids(np.arange(4, impression_log.num_items)))
@@ -196,34 +195,6 @@ def test_events_that_the_record_covers_count_once(opened: Opened, now: Any) -> N
     assert once is not None and again is not None and np.array_equal(once, again)
 
 
-def test_without_fresh_events_the_stored_counters_decay(opened: Opened) -> None:
-    stored = opened.scorer.store.get_many(opened.users).counters[0]
-    at_rest = opened.counters(opened.users, None, None)
-    np.testing.assert_array_equal(at_rest.codes.codes, stored.codes)
-    later = opened.counters(opened.users, None, stored.clock + 100 * DAY).codes
-    np.testing.assert_array_equal(later.key, stored.key)
-    assert (later.codes[:, 0] == stored.codes[:, 0]).all()  # the counts stay
-    assert (later.codes[:, 1] < stored.codes[:, 1]).all() and (later.codes[:, -1] > stored.codes[:, -1]).all()
-
-
-def test_users_without_a_record_have_the_counters_of_their_fresh_events(opened: Opened) -> None:
-    item = opened.scorer.model.items.ids(np.array([3, 3, 7]))
-    time = np.array([100, 200, 300]) * DAY
-    tail = Tail(item, time, np.zeros(3, int), np.array([0, 3]))
-    for scorer in (
-        opened.scorer,
-        stale := Scorer.open(opened.scorer.model, opened.scorer.store.path, max_age_s=1e-9),
-    ):
-        users = [999] if scorer is opened.scorer else opened.users[:1]
-        counters = replace(opened, scorer=scorer).counters(users, tail, None)
-        assert counters.codes.key.tolist() == [4, 8] and counters.num_events.tolist() == [3]
-        assert counters.codes.values()[:, 0].tolist() == [2, 1]
-        nothing = replace(opened, scorer=scorer).counters(users, None, 20_000 * DAY)
-        assert len(nothing.codes.key) == 0 and nothing.num_events.tolist() == [0]
-        assert np.isfinite(scorer.catalog_scores(users)).all()
-    stale.close()
-
-
 @pytest.mark.parametrize("start", [-1000 * DAY, 0])
 def test_a_user_without_a_record_is_a_user_without_earlier_events(opened: Opened, start: int) -> None:
     """Also if the events came before 1970."""
@@ -269,27 +240,6 @@ def test_next_equals_the_scores_of_the_raw_history(opened: Opened, now: Any) -> 
     np.testing.assert_array_equal(
         ragged, scores[np.arange(offsets[-1]) // 7, np.arange(offsets[-1]) % len(ids)].ravel()
     )
-
-
-def test_an_index_and_the_counted_items_give_the_ranking(opened: Opened, now: Any) -> None:
-    """Nearest neighbors by the vectors, with the counted items in place of theirs, are the best of the catalog."""
-    scorer, tail, log = opened.scorer, opened.tail(TAIL_LEN), opened.log
-    ids, items = scorer.item_vectors()
-    users = scorer.user_vectors(opened.users, tail=tail, now=now)
-    counted, scores, offsets = scorer.counted_items(opened.users, tail=tail, now=now)
-    assert (np.diff(offsets) > 4).all()
-    for row, user in enumerate(opened.users):
-        own = slice(offsets[row], offsets[row + 1])
-        near = np.argsort(-users[row] @ items.T)[: 5 + offsets[row + 1] - offsets[row]]
-        union = dict(
-            zip(ids[near].tolist(), items[near] @ users[row] / scorer.model.config.softmax_temperature, strict=True)
-        )
-        union |= dict(zip(counted[own].tolist(), scores[own].tolist(), strict=True))
-        best = sorted(union, key=lambda item: -union[item])[:5]
-        ranking = _ranked(scorer, user, opened.tail(TAIL_LEN, np.array([row])), None if now is None else int(now[row]))
-        assert ranking.items.tolist() == best
-        np.testing.assert_allclose(ranking.scores, [union[item] for item in best], rtol=1e-4, atol=1e-4)
-    assert log.num_users == len(opened.users)
 
 
 def test_tasks_equal_those_of_the_raw_history(opened: Opened) -> None:

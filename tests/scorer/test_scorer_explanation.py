@@ -46,8 +46,7 @@ def opened(
         yield scorer
 
 
-@pytest.mark.parametrize("task", ["click", "like", "long_view", "next"])
-@pytest.mark.parametrize("with_now", [True, False])
+@pytest.mark.parametrize(("task", "with_now"), [("like", True), ("next", True), ("next", False)])
 def test_contributions_add_up_to_the_score(opened: Scorer, task: str, with_now: bool) -> None:
     user = list(opened.store.keys())[2]
     now = int(opened.store.get_many([user]).last_event_ts[0]) + DAY if with_now else None

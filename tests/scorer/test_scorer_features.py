@@ -61,7 +61,7 @@ def log(tmp_path: Path) -> EventLog:
     return append(tmp_path / "log", events({1: 12, 2: 3, 3: 8, 4: 5}))
 
 
-@pytest.mark.parametrize("num_tail_features", [0, 1, 2])
+@pytest.mark.parametrize("num_tail_features", [0, 1])
 def test_fresh_events_are_read_as_stored_ones(tmp_path: Path, log: EventLog, num_tail_features: int) -> None:
     """Without summaries, a score depends only on the tail, which holds the fresh events once they are refreshed."""
     made = event_model(num_seeds=0, pooled_dim=0, num_tail_features=num_tail_features, dim=32, tail_len=16)
@@ -88,16 +88,6 @@ def test_fresh_events_are_read_as_stored_ones(tmp_path: Path, log: EventLog, num
         np.testing.assert_array_equal(scorer.score(EVENT_USERS, EVENT_ITEMS, tail=given, now=EVENT_NOW), expected)
 
 
-def test_a_stored_event_keeps_its_features(tmp_path: Path, log: EventLog) -> None:
-    made = event_model(num_tail_features=2)
-    with Scorer.open(made, refreshed(made, log, tmp_path / "store")) as scorer:
-        again = tail_of(log, START)
-        count = len(again.items)
-        other = Tail(again.items, again.times, again.actions, again.offsets, {"surface": ["web"] * count})
-        expected = scorer.score(EVENT_USERS, EVENT_ITEMS, now=EVENT_NOW)
-        np.testing.assert_array_equal(scorer.score(EVENT_USERS, EVENT_ITEMS, tail=other, now=EVENT_NOW), expected)
-
-
 def fresh_event(**features: Any) -> Tail:
     return Tail(np.array([10]), np.array([EVENT_NOW - HOUR]), np.zeros(1, int), np.array([0, 1]), features)
 
@@ -121,12 +111,8 @@ def test_event_features_that_are_refused(tmp_path: Path, log: EventLog) -> None:
     made = event_model(num_tail_features=1)
     with Scorer.open(made, refreshed(made, log, tmp_path / "store")) as scorer:
         for features, message in (
-            ({"device": ["tv"]}, "'device' is not one of this model's features"),
             ({"surface": ["app", "web"]}, "'surface' has 2 values, but 1 are needed"),
             ({"surface": "app"}, "'surface' must be a list of values, or one-dimensional"),
-            ({"surface": [[1]]}, "'surface' is a category"),
-            ({"dwell": [float("inf")]}, "'dwell': value number 0 is infinite"),
-            ({"dwell": ["long"]}, "'dwell' needs numbers"),
         ):
             with pytest.raises(ValueError, match=rf"tail\.features: {message}"):
                 scorer.score([1], EVENT_ITEMS, tail=fresh_event(**features), now=EVENT_NOW)
@@ -194,14 +180,7 @@ def test_what_is_not_given_is_missing(opened: Scorer, ids: Known) -> None:
     ("request_features", "error", "message"),
     [
         ({"devise": ["tv"]}, ValueError, r"request: 'devise' is not one of this model's features, \['device', "),
-        (
-            {"device": ["tv", "tv"]},
-            ValueError,
-            r"request: 'device' has shape \[2\], but must be one value, \[1\] \(one",
-        ),
-        ({"device": 1.5}, ValueError, "request: 'device' is a category and needs texts, integers, or booleans, got"),
         ({"device": [[["tv"]] * 21]}, ValueError, "request: 'device' is a category and needs"),
-        ({"hour": "noon"}, ValueError, "request: 'hour' needs numbers"),
         ({"hour": [[[1.0]] * 21]}, ValueError, "request: 'hour' needs numbers"),
         ({"hour": 1e300}, ValueError, "request: 'hour': value number 0 is infinite, or too large"),
         ({"hour": {3}}, TypeError, "request: 'hour' must be one value, one per user, or one per candidate, got"),
@@ -263,14 +242,12 @@ Known = tuple[list[Any], NDArray[Any], int]
 NUM_ITEMS = 21
 
 
-@pytest.fixture(scope="module", params=[True, False])
-def opened(
-    request: pytest.FixtureRequest, impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Scorer]:
-    """A scorer with counters, and one without, whose models read features of requests."""
+@pytest.fixture(scope="module")
+def opened(impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scorer]:
+    """A scorer with counters, whose model reads features of requests."""
     folder = tmp_path_factory.mktemp("pairs")
     config = small_config(impression_log, "unused", model__dim=32, model__num_seeds=16, model__tail_len=16)
-    config.model.counter_keys = ["item"] if request.param else []
+    config.model.counter_keys = ["item"]
     config.model.num_counters = 10
     schema = replace(schema_of(impression_log, config), request_features=READER.columns)
     torch.manual_seed(3)
@@ -324,12 +301,11 @@ def test_scores_are_those_of_the_model(opened: Scorer, ids: Known, drawn: Any, w
         own = {"hour": drawn["hour"][:, column], "premium": drawn["premium"][:, column], "device": drawn["device"]}
         encoded = READER.encode(READER.parse(own, len(users)), len(users))
         asked = inference.request_vectors(model, request.now, request.tail, encoded)
-        item, codes = torch.from_numpy(candidates[:, [column]].copy()), None
-        if request.counters is not None:
-            own_codes = [request.counters.select(slice(n, n + 1)).of_items(item[n].numpy()) for n in range(len(users))]
-            codes = torch.from_numpy(np.stack(own_codes))
-        pooled = None if request.pooled is None else torch.from_numpy(request.pooled)
-        inputs = candidate_inputs(model, pooled, item)
+        item = torch.from_numpy(candidates[:, [column]].copy())
+        assert request.counters is not None and request.pooled is not None
+        own_codes = [request.counters.select(slice(n, n + 1)).of_items(item[n].numpy()) for n in range(len(users))]
+        codes = torch.from_numpy(np.stack(own_codes))
+        inputs = candidate_inputs(model, torch.from_numpy(request.pooled), item)
         expected = inference.candidate_logits(model, context, asked, item, codes, inputs)[:, 0].sigmoid().numpy()
         for index, task in enumerate(model.schema.tasks):
             np.testing.assert_allclose(whole[task][:, column], expected[:, index], atol=ROUNDING)
@@ -349,7 +325,7 @@ def test_equal_values_score_as_one_value_per_user(opened: Scorer, ids: Known) ->
             same(scores, per_user[task])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_a_score_does_not_depend_on_the_other_pairs(
     data: st.DataObject, opened: Scorer, ids: Known, drawn: Any, whole: dict[str, NDArray[np.float32]]

@@ -28,7 +28,6 @@ from vista.errors import (
     RecordContentsError,
     StoreError,
     SummarizerMismatchError,
-    VistaError,
 )
 from vista.log.event_log import EventLog
 from vista.model.item_projections import CANDIDATE_FILE, RETRIEVAL_FILE, ItemProjections
@@ -107,35 +106,6 @@ def test_closed(served: Served) -> None:
     for call in calls:
         with pytest.raises(StoreError, match="is closed; open a new one"):
             call(scorer)
-
-
-def test_closed_during_calls(served: Served) -> None:
-    """A running call either succeeds or says that the store is closed."""
-    for _ in range(2):
-        scorer = Scorer.open(served.model, served.store)
-        expected, ended = scorer.score(USERS, ITEMS), list[object]()
-        begun = threading.Barrier(4)
-
-        def ask(scorer: Scorer = scorer, ended: list[object] = ended, begun: threading.Barrier = begun) -> None:
-            begun.wait()
-            try:
-                while True:
-                    ended.append(scorer.score(USERS, ITEMS))
-            except VistaError as closed:
-                ended.append(closed)
-
-        threads = [threading.Thread(target=ask) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        begun.wait()
-        time.sleep(0.02)
-        scorer.close()
-        for thread in threads:
-            thread.join(30)
-            assert not thread.is_alive()
-        errors = [one for one in ended if isinstance(one, Exception)]
-        assert len(errors) == 3 and all("is closed" in str(error) for error in errors)
-        assert all(np.array_equal(one, expected) for one in ended if isinstance(one, np.ndarray))
 
 
 def test_folders_that_are_not_a_store_are_neither_opened_nor_written(served: Served, tmp_path: Path) -> None:
