@@ -45,11 +45,6 @@ class Operator:
     """The tuple in which the oracle takes its arguments, if it does."""
     backend: str = "torch"
 
-    @property
-    def widest(self) -> torch.dtype:
-        """The widest dtype that the backend takes."""
-        return torch.float32 if self.backend == "triton" else torch.float64
-
     def make(
         self,
         lengths: list[int],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -150,24 +149,6 @@ def test_the_processor_chooses_the_form(profile: str, force_processor: Callable[
         chosen = directly if dtype == torch.bfloat16 and profile != "float32" else in_portions
         assert torch.equal(candidate_attention(**inputs), chosen(**inputs))
         check_against_oracle(candidate_attention, inputs, 2.0**-9 if dtype == torch.bfloat16 else 2.0**-24)
-
-
-@pytest.mark.parametrize("bias", BIASES)
-def test_gradcheck(bias: str) -> None:
-    """In portions of a few candidates; the other tests compare gradients in one portion with the oracle."""
-    attend = in_small_portions
-    inputs = make((2, 3, 4), torch.float64, bias, width=3)
-    names = [name for name, x in inputs.items() if x.is_floating_point()]
-    leaves = [inputs[name].requires_grad_() for name in names]
-    constants = {"scale": 0.7, "context_mask": inputs["context_mask"]}
-    check = partial(torch.autograd.gradcheck, fast_mode=True)  # one random direction; the oracle checks every entry
-    assert check(lambda *x: attend(**dict(zip(names, x, strict=True)), **constants), leaves)
-    if "bias" in inputs:  # the bias as a constant, too
-        inputs["bias"] = inputs["bias"].detach()
-        fixed = {name: inputs.pop(name) for name in ("bias", "context_mask")}
-        names = list(inputs)
-        leaves = list(inputs.values())
-        assert check(lambda *x: attend(**dict(zip(names, x, strict=True)), **fixed), leaves)
 
 
 @pytest.mark.research

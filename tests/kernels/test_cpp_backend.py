@@ -74,7 +74,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("lanes", [4, 8, 16])
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_it_equals_the_oracle(data: st.DataObject, library: Path, lanes: int) -> None:
     chosen = data.draw(plans())

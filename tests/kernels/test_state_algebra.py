@@ -69,7 +69,7 @@ def test_weight_minus_one_forgets(lengths: list[int], seed: int) -> None:
     torch.testing.assert_close((z, n), expected)
 
 
-@pytest.mark.parametrize("block", [1, 4, 16])
+@pytest.mark.parametrize("block", [1, 16])
 def test_blocks_and_scan_equal_direct_weights(block: int) -> None:
     """States of blocks, decayed to the block's end and scanned, are the states of the whole prefix decayed directly."""
     lengths, taus = [50, 1, 0, 17, 16], torch.tensor([5.0, 40.0], dtype=torch.float64)
