@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,17 @@ from tests.evaluation.conftest import evaluated
 from vista.config import EvaluateConfig, SourceColumns
 from vista.config.checks import Codec, Split
 from vista.errors import ConfigError, LeakageError
-from vista.evaluation.cases import ImpressionCases
 from vista.evaluation.evaluate import evaluate, evaluate_scorer
 from vista.evaluation.protocol import LAST_RANK, impression_metrics
 from vista.log.event_log import EventLog
-from vista.log.histories import DAY_MS
-from vista.log.splits import part_times, split_until, visible_counts
+from vista.log.splits import split_until, visible_counts
 from vista.model import inference
 from vista.model.serving_model import pad_tail
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.scorer import Scorer
 from vista.training.log_schema import schema_of
-from vista.training.trainer import train
-from vista.training.validation import Validation
+from vista.training.trainer import Trainer, train
 
 
 def plain_ranks(scorer: Scorer, log: EventLog, seen: np.ndarray, exclude_seen: bool) -> list[int]:
@@ -222,62 +218,6 @@ class TestImpressions:
         }
 
 
-@pytest.mark.processor
-@pytest.mark.parametrize("kind", ["served", "served_tasks"])
-def test_validation_in_training_equals_evaluation_from_the_store(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Impressions of one item at nearly one time tie but for rounding, so an AUC has a range: ties lost to ties won."""
-    ranges: dict[str, tuple[float, float]] = {}
-
-    def metrics(cases: ImpressionCases, probability: np.ndarray) -> dict[str, float]:
-        lost, won = (impression_metrics(cases, probability.round(5) + sign * 2e-5 * cases.label) for sign in (-1, 1))
-        ranges.update({name: (lost[name], won[name]) for name in lost if "auc/" in name})
-        return impression_metrics(cases, probability)
-
-    monkeypatch.setattr(sys.modules["vista.evaluation.evaluate"], "impression_metrics", metrics)
-    given: Served = request.getfixturevalue(kind)
-    until = split_until(given.config.data, "validation")
-    refresh(given.model, given.log, tmp_path / "store", until=until, options=RefreshOptions(codec=Codec.float32))
-    served = evaluated(given.model_dir, tmp_path / "store", given.log, split="validation", top_k=[10]).metrics
-    expected = Validation(given.log, given.model.rows_of(given.log.items), given.config)(given.model)
-    if kind == "served":
-        lines = (Path(given.config.run_dir) / "metrics.jsonl").read_text().splitlines()
-        history = [row["validation"] for row in map(json.loads, lines) if "validation" in row]
-        assert expected == pytest.approx(max(history, key=lambda row: row["ndcg@10"]))
-    assert served.keys() == expected.keys()
-    for name, value in expected.items():
-        low, high = ranges.get(name, (served[name] - 1e-4, served[name] + 1e-4))
-        assert low <= value <= high and high - low < 0.05, name
-
-
-def test_refreshes_on_a_schedule_are_those_of_validation(served_tasks: Served, tmp_path: Path) -> None:
-    """Impressions are answered from the last refresh before them, in training and with a store."""
-    log, split = served_tasks.log, "validation"
-    model = VistaModel.from_pretrained(served_tasks.model_dir)
-    begin, end = part_times(model.data, split)
-    assert begin is not None and end is not None
-    model.data = dataclasses.replace(model.data, refresh_days=(end - begin) / 3 / DAY_MS)
-    options = RefreshOptions(codec=Codec.float32)
-    refresh(model, log, tmp_path / "store", until=split_until(model.data, split), options=options)
-    with Scorer.open(model, tmp_path / "store") as scorer:
-        asked = EvaluateConfig(split=split, top_k=[10])
-        once = evaluate_scorer(scorer, log, asked)
-        often = evaluate_scorer(scorer, log, asked, refreshed=tmp_path)
-    assert once.impressions is not None and once.probabilities is not None and often.probabilities is not None
-    late = once.impressions.timestamp >= begin + (end - begin) // 3
-    # The batches differ, so float32 sums have another order.
-    np.testing.assert_allclose(often.probabilities[~late], once.probabilities[~late], atol=1e-6)
-    assert 0 < late.sum() < len(late) and not np.allclose(
-        often.probabilities[late], once.probabilities[late], atol=1e-4
-    )
-    config = dataclasses.replace(served_tasks.config, data=model.data)
-    expected = Validation(log, model.rows_of(log.items), config)(model)
-    # Records hold summaries in float32, but the scorer sums in another order.
-    assert often.metrics["ne/click"] == pytest.approx(expected["ne/click"], abs=1e-4)
-    assert often.metrics["ndcg@10"] == pytest.approx(expected["ndcg@10"], abs=1e-4)
-
-
 def test_seen_items_stay_in_if_training_kept_them(served: Served, tmp_path: Path) -> None:
     """In the validation during training, and in every evaluation."""
     config = small_config(served.log, tmp_path / "run", data__exclude_seen=False, optim__epochs=1)
@@ -296,11 +236,8 @@ def test_seen_items_stay_in_if_training_kept_them(served: Served, tmp_path: Path
 
 def test_the_model_keeps_what_its_training_decided_about_seen_items(served: Served, tmp_path: Path) -> None:
     """In this log, users return to items. A log of later events cannot change the question."""
-    config = small_config(served.log, tmp_path / "run", data__exclude_seen=None, optim__epochs=1)
-    model = train(config, served.log)
-    assert model.data.exclude_seen is False
-    assert "exclude_seen: false" in (tmp_path / "run" / "config.yaml").read_text()
-    assert "data.exclude_seen=false: " in (tmp_path / "run" / "train.log").read_text()
+    config = small_config(served.log, tmp_path / "run", data__exclude_seen=None)
+    assert Trainer(config, served.log).model.data.exclude_seen is False
 
 
 class TestLeakage:
@@ -494,9 +431,10 @@ class TestResults:
             data__validation_from=str(late - 2000),
             data__test_from=str(late - 1000),
             data__split=Split.time,
-            optim__epochs=1,
         )
-        model = train(config, log)
+        model = Trainer(config, log).model.eval()
+        assert isinstance(model, VistaModel)
+        model.save_pretrained(tmp_path / "run" / "best")
         refresh(model, log, tmp_path / "store", until=int(late - 1000))
         settings = self.settings(
             Served(log, config, model, tmp_path / "run" / "best", *[tmp_path / "store"] * 3), tmp_path

@@ -19,7 +19,7 @@ from vista.log.ingest.prepare import prepare
 from vista.model.baselines.history_model import HistoryModel
 from vista.ranks import ALONE, Ranks
 from vista.scorer import Scorer
-from vista.training.trainer import train_model
+from vista.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def assert_same_report(found: EvaluationReport, expected: EvaluationReport) -> N
         np.testing.assert_allclose(found.per_user.values[name], values, rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 30])
+@pytest.mark.parametrize("num_ranks", [30])
 def test_next_items_popularity_and_impressions(served_tasks: Served, tie_free_log: EventLog, num_ranks: int) -> None:
     """Of 30 ranks, most have no user to rank items for."""
     config = EvaluateConfig(top_k=[5, 10], popularity=True, baselines=AskedBaselines.counting)
@@ -88,10 +88,10 @@ def test_windows(served: Served) -> None:
 
 
 def test_baselines_of_raw_histories(served_tasks: Served, tie_free_log: EventLog, tmp_path: Path) -> None:
-    changes = {"model__architecture": Architecture.sasrec, "model__history_limit": 9, "optim__epochs": 1}
+    changes = {"model__architecture": Architecture.sasrec, "model__history_limit": 9}
     data = served_tasks.config.data
     changes |= {f"data__{name}": getattr(data, name) for name in ("split", "validation_from", "test_from")}
-    model = train_model(small_config(tie_free_log, tmp_path / "run", **changes), tie_free_log)
+    model = Trainer(small_config(tie_free_log, tmp_path / "run", **changes), tie_free_log).model.eval()
     assert isinstance(model, HistoryModel)
     config = EvaluateConfig(top_k=[5])
     expected = evaluate_model(model, tie_free_log, config)

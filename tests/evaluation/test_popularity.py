@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import Served, small_config
+from tests.conftest import Served
 from tests.evaluation.conftest import evaluated
-from vista.config import EvaluateConfig, SourceColumns
+from vista.config import EvaluateConfig
 from vista.errors import ConfigError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.evaluation.metrics import ranks_of_targets, top_items
-from vista.evaluation.popularity_report import PopularityReport, gini, popularity_deciles, popularity_report, spearman
+from vista.evaluation.popularity_report import gini, popularity_deciles, popularity_report, spearman
 from vista.evaluation.protocol import RecommendedLists
 from vista.examples.item_statistics import item_counts
-from vista.log.event_log import EventLog
 from vista.log.splits import visible_counts
 from vista.model.vista_model import VistaModel
-from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.training.trainer import train
 
 
 def test_gini_by_hand() -> None:
@@ -137,50 +133,3 @@ class TestEvaluation:
         asked.load_state_dict(model.state_dict(), strict=False)
         with pytest.raises(ConfigError, match=r"popularity=true: .* retrieval head was not trained"):
             evaluated(asked, served.test_store, served.log, popularity=True)
-
-
-@pytest.fixture(scope="module")
-def skewed_log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
-    """Half of the time each item is followed by its neighbor, else by an item drawn by popularity (Zipf)."""
-    rng = np.random.default_rng(0)
-    num_users, length, num_items = 150, 30, 60
-    popularity = 1 / np.arange(1, num_items + 1)
-    items = rng.choice(num_items, (num_users, length), p=popularity / popularity.sum())
-    for step in range(1, length):
-        follow = rng.random(num_users) < 0.5
-        items[follow, step] = (items[follow, step - 1] + num_items // 2) % num_items
-    frame = {"user": np.repeat(np.arange(num_users), length), "item": items.ravel()}
-    return EventLog.from_frame(frame, tmp_path_factory.mktemp("skewed") / "log", columns=SourceColumns(timestamp=None))
-
-
-def report_of(log: EventLog, folder: Path, strength: float, num_negatives: int) -> PopularityReport:
-    config = small_config(
-        log,
-        folder / "run",
-        data__exclude_seen=False,
-        data__num_negatives=num_negatives,
-        data__tokens_per_batch=256,
-        optim__logq_strength=strength,
-        optim__epochs=4,
-        optim__validate_every=0,
-    )
-    model = train(config, log)
-    refresh(model, log, folder / "store", until="leave-last-out")
-    report = evaluated(model, folder / "store", log, top_k=[5], popularity=True).popularity
-    assert report is not None
-    return report
-
-
-@pytest.mark.research
-@pytest.mark.parametrize("num_negatives", [1000, 30], ids=["whole-catalog", "sampled"])
-def test_logq_strength_zero_removes_popularity_from_the_lists(
-    skewed_log: EventLog, tmp_path: Path, num_negatives: int
-) -> None:
-    plain = report_of(skewed_log, tmp_path / "plain", 1.0, num_negatives)
-    remedied = report_of(skewed_log, tmp_path / "remedied", 0.0, num_negatives)
-    assert plain.num_items[7:].tolist() == [1, 1, 1]
-    popular, left = plain.recommended_share[7:].sum(), remedied.recommended_share[7:].sum()
-    assert popular > 0.3, "three of sixty items take a large share of all lists"
-    assert left < min(popular / 3, 0.15), "they are 5 % of the items"
-    assert remedied.score_correlation < plain.score_correlation - 0.2
-    assert plain.ndcg[7:].mean() > remedied.ndcg[7:].mean() + 0.1, "quality for popular labels drops"

@@ -8,17 +8,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import polars
 import polars as pl
 import pytest
 
 from tests.conftest import real_set
-from tests.evaluation.baselines.conftest import HOUR, order_only_log, quality, shopping_log, visible_items
+from tests.evaluation.baselines.conftest import HOUR, order_only_log, shopping_log, visible_items
 from tests.log.conftest import run
 from vista.arrays import Floats, Int
 from vista.config import DataConfig, EvaluateConfig, SourceColumns
 from vista.evaluation.baseline_evaluation import measure_baseline, trained_baselines
-from vista.evaluation.cases import window_cases
 from vista.evaluation.counting_baselines import (
     ContentNeighbors,
     CountingBaseline,
@@ -32,9 +30,7 @@ from vista.evaluation.counting_baselines import (
 from vista.evaluation.trained_baselines import CounterTrees, NewItemTrees
 from vista.examples.item_statistics import REACH
 from vista.log.event_log import EventLog
-from vista.log.splits import parse_time, visible_counts
-
-NOVEMBER = parse_time("2017-11-01")
+from vista.log.splits import visible_counts
 
 
 def all_baselines(has_time: bool = True, at_one_time: bool = True) -> list[CountingBaseline]:
@@ -121,35 +117,6 @@ def test_movielens(
     for baseline, expected in ((Popularity(), popularity), (Transitions(), transitions)):
         values = measure_baseline(baseline, log, DataConfig(), EvaluateConfig(), np.arange(log.num_items)).means()
         assert (values["hr@10"], values["ndcg@10"]) == pytest.approx(expected, abs=6e-4)
-
-
-@pytest.mark.data
-@pytest.mark.research
-def test_complete_journey(tmp_path: Path) -> None:
-    """Precision over the next 50 events, and recall of new items over the next 200, equal those of another program."""
-    columns = SourceColumns(user="household_id", item="product_id")
-    frame = polars.read_parquet(real_set("complete-journey") / "events.parquet")
-    log = EventLog.from_frame(frame, tmp_path / "log", time_unit="s", columns=columns)
-    seen = visible_counts(log, "2017-11-01")
-    near, far = (
-        window_cases(log, seen, None, horizon_events=events, now=NOVEMBER, min_seen=50, min_after=20)
-        for events in (50, 200)
-    )
-    assert len(near) == len(far) == 893
-    expected: list[tuple[CountingBaseline, float | None, float | None]] = [
-        (OwnFrequency(last=32), 0.257, None),
-        (OwnFrequency(last=200), 0.360, None),
-        (OwnFrequency(), 0.369, None),
-        (OwnFrequency(days=90), 0.369, None),
-        (Popularity(), None, 0.0492),
-        (ItemNeighbors(), None, 0.0545),
-    ]
-    for baseline, precision, recall in expected:
-        baseline.fit(log, seen, np.random.default_rng(0))
-        if precision is not None:
-            assert quality(baseline, log, near, "precision@10") == pytest.approx(precision, abs=6e-4)
-        if recall is not None:
-            assert quality(baseline, log, far, "recall@50:new") == pytest.approx(recall, abs=6e-5)
 
 
 TIES = 1e-9
