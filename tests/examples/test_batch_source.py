@@ -29,6 +29,7 @@ from vista.examples.batch_source import (
     NegativeSampler,
     StoredSummaries,
     VisibleImpressions,
+    chunk_len,
     events_before,
 )
 from vista.examples.item_statistics import item_counts
@@ -164,21 +165,31 @@ def test_logq_strength_changes_nothing_but_the_adjustment(world: World, strength
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"chunk_len": 16}, {"chunk_len": 1}, {"model": {"history_limit": 7}}, {"tokens_per_batch": 1}],
+    ("options", "limit"),
+    [
+        ({}, 16384),
+        ({"chunk_len": 16}, 16),
+        ({"chunk_len": 1}, 1),
+        ({"model": {"history_limit": 7}}, 7),
+        ({"model": {"architecture": "sasrec", "history_limit": 7}}, 8),  # the last event is only a label
+        ({"tokens_per_batch": 1}, 16384),
+    ],
     ids=str,
 )
-def test_a_pass_labels_every_visible_event_once(world: World, options: dict[str, Any]) -> None:
+def test_a_pass_labels_every_visible_event_once(world: World, options: dict[str, Any], limit: int) -> None:
     made = source(world, **options)
-    limit = options.get("chunk_len", options.get("model", {}).get("history_limit", 10**6))
     for epoch in (0, 1):
         batches = whole_pass(made, epoch)
         labeled = np.concatenate([labels(world, batch) for batch in batches])
         np.testing.assert_array_equal(np.sort(labeled), visible_events(world))
+        assert max(int(batch.events.offsets.diff().max()) for batch in batches) == min(limit, max(LENGTHS) - 2)
         for batch in batches:
             lengths = batch.events.offsets.diff()
-            assert int(lengths.max()) <= limit
             assert len(batch.events.item) <= options.get("tokens_per_batch", 64) or len(lengths) == 1
+
+
+def test_chunks_of_models_that_only_rank_may_be_longer_than_their_limit() -> None:
+    assert chunk_len(TrainConfig(model=model_config(Architecture.din, history_limit=7))) == DataConfig().chunk_len
 
 
 def test_hidden_events_are_nowhere(world: World) -> None:
@@ -479,8 +490,7 @@ def test_events_before(world: World) -> None:
 COUNTS = np.array([0, 1, 4, 0, 9, 100, 2, 50, 7, 0, 30], np.int64)
 
 
-@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("num_negatives", [1, 3, 7])
+@pytest.mark.parametrize(("power", "num_negatives"), [(0.0, 3), (0.5, 1), (1.0, 7)])
 def test_weights_are_unbiased(power: float, num_negatives: int) -> None:
     """The expected weight of each item (0 if it is not drawn) is 1, so the expected sum is the number of items."""
     sampler = NegativeSampler(COUNTS, num_negatives=num_negatives, power=power)

@@ -129,7 +129,7 @@ def cases(draw: st.DrawFn) -> tuple[Chunks, int, dict[str, Any]]:
     return coded_chunks(lengths, sorted(impressions), draw(st.integers(0, 7))), draw(st.integers(0, 1000)), options
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases())
 @example((coded_chunks([0, 0], []), 0, {}))
 @example((coded_chunks([0], [(0, 0)]), 0, {}))

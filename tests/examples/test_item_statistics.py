@@ -83,7 +83,7 @@ def looped(log: EventLog, counts: Int, rows: Int, time: int, num_rows: int) -> F
     return values
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 99), days=st.sampled_from([0.5, 20.0, 150.0, 900.0]), block=st.sampled_from([1, 64, 10**6]))
 def test_statistics_equal_a_loop_over_the_events(
     tmp_path_factory: pytest.TempPathFactory, seed: int, days: float, block: int
