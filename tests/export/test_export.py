@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import draw_counter_weights, run_python, small_config
+from tests.conftest import draw_counter_weights, small_config
 from tests.counters.counter_histories import category
 from tests.required_program import require_compiler
 from vista.cli.main import main
@@ -100,20 +100,11 @@ def drawn_model(
 
 
 Kind = TargetAttentionKind
-PRODUCTS = ["item", "brand", "brand*month", "previous*item", "brand*weekday"]
-
-
 MODELS: dict[str, dict[str, Any]] = {
     "pointwise": {},
-    "softmax": {"kind": Kind.softmax},
-    "no summary": {"num_seeds": 0},
-    "one layer": {"num_layers": 1},
-    "only next": {"tasks": ()},
-    "only tasks": {"has_retrieval": False},
-    "no counters": {"counters": False},
-    "no pooled vectors": {"pooled_dim": 0},
-    "no features": {"features": False},
-    "no times": {"has_time": False},
+    "softmax": {"kind": Kind.softmax, "num_layers": 1},
+    "only next, without a summary": {"tasks": (), "num_seeds": 0, "features": False},
+    "only tasks, without pooled vectors": {"has_retrieval": False, "pooled_dim": 0},
     "products": {"categories": True},
     "little": {"counters": False, "features": False, "has_time": False, "num_seeds": 0, "pooled_dim": 0},
 }
@@ -305,7 +296,7 @@ def test_any_number_of_users_candidates_events_and_keys(exported: Path, folder: 
     """Also one user without events and keys, in a process without vista and torch."""
     snapshot = ServingSource(folder / "model", folder / "store", "cpu", None, Precision.float32).open()
     shapes = set()
-    for number, trial in enumerate(trial_requests(snapshot, 400, seed=7)):
+    for number, trial in enumerate(trial_requests(snapshot, 150, seed=7)):
         expected = {f"output:{name}": values for name, values in scorer_outputs(snapshot, trial).items()}
         shapes.add((*trial.arrays["candidates"].shape, *trial.arrays["tail_items"].shape[1:]))
         np.savez(tmp_path / f"{number}.npz", **trial.arrays, **expected)  # type: ignore[arg-type]
@@ -359,8 +350,8 @@ def test_the_graph_names_its_axes(exported: Path) -> None:
     assert shapes == {one["name"]: one["shape"] for one in manifest["inputs"]}
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "items.json"])
-def test_a_damaged_file_is_noticed(exported: Path, tmp_path: Path, name: str) -> None:
+def test_a_damaged_file_is_noticed(exported: Path, tmp_path: Path) -> None:
+    name = "model.onnx.data"
     copy = shutil.copytree(exported, tmp_path / "copy")
     content = bytearray((copy / name).read_bytes())
     content[len(content) // 2] ^= 1
@@ -397,53 +388,6 @@ def test_an_export_that_differs_or_cannot_be_written_leaves_the_earlier_one(
     assert "the export could not be written" in said and "free space" in said
     assert written(exported) == before
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
-
-
-@pytest.mark.nightly
-def test_a_full_disk_leaves_nothing(small: Path, tmp_path: Path) -> None:
-    """The graph exceeds the limit of the process on the size of files; writing it fails as on a full disk."""
-    pytest.importorskip("onnxscript")
-    code = (
-        "import resource, signal, sys\n"
-        "from vista.config.checks import ExportFormat\n"
-        "from vista.export.export import export\n"
-        "from vista.errors import ExportError\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "import vista.export.export as exports\n"
-        "write = exports.write_onnx\n"
-        "def limited(*arguments):\n"
-        "    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
-        "    return write(*arguments)\n"
-        "exports.write_onnx = limited\n"
-        "try:\n"
-        "    export(sys.argv[1], sys.argv[2], ExportFormat.onnx, num_requests=5)\n"
-        "except ExportError as error:\n"
-        "    print(error)\n"
-    )
-    done = run_python(code, str(small), str(tmp_path / "out"))
-    assert "the export could not be written" in done.stdout, done.stderr
-    assert "free space" in done.stdout
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.nightly
-def test_a_killed_export_leaves_the_earlier_one(exported: Path, small: Path, tmp_path: Path) -> None:
-    """Killed when only the manifest and the example are missing."""
-    out = shutil.copytree(exported, tmp_path / "out")
-    before = written(out)
-    code = (
-        "import os, signal, sys\n"
-        "from vista.config.checks import ExportFormat\n"
-        "from vista.export import export\n"
-        "def killed(*arguments):\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "export.write_description = killed\n"
-        "export.export(sys.argv[1], sys.argv[2], ExportFormat.onnx, num_requests=5)\n"
-    )
-    done = run_python(code, str(small), str(out))
-    assert done.returncode == -9, done.stderr
-    assert written(out) == before
-    assert len(list(tmp_path.iterdir())) == 2  # what was left has a name that begins with a dot
 
 
 @pytest.mark.parametrize("kind", ExportFormat)
