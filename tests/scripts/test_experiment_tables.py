@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -187,21 +186,6 @@ def test_rows_are_measured_on_both_parts_and_compared_by_user(tmp_path: Path, wo
     assert both["metrics"][name] == pytest.approx(mean)
     page = (tmp_path / "tiny.md").read_text()
     assert page.count("| vista − tail-only |") == 1 and "| tiny | vista − tail-only | 2 |" in page
-
-
-def test_each_part_has_a_model_that_is_trained_until_its_labels(tmp_path: Path, words: list[str]) -> None:
-    """A trial has none for the test."""
-    assert reproduce.main([*words, "--rows", "vista", "sasrec"]) == 0
-    vista, sasrec = lines_of(tmp_path)
-    resolved = vista["resolved"]
-    assert resolved.keys() == {"validation", "test"} and sasrec["resolved"].keys() == {"validation"}
-    validation, test = (resolved[part]["data"] for part in ("validation", "test"))
-    assert validation["validation_from"] < validation["test_from"]
-    assert test == validation | {"validation_from": validation["test_from"]}
-    planned = vista["config"]["optim"] | {"warmup_steps": 2, "next_weight": 1.0, "window_weight": 0.0}
-    assert planned == resolved["test"]["optim"] == resolved["validation"]["optim"]
-    runs = {path.relative_to(tmp_path).parts[-3] for path in tmp_path.rglob("run/config.yaml")}
-    assert runs == {"validation", "test"} and str(tmp_path) not in json.dumps([vista, sasrec])
 
 
 @pytest.mark.parametrize("name", ["returns-cj", "returns-dev", "window-cj", "window-dev"])

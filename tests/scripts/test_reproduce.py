@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from vista.config.checks import Codec
 from vista.log.splits import parse_time
 from vista.model.features import Schema
 from vista.model.summarizer import Stage1Config
-from vista.training import trainer
 
 pytestmark = pytest.mark.research
 SMALL = ("optim.epochs=1", "optim.warmup_steps=2", "model.dim=16")
@@ -131,72 +129,6 @@ def test_a_downstream_row_is_trained_over_its_base(
     assert reproduce.main([*words, "--list"]) == 0
     printed = capsys.readouterr().out
     assert "0 of 2 runs done" in printed and "was run with another base.optim.tasks (['click'] -> [])" in printed
-
-
-def test_only_missing_lines_are_run(
-    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """First the chosen rows and seeds, then another served tail, then another configuration."""
-    assert reproduce.main([*words, "--rows", "vista", "--seeds", "2"]) == 0
-    assert list(lines_of(tmp_path)) == ["vista 2"]
-    assert lines_of(tmp_path)["vista 2"]["command"].endswith("--rows vista --data ml-1m --seeds 2 --threads 1")
-
-    monkeypatch.setitem(
-        TABLES, "tiny", replace(MOVIELENS, rows={"vista": TableRow(3, SMALL, BOTH, (4,)), **COUNTING_BASELINES})
-    )
-    assert reproduce.main([*words, "--seeds", "2"]) == 0
-    lines = read_results(tmp_path / "results" / "tiny.jsonl")
-    assert [line["model"] for line in lines] == [
-        "vista",
-        "vista, float32 store",
-        "vista, tail 4",
-        "popularity",
-        "transitions",
-    ]
-    assert len({line["seconds"] for line in lines[:3]}) == 1, "the model was trained once"
-
-    monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, words=("model.num_heads=2",)))
-    capsys.readouterr()
-    assert reproduce.main([*words, "--seeds", "2", "--list"]) == 0
-    printed = capsys.readouterr().out
-    assert "tiny: 2 of 3 runs done" in printed and "was run with another model.num_heads (4 -> 2)" in printed
-    assert reproduce.main([*words, "--seeds", "2"]) == 0
-    again = read_results(tmp_path / "results" / "tiny.jsonl")
-    assert again[:5] == lines and [line["model"] for line in again[5:]] == ["vista"]
-    assert again[5]["config"]["model"]["num_heads"] == 2
-
-
-def test_an_interrupt_stops_a_run_that_the_next_call_finishes(
-    tmp_path: Path, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The metrics equal those of an uninterrupted run."""
-    long = TableRow(1, (*SMALL, "optim.epochs=20", "data.tokens_per_batch=200"))
-    monkeypatch.setitem(TABLES, "tiny", replace(MOVIELENS, rows={**COUNTING_BASELINES, "vista": long}))
-    assert reproduce.main([*words, "--rows", *COUNTING_BASELINES]) == 0
-    step, steps = trainer.Trainer._step, []
-
-    def stepping(run: Any, *arguments: Any) -> Any:
-        steps.append(1)
-        if len(steps) == 3:
-            signal.raise_signal(signal.SIGINT)
-        return step(run, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_step", stepping)
-        assert reproduce.main(words) == 130
-    assert "stopped at step 3; " in capsys.readouterr().out
-    assert list(lines_of(tmp_path)) == ["popularity 0", "transitions 0"]
-    assert "transitions" in (tmp_path / "results" / "tiny.md").read_text()
-    (checkpoints,) = (tmp_path / "work").rglob("checkpoints")
-    assert list(checkpoints.glob("step-*"))
-    assert reproduce.main(words) == 0
-    assert "resuming at step" in (checkpoints.parent / "train.log").read_text()
-    stopped = lines_of(tmp_path)["vista 1"]
-    whole = [str(tmp_path / "whole") if word == str(tmp_path / "work") else word for word in words]
-    whole[whole.index("--results") + 1] = str(tmp_path / "results" / "whole")
-    assert reproduce.main([*whole, "--rows", "vista"]) == 0
-    (line,) = read_results(tmp_path / "results" / "whole" / "tiny.jsonl")
-    assert line["metrics"] == stopped["metrics"] and line["config"] == stopped["config"]
 
 
 def test_bad_options_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 
 import vista
-from scripts.experiments import plots, row_origin
+from scripts.experiments import row_origin
 from scripts.experiments.results import append_result, hardware, main, markdown_table, read_lines, read_results
 from scripts.experiments.row_origin import RowOrigin, train_noted
-from tests.conftest import Served, small_config
-from vista.config import DinConfig
+from tests.conftest import small_config
 from vista.errors import DataError
 from vista.log.event_log import EventLog
 from vista_kernels.processor import processor
@@ -243,61 +242,3 @@ def test_who_trained_and_who_measures(
     fields = RowOrigin.read({"test": tmp_path}).fields()
     assert fields["commit"] == "bbb (trained at aaa)" and fields["hardware"]["cpu"] == "First CPU"
     assert fields["hardware"]["elsewhere"] == ["Second CPU, 2 cores, torch 2.13.0"]
-
-
-@pytest.mark.research
-def test_a_ranking_run_keeps_the_epoch_of_least_entropy(
-    impression_log: EventLog, served_tasks: Served, tmp_path: Path
-) -> None:
-    model = DinConfig(dim=16, history_limit=9)
-    config = small_config(impression_log, tmp_path / "run", model=model, data=served_tasks.config.data, optim__epochs=2)
-    train_noted(config, impression_log, tmp_path)
-    kept = RowOrigin.read({"test": tmp_path}).validation
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    entropies = [row["validation"]["ne/click"] for row in rows if "validation" in row]
-    assert len(entropies) == 2 and kept["ne/click"] == min(entropies) and "ndcg@10" not in kept
-
-
-@pytest.mark.research
-def test_an_interrupted_run_names_both_commits(
-    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vista.training import trainer
-
-    whole, steps = trainer.Trainer._step, []
-
-    def stopped(self: Any, *arguments: Any) -> Any:
-        steps.append(1)
-        if len(steps) == 12:
-            raise KeyboardInterrupt
-        return whole(self, *arguments)
-
-    config = small_config(event_log, tmp_path / "run", optim__epochs=4, checkpoint_every=1)
-    monkeypatch.setattr(trainer.Trainer, "_step", stopped)
-    monkeypatch.setattr(row_origin, "source_commit", lambda: "aaa")
-    with pytest.raises(KeyboardInterrupt):
-        train_noted(config, event_log, tmp_path)
-    monkeypatch.setattr(row_origin, "source_commit", lambda: "bbb")
-    train_noted(config, event_log, tmp_path)
-    assert [origin["commit"] for origin in RowOrigin.read({"test": tmp_path}).origins] == ["aaa", "bbb"]
-    assert RowOrigin.read({"test": tmp_path}).fields()["commit"] == "bbb (trained at aaa, bbb)"
-    assert RowOrigin(2.0).fields().keys() == {"commit", "hardware", "seconds"}
-
-
-def length_line(model: str, auc: float) -> str:
-    fields = {"table": "length-1k", "data": "simulation", "model": model, "seed": 1, "config": {}, "command": "c"}
-    rest = {"commit": "c", "hardware": {}, "seconds": 1.0, "metrics": {"auc/click": auc}}
-    return json.dumps({**fields, **rest})
-
-
-@pytest.mark.research
-def test_lengths_become_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--results", str(tmp_path), "--out", str(tmp_path / "lengths.png")]
-    assert plots.main(words) == 1
-    assert "has auc/click; run scripts.experiments.reproduce length-1k" in capsys.readouterr().err
-    (tmp_path / "length-1k.jsonl").write_text("{}\n")
-    assert plots.main(words) == 1 and "line 1: result: missing keys" in capsys.readouterr().err
-    lines = [length_line("vista", 0.8), length_line("sim", 0.5), length_line("sim-tuned", 0.7)]
-    (tmp_path / "length-1k.jsonl").write_text("\n".join(lines) + "\n")
-    assert plots.main(words) == 0 and (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    assert plots.qualities_of(read_results(tmp_path / "length-1k.jsonl")) == {"vista": 0.8, "sim": 0.7}
