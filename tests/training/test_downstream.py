@@ -293,7 +293,7 @@ def test_a_run_that_is_stopped_resumes_bitwise_equal(
 def test_another_generation_of_the_store_is_another_run(served_tasks: Served, tmp_path: Path) -> None:
     store, until = tmp_path / "store", past_of(served_tasks)
     refresh(served_tasks.model, served_tasks.log, store, until=until)
-    config = downstream_config(served_tasks, store, tmp_path / "run")
+    config = downstream_config(served_tasks, store, tmp_path / "run", optim__epochs=1)
     train(config, served_tasks.log)
     refresh(served_tasks.model, served_tasks.log, store, until=until, options=RefreshOptions(codec=Codec.float32))
     with pytest.raises(ConfigError, match=r"another store's generation \(1 \(\w+\) -> 2 \(\w+\)\)"):

@@ -41,7 +41,7 @@ from vista.scorer import Scorer
 from vista.store import StoreReader
 from vista.training import warm_start
 from vista.training.checkpoint import load_checkpoint
-from vista.training.trainer import Trainer, train, train_model
+from vista.training.trainer import Trainer, train
 from vista.training.validation import Validation
 from vista.training.warm_start import start_from_space
 
@@ -186,14 +186,15 @@ def test_added_items_that_the_log_lacks_are_their_features(feature_log: EventLog
 
 
 def test_baselines_start_warm_too(feature_log: EventLog, grown_log: EventLog, tmp_path: Path) -> None:
-    changes = {"model__architecture": Architecture.hstu, "model__history_limit": 8, "optim__epochs": 1}
+    changes = {"model__architecture": Architecture.hstu, "model__history_limit": 8}
     config = small_config(feature_log, tmp_path / "first", **changes)
-    base = train_model(config, feature_log)
+    base = Trainer(config, feature_log).model
+    base.save_pretrained(tmp_path / "first" / "best")
     config = warm_config(config, grown_log, tmp_path / "second")
     _, made = begun(config, grown_log)
     ids = base.items.ids(np.arange(len(base.items)))
     assert torch.equal(made.model.item_table[made.model.item_rows(ids)], base.item_table[base.item_rows(ids)])
-    assert len(train_model(config, grown_log).items) == len(ids) + len(NEW_ITEMS)
+    assert len(made.model.items) == len(ids) + len(NEW_ITEMS)
 
 
 def test_spaces_of_new_items_fit_the_trained_vectors(grown_log: EventLog, tmp_path: Path) -> None:
@@ -418,9 +419,9 @@ def test_a_model_of_later_labels(event_log: EventLog, tmp_path: Path) -> None:
     def dated(day: int) -> dict[str, Any]:
         return {"split": Split.time, "validation_from": f"2020-10-{day}", "test_from": "2020-10-25"}
 
-    config = small_config(event_log, tmp_path / "first", optim__epochs=1)
+    config = small_config(event_log, tmp_path / "first")
     config = replace(config, data=replace(config.data, **dated(10)))
-    train(config, event_log)
+    Trainer(config, event_log).model.save_pretrained(tmp_path / "first" / "best")
     warm = warm_config(config, event_log, tmp_path / "second")
     begun(replace(warm, data=replace(warm.data, **dated(12))), event_log)
     with pytest.raises(LeakageError, match=r"was trained on events until \d+, but this run holds out"):
