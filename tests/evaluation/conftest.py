@@ -12,7 +12,7 @@ from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.training.trainer import train
+from vista.training.trainer import Trainer
 
 
 def evaluated(model: VistaModel | Path, store: Path, log: EventLog, **settings: Any) -> EvaluationReport:
@@ -23,9 +23,11 @@ def evaluated(model: VistaModel | Path, store: Path, log: EventLog, **settings: 
 
 @pytest.fixture(scope="package")
 def served_order(order_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Served:
-    """A model of a log without times and with string ids; its stores are one, for the test labels."""
+    """An untrained model of a log without times and with string ids; its stores are one, for the test labels."""
     folder = tmp_path_factory.mktemp("served-order")
     config = small_config(order_log, folder / "run")
-    model = train(config, order_log)
+    model = Trainer(config, order_log).model.eval()
+    assert isinstance(model, VistaModel)
+    model.save_pretrained(folder / "run" / "best")
     refresh(model, order_log, folder / "store", until="leave-last-out")
     return Served(order_log, config, model, folder / "run" / "best", *[folder / "store"] * 3)

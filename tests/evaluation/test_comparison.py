@@ -36,7 +36,7 @@ from vista.evaluation.trained_baselines import PooledFactors
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.scorer import Scorer
-from vista.training.trainer import train_model
+from vista.training.trainer import Trainer
 
 QUESTION = {"target": "window", "split": "test", "horizon": ["50 events"], "cases": ["abc"]}
 
@@ -330,7 +330,7 @@ def test_labels_have_baselines_of_their_own(served_tasks: Served, tmp_path: Path
         small_config(served_tasks.log, tmp_path / "run", model=DinConfig(history_limit=9, dim=16)),
         data=served_tasks.config.data,
     )
-    train_model(config, served_tasks.log)
+    Trainer(config, served_tasks.log).model.save_pretrained(tmp_path / "run" / "best")
     asked = {"data": str(served_tasks.log.path), "model": str(tmp_path / "run" / "best"), "out": str(out)}
     report = evaluate(EvaluateConfig(**asked, baselines=AskedBaselines.trained, num_threads=1))
     written = json.loads(out.read_text())

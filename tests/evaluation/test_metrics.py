@@ -42,7 +42,7 @@ def columns(rows: list[tuple[int, int, int]]) -> tuple[NDArray[np.int64], NDArra
     return group, label, score / 3
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(ROWS)
 def test_auc_equals_scikit_learn(sk: Any, rows: list[tuple[int, int, int]]) -> None:
     _, label, score = columns(rows)
@@ -53,7 +53,7 @@ def test_auc_equals_scikit_learn(sk: Any, rows: list[tuple[int, int, int]]) -> N
     assert auc([1, 0, 1], [-math.inf, 0.0, math.inf]) == 0.5
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(ROWS)
 def test_values_of_users_have_the_metric_of_all_rows_as_their_mean(rows: list[tuple[int, int, int]]) -> None:
     user, label, score = columns(rows)

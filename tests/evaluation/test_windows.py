@@ -113,7 +113,7 @@ def test_the_digest_tells_questions_apart(log: EventLog) -> None:
     assert len({digest(base), *map(digest, others)}) == 5
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 30), st.integers(1, 40), st.sampled_from([0, 3]), st.integers(1, 9))
 def test_the_window_never_contains_a_visible_event(
     event_log: EventLog, seen: int, horizon: int, days: int, min_seen: int
@@ -216,7 +216,7 @@ def plain_metrics(scores: list[float], labels: list[int], shown: list[int], k: i
     return precision, recall, ndcg
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_equal_to_a_loop_over_all_orders_of_ties(data: st.DataObject) -> None:
     items = st.integers(0, 4)
