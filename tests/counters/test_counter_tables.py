@@ -74,7 +74,7 @@ def test_a_damaged_manifest_raises_value_error(change: dict, message: str) -> No
         CounterSpec.from_dict(CounterSpec().to_dict() | change)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(spec=st.sampled_from(SPECS), users=histories())
 def test_equals_counting_by_the_definition(spec: CounterSpec, users: list[Events]) -> None:
     table = CounterTable.of(spec, *packed(users))
@@ -87,7 +87,7 @@ def test_equals_counting_by_the_definition(spec: CounterSpec, users: list[Events
         np.testing.assert_allclose(values[rows], wanted, rtol=1e-5, atol=1e-12)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(spec=st.sampled_from(SPECS), users=histories(), data=st.data())
 def test_appending_is_bit_identical_to_counting_everything(
     spec: CounterSpec, users: list[Events], data: st.DataObject
@@ -116,7 +116,7 @@ def test_a_key_of_many_events_is_bit_identical_in_parts() -> None:
     np.testing.assert_allclose(whole.values(), [expected[1], expected[2], expected[3]], rtol=1e-6)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(spec=st.sampled_from(SPECS), users=histories())
 def test_users_are_counted_independently(spec: CounterSpec, users: list[Events]) -> None:
     together = CounterTable.of(spec, *packed(users))
@@ -124,7 +124,7 @@ def test_users_are_counted_independently(spec: CounterSpec, users: list[Events])
         assert_identical(together.select(np.array([index])), CounterTable.of(spec, *packed([user])))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(users=histories(), num_keys=st.integers(1, 4))
 def test_top_keeps_the_most_frequent_then_the_most_recent_keys(users: list[Events], num_keys: int) -> None:
     table = CounterTable.of(CounterSpec(), *packed(users))
@@ -222,7 +222,7 @@ HISTORIES = st.lists(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(spec=st.sampled_from(SPECS), new=HISTORIES, data=st.data())
 def test_advancing_equals_a_loop_over_keys(spec: CounterSpec, new: list, data: st.DataObject) -> None:
     new = [sorted(user, key=lambda event: event[1]) for user in new]
@@ -259,7 +259,7 @@ def test_advancing_equals_a_loop_over_keys(spec: CounterSpec, new: list, data: s
             assert ((low <= code) & (code <= high)).all()
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(users=HISTORIES, new=HISTORIES)
 def test_users_do_not_affect_one_another(users: list, new: list) -> None:
     """The result for a user is bit-identical to that of a batch with this user alone."""
@@ -305,7 +305,7 @@ def test_codes_of_numbers_of_events_keep_their_order() -> None:
     assert (encode_event_counts((many * 1.25).astype(np.int64)) > encode_event_counts(many)).all()
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(spec=st.sampled_from(SPECS), users=histories())
 def test_equals_counting_the_events_before_every_cut(spec: CounterSpec, users: list[Events]) -> None:
     cuts = [(user, position) for user, events in enumerate(users) for position in range(len(events) + 1)]
@@ -314,7 +314,7 @@ def test_equals_counting_the_events_before_every_cut(spec: CounterSpec, users: l
     assert_identical(table, CounterTable.of(spec, *packed([users[user][:position] for user, position in cuts])))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     spec=st.sampled_from(SPECS),
     users=histories(),
@@ -347,7 +347,7 @@ def test_training_and_serving_have_the_same_codes(
         np.testing.assert_array_equal(getattr(trained, name), getattr(served, name), err_msg=name)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(spec=st.sampled_from(SPECS), users=histories(), data=st.data())
 def test_advanced_codes_are_at_most_one_level_off_the_exact_counters(
     spec: CounterSpec, users: list[Events], data: st.DataObject
@@ -361,7 +361,7 @@ def test_advanced_codes_are_at_most_one_level_off_the_exact_counters(
     assert (np.abs(advanced.codes.astype(int) - exact.codes.astype(int)) <= 1).all()
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(spec=st.sampled_from(SPECS), users=histories(), data=st.data())
 def test_the_future_changes_nothing(spec: CounterSpec, users: list[Events], data: st.DataObject) -> None:
     position = np.array([data.draw(st.integers(0, len(events))) for events in users])

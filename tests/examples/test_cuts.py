@@ -129,7 +129,7 @@ def cases(draw: st.DrawFn) -> tuple[Chunks, int, dict[str, Any]]:
     return coded_chunks(lengths, sorted(impressions), draw(st.integers(0, 7))), draw(st.integers(0, 1000)), options
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(cases())
 @example((coded_chunks([0, 0], []), 0, {}))
 @example((coded_chunks([0], [(0, 0)]), 0, {}))
@@ -163,7 +163,7 @@ def test_no_label_is_in_its_own_context(case: tuple[Chunks, int, dict[str, Any]]
             np.testing.assert_array_equal(visible, newest)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(cases())
 def test_cuts_cover_the_events_that_they_name(case: tuple[Chunks, int, dict[str, Any]]) -> None:
     chunks, seed, options = case
@@ -188,7 +188,7 @@ def test_cuts_cover_the_events_that_they_name(case: tuple[Chunks, int, dict[str,
     assert (first >= batch.cuts.start[read]).all() and (first + length <= batch.cuts.stop[read]).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(cases())
 def test_every_event_and_impression_is_a_label_once(case: tuple[Chunks, int, dict[str, Any]]) -> None:
     chunks, seed, options = case

@@ -73,7 +73,7 @@ def counted(batch: Batch) -> list[dict[int, bytes]]:
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *COUNTERS])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_the_future_changes_no_bit_of_a_prediction(make: SimpleNamespace, shape: str, data: st.DataObject) -> None:
     seed = data.draw(st.integers(0, 10_000))

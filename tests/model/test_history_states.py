@@ -219,7 +219,7 @@ def assert_equal_within_rounding(state: SummaryState, exact: SummaryState, befor
 
 
 @pytest.mark.parametrize("shape", CHANGED_SHAPES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(gone=positions, seed=st.integers(0, 99))
 @example(gone=[0], seed=1)
 @example(gone=[LENGTH - 1], seed=1)
@@ -240,7 +240,7 @@ def test_forgetting_equals_recomputation(make: SimpleNamespace, shape: str, gone
 
 
 @pytest.mark.parametrize("shape", CHANGED_SHAPES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(late=positions, seed=st.integers(0, 99))
 @example(late=[0], seed=1)
 @example(late=[LENGTH - 2, LENGTH - 1], seed=1)

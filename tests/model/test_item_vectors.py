@@ -263,24 +263,6 @@ def test_few_vectors_have_codes_of_their_own(count: int) -> None:
     assert np.array_equal(result.codes[:count], result.codes[count:])
 
 
-def test_equal_vectors_have_equal_codes() -> None:
-    vectors = np.repeat(noise(20, 3), 30, axis=0)
-    vectors[:15] *= -0.0  # zeros of both signs
-    vectors[15:30] *= 0.0
-    result = learn(vectors, levels=3)
-    assert result.num_distinct == 20
-    assert (result.codes.reshape(20, 30, 3) == result.codes[::30, None]).all()
-
-
-@pytest.mark.parametrize("exponent", [-120, 125])
-def test_the_scale_of_vectors_does_not_matter(exponent: int) -> None:
-    vectors = noise(500, 4)
-    scaled = learn(np.ldexp(vectors, exponent))
-    same = learn(vectors)
-    assert np.array_equal(scaled.codes, same.codes)
-    np.testing.assert_allclose(scaled.errors, same.errors, rtol=1e-6)
-
-
 def test_the_seed_decides_and_the_number_of_threads_does_not() -> None:
     faiss = pytest.importorskip("faiss")
     vectors = noise(1500, 32)
