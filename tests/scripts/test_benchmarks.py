@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from scripts.benchmarks import bench_attention, bench_training, benchmark
+from scripts.benchmarks import bench_attention, bench_training
 from scripts.benchmarks.bench_attention import (
     AttentionSizesOnGpu,
     AttentionStep,
@@ -110,26 +110,6 @@ def test_a_new_measurement_replaces_only_its_own_case_and_machine(tmp_path: Path
         ("b", 2.0),
         ("b (quick)", 9.0),
     ]
-
-
-def test_the_summary_of_all_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
-    assert benchmark.main([]) == 0
-    assert "no benchmark results yet" in capsys.readouterr().out
-    BenchmarkRecorder("x", out=tmp_path / "bench_x.jsonl").add("a", 1.0, "s", bar="value < 2")
-    BenchmarkRecorder("y", out=tmp_path / "bench_y.jsonl").add("b", 3.0, "s", bar="value < 2")
-    (tmp_path / "ml-1m.jsonl").write_text("not a benchmark\n")
-    capsys.readouterr()
-    assert benchmark.main([]) == 0
-    text = capsys.readouterr().out
-    assert "MISSED  y: b: 3 s  [value < 2]" in text and "bars: 1 met, 1 missed; 0 cases" in text
-    assert benchmark.main(["--strict"]) == 1
-    assert benchmark.main(["--strict", str(tmp_path / "bench_x.jsonl")]) == 0
-    (tmp_path / "bench_z.jsonl").write_text("{\n")
-    assert benchmark.main([]) == 2
-    assert "bench_z.jsonl, line 1" in capsys.readouterr().err
 
 
 def test_contestants_alternate_in_reversing_order() -> None:
