@@ -96,8 +96,8 @@ def test_float32_error(operator: Operator, lengths: list[int]) -> None:
 @pytest.mark.processor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_error(operator: Operator, dtype: torch.dtype) -> None:
-    triton = operator.backend == "triton"
-    inputs = operator.make(TRITON_LENGTHS["chunks-among-short"] if triton else RAGGED, dtype)
+    # Float32 takes Triton's long segments to the oracle.
+    inputs = operator.make([0, 19, 3] if operator.backend == "triton" else RAGGED, dtype)
     unit = 2.0**-9 if dtype == torch.bfloat16 else 2.0**-12
     check_against_oracle(operator, inputs, unit)
 

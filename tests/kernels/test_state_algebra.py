@@ -293,8 +293,15 @@ def causal_outputs(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor) -> Tensor:
 
 
 @pytest.mark.skipif(not RESET.exists(), reason="this system does not report peak memory")
-@pytest.mark.parametrize("length", [NUM_TOKENS, 50], ids=["one-user", "short-users"])
-@pytest.mark.parametrize("operator", [quasi_linear_attention, causal_outputs, segment_states])
+@pytest.mark.parametrize(
+    ("operator", "length"),
+    [
+        (quasi_linear_attention, NUM_TOKENS),
+        (quasi_linear_attention, 50),
+        (causal_outputs, NUM_TOKENS),
+        (segment_states, 50),
+    ],
+)
 def test_no_temporary_holds_all_tokens(operator: Callable[..., Tensor], length: int) -> None:
     extra_bytes(operator, length)  # allocates the buffers that are kept
     # Short segments have indices, a few numbers per token; a single segment has none.
