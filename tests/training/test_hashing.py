@@ -12,8 +12,6 @@ import polars as pl
 import pytest
 import torch
 
-from tests.conftest import small_config, small_frame
-from tests.training.test_items_of_runs import training_counts
 from tests.training.worlds import (
     END,
     HOUR,
@@ -32,13 +30,12 @@ from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.log.features import selected
 from vista.model.features import HashedVocabulary
-from vista.model.layers import EmbeddingFeature, hashed_rows
 from vista.model.registry import with_items
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
-from vista.training.log_schema import HashCollisions, hash_collisions
-from vista.training.trainer import Trainer, train
+from vista.training.log_schema import HashCollisions
+from vista.training.trainer import train
 
 ROWS = {"brand": 4, "surface": 5, "device": 6, "region": 7}
 """Of an item, an event, a request, and a user."""
@@ -228,19 +225,3 @@ def test_a_value_that_has_one_row_to_itself_does_not_collide() -> None:
 def test_without_values() -> None:
     none = HashCollisions.of("color", np.zeros((2, 1), np.int64), np.zeros(2, np.int64), 4)
     assert none == HashCollisions("color", 4, 0, 0.0, 0.0)
-
-
-def test_items_that_share_rows(event_log: EventLog, tmp_path: Path) -> None:
-    config = small_config(event_log, tmp_path / "run", model__embedding_rows=23)
-    made = Trainer(config, event_log)
-    (found,) = made._collisions
-    counts = training_counts(small_frame())
-    ids = sorted(counts)
-    rows = hashed_rows(torch.from_numpy(made.model.item_rows(ids)), EmbeddingFeature.item, 2, 23).tolist()
-    readers = [{item for item, own in zip(ids, rows, strict=True) if row in own} for row in range(24)]
-    shares = [item for item, own in zip(ids, rows, strict=True) if all(len(readers[row]) > 1 for row in own)]
-    assert 0 < len(shares) < len(ids)
-    assert (found.feature, found.num_rows, found.num_values) == ("items", 23, len(ids))
-    assert found.value_share == pytest.approx(len(shares) / len(ids))
-    assert found.use_share == pytest.approx(sum(counts[item] for item in shares) / sum(counts.values()))
-    assert not hash_collisions(made.model, event_log, config, np.zeros(1, np.int64))[0].num_values

@@ -59,7 +59,6 @@ from vista.scorer import Scorer
 from vista.store import StoreReader
 from vista.training import warm_start
 from vista.training.log_schema import encoded_features, event_reader, schema_of
-from vista.training.run_folder import model_card
 from vista.training.trainer import Trainer, train, train_model
 from vista.training.validation import Validation
 from vista.training.warm_start import training_vectors
@@ -532,16 +531,6 @@ def test_the_summarizers_id_covers_values_but_not_what_the_tail_reads(run: Run) 
     values = model.event_features.values["surface"]
     model.event_features.values["surface"] = type(values).from_ids([f"{name}!" for name in ids(values)])  # type: ignore[union-attr]
     assert model.summarizer_id() != before
-
-
-def test_the_card_says_which_features_of_events_to_pass(
-    log: EventLog, run: Run, base: tuple[TrainConfig, VistaModel, Path]
-) -> None:
-    for config, names in ((run[0], "`surface`, `dwell`"), (base[0], "`surface`")):
-        card = (Path(config.run_dir) / "best" / "README.md").read_text()
-        assert f"Stage 2 reads features of events: {names}. Pass those of fresh events (`Tail(features=…)`)." in card
-    no_tail = replace(run[0], model=replace(run[0].model, tail_features=[]))
-    assert "Stage 2 reads features of events" not in model_card(Trainer(no_tail, log).model, no_tail, log)
 
 
 def test_logs_with_features_of_another_kind_are_refused(
