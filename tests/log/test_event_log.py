@@ -1,7 +1,6 @@
 """EventLog: reading equals a plain sort of what was written, with one and several segments."""
 
 import json
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -141,16 +140,6 @@ def test_groups_hold_as_many_histories_as_fit(lengths: list[int], groups: list[t
     assert [(group.start, group.stop) for group in found] == groups
 
 
-def test_a_slice_inside_a_later_segment_is_a_view(tmp_path: Path) -> None:
-    early = pl.DataFrame({"user": [1] * 5, "item": range(5), "timestamp": range(5)})
-    late = pl.DataFrame({"user": [1] * 5, "item": range(5, 10), "timestamp": range(5, 10)})
-    EventLog.from_frame(early, tmp_path / "log", time_unit="ms")
-    log = EventLog.from_frame(late, tmp_path / "log", time_unit="ms", append=True)
-    assert log.slice(0, 6, 9).item.base is not None
-    assert log.items.ids(log.slice(0, 6, 9).item).tolist() == [6, 7, 8]
-    assert log.items.ids(log.slice(0, 3, 8).item).tolist() == [3, 4, 5, 6, 7]
-
-
 def test_unknown_users_and_rows(case: tuple[EventLog, list]) -> None:
     log, _ = case
     assert 100 in log
@@ -167,25 +156,6 @@ def test_unknown_users_and_rows(case: tuple[EventLog, list]) -> None:
     for bounds in ([], [1, 2], [[1]], 1):
         with pytest.raises(ValueError, match="must have shape"):
             log.gather_ranges([0], [0], bounds)
-
-
-def test_it_pickles_as_its_path_and_last_segment(case: tuple[EventLog, list]) -> None:
-    log, frames = case
-    raw = pickle.dumps(log)
-    assert len(raw) < 1000
-    copy = pickle.loads(raw)
-    assert (copy.last_segment, copy.num_events) == (len(frames), log.num_events)
-
-
-def test_reading_only_older_segments(tmp_path: Path) -> None:
-    frames = [random_frame(1, 100), random_frame(2, 50, 40)]
-    first = write(tmp_path / "log", frames[:1])
-    columns = SourceColumns(action="kind", rating="stars")
-    EventLog.from_frame(frames[1], tmp_path / "log", time_unit="s", columns=columns, append=True)
-    again = EventLog.open(tmp_path / "log", last_segment=1)
-    assert (again.num_users, again.num_events) == (first.num_users, 100)
-    with pytest.raises(LogFormatError, match="no segment ends at number 7"):
-        EventLog.open(tmp_path / "log", last_segment=7)
 
 
 def truncate(folder: Path) -> None:
@@ -216,9 +186,7 @@ def tear_manifest(folder: Path) -> None:
         (truncate, r"item\.npy: expected \d+ bytes, found \d+; the file is truncated: copy it again"),
         (delete_column, r"timestamp\.npy: missing; prepare the log again"),
         (delete_segment, r"segment-000001 is missing, but segment-000002"),
-        (manifest_says(deletions=3), r"deletions: the manifest says 3, found 0; restore the folder"),
         (manifest_says(version=2), r"format version 2, but this version of vista reads 6"),
-        (manifest_says(format="other"), r"not the manifest of an EventLog"),
         (tear_manifest, r"manifest\.json: cannot be read"),
     ],
 )

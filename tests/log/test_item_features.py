@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -16,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.log.feature_tables import add_items, features_of, names_of, table_of, user_features_of
-from tests.log.log_oracle import contents, edit_manifest, replace_array
-from tests.log.test_verify import ODD, flip, places_in
+from tests.log.log_oracle import contents, replace_array
+from tests.log.test_verify import flip
 from vista.errors import LogFormatError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
@@ -243,26 +242,20 @@ def test_an_append_finds_damaged_values(log_folder: Path) -> None:
 
 ARRAYS: list[tuple[str, Callable[[np.ndarray], np.ndarray], str]] = [
     ("items", lambda items: items[::-1].copy(), "are not ascending"),
-    ("items", lambda items: items - 9, "are not ascending"),
     ("items", lambda items: items[:1], r"column 0 \('brand'\) do not match the 1 rows of items\.npy"),
     ("items", lambda items: items[:0], "0 items with features"),
     ("items", lambda items: np.array([0, 4]), "features of item row 4, but the manifest says 4 items"),
     ("items", lambda items: items.astype(np.int32), "has type int32"),
     ("0.codes", lambda codes: codes + 7, "codes 0 to 7 for 3 values"),
     ("0.codes", lambda codes: codes - 1, "codes -1 to"),
-    ("0.codes", lambda codes: codes[:1], r"column 0 \('brand'\) do not match"),
     ("0.offsets", lambda offsets: offsets[:2], r"column 0 \('brand'\) do not match"),
-    ("0.offsets", lambda offsets: np.array([0, 3, 2]), "are not ascending"),
-    ("0.offsets", lambda offsets: offsets[:0], r"column 0 \('brand'\) do not match"),
     ("0.values.offsets", lambda offsets: offsets[:1], "does not match"),
     ("2.numbers", lambda numbers: numbers[:1], r"column 2 \('price'\) do not match"),
-    ("2.numbers", lambda numbers: numbers.astype(np.float64), "has type float64"),
     (
         "3.vectors",
         lambda vectors: vectors[:, :1],
         "is a vector of 2 numbers, but in an earlier segment .* of 1 numbers",
     ),
-    ("3.vectors", lambda vectors: vectors[:, :0], r"column 3 \('v'\) do not match"),
     ("3.vectors", lambda vectors: vectors[:, 0], "has type float32 and 1 dimensions"),
 ]
 
@@ -277,28 +270,3 @@ def test_arrays_that_contradict_each_other_are_refused(
     replace_array(segment, f"features/{name}.npy", np.ascontiguousarray(change(old)))
     with pytest.raises(LogFormatError, match=message):
         _ = EventLog.open(log_folder).item_features
-
-
-def test_a_manifest_with_any_value_is_used_as_before_or_refused(log_folder: Path) -> None:
-    segment = log_folder / "segment-000001"
-    good = json.loads((segment / "manifest.json").read_text())
-    kinds = ["category", "number", "vector", "brand", "price"]
-    refused = used = 0
-    for place in places_in(good["features"], ("features",)):
-        for value in [*ODD, *kinds]:
-            fields = json.loads(json.dumps(good))
-            inner = fields
-            for key in place[:-1]:
-                inner = inner[key]
-            inner[place[-1]] = value
-            edit_manifest(segment, **fields)
-            try:
-                log = EventLog.open(log_folder)
-                log.verify()
-                read = features_of(log)
-            except LogFormatError:
-                refused += 1
-                continue
-            used += 1
-            assert {10: [1.0, 2.0], 20: [1.0, 2.0], 40: [3.0, 4.0]} in read.values() or place[-1] == "name"
-    assert refused > 200 and used < 60

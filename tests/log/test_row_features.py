@@ -99,10 +99,8 @@ def _twice(segment: Path) -> None:
     [
         (_columns("number"), "does not list event_features/0.numbers.npy"),
         (_columns("category", "category"), "does not list event_features/1.values.ids.npy"),
-        (_columns("vector"), "event_features"),
         (lambda segment: replace_array(segment, "event_features/0.codes.npy", np.zeros(4, np.int64)), "of int8"),
         (lambda segment: replace_array(segment, "event_features/0.codes.npy", np.zeros(3, np.int8)), "the 4 rows of"),
-        (lambda segment: replace_array(segment, "event_features/1.numbers.npy", np.zeros(4)), "instead of float32"),
         (_twice, "column names of event_features must be unique"),
     ],
 )
@@ -181,14 +179,13 @@ def test_numbers_may_be_integers_booleans_or_text(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("form", ["csv", "tsv"])
-def test_a_text_file_gives_the_same_columns_as_parquet(tmp_path: Path, form: str) -> None:
+def test_a_text_file_gives_the_same_columns_as_parquet(tmp_path: Path) -> None:
     frame = pl.DataFrame(KEYS | {"device": ["web", "a,b", None], "dwell": [0.1, None, 3.0]})
     frame.write_parquet(tmp_path / "events.parquet")
-    frame.write_csv(tmp_path / f"events.{form}", separator="," if form == "csv" else "\t")
-    for name in ("parquet", form):
+    frame.write_csv(tmp_path / "events.csv")
+    for name in ("parquet", "csv"):
         run(tmp_path / name, [tmp_path / f"events.{name}"], categories=["device"], numbers=["dwell"])
-    files = [contents(tmp_path / name) for name in ("parquet", form)]
+    files = [contents(tmp_path / name) for name in ("parquet", "csv")]
     for of_form in files:
         del of_form["segment-000001/manifest.json"]
     assert files[0] == files[1] and "segment-000001/event_features/1.numbers.npy" in files[0]
@@ -254,26 +251,12 @@ def test_a_column_that_is_not_named_again_is_missing_and_reported(tmp_path: Path
     assert [row["device"] for row in features_of(tmp_path)] == ["web", None, "app", None, "web", None]
 
 
-@pytest.mark.parametrize(
-    ("now", "later", "message"),
-    [
-        (
-            "categories",
-            "numbers",
-            "'hour' of the events is a number, but in the log it is a category; name it under events.categories",
-        ),
-        (
-            "numbers",
-            "categories",
-            "'hour' of the events is a category, but in the log it is a number; name it under events.numbers",
-        ),
-    ],
-)
-def test_a_column_that_changes_its_kind_is_refused(tmp_path: Path, now: str, later: str, message: str) -> None:
-    add(tmp_path, hour=[1, 2, 3], **{now: ["hour"]})
+def test_a_column_that_changes_its_kind_is_refused(tmp_path: Path) -> None:
+    add(tmp_path, hour=[1, 2, 3], categories=["hour"])
     before = contents(tmp_path / "log")
+    message = "'hour' of the events is a number, but in the log it is a category; name it under events.categories"
     with pytest.raises(DataError, match=message):
-        add(tmp_path, append=True, hour=[1, 2, 4], **{later: ["hour"]})
+        add(tmp_path, append=True, hour=[1, 2, 4], numbers=["hour"])
     assert contents(tmp_path / "log") == before
 
 
@@ -288,21 +271,10 @@ BAD_COLUMNS: dict[str, tuple[list[Any], str, str]] = {
         "categories",
         r"has type List\(String\) and cannot be a category; convert it",
     ),
-    "times as a category": (
-        [datetime.datetime(2024, 1, 1)] * 3,
-        "categories",
-        "cannot be a category; convert it, or leave",
-    ),
-    "bytes as a category": ([b"a"] * 3, "categories", "has type Binary and cannot be a category; convert it"),
     "dates as a number": (
         [datetime.date(2024, 1, 1)] * 3,
         "numbers",
         "has type Date and cannot be a number; convert it",
-    ),
-    "lists as a number": (
-        [[1.0], [2.0], []],
-        "numbers",
-        r"has type List\(Float64\) and cannot be a number; convert it",
     ),
     "text as a number": (
         ["1", "", "long"],
@@ -315,7 +287,6 @@ BAD_COLUMNS: dict[str, tuple[list[Any], str, str]] = {
         "numbers",
         "row 2, column 'x': inf is not a finite number; correct it, or leave it empty",
     ),
-    "a number beyond float32": ([1e300, 1.0, 2.0], "numbers", r"row 1, column 'x': 1e\+300 is not a finite number"),
 }
 
 
@@ -327,9 +298,8 @@ def test_bad_columns_are_refused_and_nothing_is_written(tmp_path: Path, name: st
     assert not (tmp_path / "log").exists()
 
 
-@pytest.mark.parametrize("form", ["csv", "parquet"])
-def test_rows_with_bad_numbers_are_set_aside(tmp_path: Path, form: str) -> None:
-    report = add(tmp_path, form, dwell=["1", "soon", "inf"], numbers=["dwell"], on_bad_rows="quarantine")
+def test_rows_with_bad_numbers_are_set_aside(tmp_path: Path) -> None:
+    report = add(tmp_path, "csv", dwell=["1", "soon", "inf"], numbers=["dwell"], on_bad_rows="quarantine")
     assert (report.num_events, report.num_quarantined) == (1, 2)
     quarantine = pl.read_csv(tmp_path / "log/segment-000001/quarantine.csv")
     assert quarantine["column"].to_list() == ["dwell", "dwell"] and quarantine["value"].to_list() == ["soon", "inf"]
@@ -357,8 +327,6 @@ def test_values_of_rows_that_are_left_out_are_no_values(tmp_path: Path) -> None:
     [
         ({"categories": ["surface"]}, r"column 'surface' is missing, the file has: user, .*name .*"),
         ({"categories": ["x"], "numbers": ["x"]}, "list 'x' twice, or list a column .* role; name each column once"),
-        ({"categories": ["item"]}, "list 'item' twice"),
-        ({"numbers": ["x"], "rating": "x"}, "list 'x' twice, or list a column that already has another role"),
     ],
 )
 def test_names_that_do_not_fit(tmp_path: Path, names: dict[str, Any], message: str) -> None:
@@ -408,9 +376,7 @@ def test_values_of_all_segments_count(tmp_path: Path) -> None:
         (["a"] * 3, "categories", "the same value"),
         ([None] * 3, "categories", "no value"),
         ([2.5] * 3, "numbers", "the same value"),
-        ([NAN] * 3, "numbers", "no value"),
         (["a", "a", None], "categories", None),
-        ([0.0, 0.0, None], "numbers", None),
         ([0.0, 0.0, 1.0], "numbers", None),
     ],
 )

@@ -12,9 +12,9 @@ import pytest
 
 from tests.log.conftest import PARSER, write_csv
 from tests.log.feature_tables import user_features_of
-from tests.log.log_oracle import contents, replace_array
+from tests.log.log_oracle import replace_array
 from vista.config import ItemTableConfig, PrepareConfig, SourceConfig, UserTableConfig
-from vista.errors import ConfigError, DataError, LogFormatError
+from vista.errors import DataError, LogFormatError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
@@ -144,30 +144,16 @@ def test_features_after_an_erasure_count(tmp_path: Path) -> None:
 BAD: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str]] = {
     "two rows": ({"user": [1, 2, 1], "p": ["a", "b", "a"]}, {}, "row 3, column 'user': user 1 is also in row 1 of"),
     "no user of the log": ({"user": [8], "p": ["a"]}, {}, "contains none of the log's users, such as 1; use the log's"),
-    "no id": ({"id": [1], "p": ["a"]}, {}, r"column 'user' is missing, the file has: id, p; .* with users\.user="),
-    "text id": ({"user": ["x"], "p": ["a"]}, {}, r"'x' is not an integer id; correct it, or set events\.ids=str"),
-    "text number": (
-        {"user": [1], "age": ["old"]}, {"numbers": ["age"]}, r"'old' is not a number; .* under users\.categories"
-    ),
     "lists": (
         {"user": [1], "tags": [["a"]]}, {},
         r"column 'tags' has type List\(String\), but a user has one value per column; name the other columns under "
         r"users\.categories or users\.numbers",
     ),
     "vectors": ({"user": [1], "v": [[1.0]]}, {}, r"has type List\(Float64\), but a user has one value per column"),
-    "named lists": (
-        {"user": [1], "tags": [["a"]]}, {"categories": ["tags"]},
-        r"column 'tags' has type List\(String\) and cannot be a category; .* leave it out of users\.categories",
-    ),
     "integers": (
         {"user": [1], "zip": [1]}, {},
         r"column 'zip' has type Int64 and could be categories or numbers; .* under users\.categories or users\.numbers",
     ),
-    "dates": (
-        {"user": [1], "since": [pl.date(2020, 1, 1)]}, {},
-        r"cannot be a feature; convert it, or name the other columns under users\.categories, users\.numbers",
-    ),
-    "no features": ({"user": [1]}, {}, "names no column but 'user'; add columns of features"),
 }  # fmt: skip
 
 
@@ -179,29 +165,6 @@ def test_a_bad_table_is_refused_and_nothing_is_written(tmp_path: Path, name: str
     with pytest.raises(DataError, match=rf"users\.parquet.*{message}"):
         add_users(tmp_path, **columns, named=named)  # type: ignore[arg-type]
     assert not (tmp_path / "log").exists()
-
-
-def test_settings_that_contradict_each_other(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="users: names the column 'a' twice; name each column once"):
-        UserTableConfig(categories=["a"], numbers=["a"])
-    with pytest.raises(ConfigError, match="users: names the column 'user' twice"):
-        UserTableConfig(categories=["user"])
-    with pytest.raises(ConfigError, match=r"users\.paths: name at least one file, such as users\.paths=\[users\.parq"):
-        prepare(PrepareConfig(out=str(tmp_path / "log"), users=UserTableConfig()), parser=PARSER)
-    with pytest.raises(DataError, match=r"<users frame>: column 'user' is missing, .*SourceColumns\(user="):
-        EventLog.from_frame({}, tmp_path / "log", users={"id": [1], "p": [1.0]})
-
-
-@pytest.mark.parametrize(("columns", "form", "before"), [
-    ({"region": [1.0]}, "number", "category"), ({"age": ["a"]}, "category", "number"),
-])  # fmt: skip
-def test_a_column_keeps_its_kind(tmp_path: Path, columns: dict[str, Any], form: str, before: str) -> None:
-    add_users(tmp_path, user=[1, 2], region=["n", "s"], age=[1.0, 2.0])
-    was = contents(tmp_path / "log")
-    (name,) = columns
-    with pytest.raises(DataError, match=rf"column '{name}' is a {form}, but in the log it is a {before}; give the col"):
-        add_users(tmp_path, append=True, user=[1], **columns)
-    assert contents(tmp_path / "log") == was
 
 
 def test_probable_mistakes_are_warnings(tmp_path: Path) -> None:
@@ -232,9 +195,7 @@ def test_items_and_users_are_prepared_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "array", "message"), [
-    ("users", [1, 0], "rows of users or offsets are not ascending"),
     ("users", [0, 3], "features of user row 3, but the manifest says 3 users"),
-    ("users", [0], r"column 0 \('region'\) do not match the 1 rows of users\.npy"),
     ("0.offsets", [0, 2, 2], "column 'region' of the user features does not hold one number or category per user"),
 ])  # fmt: skip
 def test_arrays_that_contradict_each_other_are_refused(

@@ -92,15 +92,6 @@ def test_rows_without_ids_are_unknown_and_keep_their_places(
     assert all((row >= len(names)) if old in blank else (row == old) for old, row in enumerate(rows.tolist()))
 
 
-@pytest.mark.parametrize("kind", ["int", "str"])
-def test_an_empty_vocabulary_round_trips(tmp_path: Path, kind: str) -> None:
-    Vocabulary.empty(kind).save(tmp_path, "users")
-    loaded = Vocabulary.load(tmp_path, "users")
-    assert len(loaded) == 0
-    assert loaded.kind == kind
-    assert loaded.rows([1] if kind == "int" else ["a"]).tolist() == [-1]
-
-
 def test_digest_depends_on_kind_order_and_bounds() -> None:
     digests = {
         Vocabulary.from_ids(["ab", "c"]).digest(),
@@ -109,14 +100,6 @@ def test_digest_depends_on_kind_order_and_bounds() -> None:
         Vocabulary.from_ids([2]).extended([1]).digest(),
     }
     assert len(digests) == 4
-
-
-def test_old_rows_stay_when_ids_are_added() -> None:
-    old = Vocabulary.from_ids([10, 30])
-    new = old.extended([20, 10, 5])
-    assert new.ids([0, 1, 2, 3]).tolist() == [10, 30, 5, 20]
-    assert old.extended([30]) is old
-    assert new.part(2).ids([0, 1]).tolist() == [5, 20]
 
 
 def test_wrong_id_types_are_refused_with_a_remedy() -> None:

@@ -12,7 +12,7 @@ from tests.log.conftest import PARSER
 from vista.cli.main import main
 from vista.config import PrepareConfig
 from vista.config.composition import compose_config
-from vista.errors import ConfigError, DataError
+from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 
@@ -56,19 +56,12 @@ def test_a_bare_file_is_prepared_and_the_guess_can_be_pasted(caplog: pytest.LogC
 @pytest.mark.parametrize(
     ("header", "row", "guess"),
     [
-        ("userId,movieId,rating,timestamp", "1,2,4.0,1112486027", "userId movieId timestamp time_unit=s"),
         ("visitorid,itemid,timestamp,event", "1,2,1433221332117,view", "visitorid itemid timestamp time_unit=ms"),
         (
             "event_time,product_id,product_price,user_id,user_session",
             "2019-10-01 00:00:00 UTC,1,1.5,2,a",
             "user_id product_id event_time",
         ),
-        (
-            "reviewerID,asin,reviewTime,unixReviewTime",
-            "A1,B2,09x,1362096000",
-            "reviewerID asin unixReviewTime time_unit=s",
-        ),
-        ("CUSTOMER_ID,PRODUCT,ORDER_DATE", "1,2,2017-01-02", "CUSTOMER_ID PRODUCT ORDER_DATE"),
         ("player,user_name,track_id,track_name,ts", "p,n,1,x,2017-01-02T10:00:00Z", "player track_id ts"),
         ("customer;sku;date;updated", "1;2;25.12.2017;26.12.2017", "separator=; customer sku date"),
     ],
@@ -205,12 +198,6 @@ def test_a_file_that_only_has_the_name_of_a_known_format_is_guessed() -> None:
     Path("ml/ratings.csv").write_text("userId,movieId,rating,timestamp\n1,2,4.5,1112486027\n")
     run("files=[ml/ratings.csv]", "out=ml/log")
     assert EventLog.open("ml/log").has_rating
-
-
-def test_text_that_is_not_utf8_is_named() -> None:
-    Path("log.csv").write_bytes("user,item,title\n1,2,a\n1,3,£5\n".encode("latin-1"))
-    with pytest.raises(DataError, match=r"log\.csv: line 3: .* is not UTF-8; convert the file to UTF-8"):
-        run("files=[log.csv]")
 
 
 def test_files_are_named_once() -> None:

@@ -50,12 +50,9 @@ def left_by(events: list[Event], min_item_events: int, min_user_events: int) -> 
         left.remove(rare[0])
 
 
-@pytest.mark.parametrize(("min_items", "min_users"), [(5, 5), (12, 3), (1, 20), (20, 1)])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_all_items_and_users_that_are_left_have_enough_events(
-    tmp_path: Path, seed: int, min_items: int, min_users: int
-) -> None:
-    events = some_events(seed)
+@pytest.mark.parametrize(("min_items", "min_users"), [(5, 5), (1, 20), (20, 1)])
+def test_all_items_and_users_that_are_left_have_enough_events(tmp_path: Path, min_items: int, min_users: int) -> None:
+    events = some_events(0)
     report = run(tmp_path, events, EventFilterConfig(min_item_events=min_items, min_user_events=min_users))
     expected = left_by(events, min_items, min_users)
     assert 0 < len(expected) < len(events)

@@ -10,7 +10,6 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tests.conftest import real_set
 from tests.log.conftest import PARSER
 from tests.log.feature_tables import table_of, text_file
 from tests.log.ingest.public.test_public_media import MOVIES, write_movielens
@@ -87,26 +86,11 @@ class TestTexts:
         with pytest.raises(ConfigError, match=r"out=.*products\.parquet: is one of the files that are read"):
             read_texts(config, PARSER)
 
-    @pytest.mark.data
-    @pytest.mark.parametrize(
-        ("kind", "count", "item", "text"),
-        [
-            ("ml-1m", 3883, "29", "City of Lost Children, The (1995). Adventure, Sci-Fi"),
-            ("ml-latest-small", 9742, "73", "Misérables, Les (1995). Drama, War"),
-            ("complete-journey", 53182, 26093, "PASTRY. BREAD. BREAD:ITALIAN/FRENCH"),
-        ],
-    )
-    def test_real_sets(self, kind: str, count: int, item: Any, text: str) -> None:
-        texts = texts_of(real_set(kind), kind=kind)
-        assert len(texts) == count and texts[item] == text
-
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
             ({}, ConfigError, r"columns: name the columns of text, such as columns=\[title,brand\]"),
             ({"kind": "tables"}, ConfigError, "kind: unknown kind 'tables'; use one of auto, table, ml-1m"),
-            ({"columns": ["words"]}, DataError, "column 'words' is missing, the file has: item, title; name one of"),
-            ({"columns": ["title"], "item": "id"}, DataError, "column 'id' is missing, .* right one with items.item="),
             ({"columns": ["title", "title"]}, ConfigError, "names the column 'title' twice"),
             (
                 {"columns": ["title"], "categories": ["title"]},
@@ -114,7 +98,6 @@ class TestTexts:
                 r"do not set categories, .* columns=\[\.\.\.\]",
             ),
             ({"kind": "ml-1m"}, ConfigError, r"kind=ml-1m: finds no table of items at items\.paths=.*kind=table"),
-            ({"kind": "recbole"}, ConfigError, "columns: name the columns"),
         ],
     )
     def test_settings_that_are_refused(
@@ -127,11 +110,6 @@ class TestTexts:
     def test_a_table_without_any_text(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no item has a text in the columns a, b; name other columns"):
             texts_of(table_of(tmp_path, item=[1], a=[" "], b=[[""]]), columns=["a", "b"])
-
-    def test_a_column_that_a_data_set_does_not_have(self, tmp_path: Path) -> None:
-        folder = write_movielens(tmp_path / "set", "ml-1m")
-        with pytest.raises(DataError, match=r"movies\.dat: column 'plot' is missing, the file has: movieId, title, g"):
-            texts_of(folder, kind="ml-1m", columns=["plot"])
 
 
 class TestVectors:
@@ -147,9 +125,7 @@ class TestVectors:
         [
             ([[1.0, 2.0], [1.0]], r"item 8 in row 2, column 'v': \[1\.0\] is not a vector of 2 numbers like the first"),
             ([[1.0, 2.0], [1.0, INF]], r"item 8 in row 2, column 'v': \[1\.0, inf\] has an entry that is not a finite"),
-            ([[1.0, 2.0], [NAN, 1.0]], r"item 8 in row 2, column 'v': \[nan, 1\.0\] has an entry that is not a finite"),
             ([None, [NAN]], "column 'v' has no vectors; name another column"),
-            ([1.0, 2.0], "column 'v' has type Float64 and cannot be a vector"),
         ],
     )
     def test_bad_vectors(self, tmp_path: Path, vectors: Any, message: str) -> None:

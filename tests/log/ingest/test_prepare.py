@@ -149,19 +149,6 @@ def test_equal_times_keep_the_order_of_file_names_and_rows(tmp_path: Path) -> No
     assert items_of(EventLog.open(tmp_path / "log"), 1) == [0, 1, 2, 3, 4]
 
 
-def test_ordinals_in_a_log_without_times(tmp_path: Path) -> None:
-    no_time = {"timestamp": None, "time_unit": None}
-    run(tmp_path / "log", [write_csv(tmp_path / "a.csv", [(2, 9), (1, 7), (2, 8)], "user,item")], **no_time)
-    run(tmp_path / "log", [write_csv(tmp_path / "b.csv", [(3, 9), (2, 1)], "user,item")], append=True, **no_time)
-    log = EventLog.open(tmp_path / "log")
-    assert not log.has_time
-    assert log.manifests[0]["timestamp"] == "ordinal of the event in its history"
-    assert (items_of(log, 2), log[2].timestamp.tolist()) == ([9, 8, 1], [0, 1, 2])
-    assert log[3].timestamp.tolist() == [0]
-    assert log.actions == ["event"]
-    assert log[2].rating is None
-
-
 def test_actions_are_added_by_later_segments(tmp_path: Path) -> None:
     first = write_csv(tmp_path / "a.csv", [(1, 1, 1, "view"), (1, 2, 2, "buy")], "user,item,timestamp,kind")
     later = write_csv(tmp_path / "b.csv", [(1, 3, 3, "add"), (1, 4, 4, "view")], "user,item,timestamp,kind")
@@ -226,7 +213,6 @@ def test_out_must_be_new_or_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             DataError,
             r"column 'timestamp' is missing, the file has: user, item; name the right one",
         ),
-        ("user,item,timestamp,stars", [(1, 1, 1, 1)], {"rating": "stars"}, DataError, r"no ratings; leave them out"),
         (
             "user,item,timestamp",
             [(1, 1, 5)],
@@ -235,7 +221,6 @@ def test_out_must_be_new_or_a_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             r"user ids of the log are int; leave",
         ),
         ("user,item,timestamp", [("bob", 1, 5)], {}, DataError, r"row 1, column 'user': 'bob' is not an integer"),
-        ("user,item,timestamp", [(1, 1, -5)], {}, DataError, r"row 1, column 'timestamp': '-5' is negative"),
     ],
 )
 def test_an_append_that_does_not_match_leaves_the_log_unchanged(
@@ -310,20 +295,14 @@ TIME_MS = 1_714_564_800_123  # 2024-05-01T12:00:00.123Z
         ([1_714_564_800.1234], "s", TIME_MS),
         (["1714564800.1234"], "s", TIME_MS),
         ([TIME_MS], "ms", TIME_MS),
-        ([float(TIME_MS)], "ms", TIME_MS),
         ([TIME_MS * 1000 + 999], "us", TIME_MS),
         ([TIME_MS * 1_000_000 + 999_999], "ns", TIME_MS),
         (["2024-05-01T12:00:00.123Z"], "iso", TIME_MS),
-        (["2024-05-01 12:00:00.123"], "iso", TIME_MS),
         (["2024-05-01T14:00:00.123+02:00"], "iso", TIME_MS),
-        (["2024-05-01T12:00"], "iso", 1_714_564_800_000),
-        (["2024-05-01"], "iso", 1_714_521_600_000),
-        (pl.Series([TIME_MS]).cast(pl.Datetime("ms")), None, TIME_MS),
         (pl.Series([TIME_MS * 1000 + 999]).cast(pl.Datetime("us")), None, TIME_MS),
         (pl.Series([TIME_MS]).cast(pl.Datetime("ms", "Asia/Tokyo")), None, TIME_MS),
         (pl.Series(["2024-05-01"]).str.to_date(), None, 1_714_521_600_000),
         ([0], "s", 0),
-        ([4_102_444_799], "s", 4_102_444_799_000),
     ],
 )
 def test_times_become_milliseconds(tmp_path: Path, values: object, unit: str | None, want: int) -> None:
@@ -381,9 +360,7 @@ def test_pandas_frames(tmp_path: Path) -> None:
         EventLog.from_frame([1, 2], tmp_path / "bad")
 
 
-@pytest.mark.parametrize(
-    ("first", "kind"), [("7", "int"), ("-7", "int"), ("007", "str"), ("u7", "str"), ("7.5", "str"), ("0", "int")]
-)
+@pytest.mark.parametrize(("first", "kind"), [("-7", "int"), ("007", "str"), ("u7", "str")])
 def test_the_first_value_of_a_text_file_decides_the_kind_of_ids(tmp_path: Path, first: str, kind: str) -> None:
     run(tmp_path / "log", [write_csv(tmp_path / "a.csv", [(first, 1, 1)])])
     log = EventLog.open(tmp_path / "log")

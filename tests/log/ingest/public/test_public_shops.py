@@ -90,7 +90,7 @@ def write_amazon(folder: Path, form: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("form", ["csv", "csv.gz", "jsonl", "jsonl.gz"])
+@pytest.mark.parametrize("form", ["csv", "jsonl.gz"])
 def test_reviews_and_products(tmp_path: Path, form: str) -> None:
     folder = write_amazon(tmp_path / "set", form)
     assert detect_kind(folder) == "amazon-reviews-2023"
@@ -113,40 +113,12 @@ def test_filtered_reviews_come_before_raw_ones_and_products_may_be_missing(tmp_p
 
 @pytest.mark.parametrize(
     ("price", "number"),
-    [(12.5, 12.5), (7, 7), ("from 3.99", None), ("12.99 - 15.00", None), ("—", None), ("None", None), ("$3", 3)],
+    [(12.5, 12.5), ("12.99 - 15.00", None), ("—", None), ("$3", 3)],
 )
 def test_prices(tmp_path: Path, price: Any, number: float | None) -> None:
     folder = write_amazon(tmp_path / "set", "jsonl")
     json_lines(folder / "meta_All_Beauty.jsonl", [AMAZON_PRODUCTS[0] | {"price": price}])
     assert features_of(load(folder))["price"] == ({} if number is None else {"0123456789": number})
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        (
-            "All_Beauty.jsonl",
-            '{"user_id": "A", "asin": "B"}\n',
-            r"column 'parent_asin' is missing, the file has: user_id,",
-        ),
-        ("All_Beauty.jsonl", "user_id,rating\n", r"All_Beauty\.jsonl: line 1 is not a JSON object"),
-        (
-            "All_Beauty.csv",
-            "user_id,item_id,rating,timestamp\n",
-            r"column 'parent_asin' is missing, the file has: user_id",
-        ),
-        (
-            "meta_All_Beauty.jsonl",
-            '{"parent_asin": "A"}\n',
-            r"meta_All_Beauty\.jsonl: column 'main_category' is missing",
-        ),
-    ],
-)
-def test_other_layouts(tmp_path: Path, name: str, content: str, message: str) -> None:
-    folder = write_amazon(tmp_path / "set", "csv" if name.endswith("csv") else "jsonl")
-    (folder / name).write_text(content)
-    with pytest.raises(DataError, match=message + r".*; get the set from https://huggingface\.co/datasets/McAuley-Lab"):
-        load(folder)
 
 
 def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
@@ -241,13 +213,6 @@ def test_a_table_that_is_named_replaces_that_of_the_set(tmp_path: Path) -> None:
     table.item = "product_id"
     log = load(write_journey(tmp_path / "cj", "events.parquet"), items=table)
     assert features_of(log) == {"shelf": {26093: ["x"]}}
-
-
-def test_other_columns_can_be_features_of_events(tmp_path: Path) -> None:
-    folder = write_journey(tmp_path / "cj", "transactions.parquet")
-    features = load(folder, numbers=["quantity", "sales_value"])[2].features
-    assert features is not None and features.columns["quantity"].tolist() == [1, 2]
-    assert features.columns["sales_value"].tolist() == pytest.approx([12.99, 3.18])
 
 
 @pytest.mark.data
@@ -370,14 +335,6 @@ def test_times_in_microseconds(tmp_path: Path) -> None:
     assert (9, "fmcg_1", 4_000 + ECD_DAY * DAY_MS, "order") in events_of(load(folder))
 
 
-def test_times_of_another_type(tmp_path: Path) -> None:
-    folder = write_t_ecd(tmp_path / "small")
-    file = folder / "offers" / "events" / "01307.pq"
-    pl.read_parquet(file).with_columns(timestamp=pl.lit("1 day")).write_parquet(file)
-    with pytest.raises(DataError, match=r"01307\.pq: column 'timestamp' has type String, but that of the set is the d"):
-        load(folder)
-
-
 def test_a_folder_that_is_no_domain(tmp_path: Path) -> None:
     folder = write_t_ecd(tmp_path / "small")
     (folder / "offers").rename(folder / "coupons")
@@ -390,13 +347,9 @@ def test_a_folder_that_is_no_domain(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "file", "lost"),
     [
-        ("complete-journey", "events.parquet", "household_id"),
         ("complete-journey", "households.parquet", "income"),
         ("complete-journey", "products.parquet", "brand"),
-        ("t-ecd", "marketplace/events/01307.pq", "action_type"),
         ("t-ecd", "reviews/01308.pq", "brand_id"),
-        ("t-ecd", "offers/items.pq", "item_id"),
-        ("t-ecd", "retail/items.pq", "embedding"),
     ],
 )
 def test_a_missing_column_of_a_shop_is_named(tmp_path: Path, kind: str, file: str, lost: str) -> None:
