@@ -1,11 +1,10 @@
-"""Erasures while a writer publishes, and the file of tombstones: its bytes, power cuts, and damage."""
+"""Erasures while a writer publishes, and the file of tombstones: its bytes and damage."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
-import random
 import shutil
 import signal
 import threading
@@ -16,13 +15,12 @@ from typing import Any
 import pytest
 import xxhash
 
-from tests.faults.disk_images import File
 from tests.store.conftest import found, write_generations
 from vista.errors import StoreLockedError, StoreWriteError
 from vista.store import RecordSpec, StoreReader, StoreWriter, backend, user_keys
 from vista.store.admin import roll_back, verify_store
 from vista.store.backend import Folder
-from vista.store.folder_files import Tombstones, check_structure, erasure_lock, unpacked
+from vista.store.folder_files import Tombstones, erasure_lock, unpacked
 from vista.store.folder_generation import SharedEnvironment
 from vista.store.folder_writer import FolderWriter
 from vista.store.layout import environment_path, read_current
@@ -36,33 +34,6 @@ def all_put(build: Any, root: Path) -> StoreWriter:
     writer = build.open_writer(root, run_digest="log-2")
     build.put_users(writer, range(TOTAL), salt=1)
     return writer
-
-
-def test_an_erasure_does_not_wait_for_checks(tmp_path, build, monkeypatch):
-    """It proceeds at once while the records of a generation are counted, and while its structure is checked."""
-    build.write_store(tmp_path)
-    users, check, take = list(range(10)), check_structure, backend.count_records
-
-    def check_and_erase(path: Path) -> None:
-        erase(tmp_path, [users.pop(0)])
-        check(path)
-
-    def count_and_erase(files: FolderWriter, spec: RecordSpec) -> Any:
-        tally = take(files, spec)
-        if len(users) > 8:
-            erase(tmp_path, [users.pop(0)])
-        return tally
-
-    monkeypatch.setattr("vista.store.backend.check_structure", check_and_erase)
-    monkeypatch.setattr(backend, "count_records", count_and_erase)
-    with all_put(build, tmp_path) as writer:
-        writer.publish()
-    gone = 10 - len(users)
-    assert gone == 3
-    with StoreReader.open(tmp_path) as store:
-        assert store.generation == 2 and len(store) == TOTAL - gone
-        assert store.get_many(range(gone + 1)).found.tolist() == [False] * gone + [True]
-    assert verify_store(tmp_path).num_problems == 0
 
 
 def test_erasures_without_a_pause_do_not_prevent_a_publication(tmp_path, build, monkeypatch):
@@ -235,54 +206,6 @@ def test_the_bytes_of_the_file(tmp_path):
     assert Tombstones(tmp_path).erased(user_keys([-1, 0, 299, 300])) == [False, True, True, False]
 
 
-@pytest.mark.parametrize(("num_users", "num_before"), [(5, 0), (5, 100), (40, 3), (400, 0), (400, 100)])
-def test_an_erasure_repeated_after_a_power_cut_erases_every_user(tmp_path, monkeypatch, num_users, num_before):
-    """Any sectors that were not synced may be lost, and the names may be old or new, at every sync of the erasure."""
-    root, before, users = tmp_path / "store", range(10_000, 10_000 + num_before), range(num_users)
-    root.mkdir()
-    if num_before:
-        add(root, before)
-    durable_names = {path.name: path.stat().st_ino for path in root.iterdir()}
-    durable = {path.stat().st_ino: path.read_bytes() for path in root.iterdir()}
-    states: list[tuple[dict[str, File], ...]] = []
-    fsync = os.fsync
-
-    def note_state(descriptor: int) -> None:
-        now = {path.name: path.stat().st_ino for path in root.iterdir()}
-        files = {
-            path.stat().st_ino: File(bytearray(durable.get(path.stat().st_ino, b"")), [(0, path.read_bytes())])
-            for path in root.iterdir()
-        }
-        old = {name: files.get(inode) or File(bytearray(durable[inode])) for name, inode in durable_names.items()}
-        states.append((old, {name: files[inode] for name, inode in now.items()}))
-        status = os.fstat(descriptor)
-        if status.st_ino == root.stat().st_ino:
-            durable_names.clear()
-            durable_names.update(now)
-        elif status.st_ino in files:
-            durable[status.st_ino] = bytes(files[status.st_ino].pending[0][1] or b"")
-        fsync(descriptor)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", note_state)
-        add(root, users)
-    note_state(os.open(root, os.O_RDONLY))  # the power cut after the acknowledgment
-    assert len(states) == 3
-    for step, state in enumerate(states):
-        for seed in range(10):
-            chance, image = random.Random(seed), tmp_path / "image"
-            shutil.rmtree(image, ignore_errors=True)
-            image.mkdir()
-            for name, file in chance.choice(state).items():
-                (image / name).write_bytes(file.image(chance))
-            if step == len(states) - 1:
-                assert all(Tombstones(image).erased(user_keys([*users, *before]))), "acknowledged, and lost"
-            add(image, users)
-            assert all(Tombstones(image).erased(user_keys([*users, *before])))
-            assert len(Tombstones(image)) == num_users + num_before
-            assert not [path for path in image.iterdir() if path.name.endswith(".tmp")]
-
-
 def test_a_torn_file_stops_everything_that_writes(tmp_path, build):
     """Sectors of zeros must not pass for digests: a repeated erasure would write over digests that survived."""
     build.write_store(tmp_path)
@@ -312,7 +235,7 @@ def test_every_changed_byte_and_every_length_is_an_error(tmp_path):
     assert len(whole) == 24 + 2 * 16
     assert len(reader) == 2
     for at in range(56):
-        for bits in range(1, 256):
+        for bits in (1 << bit for bit in range(8)):
             with pytest.raises(ValueError, match=r"VTMB|version|its count|checksum"):
                 unpacked(whole[:at] + bytes([whole[at] ^ bits]) + whole[at + 1 :])
     for content in [*(whole[:end] for end in range(56)), whole + b"\0", whole + whole, whole[:40] + whole]:
@@ -331,17 +254,3 @@ def test_digests_out_of_order_are_an_error(tmp_path):
         (tmp_path / "tombstones").write_bytes(content + xxhash.xxh3_64_intdigest(content).to_bytes(8, "little"))
         with pytest.raises(StoreWriteError, match="not in ascending order"):
             len(Tombstones(tmp_path))
-
-
-def test_a_link_or_a_named_pipe_is_refused(tmp_path, build):
-    build.write_store(tmp_path / "store")
-    path = tmp_path / "store" / "tombstones"
-    (tmp_path / "victim").write_bytes(b"kept")
-    path.symlink_to(tmp_path / "victim")
-    with pytest.raises(StoreWriteError, match="symbolic link"):
-        erase(tmp_path / "store", [1])
-    assert (tmp_path / "victim").read_bytes() == b"kept"
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(StoreWriteError, match="not a regular file"):
-        erase(tmp_path / "store", [1])

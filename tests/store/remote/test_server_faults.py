@@ -8,8 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from tests.store.conftest import found
 from tests.store.remote.valkey_server import Proxy, ValkeyServer, free_port
 from vista.errors import ConfigError, StoreError, StoreLockedError, StoreUnavailableError, StoreWriteError
 from vista.store import StoreReader, server_generation, user_keys
-from vista.store.admin import copy_generation, roll_back, store_stats, verify_store
+from vista.store.admin import verify_store
 from vista.store.layout import StoreUrl, pointer_to
 from vista.store.manifest import Manifest
 from vista.store.reader import published_manifest
@@ -92,7 +91,8 @@ def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
 @pytest.mark.parametrize(
     "greeting",
     [
-        *(b"HTTP/1.1 400 Bad Request\r\n\r\n", b"220 mail ready\r\n", b"$x\r\n", b"\0\1\2\r\n"),
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"$x\r\n",
         pytest.param(b"*1\r\n" * 100_000, id="nested"),
     ],
 )
@@ -180,7 +180,7 @@ def test_a_reply_that_is_cut(server, proxy, build):
             np.testing.assert_array_equal(store.get_many(range(TOTAL)).summary, build.summaries(range(TOTAL)))
 
 
-@pytest.mark.parametrize("replies", [0, 6, 18, 30, 54])
+@pytest.mark.parametrize("replies", [6, 30])
 def test_a_writer_whose_connection_is_cut_can_resume(server, proxy, build, replies):
     """Wherever the connection breaks, the same run resumes and nothing is written twice or lost."""
     build.write_store(server.url())
@@ -229,27 +229,6 @@ def test_a_lock_that_never_expires_is_refused(server, build):
     server.command("SET", "{mine}:writer", "somebody")
     with within(5), pytest.raises(StoreError, match=r"the lock \{mine\}:writer never expires.*remove this key"):
         build.open_writer(server.url(), run_digest="log-2")
-
-
-def test_a_server_that_is_killed_and_restarted_during_a_refresh(start_server, build):
-    server = start_server("--appendonly", "yes", "--appendfsync", "always")
-    url = server.url()
-    build.write_store(url)
-    reader = StoreReader.open(url)
-    with build.open_writer(url, run_digest="log-2") as writer:
-        build.put_users(writer, range(16), 1)
-        server.kill()
-        with within(5), pytest.raises(StoreUnavailableError):
-            reader.get_many([1])
-        with within(5), pytest.raises(StoreUnavailableError):
-            build.put_users(writer, range(16, 32), 1)
-        server.start()
-        assert reader.get_many(range(TOTAL)).found.all() and reader.generation == 1
-    with build.open_writer(url, run_digest="log-2") as writer:
-        assert writer.cursor == 16
-    assert build.write_store(url, 1, run_digest="log-2").count == TOTAL
-    assert reader.reload() and served(url) == 1
-    reader.close()
 
 
 def test_a_writer_notices_that_the_server_lost_its_last_batches(start_server, build):
@@ -303,19 +282,6 @@ def test_a_server_that_begins_to_evict_records(start_server, build):
         server.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
         server.command("SET", "{mine}:CURRENT", "x")  # which does not matter to what is open
         assert store.get_many([2, 99]).found.tolist() == [True, False]
-
-
-def test_a_server_that_begins_to_evict_records_that_expire(start_server, build):
-    server = start_server()
-    url = server.url(options="?ttl_days=1")
-    build.write_store(url)
-    with StoreReader.open(url) as store:
-        server.command("CONFIG", "SET", "maxmemory-policy", "volatile-lru", "maxmemory", "100mb")
-        server.command("DEL", b"{mine}:gen-1:" + user_keys([1])[0])
-        time.sleep(server_generation.RECHECKED_S)
-        for _ in range(3):  # also right after a check
-            with pytest.raises(StoreError, match=r"evicts records .*volatile-.*set maxmemory-policy to noeviction"):
-                store.get_many([1, 2])
 
 
 def test_a_server_that_is_emptied(start_server, build):
@@ -406,38 +372,13 @@ def test_failover_to_a_replica_that_lacks_the_last_batches(pair, build):
         address.close()
 
 
-def resume(url: str, folder: Path, build: Any) -> None:
+def resume(url: str, build: Any) -> None:
     with build.open_writer(url, run_digest="log-3") as writer:
         assert writer.cursor == 16, "nothing that was written is lost"
 
 
-def copy(url: str, folder: Path, build: Any) -> None:
-    assert copy_generation(folder, url, publish=False).num_resumed in (16, TOTAL)
-
-
-def verify(url: str, folder: Path, build: Any) -> None:
-    assert verify_store(url).num_problems == 0
-
-
-def stats(url: str, folder: Path, build: Any) -> None:
-    assert [each.problem for each in store_stats(url).generations] == [""] * 3
-
-
-def update(url: str, folder: Path, build: Any) -> None:
+def update(url: str, build: Any) -> None:
     build.update(url, range(4), salt=1)
-
-
-def roll(url: str, folder: Path, build: Any) -> None:
-    roll_back(url, to=1)
-
-
-def remove(url: str, folder: Path, build: Any) -> None:
-    erase(url, [3])
-
-
-def open_older(url: str, folder: Path, build: Any) -> None:
-    with StoreReader.open(url, summarizer_id=build.summarizer("b")) as store:
-        assert store.generation == 1 and store.get_many(range(TOTAL)).found.all()
 
 
 def make_busy(server: ValkeyServer) -> None:
@@ -453,16 +394,11 @@ def make_busy(server: ValkeyServer) -> None:
     pytest.fail("the server is not busy")
 
 
-def nightly(*operations):
-    return [pytest.param(each, marks=pytest.mark.nightly) for each in operations]
-
-
-@pytest.mark.parametrize("operation", [resume, update, *nightly(copy, verify, roll, remove, open_older)])
-def test_a_server_that_is_busy_during_one_command(start_server, build, tmp_path, monkeypatch, operation):
+@pytest.mark.parametrize("operation", [resume, update])
+def test_a_server_that_is_busy_during_one_command(start_server, build, monkeypatch, operation):
     """What cannot be read at the moment is not taken for damaged, missing, or of another run."""
     server = start_server("--busy-reply-threshold", "1")
-    url, folder = server.url(), tmp_path / "source"
-    build.write_store(folder, run_digest="log-3")
+    url = server.url()
     commands, place, failures = [0], 0, 0
 
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -490,14 +426,14 @@ def test_a_server_that_is_busy_during_one_command(start_server, build, tmp_path,
             for name in ("command", "pipeline"):
                 patch.setattr(ServerConnection, name, counted(getattr(ServerConnection, name)))
             try:
-                operation(url, folder, build)
+                operation(url, build)
             except StoreUnavailableError as error:
                 assert "BUSY" in str(error)
                 failures += 1
         is_busy = commands[0] > place
         server.command("DEL", "{mine}:writer")  # if it could not be released
-        operation(url, folder, build)
-        place += {copy: 9, roll: 7, resume: 1, open_older: 1}.get(operation, 3)
+        operation(url, build)
+        place += 4  # Servers that are killed at any request are in tests/faults.
     assert failures >= 2
 
 
@@ -582,23 +518,18 @@ def test_a_replica_that_must_not_serve_old_data(start_server, build):
         StoreReader.open(replica.url())
 
 
-@pytest.mark.parametrize("operation", [update, *nightly(resume, copy, verify, stats, roll, remove, open_older)])
-def test_keys_that_hold_something_else(start_server, build, tmp_path, operation):
-    """Such as those of another program: every operation works, or raises a typed error."""
+def test_keys_that_hold_something_else(start_server, build):
+    """Such as those of another program: an update works, or raises a typed error."""
     server = start_server()
     url = server.url(options="?ttl_days=1")
-    build.write_store(tmp_path, run_digest="log-3")
     build.write_store(url)
     users = server.command("KEYS", "*:ui*")
     names = [name for name in server.command("KEYS", "{mine}:*") if name not in users]
     assert len(names) == 8 and len(users) == TOTAL
-    for command in ("SET", "SADD"):
-        for name in [*names, b"{mine}:tombstones", users[0]]:
-            server.command("FLUSHALL")
-            build.write_store(url)
-            server.command("DEL", name)
-            server.command(command, name, "x")
-            try:
-                operation(url, tmp_path, build)
-            except (StoreError, ConfigError, AssertionError) as error:
-                assert not isinstance(error, AssertionError) or operation in (resume, copy, stats, verify, open_older)
+    for name in [*names, b"{mine}:tombstones", users[0]]:
+        server.command("FLUSHALL")
+        build.write_store(url)
+        server.command("DEL", name)
+        server.command("SADD", name, "x")
+        with suppress(StoreError, ConfigError):
+            update(url, build)
