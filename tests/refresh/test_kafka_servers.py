@@ -11,7 +11,6 @@ import struct
 import subprocess
 import threading
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -83,25 +82,13 @@ sasl.password = {PASSWORD}
 """
 
 
-class _Web(BaseHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        return
-
-
-@pytest.fixture(params=["nothing", pytest.param("http", marks=pytest.mark.nightly), "password"])
+@pytest.fixture(params=["nothing", "password"])
 def unreachable(request):
     """A server that cannot serve, and what the error says."""
     if request.param == "nothing":
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         yield f"127.0.0.1:{port}", "Connection refused"
-    elif request.param == "http":
-        with ThreadingHTTPServer(("127.0.0.1", 0), _Web) as web:
-            thread = threading.Thread(target=web.serve_forever, args=(0.05,))
-            thread.start()
-            yield f"127.0.0.1:{web.server_port}", "cannot be read: .*(timed out|[Ff]ailed|ApiVersion)"
-            web.shutdown()
-            thread.join()
     else:
         with SaslServer() as broker:
             yield broker.servers, "Invalid username or password"
@@ -124,11 +111,10 @@ def test_servers_that_cannot_be_used(tmp_path, streamed, unreachable, caplog):
     [
         ("unknown certificate", "certificate verify failed"),
         pytest.param("known certificate", "Invalid username or password", marks=pytest.mark.nightly),
-        pytest.param("without TLS", "transport failure|SSL handshake failed", marks=pytest.mark.nightly),
     ],
 )
 def test_tls(tmp_path, streamed, case, reason):
-    """The password arrives over TLS, but not at a server whose certificate is unknown or that does not speak TLS."""
+    """The password arrives over TLS, but not at a server whose certificate is unknown."""
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl")
     certificate, key, client = tmp_path / "certificate", tmp_path / "key", tmp_path / "client.properties"
@@ -139,7 +125,7 @@ def test_tls(tmp_path, streamed, case, reason):
     unverified = CLIENT.replace("sasl_plaintext", "sasl_ssl")
     verified = f"{unverified}ssl.ca.location={certificate}\n"
     client.write_text(unverified if case == "unknown certificate" else verified)
-    with SaslServer() if case == "without TLS" else SaslServer(certificate, key) as broker:
+    with SaslServer(certificate, key) as broker:
         streamed.source = f"kafka://{broker.servers}/{TOPIC}"
         with pytest.raises(StreamError, match=reason) as failure:
             run_watch(streamed)
@@ -151,16 +137,12 @@ def test_tls(tmp_path, streamed, case, reason):
     [
         ({"source": "localhost:9092/a"}, "does not begin with kafka://"),
         ({"source": "kafka://localhost/a"}, "'localhost' is not a server with its port"),
-        ({"source": "kafka://localhost:99999/a"}, "is not a server with its port"),
         ({"source": "kafka://localhost:9092"}, "'' cannot be the name of a topic"),
         ({"source": "kafka://localhost:9092/a,a"}, "names a topic twice"),
         ({"source": "kafka://me:s3cret@localhost:9092/a"}, "put sasl.username and sasl.password into"),
         ({"lines": "security.protocol"}, "line 1: is not of the form name=value"),
-        ({"lines": "sasl.username=a\nsasl.username=b"}, "line 2: sets 'sasl.username' again"),
         ({"lines": "enable.auto.commit=true"}, "leave enable.auto.commit out: the log holds the offsets"),
         ({"lines": "no.such.setting=s3cret"}, 'No such configuration property: "no.such.setting"'),
-        ({"lines": "security.protocol=none"}, "Invalid value"),
-        ({"lines": None}, "cannot be read"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_used(tmp_path, streamed, changes, problem):

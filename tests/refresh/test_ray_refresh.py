@@ -115,13 +115,6 @@ def engine(made: SimpleNamespace, **config: Any) -> ray_engine.RayEngine:
     return ray_engine.RayEngine(made.folder / "model", RayConfig(**{"num_actors": 2, **config}))
 
 
-class SleepingActor:
-    """Work of others."""
-
-    def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
-
-
 class Kills:
     """Kills the actors of some of the results, as soon as the caller has them."""
 
@@ -179,34 +172,6 @@ def test_a_batch_that_ray_loses_is_not_a_death(made, monkeypatch):
 
 
 @pytest.mark.nightly
-def test_a_refresh_that_waits_for_other_work_says_so(running_ray, made, tmp_path, monkeypatch, caplog):
-    other = ray.remote(SleepingActor).options(num_cpus=2).remote()
-    ray.get(other.sleep.remote(0))
-    other.sleep.remote(4)
-    other.__ray_terminate__.remote()
-    monkeypatch.setattr(ray_engine, "PATIENCE_S", 0.5)
-    refresh(made.model, made.log, tmp_path / "store", engine=engine(made), options=OPTIONS, key=KEY, created_at=NOW)
-    assert contents(tmp_path / "store") == contents(made.local)
-    assert "ray: no batch has returned for 0.5 s; 4 pending, the first from user 0 to user" in caplog.text
-    assert "0 actor(s) have returned batches so far, and 0 of 2 CPU(s) are free" in caplog.text
-
-
-@pytest.mark.nightly
-def test_a_cluster_that_is_gone_does_not_hide_the_error(running_ray, made, tmp_path, monkeypatch, caplog):
-    kill = ray.kill
-
-    def kill_and_fail(actor: Any) -> None:
-        kill(actor)
-        raise ray.exceptions.RaySystemError("the head is gone")
-
-    monkeypatch.setattr(ray, "kill", kill_and_fail)
-    with pytest.raises(CheckpointError, match="nowhere"):
-        one = ray_engine.RayEngine(tmp_path / "nowhere", RayConfig(num_actors=1))
-        refresh(made.model, made.log, tmp_path / "store", options=OPTIONS, engine=one)
-    assert "an actor could not be ended (System error: the head is gone)" in caplog.text
-
-
-@pytest.mark.nightly
 def test_an_error_of_an_actor_keeps_type_and_message(running_ray, made, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         one = ray_engine.RayEngine(tmp_path / "nowhere", RayConfig(num_actors=1))
@@ -217,8 +182,6 @@ def test_an_error_of_an_actor_keeps_type_and_message(running_ray, made, tmp_path
     ("change", "error", "message"),
     [
         ({"log_digest": "0"}, LogFormatError, "is not the log with which this refresh began"),
-        ({"last_segment": 3}, LogFormatError, "3"),
-        ({"log": "/nowhere"}, LogFormatError, "/nowhere"),
         ({"spec": RecordSpec(bytes(32), 1, 3, 16, Codec.int8)}, SummarizerMismatchError, "is not the model with which"),
     ],
 )

@@ -255,7 +255,7 @@ def test_a_store_of_several_logs_resumes_from_one_log(tmp_path, grow, monkeypatc
     assert refresh_incremental(model, log, merged).num_users == 1  # It is an ordinary store of this log now.
 
 
-@pytest.mark.parametrize("place", ["a part", "a part, compacted", "the log, compacted"])
+@pytest.mark.parametrize("place", ["a part", "the log, compacted"])
 def test_forgotten_events_do_not_come_back_from_the_sources(tmp_path, grow, place):
     """Neither if they were deleted from a part, nor if the deletion cannot be told from the sources anymore."""
     model, parts = grow.model(), []

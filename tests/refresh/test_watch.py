@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -15,11 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pytest
 
-from tests.faults.nursery import Say
 from tests.log.conftest import PARSER
 from vista.cli.serving_commands import run_watch
 from vista.config import SourceConfig, WatchConfig
@@ -30,7 +27,6 @@ from vista.log.ingest.source_parser import SourceParser
 from vista.log.segment_writer import locked_log
 from vista.refresh import RefreshOptions, refresh
 from vista.refresh.watch import FileVersion, RefusedFiles, Watch
-from vista.store import StoreReader
 from vista.store.layout import Shard
 from vista.store.reader import open_store
 from vista.store.writer import StoreUpdate
@@ -275,32 +271,6 @@ def test_nothing_is_appended_for_a_store_that_cannot_be_updated(tmp_path, grow, 
     assert EventLog.open(watched.data).num_events == log.num_events
     refresh(grow.model(), log, watched.store)
     assert watching.look().files == 1 and path.exists()
-
-
-def watch_folder(say: Say, folder: str) -> None:
-    run_watch(replace(config_of(Path(folder)), once=False, poll_s=0.01))
-
-
-def test_a_killed_watch_of_a_folder_resumes(tmp_path, grow, watched, nursery):
-    """SIGKILL at any time, and while a segment is applied: after the next look, each event has entered exactly once."""
-    rng, total = np.random.default_rng(0), 14
-    for turn in range(2):
-        arrive(
-            tmp_path / "incoming", f"{turn}.csv", grow.events({1: 2, 2: 1}, grow.start + (turn + 1) * 500 * grow.hour)
-        )
-        total += 3
-        child = nursery.start(watch_folder, tmp_path)
-        segment, began = tmp_path / "log" / f"segment-{turn + 2:06d}", time.time()
-        while turn and not segment.exists() and time.time() - began < 60:
-            time.sleep(0.001)
-        time.sleep(rng.random() * (0.05 if turn else 1.0))
-        child.kill()
-        assert child.end().exit_code == -signal.SIGKILL, "the watch ended by itself"
-        assert segment.exists() or not turn
-    run_watch(watched)
-    expect(watched, grow, tmp_path, total)
-    with StoreReader.open(watched.store) as store:
-        assert store.manifest.applied_segment == EventLog.open(watched.data).last_segment
 
 
 def test_no_file_is_lost_while_log_or_store_are_busy(tmp_path, grow, watched, caplog):

@@ -6,7 +6,6 @@ import base64
 import json
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,9 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.faults.nursery import Say
 from tests.refresh.kafka_clusters import MockKafka, lines
-from tests.refresh.streams import TOPIC, config_of, dead_letters, expect, look, offsets
+from tests.refresh.streams import TOPIC, dead_letters, expect, look, offsets
 from vista.cli.serving_commands import run_watch
 from vista.config.checks import OnBadRows, StreamStart
 from vista.config.log_config import StreamConfig
@@ -33,7 +31,6 @@ from vista.log.segment_files import DEAD_LETTERS_FILE, StreamPartition, stream_o
 from vista.refresh import merge, refresh, refresh_incremental
 from vista.refresh.watch import Watch
 from vista.scorer import Scorer
-from vista.store import StoreReader
 
 
 def test_from_events_to_scores(tmp_path, grow, kafka, streamed):
@@ -231,47 +228,6 @@ def test_equal_messages_are_different_events(kafka, streamed, grow):
         kafka.send(TOPIC, [line])
         run_watch(streamed)
     assert EventLog.open(streamed.data).num_events == 16
-
-
-def watch_topic(say: Say, folder: str, source: str) -> None:
-    run_watch(replace(config_of(Path(folder), source), once=False, poll_s=0.01, stream=StreamConfig(max_messages=2)))
-
-
-def test_a_killed_watch_of_a_topic_resumes(tmp_path, grow, kafka, streamed, nursery):
-    """SIGKILL while it reads; tests/faults repeats this at all points."""
-    frame = grow.events({1: 6, 3: 5}, grow.start + 500 * grow.hour)
-    kafka.send_events(TOPIC, frame)
-    child = nursery.start(watch_topic, tmp_path, streamed.source)
-    began = time.monotonic()
-    while EventLog.open(streamed.data).last_segment == 1 and time.monotonic() - began < 60:
-        time.sleep(0.01)
-    child.kill()
-    assert child.end().exit_code == -signal.SIGKILL, "the watch ended by itself"
-    assert EventLog.open(streamed.data).last_segment > 1
-    run_watch(streamed)
-    expect(streamed, grow, tmp_path, frame)
-    with StoreReader.open(streamed.store) as store:
-        assert store.manifest.applied_segment == EventLog.open(streamed.data).last_segment
-
-
-@pytest.mark.nightly
-def test_a_broker_that_is_gone_and_comes_back(tmp_path, grow, kafka, streamed):
-    first, second = (grow.events({1: 4}, grow.start + hours * grow.hour, seed=hours) for hours in (500, 950))
-    kafka.send_events(TOPIC, first)
-    streamed.stream.max_messages = 2
-    watching = Watch(streamed)
-    watching.look()
-    streamed.stream.max_s = 1.0
-    kafka.set_down()
-    with pytest.raises(StreamError, match=r"cannot be read: .*(Connection refused|[Tt]imed out)"):
-        watching.look()
-    kafka.set_up()
-    kafka.send_events(TOPIC, second)
-    streamed.stream.max_s = 20.0
-    while watching.look().is_behind:
-        pass
-    watching.close()
-    expect(streamed, grow, tmp_path, first, second)
 
 
 def test_the_command_retries_while_the_broker_is_gone(tmp_path, grow, kafka, streamed, caplog, monkeypatch):
