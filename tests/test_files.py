@@ -42,14 +42,6 @@ def test_a_file_at_the_limit_is_read_and_one_above_refused(tmp_path: Path) -> No
     assert caught.value.errno == errno.EFBIG
 
 
-def test_a_sparse_terabyte_costs_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    with path.open("wb") as file:
-        file.truncate(1 << 40)
-    with pytest.raises(OSError, match="at most 64 are read"):
-        read_limited(path, 64)
-
-
 def test_a_high_limit_allocates_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"12345")
     tracemalloc.start()
@@ -59,11 +51,11 @@ def test_a_high_limit_allocates_nothing(tmp_path: Path) -> None:
     assert peak < 1 << 20
 
 
-@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR | os.O_CREAT])
-def test_a_named_pipe_or_folder_is_refused_at_once(tmp_path: Path, flags: int) -> None:
+def test_a_named_pipe_or_folder_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="is not a regular file"):
-        open_file(tmp_path / "pipe", flags)
+    for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR | os.O_CREAT):
+        with pytest.raises(OSError, match="is not a regular file"):
+            open_file(tmp_path / "pipe", flags)
     with pytest.raises(OSError, match="is not a regular file"):
         open_file(tmp_path)
 
@@ -82,16 +74,14 @@ def test_what_cannot_be_a_path_cannot_be_opened(path: str) -> None:
         open_file(Path(path))
 
 
-@pytest.mark.parametrize(
-    "path", ["x" * 300, "x" * 250, "x/" * 3000, "x/" * 2000, "a\0b", "\ud800"], ids=lambda path: repr(path[:6])
-)
+@pytest.mark.parametrize("path", ["x" * 300, "x/" * 3000, "a\0b", "\ud800"], ids=lambda path: repr(path[:6]))
 def test_a_path_that_the_system_does_not_accept_is_a_typed_error(path: str) -> None:
     with pytest.raises(StoreError, match="cannot be a path") as caught:
         checked_path(path, StoreError)
     assert len(str(caught.value)) < 250
 
 
-@pytest.mark.parametrize("path", ["", ".", "/", "missing/folder", "x" * 180, "é", "/dev/null"])
+@pytest.mark.parametrize("path", ["", "/", "missing/folder", "x" * 180, "/dev/null"])
 def test_other_paths_are_returned(path: str) -> None:
     assert checked_path(path, StoreError) == Path(path)
 
@@ -237,7 +227,7 @@ def test_a_folder_in_an_event_log_is_not_written(tmp_path: Path, place: str) -> 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "config.yaml", "best/config.json", "checkpoints/x.json"])
+@pytest.mark.parametrize("name", ["run.json", "best/config.json", "checkpoints/x.json"])
 def test_the_files_of_a_run_are_not_replaced(tmp_path: Path, name: str) -> None:
     (tmp_path / "run" / "best").mkdir(parents=True)
     (tmp_path / "link").symlink_to("run")

@@ -39,14 +39,11 @@ def on_machine(monkeypatch: pytest.MonkeyPatch, cores: int, quota: float | None,
     ("quota", "activations", "number", "reason"),
     [
         (None, None, 8, "one per core"),
-        (None, 100 * ACTIVATIONS_PER_THREAD, 8, "one per core"),
         (None, 8 * ACTIVATIONS_PER_THREAD, 8, "one per core"),
         (None, 8 * ACTIVATIONS_PER_THREAD - 1, 7, "batches of 524,287 activations are small"),
-        (None, 0, 1, "batches of 0 activations are small"),
         (2.5, None, 2, "a quota of 2.5 cores"),
         (0.5, None, 1, "a quota of 0.5 cores"),
         (2.5, ACTIVATIONS_PER_THREAD, 1, "batches of 65,536 activations are small"),
-        (8.0, None, 8, "one per core"),
     ],
 )
 def test_choice(
@@ -75,9 +72,7 @@ def test_an_import_prepares_openmp_without_torch() -> None:
     code = "import vista\nfrom vista.threads import waiting\n" + report
     assert printed(code) == ["passive", False, "idle ones sleep"]
     assert printed("os.environ['OMP_WAIT_POLICY'] = 'active'\n" + code) == ["active", False, "OMP_WAIT_POLICY=active"]
-    assert printed("import torch\n" + code) == ["passive", True, late]
     assert printed("import torch, vista_kernels\n" + code) == ["passive", True, late]
-    assert printed("import vista_kernels\nprint(json.dumps(os.environ['OMP_WAIT_POLICY']))") == "passive"
 
 
 def test_an_import_limits_all_libraries_to_the_quota() -> None:

@@ -64,22 +64,12 @@ def test_words_are_choices() -> None:
     ("make", "values", "message"),
     [
         (DataConfig, {"split": "random"}, r"data\.split: 'random' is not one of leave-last-out, time, share"),
-        (
-            DataConfig,
-            {"split": "share", "test_share": 0.95},
-            r"data\.test_share: must leave events to train on, but both shares sum to 1\.05",
-        ),
         (EvaluateConfig, {"target": "window", "popularity": True}, r"popularity: only applies with target=next"),
         (DataConfig, {"test_share": 0.1}, r"data\.test_share: only applies with data\.split=share"),
         (
             DataConfig,
             {"split": "share", "test_share": 1, "validation_share": 0.1},
             r"data\.test_share: must lie in \(0, 1\), got 1",
-        ),
-        (
-            DataConfig,
-            {"split": "share", "test_share": 0.0, "validation_share": 0.1},
-            r"data\.test_share: must lie in \(0, 1\), got 0",
         ),
         (
             DataConfig,
@@ -96,8 +86,6 @@ def test_words_are_choices() -> None:
             {"split": "share", "test_share": 0.5, "validation_share": 0.5},
             r"data\.test_share: must leave events to train on, but both shares sum to 1",
         ),
-        (DataConfig, {"validation_from": 5}, r"data\.validation_from: expected str, got 5"),
-        (ModelConfig, {"mixing": None}, r"model\.mixing: None is not one of bidirectional, separable"),
         (OptimConfig, {"epochs": "2"}, r"optim\.epochs: expected int, got '2'"),
         (OptimConfig, {"epochs": True}, r"optim\.epochs: expected int, got True"),
         (ModelConfig, {"num_seeds": 65_535}, r"model\.num_seeds: a record would hold 65536 rows"),
@@ -109,15 +97,12 @@ def test_words_are_choices() -> None:
             r"model\.dim: must be a multiple of 2 with model\.embedding_rows, got 5",
         ),
         (OptimConfig, {"logq_strength": 1.5}, r"optim\.logq_strength: must lie in \[0, 1\], got 1\.5"),
-        (DataConfig, {"unknown_share": 1.0}, r"data\.unknown_share: must lie in \[0, 1\), got 1\.0"),
         (
             TrainConfig,
             {"data": DataConfig(unknown_share=0.1), "model": TwinConfig()},
             r"data\.unknown_share: only applies to architectures that rank next items; leave it out",
         ),
         (TrainConfig, {"model": {"dim": 8}}, r"model: expected RankingConfig, got {'dim': 8}"),
-        (TrainConfig, {"resume": 1}, r"resume: expected bool, got 1"),
-        (ScoreConfig, {"model": 3}, r"model: expected str, got 3"),
         (RefreshConfig, {"incremental": True, "codec": "float16"}, r"codec: was set by the store's full refresh"),
         (RefreshConfig, {"incremental": True, "until": "leave-last-out"}, r"until: .*leave it out"),
         (SimulateConfig, {"start": "foo"}, r"start: .*write a date such as 2024-01-01"),
@@ -132,12 +117,6 @@ def test_words_are_choices() -> None:
             {"num_users": 10**6},
             r"num_users: times events_per_user must be at most 1,000,000,000, got 4,",
         ),
-        (SimulateConfig, {"impressions_per_user": 10**9}, r"num_users: times impressions_per_user must be at most"),
-        (SimulateConfig, {"seed": -1}, r"seed: must be at least 0, got -1"),
-        (SimulateConfig, {"out": ""}, r"out: must not be empty"),
-        (TrainConfig, {"run_dir": ""}, r"run_dir: must not be empty"),
-        (DataConfig, {"path": ""}, r"data\.path: must not be empty"),
-        (RefreshConfig, {"store": ""}, r"store: must not be empty"),
     ],
 )
 def test_other_values_name_their_key(make: type, values: dict[str, Any], message: str) -> None:
@@ -194,9 +173,7 @@ def test_numbers_become_plain_ones() -> None:
         ({"num_counters": 0}, r"model\.num_counters: must be at least 1"),
         ({"num_counters": 65_536}, r"model\.num_counters: must be at most 65535"),
         ({"counter_days": [0.01]}, r"model\.counter_days: must be a list of numbers from 0\.0416667 to 36500"),
-        ({"counter_days": None}, r"model\.counter_days: must be a list"),
         ({"counter_events": [float("nan")]}, r"model\.counter_events: must be a list of numbers from 1 to 1e\+06"),
-        ({"counter_events": [True]}, r"model\.counter_events: must be a list"),
         ({"counter_days": [1.0] * 5, "counter_events": [2.0] * 4}, r"at most 8 time constants"),
     ],
 )
@@ -277,17 +254,16 @@ def test_passwords_are_left_out_in_linear_time(unit: str) -> None:
         without_password(begin + unit * (1_000_000 // len(unit)) + "@")
 
 
-@pytest.mark.parametrize("most", [2, pytest.param(1000, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("architecture", Architecture)
-def test_each_architecture_has_keys_of_its_own(architecture: Architecture, most: int) -> None:
-    """A key of another one is refused (at most so many are tried), but left out if it comes from an experiment."""
+def test_each_architecture_has_keys_of_its_own(architecture: Architecture) -> None:
+    """A key of another one is refused (two of them are tried), but left out if it comes from an experiment."""
     made = compose_config(TrainConfig, ["experiment=ml-1m", f"model.kind={architecture.value}"]).model
     assert type(made) is CONFIGS[architecture] and made.architecture is architecture
     assert model_config_of(to_dict(made)) == made
     keys = ConfigKeys.of(TrainConfig).keys
     foreign = [name for name, key in keys.items() if key.readers and architecture not in key.readers]
     assert all(not hasattr(made, name.removeprefix("model.")) or name in ANSWERED for name in foreign)
-    for name in foreign[:most]:
+    for name in foreign[:2]:
         with pytest.raises(ConfigError, match=rf"{name}: is only for model=.*, got model={architecture.value}"):
             compose_config(
                 TrainConfig, [f"model.kind={architecture.value}", f"{name}={value_text(keys[name].default)}"]

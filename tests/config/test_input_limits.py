@@ -48,7 +48,6 @@ CHAIN = "a0: &a0 [1]\n" + "".join(f"a{step}: &a{step} [*a{step - 1}]\n" for step
         (CHAIN, "line 48: more than 10000 values or 50 levels"),
         ("model: &m\n  dim: *m\n", "line 2: *m contains itself"),
         ("a: " + "[" * 20_000, "more than 10000 values or 50 levels"),
-        ("a: {" * 20_000, "more than 10000 values or 50 levels"),
         ("".join("  " * level + "a:\n" for level in range(400)), "line 49: more than 10000 values or 50 levels"),
         ("a: [" + "1," * 300_000 + "]", "more than 10000 values"),
         ("a: *b", "undefined alias"),
@@ -57,7 +56,6 @@ CHAIN = "a0: &a0 [1]\n" + "".join(f"a{step}: &a{step} [*a{step - 1}]\n" for step
         ("seed: " + "1" + ":59" * 266_000 + "\n", "line 1: a number in base 60 has 798001 characters, but at most 100"),
         ("run_dir: '" + "x" * (1 << 20) + "'\n", "bytes, but at most 1048576 are read"),
         ("run_dir: ${oc.env:HOME}\n", "run_dir: configurations may not call the resolver oc.env; write the value"),
-        ("data: {path: '${oc.env:HOME}'}\n", "data.path: configurations may not call the resolver oc.env"),
         ("run_dir: ${data.path}${data.path}\n", "run_dir: at most one reference such as ${run_dir} is possible, got 2"),
     ],
 )
@@ -85,11 +83,9 @@ def test_a_file_of_the_largest_size_is_read(tmp_path: Path) -> None:
     ("word", "message"),
     [
         ("store=${oc.env:HOME}", "store: configurations may not call the resolver oc.env"),
-        ("store='a${oc.decode:1}b'", "store: configurations may not call the resolver oc.decode"),
         ("store='${a.${oc.env:HOME}}'", "store: configurations may not call the resolver oc.env"),
         ("store=${store}", "Recursive interpolation"),
         ("store=" + "[" * 20_000, "more than 4096 values or 50 levels; put them in a --config file"),
-        ("store={" + "a:{" * 3_000, "more than 4096 values or 50 levels"),
         ("store=[" + "1," * 4_097 + "1]", "more than 4096 values or 50 levels"),
         ("store=" + "1" * 5_000, "cannot read 'store=1"),
         ("store=" + "x" * 200_000, "has 200006 characters, but at most 131072 are read"),
@@ -111,13 +107,8 @@ def test_a_reference_to_another_key_is_allowed() -> None:
     [
         ("dim", 65_535),
         ("num_seeds", 65_535),
-        ("num_heads", 64),
-        ("num_layers", 64),
-        ("num_target_layers", 64),
         ("conv_width", 1024),
-        ("tail_len", 4096),
         ("history_limit", 2**31 - 1),
-        ("embedding_rows", 2**31 - 1),
     ],
 )
 def test_sizes_of_models(refused: Refused, key: str, most: int) -> None:

@@ -44,7 +44,6 @@ memory_bytes: 4294967296
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "models"),
         ("models: {}", "must name 1 to 64 models"),
         (MODELS + "experiment: 7", "experiment: must be text"),
         (MODELS + "split: {control: 0.9, larger: 0.2}", "yaml: split: the shares must sum to 1, but sum to 1.1"),
@@ -53,7 +52,6 @@ memory_bytes: 4294967296
         (MODELS + "splits: {control: 1}", "unknown key splits; the keys are models, split, experiment, memory_bytes"),
         (MODELS + "memory_bytes: 0", "memory_bytes: must be a positive integer"),
         ("models: {a: {model: runs/a}}", "models.a: needs store"),
-        ("models: {a: {model: runs/a, store: stores/a, port: 1}}", "models.a: unknown key port; the keys are model"),
         ("models: {a: {model: 7, store: stores/a}}", "models.a.model: expected str, got 7"),
         ("models: {'a b': {model: runs/a, store: stores/a}}", "models.a b: a name has at most 64 letters"),
     ],

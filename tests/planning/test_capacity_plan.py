@@ -106,21 +106,17 @@ def test_a_remote_store_needs_memory_instead_of_disks() -> None:
     ("words", "message"),
     [
         (["users=0"], r"users: must be positive and finite, got 0"),
-        (["users=0.5"], r"users: must be at least 1, got 0\.5"),
         (["users=1e30"], r"users: must be at most 1e\+15"),
         (
             ["users=10", "events_per_day=1e9"],
             r"events_per_day: is 2e\+08 per active user, more than one per second; check users and this",
         ),
         (["burst=0.5"], r"burst: must lie in \[1, 1000\], got 0\.5"),
-        (["refresh_every_s=0"], r"refresh_every_s: must lie in \[1, 86400\], got 0"),
-        (["candidates=0"], r"candidates: must be at least 1, got 0"),
         (
             ["model.kind=tail-only", "model.pooled_dim=0"],
             r"model\.architecture: only vista with num_seeds or pooled_dim above 0 stores summaries",
         ),
         (["items=1e9"], r"machine\.memory_gb: the vectors of the items take 1\.8 TB on each machine"),
-        (["machine.disk_tb=0"], r"machine\.disk_tb: must be positive and finite, got 0"),
     ],
 )
 def test_senseless_input_is_refused(words: list[str], message: str) -> None:
@@ -188,7 +184,7 @@ def test_sizes_are_those_that_a_refresh_writes(tmp_path: Path, counters: bool, c
         assert set(states) == {sizes.state}
 
 
-@pytest.mark.parametrize("value_bytes", [100, 900, 1_890, 2_020, 2_021, 4_080, 4_081, 34_336, 131_352])
+@pytest.mark.parametrize("value_bytes", [100, 2_020, 2_021, 4_081, 34_336])
 def test_pages_are_those_that_lmdb_writes(tmp_path: Path, value_bytes: int) -> None:
     num_users = 20_000 if value_bytes < 1_000 else 2_000 if value_bytes < 5_000 else 300
     keys = user_keys(range(num_users))
@@ -209,10 +205,9 @@ def used_memory(server: ValkeyServer) -> int:
         return int(client.info("memory")["used_memory"])
 
 
-@pytest.mark.parametrize(("num_tokens", "dim"), [(16, 64), (32, 128)])
-def test_memory_is_what_a_server_uses(tmp_path: Path, num_tokens: int, dim: int) -> None:
+def test_memory_is_what_a_server_uses(tmp_path: Path) -> None:
     pytest.importorskip("redis", reason="the extra `redis` is not installed")
-    server, num_users = ValkeyServer(tmp_path / "server"), 6_000
+    server, num_users, num_tokens, dim = ValkeyServer(tmp_path / "server"), 6_000, 16, 64
     try:
         before = used_memory(server)
         write_store(server.url(), StoreShape(num_tokens, dim), num_users)
@@ -348,8 +343,6 @@ USERS = 3.2e9
     [
         # 3.2e9 users x 128 rows x (256 int8 values + 8 bytes of scale and bias), or 2 bytes per value.
         (128, Codec.int8, 108e12),
-        (128, Codec.float16, 210e12),
-        (256, Codec.int8, 216e12),
         (256, Codec.float16, 419e12),
     ],
 )
