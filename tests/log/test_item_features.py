@@ -243,20 +243,15 @@ def test_an_append_finds_damaged_values(log_folder: Path) -> None:
 ARRAYS: list[tuple[str, Callable[[np.ndarray], np.ndarray], str]] = [
     ("items", lambda items: items[::-1].copy(), "are not ascending"),
     ("items", lambda items: items[:1], r"column 0 \('brand'\) do not match the 1 rows of items\.npy"),
-    ("items", lambda items: items[:0], "0 items with features"),
     ("items", lambda items: np.array([0, 4]), "features of item row 4, but the manifest says 4 items"),
     ("items", lambda items: items.astype(np.int32), "has type int32"),
     ("0.codes", lambda codes: codes + 7, "codes 0 to 7 for 3 values"),
-    ("0.codes", lambda codes: codes - 1, "codes -1 to"),
-    ("0.offsets", lambda offsets: offsets[:2], r"column 0 \('brand'\) do not match"),
     ("0.values.offsets", lambda offsets: offsets[:1], "does not match"),
-    ("2.numbers", lambda numbers: numbers[:1], r"column 2 \('price'\) do not match"),
     (
         "3.vectors",
         lambda vectors: vectors[:, :1],
         "is a vector of 2 numbers, but in an earlier segment .* of 1 numbers",
     ),
-    ("3.vectors", lambda vectors: vectors[:, 0], "has type float32 and 1 dimensions"),
 ]
 
 

@@ -13,7 +13,7 @@ import pytest
 from tests.log.conftest import PARSER, write_csv
 from tests.log.feature_tables import user_features_of
 from tests.log.log_oracle import replace_array
-from vista.config import ItemTableConfig, PrepareConfig, SourceConfig, UserTableConfig
+from vista.config import PrepareConfig, SourceConfig, UserTableConfig
 from vista.errors import DataError, LogFormatError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
@@ -160,38 +160,9 @@ BAD: dict[str, tuple[dict[str, list[Any]], dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_table_is_refused_and_nothing_is_written(tmp_path: Path, name: str) -> None:
     columns, named, message = BAD[name]
-    if name == "dates":
-        columns = {"user": [1], "since": pl.select(pl.date(2020, 1, 1)).to_series().to_list()}
     with pytest.raises(DataError, match=rf"users\.parquet.*{message}"):
         add_users(tmp_path, **columns, named=named)  # type: ignore[arg-type]
     assert not (tmp_path / "log").exists()
-
-
-def test_probable_mistakes_are_warnings(tmp_path: Path) -> None:
-    assert add_users(tmp_path, user=[1, 9], region=["n", "s"]).warnings[1:] == [
-        "only 1 of the log's 3 users have features; check the ids in column 'user', or add the other users to the table"
-    ]
-    again = add_users(tmp_path, append=True, user=[2, 3], region=["s", "s"])
-    assert again.warnings == ["column 'region' of the user features has the same value for all users; leave it out"]
-
-
-def test_items_and_users_are_prepared_together(tmp_path: Path) -> None:
-    pl.DataFrame({"item": [10, 20], "brand": ["a", "b"]}).write_parquet(tmp_path / "items.parquet")
-    pl.DataFrame({"user": [1, 2], "region": ["n", "s"]}).write_parquet(tmp_path / "users.parquet")
-    events = SourceConfig(timestamp="timestamp", time_unit="s", paths=[str(write_csv(tmp_path / "e.csv", EVENTS))])
-    items, users = ItemTableConfig(paths=[str(tmp_path / "items.parquet")]), UserTableConfig()
-    users.paths = [str(tmp_path / "users.parquet")]
-    config = PrepareConfig(out=str(tmp_path / "log"), events=events, items=items, users=users)
-    report = prepare(config, parser=PARSER)
-    assert report.features == [
-        "brand: category of 2 values, 50% of items",
-        "region: category of 2 values, 67% of users",
-    ]
-    log = EventLog.open(tmp_path / "log")
-    assert user_features_of(log) == {"region": {1: "n", 2: "s"}}
-    assert list(log.item_features) == ["brand"]
-    same = EventLog.from_frame(None, log.path, append=True, users={"user": [1], "region": ["s"]})
-    assert same.last_segment == 2 and user_features_of(same) == {"region": {1: "s", 2: "s"}}
 
 
 @pytest.mark.parametrize(("name", "array", "message"), [

@@ -197,13 +197,7 @@ def put(root: Path, key: bytes, value: bytes) -> None:
     environment.close()
 
 
-@pytest.mark.parametrize(
-    "cursor",
-    [
-        b"x",
-        b"41",
-    ],
-)
+@pytest.mark.parametrize("cursor", [b"x", b"41"])
 def test_a_damaged_cursor_starts_the_generation_over(tmp_path, build, cursor):
     with build.open_writer(tmp_path) as writer:
         build.put_users(writer, range(16))

@@ -111,10 +111,7 @@ def test_filtered_reviews_come_before_raw_ones_and_products_may_be_missing(tmp_p
     assert log.num_events == 2 and log.item_features == {}
 
 
-@pytest.mark.parametrize(
-    ("price", "number"),
-    [(12.5, 12.5), ("12.99 - 15.00", None), ("—", None), ("$3", 3)],
-)
+@pytest.mark.parametrize(("price", "number"), [(12.5, 12.5), ("12.99 - 15.00", None), ("—", None), ("$3", 3)])
 def test_prices(tmp_path: Path, price: Any, number: float | None) -> None:
     folder = write_amazon(tmp_path / "set", "jsonl")
     json_lines(folder / "meta_All_Beauty.jsonl", [AMAZON_PRODUCTS[0] | {"price": price}])
