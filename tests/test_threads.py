@@ -76,18 +76,17 @@ def test_an_import_prepares_openmp_without_torch() -> None:
 
 
 def test_an_import_limits_all_libraries_to_the_quota() -> None:
+    start = "from vista import threads\nthreads.cpu_quota, threads.usable_cores = lambda: 1.9, lambda: 64\n"
     code = (
-        "from vista import threads\n"
         "os.environ.pop('OMP_NUM_THREADS', None)\n"  # of a quota of this machine
-        "threads.cpu_quota, threads.usable_cores = lambda: 1.9, lambda: 64\n"
         "threads.prepare_openmp()\n"
         "import torch\n"
         "number = torch.get_num_threads()\n"
         "print(json.dumps([os.environ['OMP_NUM_THREADS'], number, str(threads.choose_threads(0, number))]))"
     )
-    assert printed(code) == ["1", 1, "1 thread (a quota of 1.9 cores)"]
-    kept = code.replace("threads.prepare", "os.environ['OMP_NUM_THREADS'] = '2'\nthreads.prepare")
-    assert printed(kept)[0] == "2"
+    assert printed(start + code) == ["1", 1, "1 thread (a quota of 1.9 cores)"]
+    kept = "os.environ['OMP_NUM_THREADS'] = '2'\nthreads.prepare_openmp()\n"
+    assert printed(f"{start}{kept}print(json.dumps(os.environ['OMP_NUM_THREADS']))") == "2"
 
 
 def test_idle_threads_sleep() -> None:
