@@ -26,7 +26,7 @@ import pytest
 
 from tests.conftest import ITEMS, USERS, Served
 from tests.forked_child import in_child
-from tests.serve.conftest import ASKED, NOW, TOLERANCE, models_file, retrained
+from tests.serve.conftest import ASKED, NOW, TOLERANCE, retrained
 from tests.serve.running_service import TIMEOUT_S, ForkedProcess, RunningService, running, until
 from tests.store.remote.valkey_server import ValkeyServer
 from vista.cli.item_commands import run_index
@@ -184,28 +184,6 @@ def test_running_requests_finish_after_sigterm(served: Served) -> None:
         assert "stopped" in service.log
 
 
-def test_a_model_that_vanishes_stays_in_service(served: Served, tmp_path: Path) -> None:
-    model, away = tmp_path / "model", tmp_path / "away"
-    shutil.copytree(served.model_dir, model)
-    with running(f"model={model}", f"store={served.store}", "reload_s=0.1") as service:
-        asked = {"users": USERS, "candidates": ITEMS, "now": NOW}
-        before = service.fetch("/v1/score", asked)
-        model.rename(away)
-        _, ready = service.fetch("/readyz")
-        assert ready["ready"] and "the loaded model stays in service" in ready["problems"][0]
-        assert service.fetch("/v1/score", asked) == before
-        assert service.fetch("/v1/model")[1]["num_items"] == 40
-        away.rename(model)
-        assert service.fetch("/readyz")[1]["problems"] == []
-        (served_current := tmp_path / "broken").mkdir()
-        shutil.copy(model / "config.json", served_current / "config.json")
-        model.rename(away)
-        served_current.rename(model)  # another model, without its weights
-        until(lambda: any("reload failed" in problem for problem in service.fetch("/readyz")[1]["problems"]))
-        assert service.fetch("/v1/score", asked) == before
-        assert service.number('vista_reloads_total{model="default",outcome="failed"}') >= 1
-
-
 def test_a_server_of_the_store_that_stops(served: Served, tmp_path: Path) -> None:
     """Requests and readiness fail with 503 until the server is back; the process stays."""
     pytest.importorskip("redis", reason="the extra `redis` is not installed")
@@ -267,14 +245,9 @@ def _answers(port: int) -> bool:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["model=nowhere"], "nowhere"),
         (["host=192.0.2.1"], "host: cannot listen on 192.0.2.1"),
-        (["host=no.such.host.invalid"], "host: no.such.host.invalid is not an address"),
-        (["port=70000"], "port: must be at most 65535"),
         (["token_file=nowhere"], "token_file: nowhere: No such file or directory; write one with"),
         (["task=buy"], "task: 'buy' is not one of"),
-        (["workers=0"], "workers: must be at least 1"),
-        (["index=no-index"], "no-index"),
     ],
 )
 def test_what_cannot_be_served(served: Served, words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -496,77 +469,31 @@ def test_a_worker_that_waits_can_be_stopped(served: Served, folders: tuple[Path,
         assert "did not stop in time" not in service.log and "Traceback" not in service.log
 
 
-def test_one_variant_waits_while_the_other_serves(served: Served, folders: tuple[Path, Path], tmp_path: Path) -> None:
-    model, store = folders
-    other = retrained(served.model)
-    other.save_pretrained(model)
-    models = {"a": (served.model_dir, served.store), "b": (model, store)}
-    path = models_file(tmp_path, models, split={"a": 0.5, "b": 0.5})
-    with running(f"models={path}", "reload_s=0.2") as service:
-        status, ready = service.fetch("/readyz")
-        assert (status, ready["generation"], ready["problems"]) == (200, {"a": 1}, [f"b: {NO_SUMMARIES}"])
-        assert service.fetch("/v1/score", {**ASKED, "model": "a"})[0] == 200
-        assert service.fetch("/v1/score", {**ASKED, "model": "b"})[0] == 503
-        refresh(other, served.log, store)
-        until(lambda: service.fetch("/readyz")[1]["problems"] == [])
-        assert service.fetch("/v1/score", {**ASKED, "model": "b"})[0] == 200
-
-
-@pytest.mark.nightly
-def test_a_waiting_variant_keeps_no_worker_from_listening(
-    served: Served, folders: tuple[Path, Path], tmp_path: Path
+def test_what_a_model_waits_for(
+    served: Served, served_tasks: Served, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """Neither when the service starts, nor when a worker is replaced."""
-    model, store = folders
-    retrained(served.model).save_pretrained(model)
-    models = {"a": (served.model_dir, served.store), "b": (model, store)}
-    path = models_file(tmp_path, models, split={"a": 0.5, "b": 0.5})
-    with running(f"models={path}", "workers=2", "reload_s=0.2") as service:
-        until(lambda: b'vista_model_open{model="a"} 2.0' in service.send("/metrics")[2])
-        killed = service.workers()[0]
-        os.kill(killed, signal.SIGKILL)
-        until(lambda: killed not in service.workers() and len(service.workers()) == 2)
-        until(lambda: b'vista_model_open{model="a"} 2.0' in service.send("/metrics")[2])
-        assert service.fetch("/v1/score", {**ASKED, "model": "a"})[0] == 200
-        assert service.fetch("/v1/score", {**ASKED, "model": "b"})[0] == 503
-        assert service.stop() == 0
-
-
-def test_workers_that_all_wait_listen(served: Served, folders: tuple[Path, Path]) -> None:
-    model, store = folders
-    other = retrained(served.model)
-    other.save_pretrained(model)
-    with running(f"model={model}", f"store={store}", "workers=2", "reload_s=0.2") as service:
-        assert service.fetch("/readyz")[1]["problems"] == [NO_SUMMARIES]
-        refresh(other, served.log, store)
-        until(lambda: b'vista_model_open{model="default"} 2.0' in service.send("/metrics")[2])
-        assert service.fetch("/v1/score", ASKED)[0] == 200 and service.stop() == 0
-
-
-def test_a_service_that_starts_before_longer_tails_are_published(served: Served, folders: tuple[Path, Path]) -> None:
-    """A new stage 2 with the summarizer of the store, which reads more events than the store's tails hold."""
-    model, store = folders
+    """Records with as many events as a new stage 2 reads, and the index of the model."""
+    (model, store), index = folders, str(tmp_path / "index")
     refresh(served.model.with_tail(3), served.log, store)
-    with running(f"model={model}", f"store={store}", "reload_s=0.2") as service:
-        status, ready = service.fetch("/readyz")
-        assert status == 503 and ready["problems"][0].startswith("the records of the store lack what this model reads")
-        refresh(served.model, served.log, store)
-        until(lambda: service.fetch("/readyz")[0] == 200)
-        answer = service.fetch("/v1/score", ASKED)[1]
-        np.testing.assert_allclose(answer["scores"], scores_after(served.model, store), atol=TOLERANCE)
-
-
-def test_an_index_of_another_model(served: Served, served_tasks: Served, tmp_path: Path) -> None:
-    index = tmp_path / "index"
-    run_index(IndexConfig(model=str(served_tasks.model_dir), out=str(index)))
-    words = [f"model={served.model_dir}", f"store={served.store}", f"index={index}", "reload_s=0.2"]
-    with running(*words) as service:
-        status, ready = service.fetch("/readyz")
-        assert status == 503 and ready["problems"][0].startswith("the index is not of this model yet")
-        assert "run `vista index model=…` for the model in service" in service.log
-        run_index(IndexConfig(model=str(served.model_dir), out=str(index)))
-        until(lambda: service.fetch("/readyz")[0] == 200)
-        assert service.fetch("/v1/retrieve", {"users": USERS, "now": NOW})[0] == 200
+    run_index(IndexConfig(model=str(served_tasks.model_dir), out=index))
+    for more, problem, mend in (
+        ({}, "the records of the store lack what this model reads", lambda: refresh(served.model, served.log, store)),
+        (
+            {"index": index},
+            "the index is not of this model yet",
+            lambda: run_index(IndexConfig(model=str(model), out=index)),
+        ),
+    ):
+        config = ServeConfig(model=str(model), store=str(store), reload_s=1e-6, **more)
+        models = ServedModels({ONE_MODEL: config}, None, None, ServiceMetrics())
+        try:
+            models.open_first()
+            assert (models.problem(ONE_MODEL) or "").startswith(problem)
+            mend()
+            models.open_waiting()
+            assert models.is_open(ONE_MODEL)
+        finally:
+            models.close()
 
 
 def test_what_happens_to_a_model_that_waits(

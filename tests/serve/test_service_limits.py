@@ -18,7 +18,7 @@ import pytest
 import uvicorn
 
 from tests.conftest import ITEMS, Served
-from tests.serve.running_service import TIMEOUT_S, RunningService, peak_bytes, resident_bytes, running, until
+from tests.serve.running_service import TIMEOUT_S, RunningService, running, until
 from vista.errors import ConfigError, RecordError, StoreError, StoreUnavailableError
 from vista.serve import http_protocol
 from vista.serve.http_protocol import BoundedHttpProtocol, answer_of
@@ -34,32 +34,21 @@ HEAVY = {"users": [100 + n % 16 for n in range(600)], "candidates": ITEMS * 8}
     ("path", "body", "status", "words"),
     [
         ("score", b"{", 400, "not valid"),
-        ("score", b'{"users": [103], "candidates": [0]}x', 400, "not valid"),
-        ("score", b"\xff\xfe", 400, "not valid"),
         ("score", b'{"request": {"a": ' + b"[" * 50_000, 422, "got `array`"),
-        ("score", {}, 422, "users"),
         ("score", {"users": 103, "candidates": [0]}, 422, "$.users"),
         ("score", {"users": ["bob"], "candidates": [0]}, 422, "bob"),
         ("score", {"users": [103], "candidates": ["a"]}, 422, "integer"),
-        ("score", {"users": [103], "candidates": [0, [10]]}, 422, "not both"),
         ("score", {"users": [103], "candidates": [[0], [10]]}, 422, "has 2 lists, but there are 1 users"),
         ("score", {"users": [2**70], "candidates": [0]}, 422, ""),
-        ("score", {"users": [103], "candidates": [2**70]}, 422, ""),
         ("score", {**GOOD, "userz": 1}, 422, "userz"),
-        ("score", {**GOOD, "now": 10**30}, 422, "now"),
         ("score", {**GOOD, "now": 1_700_000_000}, 422, "looks like seconds"),
         ("score", {**GOOD, "tail": [[{"item": 0, "time": 1, "action": "buy"}]]}, 422, "click"),
-        ("score", {**GOOD, "tail": [[{"item": 0, "time": 2**70, "action": "click"}]]}, 422, ""),
-        ("score", {**GOOD, "tail": []}, 422, "tail: has 0 lists"),
         ("score", {**GOOD, "request": {"device": "phone"}}, 422, "request"),
         ("rank", {"user": 103, "top_k": 0}, 422, "top_k"),
-        ("explain", {"user": 103, "items": [0], "task": "buy"}, 422, "task"),
-        ("explain", {"user": 103, "items": [0], "task": ""}, 422, "task: '' is not one of"),
         ("explain", {"user": 103, "items": [0] * 101}, 413, "at most 100"),
         ("score", {"users": [103] * 257, "candidates": [0]}, 413, "max_users"),
         ("score", {"users": [103] * 10, "candidates": [0] * 1001}, 413, "max_candidates"),
         ("score", {"users": [103], "candidates": [0] * 10_001}, 413, "max_candidates"),
-        ("rank", {"user": 103, "candidates": [0] * 10_001}, 413, "max_candidates"),
     ],
 )  # fmt: skip
 def test_bad_bodies(service: RunningService, path: str, body: Any, status: int, words: str) -> None:
@@ -178,16 +167,7 @@ def test_a_full_queue_refuses_before_the_body(strict: RunningService) -> None:
     assert status() == b"408"
 
 
-def test_odd_headers(service: RunningService) -> None:
-    for name, value in (
-        ("Vista-Timeout-Ms", "9" * 5000),
-        ("Vista-Timeout-Ms", "-1"),
-        ("Vista-Timeout-Ms", "\xb2"),
-        ("Content-Type", "\xff/\xff; charset"),
-        ("Authorization", "Bearer \xff"),
-        ("X-Forwarded-For", "9" * 10_000),
-    ):
-        assert service.fetch("/v1/score", GOOD, headers={name: value})[0] == 200
+def test_what_is_no_endpoint(service: RunningService) -> None:
     for path, method, status in (("/v1/nothing", "GET", 404), ("/v1/score", "GET", 405), ("/healthz", "POST", 405)):
         code, answer = service.fetch(path, method=method)
         assert code == status and "see /docs for the endpoints" in answer["error"]["message"]
@@ -198,10 +178,7 @@ def test_names_of_this_machine(service: RunningService, host: str) -> None:
     assert service.fetch("/v1/users/103", headers={"Host": host})[0] == 200
 
 
-@pytest.mark.parametrize(
-    "host",
-    ["example.com", "example.com:80", "localhost.example.com", "localhost@example.com", "", "[::1", "::1", "\xff"],
-)
+@pytest.mark.parametrize("host", ["example.com", "localhost.example.com", "localhost@example.com", "", "[::1", "\xff"])
 def test_names_of_other_machines(service: RunningService, host: str) -> None:
     """Such as that of a web page whose name resolves to 127.0.0.1."""
     for path in ("/v1/users/103", "/docs", "/healthz"):
@@ -226,36 +203,6 @@ def test_refusals_are_counted(service: RunningService) -> None:
         assert service.number(f'vista_requests_total{{endpoint="",model="",status="{status}"}}') >= 1
     assert service.send("/healthz", headers={"Connection": "Upgrade", "Upgrade": "websocket"})[0] == 200
     assert service.lines[num_lines:] == []
-
-
-def test_broken_connections(service: RunningService) -> None:
-    """Half-closed, closed before the answer, closed in the middle of the body, and not HTTP at all."""
-    body = json.dumps(GOOD).encode()
-    complete = b"POST /v1/score HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-    for sent in (complete, complete[:-5], complete * 3, b"\x16\x03\x01 not HTTP\r\n\r\n", b"\0" * 1000):
-        with service.connect() as connection:
-            connection.sendall(sent)
-            connection.shutdown(socket.SHUT_WR)
-            while connection.recv(1 << 16):
-                pass
-        with service.connect() as connection:
-            connection.sendall(sent)
-    assert service.fetch("/v1/score", GOOD)[0] == 200
-    until(lambda: service.number("vista_queue_depth") == 0)
-    assert "a request failed" not in service.log
-
-
-def test_endless_headers_are_refused(service: RunningService) -> None:
-    with service.connect() as connection:
-        connection.sendall(b"GET /healthz HTTP/1.1\r\n")
-        sent = 0
-        try:
-            while sent < 1 << 24:
-                connection.sendall(b"X-Filler: " + b"a" * 4000 + b"\r\n")
-                sent += 4000
-        except ConnectionError:
-            pass
-        assert sent < 1 << 24
 
 
 @pytest.mark.parametrize(
@@ -478,12 +425,11 @@ def test_trailers_are_ignored(patient: BoundedServer) -> None:
     assert b"vista-timeout-ms" not in dict(patient.application.headers)
 
 
-@pytest.mark.parametrize("path", [b"/read", b"/"])
 @pytest.mark.parametrize("trailers", [b"A: b\r\n" * 1000, b"A: " + b"b" * 8000], ids=["many", "long"])
-def test_endless_trailers(path: bytes, trailers: bytes) -> None:
+def test_endless_trailers(trailers: bytes) -> None:
     """Many, or a long one, of a request that waits for the end of its body, or that has its answer."""
     with closing(BoundedServer(100, TIMEOUT_S)) as served, served.connect() as connection:
-        connection.sendall(b"POST %s HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nxx\r\n0\r\n" % path)
+        connection.sendall(b"POST /read HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nxx\r\n0\r\n")
         with pytest.raises(ConnectionError):
             for _ in range(2000):
                 connection.sendall(trailers)
@@ -517,14 +463,13 @@ def test_requests_wait_while_the_service_computes(short: BoundedServer) -> None:
         assert all_of(connection).count(b"HTTP/1.1 200") == 3
 
 
-@pytest.mark.parametrize("number", [1, 3])
-def test_half_closed_connections_get_their_answers(patient: BoundedServer, number: int) -> None:
+def test_half_closed_connections_get_their_answers(patient: BoundedServer) -> None:
     with patient.connect() as connection:
-        connection.sendall(b"GET /slow HTTP/1.1\r\n\r\n" * number)
+        connection.sendall(b"GET /slow HTTP/1.1\r\n\r\n" * 3)
         connection.shutdown(socket.SHUT_WR)
         threading.Event().wait(0.1)
         patient.application.free.set()
-        assert all_of(connection).count(b"HTTP/1.1 200") == number
+        assert all_of(connection).count(b"HTTP/1.1 200") == 3
     until(lambda: patient.num_open == 0)
 
 
@@ -574,62 +519,27 @@ def test_a_client_that_leaves_its_requests(patient: BoundedServer, caplog: pytes
     assert patient.application.num_calls == 1 and not caplog.records
 
 
-@pytest.mark.parametrize("num_answered", [0, 1])
-def test_too_many_headers(patient: BoundedServer, num_answered: int) -> None:
-    with patient.connect() as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\n\r\n" * num_answered)
-        assert _num_answers(connection, num_answered) == num_answered
-        connection.sendall(b"GET / HTTP/1.1\r\n" + b"a:\r\n" * 129 + b"\r\n")
-        assert all_of(connection).startswith(b"HTTP/1.1 431")
-    assert patient.refused == [431] and patient.application.num_calls == num_answered
-
-
-@pytest.mark.parametrize("num_waiting", [0, 1])
 @pytest.mark.parametrize(
     ("sent", "status"), [(b"GET / HTTP/1.1\r\n" + b"a:\r\n" * 130, 431), (b"\x16\x03\x01\r\n\r\n", 400)]
 )
-def test_no_refusal_overtakes_an_answer(patient: BoundedServer, num_waiting: int, sent: bytes, status: int) -> None:
+def test_no_refusal_overtakes_an_answer(patient: BoundedServer, sent: bytes, status: int) -> None:
     """The client would take it for the answer to the request that is still computed."""
     with patient.connect() as connection:
         connection.sendall(b"GET /slow HTTP/1.1\r\n\r\n")
         until(lambda: patient.application.num_calls == 1)
-        connection.sendall(b"GET / HTTP/1.1\r\n\r\n" * num_waiting + sent)
+        connection.sendall(b"GET / HTTP/1.1\r\n\r\n" + sent)
         answer = all_of(connection)
     patient.application.free.set()
     assert not answer
     assert patient.refused == [status]
 
 
-@pytest.mark.parametrize("head", [b"GET /v1/model", b"POST /v1/score"])
-def test_memory_of_pipelined_requests(pipelined: RunningService, head: bytes) -> None:
-    """60 MB of requests, aligned to the server's reads, without a token and from a client that takes no answer."""
-    body = b"" if head.startswith(b"GET") else b" " * 2048
-    request = b"%s HTTP/1.1\r\nContent-Length: %d\r\nA: " % (head, len(body))
-    request += b"a" * (-(len(request) + 4 + len(body)) % 64) + b"\r\n\r\n" + body
-    start = resident_bytes(pipelined)
-    with pipelined.connect() as connection, contextlib.suppress(OSError):
-        connection.settimeout(5)
-        for _ in range(60):
-            connection.sendall(request * ((1 << 20) // len(request)))
-    assert peak_bytes(pipelined) < start + 30e6
-    until(lambda: resident_bytes(pipelined) < start + 15e6)
-    assert "Traceback" not in pipelined.log
-
-
-@pytest.fixture(scope="module")
-def pipelined(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningService]:
-    """A service with a token."""
-    token = tmp_path_factory.mktemp("token") / "token"
-    token.write_text("a-token-of-some-length")
-    with running(f"model={served.model_dir}", f"store={served.store}", f"token_file={token}") as opened:
-        yield opened
-
-
-@pytest.mark.parametrize("length", [b"Content-Length: 18", b"Transfer-Encoding: chunked"])
-def test_a_body_is_not_taken_for_a_request(patient: BoundedServer, length: bytes) -> None:
+def test_a_body_is_not_taken_for_a_request(patient: BoundedServer) -> None:
     """The client asks for HTTP/2, as Java's does by default. Its body arrives after its head."""
     with patient.connect() as connection:
-        connection.sendall(b"POST /read HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n" + length + b"\r\n\r\n")
+        connection.sendall(
+            b"POST /read HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
         head, _, body = all_of(connection).partition(b"\r\n\r\n")
         with contextlib.suppress(ConnectionError):
             connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
