@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import logging
 import os
 import pty
 import re
@@ -19,7 +18,6 @@ import pytest
 from tests.conftest import Served, small_config
 from vista import progress_bar
 from vista.cli.main import main
-from vista.config.composition import to_yaml
 from vista.log.event_log import EventLog
 from vista.training.run_plan import RunClock
 from vista.training.trainer import train
@@ -123,16 +121,6 @@ def test_an_import_counts_users(served: Served, tmp_path: Path, said: Said) -> N
     said("store", "export", f"store={served.store}", f"out={tmp_path / 'a.parquet'}")
     err = said("store", "import", f"store={tmp_path / 'new'}", f"file={tmp_path / 'a.parquet'}")
     assert re.search(rf"^import: {OF}", err, re.M), err
-
-
-def test_a_sweep_counts_trials(
-    event_log: EventLog, tmp_path: Path, said: Said, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    (tmp_path / "train.yaml").write_text(to_yaml(small_config(event_log, tmp_path / "unused", optim__epochs=1)))
-    said("sweep", f"folder={tmp_path / 'sweep'}", f"train_file={tmp_path / 'train.yaml'}", "seed=1,2")
-    assert "trial 1 of 2: seed=1" in caplog.text
-    assert re.search(r"trial 2 of 2, about \d\d:\d\d left: seed=2", caplog.text)
 
 
 def test_training_says_what_is_left_of_the_run(

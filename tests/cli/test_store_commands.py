@@ -63,16 +63,6 @@ def test_all_commands_in_turn(store: Path, served: Served, tmp_path: Path, capsy
         np.testing.assert_array_equal(first.get_many(users).summary, last.get_many(users).summary)
 
 
-def test_a_rollback_repairs_a_damaged_current(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (store / "CURRENT").write_bytes(b"damaged")
-    for words in (["verify"], ["rollback"], ["export", f"out={tmp_path / 'out.parquet'}"]):
-        remedy = f"publish one of them with `vista store rollback store={store} to=N`"
-        assert cli.main(["store", words[0], f"store={store}", *words[1:]]) == 1
-        assert remedy in capsys.readouterr().err
-    assert "generation 1 of" in said(capsys, "rollback", f"store={store}", "to=1")
-    assert "no problem found" in said(capsys, "verify", f"store={store}")
-
-
 def test_a_record_is_printed(store: Path, served: Served, capsys: pytest.CaptureFixture[str]):
     user = served.log.users.ids(np.array([3]))[0]
     history = served.log.gather(np.array([3]), np.array([served.log.slice(3).num_events]))
