@@ -14,19 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Served, sign_model, small_config
+from tests.conftest import Served, small_config
 from tests.required_program import require_chromium
 from vista import progress_bar
 from vista.cli.main import main
 from vista.config import EvaluateConfig, OptimConfig, ReportConfig
 from vista.config.checks import Architecture, Split, Target
-from vista.errors import CheckpointError, ConfigError, StoreError, SummarizerMismatchError
+from vista.errors import ConfigError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
 from vista.log.event_log import EventLog
 from vista.report import report_data
 from vista.report.report import WrittenReport, write_report
 from vista.report.report_data import Latency
-from vista.runs.run_list import MAX_METRICS_BYTES
 from vista.scorer import Scorer
 from vista.training.trainer import train, train_model
 
@@ -294,37 +293,15 @@ def test_a_line_that_a_killed_run_has_cut_off(served: Served, tmp_path: Path) ->
     assert "The run is stopped (its process was killed): 1 of 2 epochs are done" in page
 
 
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        pytest.param(None, "metrics.jsonl is missing", marks=pytest.mark.nightly),
-        ("{", "line 1 of metrics.jsonl cannot be read"),
-        pytest.param(
-            MAX_METRICS_BYTES + 1, r"metrics.jsonl cannot be read \(holds \d+ bytes", marks=pytest.mark.nightly
-        ),
-    ],
-)
-def test_metrics_that_cannot_be_read(served: Served, tmp_path: Path, content: str | int | None, problem: str) -> None:
+def test_metrics_that_cannot_be_read(served: Served, tmp_path: Path) -> None:
     run = run_copy(served, tmp_path)
-    (run / "metrics.jsonl").unlink()
-    if isinstance(content, str):
-        (run / "metrics.jsonl").write_text(content)
-    elif content is not None:
-        with (run / "metrics.jsonl").open("wb") as file:
-            file.truncate(content)  # a sparse file
+    (run / "metrics.jsonl").write_text("{")
     config = ReportConfig(run=str(run), store=str(served.test_store), baselines=False, num_threads=1)
     page = write_report(config, latency=LATENCY).path.read_text()
-    assert re.search(r"half written \((line 1 of )?metrics\.jsonl ", page)
+    assert "half written (line 1 of metrics.jsonl " in page
     assert ", and how many epochs are done is unknown. All figures" in page
     assert "epochs are done." not in page
-    assert re.search(rf"training curves, because {problem}", page), page
-
-
-def test_a_model_of_another_version(served: Served, tmp_path: Path) -> None:
-    run = run_copy(served, tmp_path)
-    sign_model(run / "best", lambda fields: fields.update(format_version=99))
-    with pytest.raises(CheckpointError, match=r"best: format 99, but this version of vista reads"):
-        write_report(ReportConfig(run=str(run)))
+    assert "training curves, because line 1 of metrics.jsonl cannot be read" in page
 
 
 def test_settings_of_another_version(served: Served, tmp_path: Path) -> None:
@@ -339,12 +316,6 @@ def test_a_store_of_another_model(served: Served, served_tasks: Served, tmp_path
     with pytest.raises(SummarizerMismatchError):
         write_report(config)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_store_that_is_not_there(served: Served, tmp_path: Path) -> None:
-    config = ReportConfig(run=served.config.run_dir, store=str(tmp_path / "none"), out=str(tmp_path / "r.html"))
-    with pytest.raises(StoreError, match="none"):
-        write_report(config)
 
 
 def test_a_folder_that_is_not_a_run(served: Served, tmp_path: Path) -> None:
@@ -375,17 +346,6 @@ def test_a_run_that_is_named_twice() -> None:
 
 
 @pytest.mark.nightly
-def test_the_command(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [f"run={served.config.run_dir}", f"store={served.test_store}", f"out={tmp_path / 'r.html'}"]
-    assert main(["report", *words, "--quiet", "num_threads=1"]) == 0
-    out, err = capsys.readouterr()
-    assert not re.search(r"\d+%|latency", err)
-    assert f"{tmp_path / 'r.html'}: " in out and "Better than simple baselines? ndcg@10 of the next item 0." in out
-    assert main(["report", f"run={tmp_path}"]) == 2
-    assert "is not a run folder" in capsys.readouterr().err
-
-
-@pytest.mark.nightly
 def test_progress_is_shown(
     served_tasks: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -394,7 +354,8 @@ def test_progress_is_shown(
         monkeypatch.setattr(progress_bar, name, 0.0)
     words = [f"run={served_tasks.config.run_dir}", f"store={served_tasks.test_store}", f"out={tmp_path / 'r.html'}"]
     assert main(["report", *words, "num_threads=1"]) == 0
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert f"{tmp_path / 'r.html'}: " in out and "Better than simple baselines? AUC of click 0." in out
     for part in PROGRESS:
         assert re.search(rf"^{part}: \d+ of \d+ \w+ \(\d+%\), .+/\w+, \S+ left", err, re.M), (part, err)
     assert re.search(r"^latency: \d round, ", err, re.M)

@@ -294,14 +294,7 @@ def test_nan_leaves_a_gap() -> None:
     assert line.count("M") == 2 and line.count("L") == 1
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        [0.0],
-        [2.0, 2.0],
-        [-1.0, 1e9],
-    ],
-)
+@pytest.mark.parametrize("values", [[0.0], [2.0, 2.0], [-1.0, 1e9]])
 def test_any_range_of_values(values: list[float]) -> None:
     chart = line_chart([Series("a", range(len(values)), values)], x_label="x", y_label="y")
     assert len(circles(chart)) == len(values) and "nan" not in chart
