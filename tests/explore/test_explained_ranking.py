@@ -26,7 +26,7 @@ from vista.explore.workspace import Workspace, open_page_scorer, record_of
 from vista.log.event_log import EventLog
 from vista.log.histories import NO_TIMESTAMP
 from vista.refresh import refresh
-from vista.scorer import Ranking, Scorer
+from vista.scorer import Ranking
 
 USER = 104
 
@@ -161,23 +161,6 @@ def test_two_stores_of_one_model(workspace: Workspace, served: Served) -> None:
         assert common_task(a, b) == "next"
 
 
-def test_two_stores_are_asked_at_the_same_time(
-    workspace: Workspace, served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-    rank = Scorer.rank
-    monkeypatch.setattr(
-        Scorer, "rank", lambda *words, now, **named: asked.append(now) or rank(*words, now=now, **named)
-    )
-    a = workspace.scorer
-    assert a is not None
-    with open_page_scorer(str(served.model_dir), str(served.test_store), None) as b:
-        assert request_time(USER, b) != request_time(USER, a), "the store before the test labels lacks the newest event"
-        compare_rankings(workspace, b, a, USER, top_k=5)
-        compare_users(b, a, [USER], top_k=5)
-    assert asked == [request_time(USER, a)] * 4
-
-
 def test_an_earlier_generation_can_be_compared(served: Served, tmp_path: Any) -> None:
     for until in ("leave-last-2-out", "all"):
         refresh(served.model, served.log, tmp_path / "store", until=until)
@@ -186,11 +169,3 @@ def test_an_earlier_generation_can_be_compared(served: Served, tmp_path: Any) ->
         with open_page_scorer(str(served.model_dir), str(tmp_path / "store"), None, generation=1) as b:
             counts = [int(scorer.store.get_many([USER]).event_count[0]) for scorer in (a, b)]
     assert counts == [40, 38]
-
-
-def test_items_that_were_all_beyond_the_listed_ranks_are_new(workspace: Workspace) -> None:
-    changed = changes(workspace, ranking_of(10, 20), ranking_of(30, 40), 2)
-    assert changed.num_changed == 2 and all(row["change"] is None for row in changed.rows)
-    assert changed.summary(2) == (
-        "**2 of the best 2** items are new. Item 30 is first now and was beyond rank 1,000 before."
-    )

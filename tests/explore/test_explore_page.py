@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.conftest import Served, serve, sign_model, small_config, small_frame
+from tests.conftest import Served, draw_counter_weights, serve, sign_model, small_config, small_frame, untrained
 from vista.config import ExploreConfig, SourceColumns
 from vista.log.event_log import EventLog
-from vista.log.splits import split_until
 from vista.refresh import refresh
-from vista.store.writer import erase
-from vista.training.trainer import train
 
 PAGE = Path(__file__).parents[2] / "vista" / "explore" / "page.py"
 TABS = ("User", "Ranking", "What if", "Compare", "Store", "Training", "Results")
@@ -123,56 +119,12 @@ def test_outside_of_the_repository_there_are_no_tables(
     assert "Does the summary help?" in said and "Tables" not in said and "no result files" not in said
 
 
-@pytest.mark.nightly
-def test_a_new_model_at_the_same_path_is_measured_again(
-    draw: Draw, served_tasks: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("vista.explore.page_cache.FOLLOW_S", 0.1)
-    shutil.copytree(served_tasks.model_dir, tmp_path / "best")
-    shutil.copytree(served_tasks.test_store, tmp_path / "store")
-    places = of(served_tasks, model=tmp_path / "best", store=tmp_path / "store")
-
-    def measured() -> tuple[str, list[list[float]]]:
-        page = draw("Results", **places)
-        next(button for button in page.button if button.label == "Measure").click().run(timeout=200)
-        return texts(page), page.dataframe[0].value[["without", "with"]].values.tolist()
-
-    _, old = measured()
-    assert measured()[1] == old
-    changed = dataclasses.replace(served_tasks.config, seed=served_tasks.config.seed + 1, run_dir=str(tmp_path / "run"))
-    model = train(changed, served_tasks.log)
-    shutil.rmtree(tmp_path / "best")
-    shutil.copytree(tmp_path / "run" / "best", tmp_path / "best")
-    refresh(model, served_tasks.log, tmp_path / "store", until=split_until(changed.data, "test"))
-    for _ in range(100):
-        said, new = measured()
-        if "generation 2 is served" in said:
-            break
-        time.sleep(0.1)
-    assert "generation 2 is served" in said and new != old
-
-
-@pytest.mark.nightly
-def test_two_models_and_two_generations_are_compared(draw: Draw, served: Served, tmp_path: Path) -> None:
-    changed = dataclasses.replace(served.config, seed=served.config.seed + 1, run_dir=str(tmp_path / "other"))
-    refresh(train(changed, served.log), served.log, tmp_path / "other-store")
-    shutil.copytree(served.store, tmp_path / "store")
-    refresh(served.model, served.log, tmp_path / "store")
-    other = {"other_model": tmp_path / "other" / "best", "other_store": tmp_path / "other-store"}
-    page = draw("Compare", **of(served, store=tmp_path / "store", **other))
-    choice = page.selectbox(key="other")
-    named = f"model {other['other_model']}, store {other['other_store']}"
-    assert choice.options == [named, "generation 1 of the same store"] and choice.value == named
-    said = texts(page)
-    assert "of 10** best items" in said and "**10 of 10**" not in said and not page.error
-    choice.set_value("generation 1 of the same store").run(timeout=200)
-    assert "**10 of 10** best items" in texts(page) and not page.error and not page.exception
-
-
 def test_counters_are_drawn(draw: Draw, served: Served, tmp_path: Path) -> None:
-    config = small_config(served.log, tmp_path / "run", model__counter_keys=["item"], optim__epochs=1)
-    refresh(train(config, served.log), served.log, tmp_path / "store")
-    places = of(served, model=tmp_path / "run" / "best", store=tmp_path / "store")
+    model = untrained(served.log, model__counter_keys=["item"])
+    draw_counter_weights(model)
+    model.save_pretrained(tmp_path / "model")
+    refresh(model, served.log, tmp_path / "store")
+    places = of(served, model=tmp_path / "model", store=tmp_path / "store")
     page = draw("User", **places)
     assert "#### Counters" in texts(page) and "This model has no counters" not in texts(page) and not page.error
     tables = [table.value for table in page.dataframe if "count" in table.value]
@@ -199,16 +151,6 @@ def test_users_are_found_by_the_beginning_of_their_id(draw: Draw, served: Served
     assert "User 101" in texts(page)
     page.text_input(key="search").set_value("nobody").run()
     assert "No user's id begins with" in texts(page) and "User 101" in texts(page)
-
-
-@pytest.mark.nightly
-def test_scorers_are_closed_beyond_a_limit(draw: Draw, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vista.explore.page_cache import SCORERS
-
-    monkeypatch.setattr(SCORERS, "_limit", 1)
-    for _ in range(2):
-        page = draw("Compare", **of(served, other_store=served.test_store))
-        assert "of 10** best items" in texts(page) and not page.error and len(SCORERS) == 1
 
 
 def test_names_and_ids_are_shown_as_they_are(draw: Draw, tmp_path: Path) -> None:
@@ -266,33 +208,11 @@ def test_a_run_folder_that_is_half_written(testing: Any, draw: Draw, served: Ser
     assert half.dataframe[0].value[["state", "steps"]].values.tolist() == [["half written", 1]]
 
 
-@pytest.mark.nightly
-def test_a_user_without_a_record(draw: Draw, served: Served, tmp_path: Path) -> None:
-    shutil.copytree(served.store, tmp_path / "store")
-    erase(tmp_path / "store", [104])
-    places = of(served, store=tmp_path / "store")
-    assert "User 104 has 40 events in the log, but no record" in texts(draw("User", **places))
-    assert "ranking of an empty history" in texts(draw("Ranking", **places))
-    assert "no record in store A" in texts(draw("Compare", **places, other_store=served.test_store))
-
-
 def test_a_model_of_another_version(draw: Draw, served: Served, tmp_path: Path) -> None:
     shutil.copytree(served.model_dir, tmp_path / "best")
     sign_model(tmp_path / "best", lambda fields: fields.update(format_version=99))
     page = draw("User", **of(served, model=tmp_path / "best"))
     assert "99" in plain(page.error[0].value) and "version" in plain(page.error[0].value)
-
-
-def test_a_model_of_another_summarizer(draw: Draw, served: Served, served_tasks: Served) -> None:
-    page = draw("User", **of(served, store=served_tasks.store))
-    assert "was written by summarizer" in plain(page.error[0].value)
-
-
-def test_users_of_another_kind(draw: Draw, served: Served, order_log: EventLog) -> None:
-    page = draw("Ranking", user="u104", **of(served, data=order_log.path))
-    assert "user 'u104': the user ids of the store are of type int" in plain(
-        page.error[0].value
-    ) and "User u104" in texts(page)
 
 
 def test_an_exact_id_of_another_kind(draw: Draw, served: Served, order_log: EventLog) -> None:
