@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-import torch
 
 from scripts.benchmarks.benchmark import BenchmarkRecorder, interleaved, recording
 from vista.config import DataConfig, ModelConfig, OptimConfig, PrepareConfig, SimulateConfig, SourceConfig, TrainConfig
@@ -91,7 +90,7 @@ def request_of_one(snapshot: ServingSnapshot, num_candidates: int) -> TrialReque
         rows,
         {name: column.reshape(rows.shape) for name, column in codes.items()},
     )
-    return TrialRequests(arrays, request.with_features(model, {}, num_candidates), torch.from_numpy(rows))
+    return TrialRequests(arrays, request.with_features(snapshot.served, {}, num_candidates), rows)
 
 
 def on_one_thread(folder: Path, outputs: list[str]) -> ExportRunner:

@@ -91,7 +91,7 @@ class TrainingSteps:
         """Build the next batch and train on it."""
         source, began = self.trainer.source, time.process_time()
         batch = source.batch(*divmod(len(self.seconds), source.num_batches(0)))
-        self.trainer._step(batch, 0.1)
+        self.trainer._step(batch)
         self.seconds.append(time.process_time() - began)
         return batch
 

@@ -29,6 +29,7 @@ from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossE
 from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
+from vista.training import trainer
 from vista.training.checkpoint import STATE_FILE, latest_checkpoint, load_checkpoint
 from vista.training.trainer import Trainer, train
 from vista.training.validation import Validation

@@ -23,6 +23,7 @@ from vista.log.histories import DAY_MS, YEAR_1971_MS, Histories
 from vista.model import inference
 from vista.model.features import HashedVocabulary, RowFeatureReader
 from vista.model.inference import pooled_rows, pooled_sums
+from vista.model.serving_model import ServingModel
 from vista.model.vista_model import VistaModel
 from vista.refresh.full import new_manifest
 from vista.scorer.request import Request, with_fresh_events
@@ -88,7 +89,7 @@ def _batch(snapshot: ServingSnapshot, users: list[Any], num_candidates: int, rng
     if tail is not None:
         merged, is_new, _ = with_fresh_events(model, stored, tail, refuse=True)
     rows = _candidates(model, merged, num_users, num_candidates, rng)
-    request, codes = _with_features(request, model, num_candidates, rng)
+    request, codes = _with_features(request, snapshot.served, num_candidates, rng)
     arrays = request_arrays(model, stored, merged, is_new, now, rows, codes)
     return TrialRequests(arrays, request, rows)
 
@@ -119,7 +120,7 @@ def _new_events(model: VistaModel, stored: StoredBatch, now: Int | None, rng: np
 
 
 def _with_features(
-    request: Request, model: VistaModel, count: int, rng: np.random.Generator
+    request: Request, model: ServingModel, count: int, rng: np.random.Generator
 ) -> tuple[Request, dict[str, NDArray[Any]]]:
     """The request with features that differ between candidates, and their codes [B, C] by name."""
     reader, shape = model.request_features, (len(request), count)

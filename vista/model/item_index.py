@@ -324,7 +324,7 @@ class ItemIndex:
         found: Int = rows[rows >= 0] + (UNKNOWN_ITEM + 1)
         return found
 
-    def recall(self, table: Tensor, queries: Float32s, count: int) -> float:
+    def recall(self, table: Tensor | Float32s, queries: Float32s, count: int) -> float:
         """Share of the exact nearest `count` items of queries [Q, M'] that the index finds; 1 if it is exact."""
         shares = []
         exact = ItemIndex(self.manifest, self.check, None)

@@ -322,7 +322,7 @@ def scoring_plan(model: ServingModel, actions: Floats | None, gaps: Floats | Non
         candidate_head = _network(weights, "candidate_head.network.")
         if pooled:  # the last inputs, after the codes
             assert statistics is not None
-            factors = np.float32(input_scale(statistics.shape[1], tasks))
+            factors = np.asarray(input_scale(statistics.shape[1], tasks), np.float32)
             candidate_head.first[:, -len(factors) :] *= factors
     kind = _copied(weights[f"{stage}summary_kind"])
     if kind.shape != (config.num_seeds, config.dim):
@@ -374,7 +374,8 @@ def code_vectors(added: Floats, columns: int) -> Floats:
     linear, square, counted = np.split(added.T, [columns, 2 * columns])
     vectors = linear[:, None] * level + square[:, None] * level**2
     vectors[:: columns // len(counted), 1:] += counted[:, None]  # The first code of a field tells that it counts.
-    return vectors.reshape(-1, len(added))
+    rows: Floats = vectors.reshape(-1, len(added))
+    return rows
 
 
 def _layer_weights(weights: Mapping[str, Any], name: str, *, is_softmax: bool) -> dict[str, Floats]:

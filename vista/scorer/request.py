@@ -228,7 +228,8 @@ def request_pooled(
     """
     if not (width := model.config.space_dim):
         return None
-    space, sums = model.weights["item_space"], stored.summary[:, -1, :width] * stored.event_count[:, None]
+    space: Float32s = model.weights["item_space"]
+    sums = stored.summary[:, -1, :width].astype(np.float64) * stored.event_count[:, None]
     if is_fresh.any():
         owner = np.repeat(np.arange(len(sums)), np.diff(tail.offsets))
         np.add.at(sums, owner[is_fresh], space[tail.items[is_fresh]])

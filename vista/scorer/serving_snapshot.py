@@ -282,7 +282,8 @@ class ServingSnapshot:
     def catalog_scores(self, request: Request) -> NDArray[np.float32]:
         """Scores of `next` of all items, float32 [B, V]; ValueError without the retrieval head."""
         items = self.retrieval_vectors()[UNKNOWN_ITEM + 1 :]
-        scores: Float32s = (self.user_vectors(request) / np.float32(self.served.temperature)) @ items.T
+        scaled: Float32s = (self.user_vectors(request) / np.float32(self.served.temperature)).astype(np.float32)
+        scores: Float32s = scaled @ items.T
         rows, of_rows, offsets = self.counted_items(request)
         scores[np.repeat(np.arange(len(request)), np.diff(offsets)), rows - UNKNOWN_ITEM - 1] = of_rows
         return scores
