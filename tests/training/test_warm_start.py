@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,10 @@ from tests.training.worlds import (
     features,
     kept_ids,
     more_events,
-    saved_moments,
     warm_config,
 )
 from vista.config.checks import Architecture, Codec, InitFreeze, Split
-from vista.errors import CheckpointError, ConfigError, LeakageError
+from vista.errors import ConfigError, LeakageError
 from vista.log.event_log import EventLog
 from vista.log.features import selected
 from vista.model.registry import with_items
@@ -39,8 +36,6 @@ from vista.refresh import RefreshOptions, refresh
 from vista.runs.tracking import MetricsWriter
 from vista.scorer import Scorer
 from vista.store import StoreReader
-from vista.training import warm_start
-from vista.training.checkpoint import load_checkpoint
 from vista.training.trainer import Trainer, train
 from vista.training.validation import Validation
 from vista.training.warm_start import start_from_space
@@ -77,77 +72,12 @@ def test_items_keep_their_vectors_in_a_log_of_another_order(
     assert (model.item_rows(NEW_ITEMS) > len(ids)).all()
 
 
-def test_actions_and_moments_are_matched_by_name(reordered_log: EventLog, earlier: Run, tmp_path: Path) -> None:
+def test_actions_are_matched_by_name(reordered_log: EventLog, earlier: Run, tmp_path: Path) -> None:
     config, base = earlier
-    warm, made = begun(warm_config(config, reordered_log, tmp_path), reordered_log)
-    warm.start_optimizers(made.optimizers)
-    model, moments, ids = made.model, saved_moments(config), kept_ids(base)
+    model = begun(warm_config(config, reordered_log, tmp_path), reordered_log)[1].model
     assert base.schema.actions == ["click", "like"] and model.schema.actions == ["like", "buy", "click"]
     assert isinstance(model.encoder.action, torch.nn.Embedding) and isinstance(base.encoder.action, torch.nn.Embedding)
     assert torch.equal(model.encoder.action.weight[[2, 0]], base.encoder.action.weight)
-    state = made.optimizers.dense.state[model.encoder.action.weight]
-    assert torch.equal(state["exp_avg"][[2, 0]], moments["encoder.action.weight"]["exp_avg"])
-    assert state["exp_avg"].any() and not state["exp_avg"][1].any()
-    state, rows = made.optimizers.table.state[model.item_table], model.item_rows(ids)
-    for key in ("exp_avg", "exp_avg_sq"):
-        assert torch.equal(state[key][rows], moments["item_table"][key][base.item_rows(ids)])
-        assert not state[key][model.item_rows(NEW_ITEMS)].any()
-    assert state["step"] == moments["item_table"]["step"] > 0
-    assert model.features is not None
-    values = made.optimizers.table.state[model.features.values]["exp_avg"]
-    brands = base.schema.item_features[0].num_rows
-    assert torch.equal(values[:brands], moments["features.values"]["exp_avg"][:brands])
-    assert not values[brands].any() and not values[-3:].any()
-
-
-def test_damaged_moments_are_named(
-    feature_log: EventLog, earlier: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As whoever rewrites a checkpoint with its digests may leave them."""
-    config, _ = earlier
-    cases: list[tuple[Callable[[torch.Tensor], torch.Tensor], str]] = [
-        (lambda old: old.fill_(torch.nan), "not finite"),
-        (lambda old: torch.zeros(old.shape[0], old.shape[1] + 1), "other shapes"),
-        (lambda old: old.sum(), "other shapes"),
-    ]
-
-    def damaged(damage: Callable[[torch.Tensor], torch.Tensor], path: Path) -> Any:
-        tensors, body = load_checkpoint(path)
-        names = [name for name in tensors if name.startswith("state.optimizer") and name.endswith("exp_avg_sq")]
-        name = next(name for name in names if tensors[name].dim() == 2)
-        return tensors | {name: damage(tensors[name].clone())}, body
-
-    warm, made = begun(warm_config(config, feature_log, tmp_path), feature_log)
-    for damage, problem in cases:
-        monkeypatch.setattr(warm_start, "load_checkpoint", partial(damaged, damage))
-        with pytest.raises(CheckpointError, match=rf"step-\d+/state.json: is not the state .*{problem}"):
-            warm.start_optimizers(made.optimizers)
-
-
-def test_without_a_checkpoint_the_optimizers_start_empty(
-    feature_log: EventLog, earlier: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config, _ = earlier
-    copied = shutil.copytree(Path(config.run_dir) / "best", tmp_path / "best")
-    warm, made = begun(warm_config(config, feature_log, tmp_path / "run", init_from=str(copied)), feature_log)
-    with caplog.at_level("INFO", logger="vista"):
-        warm.start_optimizers(made.optimizers)
-    assert not made.optimizers.dense.state and "start without moments" in caplog.text
-
-
-def test_moments_of_other_weights_are_left_out(
-    grown_log: EventLog, earlier: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As of a run whose best epoch is 0: its last checkpoint has the moments of the epochs after it."""
-    shutil.copytree(earlier[0].run_dir, tmp_path / "base")
-    config = replace(earlier[0], run_dir=str(tmp_path / "base"))
-    with earlier[1].wide_alone():
-        earlier[1].save_pretrained(tmp_path / "base" / "best")
-    warm, made = begun(warm_config(config, grown_log, tmp_path / "run"), grown_log)
-    with caplog.at_level("INFO", logger="vista"):
-        warm.start_optimizers(made.optimizers)
-    assert not made.optimizers.dense.state and not made.optimizers.table.state
-    assert "start without moments" in caplog.text
 
 
 def test_items_that_the_logs_table_lacks_keep_their_features(

@@ -17,8 +17,6 @@ from vista.log.event_log import EventLog
 from vista.log.vocabulary import Vocabulary
 from vista.model.ranking_model import RankingModel
 from vista.model.vista_model import VistaModel
-from vista.training.checkpoint import latest_checkpoint, load_checkpoint, unpack_state
-from vista.training.optimizers import Moments, moments_of
 from vista.training.trainer import Trainer
 from vista.training.warm_start import WarmStart
 
@@ -88,15 +86,6 @@ def begun(config: TrainConfig, log: EventLog) -> tuple[WarmStart, Trainer]:
     """A warm start before its first step."""
     warm = WarmStart.open(config, log)
     return warm, Trainer(warm.config, log, warm)
-
-
-def saved_moments(config: TrainConfig) -> Moments:
-    """Of the last checkpoint of a run."""
-    newest = latest_checkpoint(Path(config.run_dir) / "checkpoints")
-    assert newest is not None
-    tensors, body = load_checkpoint(newest)
-    state = unpack_state(body["run"], tensors)
-    return moments_of(state["optimizer"]) | moments_of(state["table_optimizer"])
 
 
 def kept_ids(base: VistaModel) -> Any:

@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -37,9 +36,6 @@ FACTOR = "rate_factor"
 
 CLIP_EPSILON = 1e-6
 """Added to the norm by which gradients are divided, as torch does."""
-
-Moments: TypeAlias = dict[str, dict[str, Any]]
-"""Optimizer state by parameter name: moving averages with the parameter's shape, and scalars."""
 
 
 class WeightAverage:
@@ -224,40 +220,6 @@ class Optimizers:
             self._sharded.step_by_row(self._row_scale)
         for table in self._tables:
             table.grad = None
-
-    def start_from(self, moments: Moments, fitted: Callable[[str, Tensor], Tensor]) -> int:
-        """Start from the moments of another run.
-
-        Args:
-            moments: by name; parameters that are not in here start without moments.
-            fitted: makes a parameter's moving average, as a run kept it, fit the parameter of this run.
-
-        Returns:
-            The number of parameters that have moments.
-        """
-        count = 0
-        for optimizer in (self.dense, self.table):
-            state = optimizer.state_dict()
-            for index, name in _names(state).items():
-                if name in moments:
-                    count += 1
-                    state["state"][index] = {
-                        key: fitted(name, value) if isinstance(value, Tensor) and value.dim() else value
-                        for key, value in moments[name].items()
-                    }
-            optimizer.load_state_dict(state)
-        return count
-
-
-def moments_of(state: Mapping[str, Any]) -> Moments:
-    """Those in an optimizer's `state_dict`."""
-    return {name: state["state"][index] for index, name in _names(state).items() if index in state["state"]}
-
-
-def _names(state: Mapping[str, Any]) -> dict[int, str]:
-    """The names of the parameters in an optimizer's `state_dict`, by index."""
-    pairs = (zip(group["params"], group["param_names"], strict=True) for group in state["param_groups"])
-    return {index: name for group in pairs for index, name in group}
 
 
 def _rows_from(gradient: Tensor, first: int) -> Tensor:

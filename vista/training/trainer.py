@@ -242,8 +242,6 @@ class Trainer:
             self.progress = restore_run(newest, config.run_dir, self.model, self.optimizers, self._identity, measured)
         if newest is None:
             start_model(self.model, self.log, self.source, config, self.precision, self._warm)
-            if self._warm is not None:
-                self._warm.start_optimizers(self.optimizers)
             if isinstance(self.model, VistaModel) and not self.model.target_attention.final_norm.weight.any():
                 # The earlier model was that of epoch 0.
                 torch.nn.init.ones_(self.model.target_attention.final_norm.weight)

@@ -37,10 +37,8 @@ from vista.model.ranking_model import UNKNOWN_ITEM, RankingModel
 from vista.model.registry import ARCHITECTURES, load_model
 from vista.model.saved_model import CONFIG_FILE
 from vista.model.vista_model import STAGE1_WEIGHTS
-from vista.training.checkpoint import check_moments, checked_state, load_checkpoint, newest_checkpoint, unpack_state
 from vista.training.downstream import COUNTER_KEYS, with_settings_of
 from vista.training.log_schema import encoded_features, features_of, frequent_items
-from vista.training.optimizers import Optimizers, moments_of
 
 # What a warm start refuses: another model, another kind of log, and labels that the earlier model was trained on.
 
@@ -159,8 +157,6 @@ class WarmStart:
         self._rows: dict[str, Tensor] = {self._items_in: rows, "item_space": rows}
         """By name of a weight: for each of its rows, int64, the earlier model's row, or -1. Other weights are taken
         as they are."""
-        self._shapes: dict[str, torch.Size] = {}
-        self._tasks_change = False
 
     @classmethod
     def open(cls, config: TrainConfig, log: EventLog) -> WarmStart:
@@ -207,12 +203,11 @@ class WarmStart:
         schema = self._joined_schema(schema, grown)
         made = ARCHITECTURES[config.model.architecture](config.model, schema, self._items, config.data)
         weights, earlier = made.state_dict(), base.state_dict()
-        self._tasks_change = base.schema.tasks != schema.tasks
+        tasks_change = base.schema.tasks != schema.tasks
         self._match(ACTION_WEIGHTS, base.schema.actions, schema.actions)
         self._match(TASK_WEIGHTS, base.schema.tasks, schema.tasks)
-        self._shapes = {name: weight.shape for name, weight in weights.items()}
         for name in weights.keys() & earlier.keys() - set(MEASURED_WEIGHTS):
-            if name.startswith(HEAD_WEIGHTS) and self._tasks_change:
+            if name.startswith(HEAD_WEIGHTS) and tasks_change:
                 continue
             weights[name] = self._fitted(name, earlier[name], weights[name].clone())
         made.load_state_dict(weights)
@@ -233,42 +228,6 @@ class WarmStart:
             "; stage 1 is frozen" if self.freezes else "",
         )
         return made
-
-    def start_optimizers(self, optimizers: Optimizers) -> None:
-        """Give optimizers the moments of the newest checkpoint of the model's run, if it has the model's weights.
-
-        The model is that of the best validation, such as epoch 0, and the run may have gone on from there.
-
-        Raises:
-            CheckpointError: if the checkpoint is damaged, or does not belong to the model.
-        """
-        folder = self._folder.resolve()
-        newest = newest_checkpoint(folder.parent / "checkpoints") if folder.name == "best" else None
-        if newest is None:
-            logger.info("the optimizers start without moments: %s has no checkpoint of its run", folder.parent)
-            return
-        tensors, body = load_checkpoint(newest)
-        weights = self.base.state_dict()
-        with checked_state(newest):
-            state = unpack_state(body["run"], tensors)
-            dense, of_run = moments_of(state["optimizer"]), state["model"]
-            if not all(torch.equal(of_run[name], weights[name].cpu()) for name in dense if name in weights):
-                logger.info(
-                    "the optimizers start without moments: the run of %s ended with other weights", self._folder
-                )
-                return
-            moments = dense | moments_of(state["table_optimizer"])
-            if self._tasks_change:
-                moments = {name: held for name, held in moments.items() if not name.startswith(HEAD_WEIGHTS)}
-            for name, held in moments.items():
-                shape = (weights[name] if name in weights else held["exp_avg"]).shape
-                if name in self._rows:  # Rows may have been added to the model since.
-                    shape = torch.Size((len(held["exp_avg"]), *shape[1:]))
-                check_moments(held, shape)
-        count = optimizers.start_from(
-            moments, lambda name, old: self._fitted(name, old, torch.zeros(self._shapes[name], dtype=old.dtype))
-        )
-        logger.info("the optimizers start with the moments of %d parameters from %s", count, newest)
 
     def identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
