@@ -165,6 +165,8 @@ class Optimizers:
         if not trains_tables:
             self._tables = []
         trained = [*self._dense, *(table for table in self._tables if table.requires_grad)]
+        if self._by_row:  # Adagrad's rates fall by themselves, and its table is chosen to be small.
+            trained = [p for p in trained if p is not self._item_table]
         self.average = WeightAverage({names[id(p)]: p for p in trained})
 
     def schedule(self, step: int, warmup_steps: int) -> float:
