@@ -302,10 +302,11 @@ def test_scores_are_those_of_the_model(opened: Scorer, ids: Known, drawn: Any, w
         encoded = READER.encode(READER.parse(own, len(users)), len(users))
         asked = inference.request_vectors(model, request.now, request.tail, encoded)
         item = torch.from_numpy(candidates[:, [column]].copy())
-        assert request.counters is not None and request.pooled is not None
+        assert request.counters is not None
         own_codes = [request.counters.select(slice(n, n + 1)).of_items(item[n].numpy()) for n in range(len(users))]
         codes = torch.from_numpy(np.stack(own_codes))
-        inputs = candidate_inputs(model, torch.from_numpy(request.pooled), item)
+        pooled = None if request.pooled is None else torch.from_numpy(request.pooled)
+        inputs = candidate_inputs(model, pooled, item)
         expected = inference.candidate_logits(model, context, asked, item, codes, inputs)[:, 0].sigmoid().numpy()
         for index, task in enumerate(model.schema.tasks):
             np.testing.assert_allclose(whole[task][:, column], expected[:, index], atol=ROUNDING)

@@ -576,7 +576,7 @@ class Scorer:
         """One call, which is counted and timed."""
         with self._recorder.timed(), self.in_service() as snapshot:
             request = snapshot.read(users, tail, now, self.on_missing, self.max_age_s, self._recorder.add)
-            now = request.now if snapshot.model.schema.has_time else None
+            now = request.now if snapshot.served.schema.has_time else None
             self._latest.source = AnswerSource(request.generation, snapshot.checksum, now, ~request.missing)
             yield Call(snapshot, request, self.on_missing, self._recorder.add)
 
