@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _RIDGE = 1e-4
+CALIBRATION_PRIOR = 10.0
 _NUM_BINS = 12
 _NUM_JOINT_BINS = 6
 _NUM_JOINT = 4
@@ -28,6 +29,24 @@ def fit_probability(features: NDArray[np.float64], probability: NDArray[np.float
         if np.abs(step).max() < 1e-6:
             break
     return weights
+
+
+def fit_calibration(logit: NDArray[np.floating], label: NDArray[np.floating]) -> tuple[float, float]:
+    """Slope and shift of logits [N] that fit labels [N]: Platt scaling (1999), drawn to 1 and 0 as by CALIBRATION_PRIOR
+    cases. A slope that is not positive, which would reverse the order, leaves logits as they are.
+    """
+    features = np.stack([logit, np.ones(len(logit))], 1).astype(np.float64)
+    identity, weights = np.array([1.0, 0.0]), np.zeros(2)  # Newton's method may diverge from large weights
+    for _ in range(30):
+        estimate = 1 / (1 + np.exp(-np.clip(features @ weights, -500, 500)))
+        gradient = features.T @ (label - estimate) - CALIBRATION_PRIOR * (weights - identity)
+        curvature = (features * (estimate * (1 - estimate))[:, None]).T @ features + CALIBRATION_PRIOR * np.eye(2)
+        step = np.linalg.solve(curvature, gradient)
+        weights = weights + step
+        if np.abs(step).max() < 1e-9:
+            break
+    slope, shift = weights.tolist()
+    return (slope, shift) if slope > 0 and np.isfinite(weights).all() else (1.0, 0.0)
 
 
 def predict_probability(features: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:

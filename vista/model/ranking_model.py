@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vista.arrays import Float32s
+from vista.arrays import Float32s, Floats
 from vista.config import DataConfig, OptimConfig
 from vista.config.checks import Architecture, TableKind
 from vista.config.model_config import EMBEDDING_HASHES, NextItemConfig, RankingConfig
@@ -440,6 +441,31 @@ class RankingModel(nn.Module, Readings):
                 something other than a model.
         """
         write_model(self, checked_path(folder, CheckpointError), card=card, weights_file=weights_file)
+
+    def task_outputs(self) -> list[nn.Linear]:
+        """The layers whose outputs add up to the logits of labeled tasks; only the first has a bias."""
+        raise NotImplementedError
+
+    @contextmanager
+    def calibrated(self, calibration: Floats) -> Iterator[None]:
+        """In this block, the logits of labeled tasks are scaled and shifted.
+
+        Args:
+            calibration: float64 [num_tasks, 2] slope and shift of each task (`fit_calibration`).
+        """
+        layers = self.task_outputs() if self.schema.tasks else []
+        kept = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in layers]
+        slope, shift = torch.from_numpy(calibration).to(self.device).unbind(1)
+        with torch.no_grad():
+            for layer in layers:
+                layer.weight.copy_(layer.weight * slope[:, None])
+            for layer in layers[:1]:
+                layer.bias.copy_(layer.bias * slope + shift)
+        try:
+            yield
+        finally:
+            for layer, state in zip(layers, kept, strict=True):
+                layer.load_state_dict(state)
 
     def save_serving_tables(self, folder: Path) -> None:
         """Write the tables that serving reads alongside the weights. Baselines have none."""

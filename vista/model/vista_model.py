@@ -484,6 +484,10 @@ class VistaModel(RankingModel):
         np.save(folder / EMPTY_FILE, self.eval().empty_summary()[0].cpu().numpy())
         self.train(training)
 
+    def task_outputs(self) -> list[nn.Linear]:
+        layers = [self.task_head, None if self.candidate_head is None else self.candidate_head.network[-1]]
+        return [layer for layer in layers if isinstance(layer, nn.Linear)]
+
     def description(self) -> ModelDescription:
         return replace(super().description(), summarizer_id=self.summarizer_id().hex())
 

@@ -460,7 +460,10 @@ class Trainer:
             progress.best = value
             if progress.counted:
                 progress.lead = list(mean_and_error(validation.ranked_users - np.array(progress.counted)))
-            self._export(model, progress.history[-1])
+            with self.model.calibrated(validation.calibration):
+                if validation.calibration.size and model is not self.model:
+                    model = plain_model(self.model, self.run_dir, self._ranks)
+                self._export(model, progress.history[-1])
         elif self._ranks.leads:
             (self.run_dir / PLAIN_WEIGHTS).unlink(missing_ok=True)
 

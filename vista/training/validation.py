@@ -56,6 +56,7 @@ from vista.log.splits import (
     part_counts,
     part_times,
 )
+from vista.logistic_regression import fit_calibration
 from vista.model import inference
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.features import log_encoder
@@ -74,6 +75,19 @@ from vista.training.run_plan import Progress
 # Letters: N cases, V items of the model.
 
 CASES_PER_BATCH = 512
+
+
+def _calibrated(cases: ImpressionCases, predicted: Float32s) -> tuple[Float32s, Floats]:
+    """Probabilities float32 [N, num_tasks] after calibration, and the calibration, float64 [num_tasks, 2].
+
+    Both are fitted to the same labels, which hardly matters: two numbers per task from thousands of labels.
+    """
+    exact = np.clip(predicted.astype(np.float64), 1e-9, 1 - 1e-9)
+    logit = np.log(exact) - np.log1p(-exact)
+    found = [fit_calibration(logit[known, task], cases.label[known, task]) for task, known in enumerate(cases.mask.T)]
+    calibration = np.array(found).reshape(len(found), 2)
+    scaled = logit * calibration[:, 0] + calibration[:, 1]
+    return (1 / (1 + np.exp(-scaled))).astype(np.float32), calibration
 
 
 class SummaryAnswers:
@@ -234,6 +248,10 @@ class Validation:
         better), else `ranking_metric`; empty if the log has no cases."""
         self.of_users: Floats = np.zeros(0)
         """float64 [U] `metric` of each user in the last call, whose mean is that of all; NaN for users without it."""
+        num_tasks = 0 if self._impressions is None else len(self._impressions.tasks)
+        self.calibration: Floats = np.tile([1.0, 0.0], (num_tasks, 1))
+        """float64 [num_tasks, 2] slope and shift of logits that fitted the labels in the last call, whose metrics are
+        those of a model with them (`RankingModel.calibrated`)."""
         self.ranked_users: Floats = np.zeros(0)
         """float64 [U'] `ranking_metric` of each user in the last call, likewise."""
 
@@ -362,6 +380,7 @@ class Validation:
             if answers is not None:
                 predicted = self._finite(self._probabilities(model, shown, answers), shown.user)
             predicted = self._ranks.of_all_cases({"predicted": predicted})["predicted"]
+            predicted, self.calibration = _calibrated(self._impressions, predicted)
             metrics |= impression_metrics(self._impressions, predicted)
             if self.metric != self.ranking_metric:
                 self.of_users = entropy_of_users(self._impressions, predicted, self.metric.removeprefix("ne/"))

@@ -101,6 +101,10 @@ class CandidateModel(HistoryModel):
         super().__init__(config, schema, items, data)
         self.network = network(3 * config.dim, len(schema.tasks), config.dropout)
 
+    def task_outputs(self) -> list[nn.Linear]:
+        last = self.network[-1]
+        return [last] if isinstance(last, nn.Linear) else []
+
     def find(self, events: PackedEvents, queries: EventQueries) -> FoundEvents:
         """The events that each query reads, of the newest `history_limit` that it sees."""
         raise NotImplementedError

@@ -129,6 +129,10 @@ class SequenceModel(HistoryModel):
         """
         raise NotImplementedError
 
+    def task_outputs(self) -> list[nn.Linear]:
+        head = self.task_head[-1] if isinstance(self.task_head, nn.Sequential) else self.task_head
+        return [head] if isinstance(head, nn.Linear) else []
+
     def impression_logits(self, states: Tensor, memory: Any, candidates: Tensor, seen: Tensor) -> Tensor:
         """Task logits [n, C, num_tasks].
 
