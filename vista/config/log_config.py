@@ -331,9 +331,9 @@ class PrepareConfig(ReadsRows):
     filter: EventFilterConfig = field(default_factory=EventFilterConfig)
     """Which events of the files are kept."""
     append: bool = False
-    """Add a segment to an existing log: events, features, or both. Files of events are read like earlier ones, except
-    for the keys of `events` that are set. Files of events or impressions that the log already contains are refused. New
-    features of an item or a user replace its older ones."""
+    """Add a segment to an existing log: events, features, or both. Files of events are read with the settings of
+    earlier files, except for the keys of `events` that you set. Files of events or impressions that the log already
+    contains are refused. New features of an item or a user replace its older ones."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -236,9 +236,9 @@ class NextItemConfig(AttentionConfig):
     num_counters: int = 64
     """Number of counted values stored per user for each of counter_keys: those with the highest counts."""
     counter_days: list[float] = field(default_factory=lambda: [7.0, 30.0])
-    """With counters, time constants in days of sums that decay with time. A log without times has none."""
+    """With counters, time constants, in days, of sums that decay over time. Ignored if the log has no times."""
     counter_events: list[float] = field(default_factory=lambda: [32.0, 200.0])
-    """With counters, time constants in events of sums that decay with newer events."""
+    """With counters, time constants, in events, of sums that decay with each newer event."""
     counted_dropout: float = 0.5
     """With counters, share of training questions, in [0, 1), in which counted items are scored without their cosine to
     the user vector, so that training does not rely on cosines that were fitted to the same labels."""

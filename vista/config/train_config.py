@@ -164,8 +164,8 @@ class OptimConfig:
     """AdamW for the network, the optimizer of the item table, the losses, and when training ends."""
 
     learning_rate: float = 2e-3
-    """Learning rate after the warm-up. It stays constant, and the average of the weights over about the last ninth of
-    all steps is what is validated and exported. So training can end after any epoch."""
+    """Learning rate after the warm-up. It stays constant. Validation and export use the average of the weights over
+    about the last ninth of all steps, so training can end after any epoch."""
     table_rate: float | None = None
     """Learning rate of the item table, as a multiple of the network's. 0 keeps the table as it is before training.
     null: 0.1 if only labels of impressions are trained, items have fewer than 50 training events on average, and their
@@ -173,10 +173,10 @@ class OptimConfig:
     table_optimizer: TableOptimizer = TableOptimizer.adam
     """Optimizer of the item table. rowwise_adagrad takes less memory, and needs model.table=torchrec."""
     warmup_steps: int | None = None
-    """Number of steps over which the learning rate rises linearly. null: a quarter of an epoch, and at most 100."""
+    """Number of steps over which the learning rate rises linearly. null: a quarter of an epoch, but at most 100."""
     epochs: int | None = None
-    """Maximum number of epochs, which are passes over the training histories. null: enough for about 10,000 steps, and
-    at most 30; with optim.minutes, no limit. optim.patience usually ends training earlier."""
+    """Maximum number of epochs, which are passes over the training histories. null: enough for about 10,000 steps, but
+    at most 30 epochs; with optim.minutes, no limit. optim.patience usually ends training earlier."""
     minutes: float | None = None
     """Maximum number of minutes that training takes, validation included. null: no time limit."""
     next_weight: float | None = None
@@ -196,8 +196,8 @@ class OptimConfig:
     """Weight of the reconstruction loss of the paper: a decoder predicts events of a history from its summary. It takes
     a fifth of a step, and did not raise quality on any log where it was measured. 0 trains no decoder."""
     patience: int = 3
-    """Number of validations without improvement on the best epoch after epoch 0 after which training stops. 0 never
-    stops early."""
+    """Number of validations in a row without improvement that end training. Improvement is measured against the best
+    earlier epoch, not counting epoch 0. 0 never stops early."""
     validate_every: int = 1
     """Number of epochs between validations; the last epoch always has one. 0 never validates."""
     validation_users: int = 2000
@@ -254,8 +254,7 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
     """With base: folder of its store. Training labels begin at the `until` of its refresh."""
     init_from: str | None = None
     """Folder of an exported model to start from, such as runs/yesterday/best. Items, features, actions, and tasks are
-    matched by name, and the optimizers start from the newest checkpoint of that run if there is one. null draws new
-    weights."""
+    matched by name. The optimizers start without the moments of that run. null draws new weights."""
     init_freeze: InitFreeze = InitFreeze.none
     """With init_from: train everything (none), or keep what summaries depend on (summarizer), so that stores stay
     valid."""
