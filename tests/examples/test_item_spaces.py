@@ -112,7 +112,7 @@ def test_spaces_are_those_of_a_dense_svd(tmp_path: Path) -> None:
         assert (space / GRID == np.round(space / GRID)).all()
     np.testing.assert_array_equal(spaces.of_all(NUM_ITEMS + 4)[: 1 + NUM_ITEMS], spaces.of_each[-1])
     assert not spaces.of_all(NUM_ITEMS + 4)[1 + NUM_ITEMS :].any()
-    expected = np.concatenate([spaces.of_each[0][[5, 0]], spaces.of_each[1][[5, 0]]], 1)
+    expected = np.concatenate([space[[5, 0]] for space in spaces.of_each[:FOLDS]], 1)
     np.testing.assert_array_equal(spaces.of_rows(np.array([5, 0])), expected)
 
 

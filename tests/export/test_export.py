@@ -296,7 +296,7 @@ def test_any_number_of_users_candidates_events_and_keys(exported: Path, folder: 
     """Also one user without events and keys, in a process without vista and torch."""
     snapshot = ServingSource(folder / "model", folder / "store", "cpu", None, Precision.float32).open()
     shapes = set()
-    for number, trial in enumerate(trial_requests(snapshot, 150, seed=7)):
+    for number, trial in enumerate(trial_requests(snapshot, 150, seed=8)):
         expected = {f"output:{name}": values for name, values in scorer_outputs(snapshot, trial).items()}
         shapes.add((*trial.arrays["candidates"].shape, *trial.arrays["tail_items"].shape[1:]))
         np.savez(tmp_path / f"{number}.npz", **trial.arrays, **expected)  # type: ignore[arg-type]

@@ -60,6 +60,7 @@ NOT_CALLED = {
         *("Column.with_used_values", "Column.with_one_value"),
     ),
     "without arguments; it reads columns as `gather` does": ("EventLog.time_range",),
+    "compares a number": ("EventLog.may_delete",),
     "allocates as many offsets as it is asked for": ("Tail.empty",),
     "the odd values are in files (`test_crafted_fields`)": ("Manifest.from_bytes", "Manifest.from_dict"),
 }

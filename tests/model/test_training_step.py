@@ -58,7 +58,7 @@ def test_a_step_changes_only_the_rows_of_its_batch(log: EventLog, tmp_path: Path
     for index in range(3):
         before = table.detach().clone()
         batch = made.source.batch(0, index)
-        made._step(batch, 0.1)
+        made._step(batch)
         changed = (table.detach() != before).any(1)
         used = torch.zeros(len(table), dtype=torch.bool)
         used[batch.rows] = True
@@ -78,7 +78,7 @@ def test_the_time_of_a_step_does_not_grow_with_the_table(log: EventLog, tmp_path
         for rows, one in made.items():
             batch = one.source.batch(0, index)
             began = time.thread_time()
-            one._step(batch, 0.1)
+            one._step(batch)
             seconds[rows].append(time.thread_time() - began)
     # The first step allocates the optimizer's state. A pass over 16M numbers and two moments would take over 20 ms.
     small, large = (min(times[1:]) for times in seconds.values())

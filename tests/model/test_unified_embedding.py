@@ -173,7 +173,7 @@ def test_a_step_changes_only_the_rows_that_its_batch_reads(event_log: EventLog, 
         before = table.detach().clone()
         batch = made.source.batch(0, index)
         assert len(batch.rows) < 40, "some items are in no batch"
-        made._step(batch, 0.1)
+        made._step(batch)
         changed = (table.detach() != before).any(1)
         used = torch.zeros(len(table), dtype=torch.bool)
         read = hashed_rows(batch.rows, EmbeddingFeature.item, 2, 4001).flatten()

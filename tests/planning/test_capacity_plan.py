@@ -225,7 +225,7 @@ def test_too_large_a_record_is_refused() -> None:
 
 
 def test_the_guide_shows_these_sizes() -> None:
-    lines = (REPOSITORY / "docs" / "guides" / "train.md").read_text(encoding="utf-8").splitlines()
+    lines = (REPOSITORY / "docs" / "design" / "scale.md").read_text(encoding="utf-8").splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     shown = {name: values for name, _, *values in cells if len(values) == 2}
     for column, (num_seeds, dim) in enumerate(((16, 64), (128, 256))):

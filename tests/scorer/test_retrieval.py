@@ -111,15 +111,16 @@ def test_the_flat_index_ranks_next_items_as_a_scan_does(scorer: Scorer) -> None:
 
 
 def candidates_of(scorer: Scorer, user: int, count: int, **options: Any) -> set[int]:
-    """The items of the user's tail and counters, and the nearest `count` others."""
+    """The items of the user's tail and counters, followers of the tail's items, and the nearest `count` others."""
     items, vectors = scorer.item_vectors()
     distances = scorer.user_vectors([user], **options)[0] @ vectors.T
     with scorer._call([user], options.get("tail"), options.get("now")) as call:
         tail = call.request.tail
         own = set(items[tail.item[tail.valid] - 1].tolist())
-    own |= set(scorer.counted_items([user], **options)[0].tolist())
+        if call.request.counters is not None:
+            own |= set(items[call.request.counters.codes.key - 1].tolist())
     others = [item for item in items[np.argsort(-distances)].tolist() if item not in own]
-    return own | set(others[:count])
+    return own | set(others[:count]) | set(scorer.counted_items([user], **options)[0].tolist())
 
 
 @pytest.mark.parametrize("count", [1, 4])

@@ -336,7 +336,7 @@ def gap_buckets(model: VistaModel | ServingModel, now: Int | None, tail: PaddedT
 
 def newest_first(tail: Int) -> Int:
     """int64 [B, J] the newest items, where 0 pads, of tails int64 [B, L], right-aligned."""
-    return np.ascontiguousarray(tail[:, ::-1][:, :NUM_RECENT])
+    return tail[:, ::-1][:, :NUM_RECENT].copy()  # torch takes no negative strides, also of one event
 
 
 def follower_rows(model: ServingModel, tail: Int) -> list[Int]:

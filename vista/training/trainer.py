@@ -444,7 +444,10 @@ class Trainer:
         model = plain_model(self.model, self.run_dir, self._ranks)
         measured = validation(model)
         value = measured[validation.metric]
-        is_best = validation.better(value, progress.best)
+        is_best, change, error = validation.better(value, progress.best), 0.0, 0.0
+        if progress.wide:  # What attention adds must exceed its error: epoch 0 is cheaper, and finds more new items.
+            change, error = mean_and_error(validation.of_users - np.array(progress.wide))
+            is_best &= validation.better(change, error if validation.better(1.0, 0.0) else -error)
         progress.history.append({"epoch": progress.epoch, "step": progress.step, **measured})
         progress.seconds += self._clock.lap()
         progress.validation_seconds = time.perf_counter() - began
@@ -454,7 +457,6 @@ class Trainer:
         numbers = ", ".join(f"{name} {number:.4f}" for name, number in measured.items())
         logger.info("epoch %d (%.1f s): %s", progress.epoch, epoch_seconds, numbers)
         if progress.wide:
-            change, error = mean_and_error(validation.of_users - np.array(progress.wide))
             logger.info("attention changes %s by %+.4f ± %.4f from epoch 0", validation.metric, change, error)
         if is_best:
             progress.best = value

@@ -228,7 +228,7 @@ def test_commands(served, start_server, tmp_path, capsys):
 
     assert "generation 1 of redis://127.0.0.1" in said("refresh", model, data, f"store={url}", "until=leave-last-out")
     user = served.log.users.ids(np.arange(1))[0]
-    assert f"user {user}: " in said("score", model, f"store={url}", f"users=[{user}]", "top_k=3")
+    assert f"user {user} (now " in said("score", model, f"store={url}", f"users=[{user}]", "top_k=3")
     said("evaluate", model, data, f"store={url}", f"out={tmp_path / 'report.json'}")
     assert "secret" not in (tmp_path / "report.json").read_text() and json.loads((tmp_path / "report.json").read_text())
     with Scorer.open(served.model, url) as scorer:
@@ -239,7 +239,7 @@ def test_commands(served, start_server, tmp_path, capsys):
     assert "is published" in said("store", "copy", f"store={url}", f"to={tmp_path / 'copy'}")
     assert "is published" in said("store", "copy", f"store={tmp_path / 'copy'}", f"to={url}2")
     assert "1 of 1 users had a record" in said("store", "erase", f"store={url}", f"users=[{user}]")
-    assert "(no record)" in said("score", model, f"store={url}", f"users=[{user}]", "top_k=3", "on_missing=nan")
+    assert "(no record, now " in said("score", model, f"store={url}", f"users=[{user}]", "top_k=3", "on_missing=nan")
     assert "no complete generation before" in said("store", "rollback", f"store={url}", code=1)
     assert "works on a folder" in said("store", "compact", f"store={url}", code=1)
     assert "its path must end in the store's name" in said("store", "stats", "store=redis://:secret@host", code=2)
