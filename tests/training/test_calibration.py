@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import Served, small_config
+from vista.config.checks import Split
 from vista.logistic_regression import CALIBRATION_PRIOR, fit_calibration
 from vista.model.ranking_model import RankingModel
 from vista.training.trainer import Trainer
@@ -68,3 +69,9 @@ def assert_restored(model: RankingModel) -> None:
 def before_of(before: dict[str, torch.Tensor], model: RankingModel, layer: torch.nn.Linear) -> torch.Tensor:
     (name,) = (name for name, value in model.named_parameters() if value is layer.bias)
     return before[name]
+
+
+def test_without_validated_labels_nothing_is_calibrated(served_tasks: Served, tmp_path: Path) -> None:
+    """As in a split by counts, which does not say which impressions are held out."""
+    config = small_config(served_tasks.log, tmp_path, optim__epochs=1, data__split=Split.leave_last_out)
+    assert Trainer(config, served_tasks.log).run().schema.tasks

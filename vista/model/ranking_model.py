@@ -451,9 +451,9 @@ class RankingModel(nn.Module, Readings):
         """In this block, the logits of labeled tasks are scaled and shifted.
 
         Args:
-            calibration: float64 [num_tasks, 2] slope and shift of each task (`fit_calibration`).
+            calibration: float64 [num_tasks, 2] slope and shift of each task (`fit_calibration`); empty changes nothing.
         """
-        layers = self.task_outputs() if self.schema.tasks else []
+        layers = self.task_outputs() if len(calibration) else []
         kept = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in layers]
         slope, shift = torch.from_numpy(calibration).to(self.device).unbind(1)
         with torch.no_grad():
