@@ -254,6 +254,20 @@ def test_time_ends_a_run_after_a_validation(
     assert metrics(tmp_path) == rows
 
 
+def test_a_run_without_time_for_another_validation_ends_after_the_last_one(
+    event_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate = Trainer._validate_average
+
+    def slow(trainer: Trainer, *arguments: Any) -> None:
+        validate(trainer, *arguments)
+        trainer.progress.validation_seconds = 60.0
+
+    monkeypatch.setattr(Trainer, "_validate_average", slow)
+    train(small_config(event_log, tmp_path, optim__epochs=None, optim__minutes=1.0), event_log)
+    assert [row["epoch"] for row in metrics(tmp_path) if "validation" in row] == [1]
+
+
 def test_a_run_with_both_limits_ends_after_its_epochs(event_log: EventLog, tmp_path: Path) -> None:
     train(small_config(event_log, tmp_path, optim__epochs=3, optim__minutes=10.0), event_log)
     assert metrics(tmp_path)[-1]["epoch"] == 3

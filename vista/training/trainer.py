@@ -437,6 +437,7 @@ class Trainer:
         if 0 < optim.patience <= since_best:
             progress.stopped = True
             logger.info("%s has not improved in %d validations: stopping", self.validation.metric, since_best)
+        progress.stopped |= self._ranks.any(self._time_is_up())  # no time for another step and its validation
 
     def _validate_average(self, validation: Validation, metrics: MetricsWriter, epoch_seconds: float) -> None:
         """Validate the model, and export it if it is the best so far."""
