@@ -1,4 +1,4 @@
-"""Warm starts: training begins with the weights and the optimizer state of an earlier model, on a log that has grown.
+"""Warm starts: training begins with the weights of an earlier model, on a log that has grown.
 
 Everything that belongs to an id or a name is matched by it: rows of items, values of features, actions, and tasks. The
 earlier model's items keep their rows, also those that the log lacks; new ones come after them. With
@@ -260,7 +260,7 @@ class WarmStart:
             )
         if rows is None:
             return old
-        known = (rows >= 0) & (rows < len(old))  # items may have been added since the optimizer's state was saved
+        known = rows >= 0
         start[known] = old[rows[known]]
         return start
 
