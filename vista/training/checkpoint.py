@@ -247,14 +247,10 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     No process may save to the folder at the same time.
     """
     root = Path(folder)
-    if root.is_dir():
-        _recover(root)
-    return newest_checkpoint(root)
-
-
-def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The complete checkpoint of the highest step, or None. It changes nothing, so another run may use the folder."""
-    steps = _steps(Path(folder)) if Path(folder).is_dir() else {}
+    if not root.is_dir():
+        return None
+    _recover(root)
+    steps = _steps(root)
     return steps[max(steps)] if steps else None
 
 
@@ -488,12 +484,12 @@ def restore_run(
     """
     table = model.sharded_table
     tensors, body = load_checkpoint(path, mapped=None if table is None else _is_sharded)
-    with checked_state(path):
+    with _checked_state(path):
         check_fields(body, {"run": TABLE})
         state = unpack_state(body["run"], tensors)
         check_fields(state, _STATE)
     check_identity(identity, state["config"], run_dir)
-    with checked_state(path):
+    with _checked_state(path):
         progress = Progress.restored(state["progress"], int(path.name.removeprefix("step-")), *metrics)
         if table is not None:
             state["model"][ITEM_TABLE] = table.own(state["model"][ITEM_TABLE])
@@ -508,7 +504,7 @@ def restore_run(
         raise CheckpointError(
             f"{path}: belongs to another version of the model ({error}); remove {run_dir}, or set resume=false"
         ) from error
-    with checked_state(path):
+    with _checked_state(path):
         _restore_optimizer(optimizers.dense, state["optimizer"])
         _restore_optimizer(optimizers.table, state["table_optimizer"])
         optimizers.average.restore(**state["average"])
@@ -519,7 +515,7 @@ def restore_run(
 
 
 @contextmanager
-def checked_state(path: Path) -> Iterator[None]:
+def _checked_state(path: Path) -> Iterator[None]:
     """Name the file of the checkpoint `path` in errors about its values."""
     try:
         yield
@@ -540,10 +536,10 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) 
         raise ValueError("its optimizer has other groups of parameters, or other settings")
     optimizer.load_state_dict(saved)
     for parameter, moments in optimizer.state.items():
-        check_moments(moments, parameter.shape)
+        _check_moments(moments, parameter.shape)
 
 
-def check_moments(moments: Mapping[str, Any], shape: torch.Size) -> None:
+def _check_moments(moments: Mapping[str, Any], shape: torch.Size) -> None:
     """Check an optimizer's state of a parameter with this shape.
 
     Raises:
