@@ -149,7 +149,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         {"state": 7},
         {"step": "1"},
         {"step": math.nan},
-        {"format_version": 2.0},
+        {"format_version": 3.0},
         {"surplus": 1},
     ],
 )

@@ -127,7 +127,7 @@ def _in_order(tensors: Mapping[str, Tensor | RowShards]) -> list[tuple[str, Tens
     return sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
 
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TENSOR_FILE = "tensors.safetensors"
 STATE_FILE = "state.json"
 
