@@ -51,11 +51,8 @@ class ItemProjections:
         Args:
             with_candidate: whether to compute `candidate`.
         """
-        retrieval, candidate = zip(*(parts for _, parts in _blocks(model)), strict=True)
-        return cls(
-            None if retrieval[0] is None else np.concatenate(retrieval),
-            None if candidate[0] is None or not with_candidate else np.concatenate(candidate),
-        )
+        blocks = ((retrieval, candidate if with_candidate else None) for retrieval, candidate in _blocks(model))
+        return cls(*(None if parts[0] is None else np.concatenate(parts) for parts in zip(*blocks, strict=True)))
 
     def with_statistics_of(self, model: ServingModel) -> ItemProjections:
         """The same tables with the item statistics of a model that differs in these alone."""
@@ -146,7 +143,7 @@ def save_item_projections(model: VistaModel, folder: Path) -> None:
             tables.append(file)
             header = {"descr": "<f4", "fortran_order": False, "shape": (len(model.items) + 1, width)}
             np.lib.format.write_array_header_1_0(file, header)
-        for _, parts in _blocks(model):
+        for parts in _blocks(model):
             for table, part in zip(tables, parts, strict=True):
                 if table is not None and part is not None:
                     table.write(np.ascontiguousarray(part, "<f4").data)
@@ -157,11 +154,11 @@ def _widths(model: VistaModel) -> list[int | None]:
     return [None if part is None else part.shape[1] for part in model.project_items(np.zeros(0, np.int64))]
 
 
-def _blocks(model: VistaModel) -> Iterator[tuple[int, tuple[Float32s | None, Float32s | None]]]:
-    """All rows of both tables, in order, some at a time: (first row, what `project_items` gives)."""
+def _blocks(model: VistaModel) -> Iterator[tuple[Float32s | None, Float32s | None]]:
+    """All rows of both tables, in order, some at a time, as `project_items` gives them."""
     count = len(model.items) + 1
     for first in range(0, count, _ROWS_AT_ONCE):
-        yield first, model.project_items(np.arange(first, min(first + _ROWS_AT_ONCE, count)))
+        yield model.project_items(np.arange(first, min(first + _ROWS_AT_ONCE, count)))
 
 
 def _mapped(path: Path) -> Float32s:
