@@ -14,7 +14,7 @@ from tests.conftest import run_python, small_config
 from vista import threads
 from vista.device import cpu_settings
 from vista.log.event_log import EventLog
-from vista.threads import ACTIVATIONS_PER_THREAD, choose_threads, waiting
+from vista.threads import ACTIVATIONS_PER_THREAD, choose_threads, num_threads, thread_settings, waiting
 from vista.training.trainer import train_model
 
 CLEAN = "import json, os, sys\nfor name in ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY'): os.environ.pop(name, None)\n"
@@ -52,6 +52,18 @@ def test_choice(
     on_machine(monkeypatch, 8, quota)
     chosen = choose_threads(0, 8, activations)
     assert (chosen.number, chosen.reason) == (number, reason)
+
+
+def test_a_choice_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_number", None)
+    before = num_threads()
+    with thread_settings(before + 1):
+        assert num_threads() == torch.get_num_threads() == before + 1
+    assert num_threads() == torch.get_num_threads() == before
+    torch.set_num_threads(before + 2)
+    threads.adopt_num_threads()
+    assert torch.get_num_threads() == before + 2, "the caller's setting stays"
+    torch.set_num_threads(before)
 
 
 def test_settings_of_users_win(monkeypatch: pytest.MonkeyPatch) -> None:

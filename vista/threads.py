@@ -100,13 +100,15 @@ def adopt_num_threads() -> None:
 @contextmanager
 def thread_settings(asked: int) -> Iterator[ThreadChoice]:
     """Choose the number of threads in a block, and restore it afterwards, since the process belongs to the caller."""
-    before = num_threads()
+    global _number
+    before, number = num_threads(), _number
     chosen = choose_threads(asked, before)
     try:
         set_num_threads(chosen.number)
         yield chosen
     finally:
         set_num_threads(before)
+        _number = number  # a torch that is loaded later is the caller's
 
 
 def waiting() -> str:
