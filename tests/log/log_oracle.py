@@ -169,6 +169,7 @@ def _write_events(folder: Path, step: Step, number: int, log: EventLog | None) -
         "id_types": {"users": "int", "items": "int"},
         "actions": ACTIONS,
         "tasks": ["like"],
+        "again_days": None,
         "has_time": True,
         "timestamp": "milliseconds since 1970-01-01 UTC",
         "has_rating": False,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config.log_config import AGAIN
-from vista.log.histories import PackedTable, RowFeatures, ranges, take_range, token_groups
+from vista.log.histories import DAY_MS, PackedTable, RowFeatures, ranges, take_range, token_groups
 from vista.log.segment import Segment
 from vista.log.segment_files import USERS
 from vista.progress_bar import progress_bar
@@ -158,15 +158,18 @@ def read_impressions(segments: Sequence[Segment], num_users: int, end: int) -> I
     If only some segments have probabilities, those of the others are NaN.
 
     Args:
-        end: ms of the log's newest event. A log does not say how many days decide a label AGAIN. But it is only known
-            where these end by then, so they are at most the time from the newest known one to the end.
+        end: ms of the log's newest event. A log does not say how many days decide a label AGAIN that was given with the
+            impressions. But it is only known where these end by then, so they are at most the time from the newest
+            known one to the end.
     """
     tables = [segment.impressions for segment in segments if segment.impressions is not None]
     tasks: list[str] = next(s.manifest["tasks"] for s in reversed(segments) if s.impressions is not None)
     counts = sum((table.counts(num_users) for table in tables), np.zeros(num_users, np.int64))
     columns, features, offsets = take_range(tables, np.arange(num_users), np.zeros(num_users, np.int64), counts)
     delay = np.zeros(len(tasks), np.int64)
-    if AGAIN in tasks and (known := np.asarray(columns["mask"])[:, tasks.index(AGAIN)] > 0).any():
+    if (days := segments[-1].manifest["again_days"]) is not None:
+        delay[tasks.index(AGAIN)] = round(days * DAY_MS)
+    elif AGAIN in tasks and (known := np.asarray(columns["mask"])[:, tasks.index(AGAIN)] > 0).any():
         delay[tasks.index(AGAIN)] = max(end - int(np.asarray(columns["timestamp"])[known].max()), 0)
     return Impressions(
         offsets,

@@ -15,20 +15,33 @@ from numpy.typing import DTypeLike, NDArray
 
 from vista.arrays import Content, Int, array_in, map_file
 from vista.errors import LogFormatError, shown
-from vista.files import TABLE, FieldRule, check_fields, hexadecimal, list_of, one_of, read_limited, text, whole
+from vista.files import (
+    NUMBER,
+    TABLE,
+    FieldRule,
+    check_fields,
+    either,
+    hexadecimal,
+    list_of,
+    one_of,
+    read_limited,
+    text,
+    whole,
+)
 from vista.log.histories import PackedTable
 from vista.log.vocabulary import Vocabulary
 from vista.progress_bar import progress_bar
 
 FORMAT = "vista-event-log"
-VERSION = 6
+VERSION = 7
 MANIFEST_FILE = "manifest.json"
 QUARANTINE_FILE = "quarantine.csv"
 DEAD_LETTERS_FILE = "dead_letters.jsonl"
 SET_ASIDE_FILES = (QUARANTINE_FILE, DEAD_LETTERS_FILE)
 """Files of invalid rows, and of invalid messages of topics."""
 LOG_FIELDS = (
-    *("num_users", "num_items", "id_types", "actions", "tasks", "has_time", "timestamp", "has_rating", "read_with"),
+    *("num_users", "num_items", "id_types", "actions", "tasks", "again_days", "has_time", "timestamp", "has_rating"),
+    "read_with",
 )
 """Entries that describe the log up to the segment; segments without new sources copy them."""
 REMEDY = "prepare the log again from its sources"
@@ -82,6 +95,7 @@ _RULES = {
     "id_types": _fields({"users": _ID_KIND, "items": _ID_KIND}),
     "actions": list_of(text(), most=_MAX_ACTIONS),
     "tasks": list_of(text()),
+    "again_days": either(one_of(None), NUMBER),
     "has_time": _FLAG,
     "timestamp": text(),
     "has_rating": _FLAG,

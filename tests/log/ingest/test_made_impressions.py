@@ -21,6 +21,8 @@ from vista.config import (
 from vista.config.composition import compose_config
 from vista.errors import ConfigError, DataError
 from vista.evaluation.cases import impression_cases
+from vista.log.compaction import compact_log
+from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS
 from vista.log.ingest.prepare import PrepareReport, prepare, prepare_frames
@@ -133,6 +135,22 @@ def test_a_file_and_a_frame_give_the_same_log(tmp_path: Path) -> None:
         from_events=FromEventsConfig(**settings),
     )
     assert rows_of(made) == rows_of(EventLog.open(tmp_path / "log"))
+
+
+def test_later_events_and_deletions_do_not_change_when_labels_are_known(tmp_path: Path) -> None:
+    ingest(tmp_path, some_events(1), again_days=2.0, min_rating=4.0)
+    path = tmp_path / "log"
+    newest = int(EventLog.open(path).impressions.timestamp.max())  # type: ignore[union-attr]
+    later = frame_of([(1, 1, newest + 90 * DAY_MS, "buy", 5.0), (2, 1, newest + 91 * DAY_MS, "buy", 5.0)])
+    EventLog.from_frame(later, path, time_unit="ms", columns=COLUMNS, append=True)
+    erase_users(path, [2])
+    for change in (lambda: None, lambda: compact_log(path)):
+        change()
+        shown = EventLog.open(path).impressions
+        assert shown is not None and dict(zip(shown.tasks, shown.delay.tolist(), strict=True)) == {
+            "again": 2 * DAY_MS,
+            "liked": 0,
+        }
 
 
 def test_what_is_known_of_the_user_is_strictly_before(tmp_path: Path) -> None:

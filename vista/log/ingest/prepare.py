@@ -554,6 +554,7 @@ class _Ingest:
         if self.made is not None:
             active_users["impressions"] = self.made.write(writer)
         has_time = self.time_range_ms != (None, None)
+        before = self.before[-1].manifest if self.before else {}
         return {
             "first_segment": self.number,
             "last_segment": self.number,
@@ -562,11 +563,11 @@ class _Ingest:
             "id_types": {"users": self.users.kind, "items": self.items.kind},
             "actions": self.actions,
             "tasks": self.tasks,
+            "again_days": (self.from_events and self.from_events.again_days) or before.get("again_days"),
             "has_time": has_time,
             "timestamp": "milliseconds since 1970-01-01 UTC" if has_time else "ordinal of the event in its history",
             "has_rating": "rating" in self.parts["events"][0].source.columns,
-            "read_with": settings_of(self.events, self.sources["events"][0].time_form)
-            or (self.before[-1].manifest["read_with"] if self.before else {}),
+            "read_with": settings_of(self.events, self.sources["events"][0].time_form) or before.get("read_with", {}),
             "counts": {
                 owner.table: {"rows": self.num_rows(owner.table), "users": active_users.get(owner.table, 0)}
                 for owner in (EVENTS, IMPRESSIONS)
