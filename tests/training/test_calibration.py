@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,3 +76,11 @@ def test_without_validated_labels_nothing_is_calibrated(served_tasks: Served, tm
     """As in a split by counts, which does not say which impressions are held out."""
     config = small_config(served_tasks.log, tmp_path, optim__epochs=1, data__split=Split.leave_last_out)
     assert Trainer(config, served_tasks.log).run().schema.tasks
+
+
+def test_what_counters_add_to_logits_of_a_baseline_is_scaled_too(served_tasks: Served, tmp_path: Path) -> None:
+    changes = {"model__architecture": "sasrec", "model__counter_keys": ["item"]}
+    config = small_config(served_tasks.log, tmp_path, **changes)
+    config.data = served_tasks.config.data
+    model: Any = Trainer(config, served_tasks.log).model
+    assert model.task_outputs()[1] is model.candidate_head.network[-1]

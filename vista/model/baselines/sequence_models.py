@@ -131,7 +131,8 @@ class SequenceModel(HistoryModel):
 
     def task_outputs(self) -> list[nn.Linear]:
         head = self.task_head[-1] if isinstance(self.task_head, nn.Sequential) else self.task_head
-        return [head] if isinstance(head, nn.Linear) else []
+        layers = [head, None if self.candidate_head is None else self.candidate_head.network[-1]]
+        return [layer for layer in layers if isinstance(layer, nn.Linear)]
 
     def impression_logits(self, states: Tensor, memory: Any, candidates: Tensor, seen: Tensor) -> Tensor:
         """Task logits [n, C, num_tasks].
