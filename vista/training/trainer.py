@@ -443,7 +443,7 @@ class Trainer:
         """Validate the model, and export it if it is the best so far."""
         progress, began = self.progress, time.perf_counter()
         model = plain_model(self.model, self.run_dir, self._ranks)
-        measured = validation(model)
+        measured = validation(model, calibrates=True)
         value = measured[validation.metric]
         is_best, change, error = validation.better(value, progress.best), 0.0, 0.0
         if progress.wide:  # What attention adds must exceed its error: epoch 0 is cheaper, and finds more new items.

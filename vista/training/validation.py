@@ -250,8 +250,8 @@ class Validation:
         """float64 [U] `metric` of each user in the last call, whose mean is that of all; NaN for users without it."""
         num_tasks = 0 if self._impressions is None else len(self._impressions.tasks)
         self.calibration: Floats = np.tile([1.0, 0.0], (num_tasks, 1))
-        """float64 [num_tasks, 2] slope and shift of logits that fitted the labels in the last call, whose metrics are
-        those of a model with them (`RankingModel.calibrated`)."""
+        """float64 [num_tasks, 2] slope and shift of logits that fitted the labels in the last call with `calibrates`
+        (`RankingModel.calibrated`)."""
         self.ranked_users: Floats = np.zeros(0)
         """float64 [U'] `ranking_metric` of each user in the last call, likewise."""
 
@@ -356,8 +356,12 @@ class Validation:
         # NaN if no window has items of the kind.
         return {k: v for k, v in report.metrics().items() if k.startswith("ndcg@10") and not math.isnan(v)}
 
-    def __call__(self, model: RankingModel) -> dict[str, float]:
-        """All metrics of the validation split."""
+    def __call__(self, model: RankingModel, *, calibrates: bool = False) -> dict[str, float]:
+        """All metrics of the validation split.
+
+        Args:
+            calibrates: whether to set `calibration`, and measure what the model answers with it.
+        """
         was_training = model.training
         model.eval()
         metrics: dict[str, float] = {}
@@ -380,7 +384,8 @@ class Validation:
             if answers is not None:
                 predicted = self._finite(self._probabilities(model, shown, answers), shown.user)
             predicted = self._ranks.of_all_cases({"predicted": predicted})["predicted"]
-            predicted, self.calibration = _calibrated(self._impressions, predicted)
+            if calibrates:
+                predicted, self.calibration = _calibrated(self._impressions, predicted)
             metrics |= impression_metrics(self._impressions, predicted)
             if self.metric != self.ranking_metric:
                 self.of_users = entropy_of_users(self._impressions, predicted, self.metric.removeprefix("ne/"))
