@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import IntEnum
@@ -486,6 +486,18 @@ class StatisticsTerm(nn.Module):
         """β(u), then w(u), of the first M numbers of retrieval vectors: unit vectors times `gain`."""
         weights: Tensor = self.weight(scaled * math.sqrt(scaled.shape[-1]))  # inputs near 0 ± 1
         return weights
+
+
+@contextmanager
+def restored(weights: Iterable[Tensor]) -> Iterator[None]:
+    """After this block, tensors have the values again that they had before it."""
+    kept = [(weight, weight.detach().clone()) for weight in weights]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, values in kept:
+                weight.copy_(values)
 
 
 # Tables with drawn values, unless they are about to be read from a file.

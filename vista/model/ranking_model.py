@@ -45,6 +45,7 @@ from vista.model.layers import (
     gather,
     hashed_rows,
     read_together,
+    restored,
     tables_from_file,
 )
 from vista.model.losses import Losses
@@ -454,18 +455,14 @@ class RankingModel(nn.Module, Readings):
             calibration: float64 [num_tasks, 2] slope and shift of each task (`fit_calibration`); empty changes nothing.
         """
         layers = self.task_outputs() if len(calibration) else []
-        kept = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in layers]
         slope, shift = torch.from_numpy(calibration).to(self.device).unbind(1)
-        with torch.no_grad():
-            for layer in layers:
-                layer.weight.copy_(layer.weight * slope[:, None])
-            for layer in layers[:1]:
-                layer.bias.copy_(layer.bias * slope + shift)
-        try:
+        with restored(weight for layer in layers for weight in layer.parameters()):
+            with torch.no_grad():
+                for layer in layers:
+                    layer.weight.copy_(layer.weight * slope[:, None])
+                for layer in layers[:1]:
+                    layer.bias.copy_(layer.bias * slope + shift)
             yield
-        finally:
-            for layer, state in zip(layers, kept, strict=True):
-                layer.load_state_dict(state)
 
     def save_serving_tables(self, folder: Path) -> None:
         """Write the tables that serving reads alongside the weights. Baselines have none."""

@@ -29,7 +29,7 @@ from vista.log.histories import UNKNOWN_GAP
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import EncodedRows, Schema
 from vista.model.item_projections import save_item_projections
-from vista.model.layers import CandidateHead, FeedForward, GatedOutput, frozen, module_list, norm, split_heads
+from vista.model.layers import CandidateHead, FeedForward, GatedOutput, frozen, module_list, norm, restored, split_heads
 from vista.model.losses import (
     Losses,
     LossPart,
@@ -211,14 +211,9 @@ class VistaModel(RankingModel):
     def wide_alone(self) -> Iterator[None]:
         """In this block, scores read nothing by attention: outputs of stage 2 are 0, as their norm has the scale 0."""
         scale = self.target_attention.final_norm.weight
-        kept = scale.detach().clone()
-        with torch.no_grad():
-            scale.zero_()
-        try:
+        with restored([scale]):
+            nn.init.zeros_(scale)
             yield
-        finally:
-            with torch.no_grad():
-                scale.copy_(kept)
 
     def _head_losses(
         self,

@@ -16,7 +16,7 @@ from vista.config.checks import TableOptimizer, planned
 from vista.examples.batch import Batch, balanced_parts, batch_part, chunk_work
 from vista.examples.batch_source import MEASURED_BATCHES, BatchSource
 from vista.model.feature_encoders import FeatureEncoder
-from vista.model.layers import CandidateHead
+from vista.model.layers import CandidateHead, restored
 from vista.model.losses import Losses, LossPart, loss_names, weighted_losses
 from vista.model.ranking_model import RankingModel
 from vista.ranks import JobRanks
@@ -92,14 +92,9 @@ class WeightAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """In this block, the weights are their average."""
-        own = {name: self._weights[name].detach().clone() for name in self.values}
-        self.settle()
-        try:
+        with restored(self._weights[name] for name in self.values):
+            self.settle()
             yield
-        finally:
-            with torch.no_grad():
-                for name, weight in own.items():
-                    self._weights[name].copy_(weight)
 
 
 class Optimizers:
