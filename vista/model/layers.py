@@ -488,6 +488,12 @@ class StatisticsTerm(nn.Module):
         return weights
 
 
+def output_layers(*networks: nn.Module | None) -> list[nn.Linear]:
+    """The last layer of each network, or a network of a single layer; none of None."""
+    last = (network[-1] if isinstance(network, nn.Sequential) else network for network in networks)
+    return [layer for layer in last if isinstance(layer, nn.Linear)]
+
+
 @contextmanager
 def restored(weights: Iterable[Tensor]) -> Iterator[None]:
     """After this block, tensors have the values again that they had before it."""

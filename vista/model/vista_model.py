@@ -29,7 +29,17 @@ from vista.log.histories import UNKNOWN_GAP
 from vista.log.vocabulary import Vocabulary
 from vista.model.features import EncodedRows, Schema
 from vista.model.item_projections import save_item_projections
-from vista.model.layers import CandidateHead, FeedForward, GatedOutput, frozen, module_list, norm, restored, split_heads
+from vista.model.layers import (
+    CandidateHead,
+    FeedForward,
+    GatedOutput,
+    frozen,
+    module_list,
+    norm,
+    output_layers,
+    restored,
+    split_heads,
+)
 from vista.model.losses import (
     Losses,
     LossPart,
@@ -480,8 +490,7 @@ class VistaModel(RankingModel):
         self.train(training)
 
     def task_outputs(self) -> list[nn.Linear]:
-        layers = [self.task_head, None if self.candidate_head is None else self.candidate_head.network[-1]]
-        return [layer for layer in layers if isinstance(layer, nn.Linear)]
+        return output_layers(self.task_head, None if self.candidate_head is None else self.candidate_head.network)
 
     def description(self) -> ModelDescription:
         return replace(super().description(), summarizer_id=self.summarizer_id().hex())

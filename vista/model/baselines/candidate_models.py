@@ -28,7 +28,7 @@ from vista.model.baselines.history_model import HistoryModel, PaddedTile, ShownC
 from vista.model.features import EncodedRows, Schema
 from vista.model.inference import newest, user_feature_vectors
 from vista.model.item_feature_table import category_codes
-from vista.model.layers import Dropout, split_heads
+from vista.model.layers import Dropout, output_layers, split_heads
 from vista.model.losses import Losses, search_unit, task_parts, weighted_losses
 
 
@@ -102,8 +102,7 @@ class CandidateModel(HistoryModel):
         self.network = network(3 * config.dim, len(schema.tasks), config.dropout)
 
     def task_outputs(self) -> list[nn.Linear]:
-        last = self.network[-1]
-        return [last] if isinstance(last, nn.Linear) else []
+        return output_layers(self.network)
 
     def find(self, events: PackedEvents, queries: EventQueries) -> FoundEvents:
         """The events that each query reads, of the newest `history_limit` that it sees."""

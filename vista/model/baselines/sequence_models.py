@@ -35,7 +35,7 @@ from vista.model.baselines.history_model import (
 )
 from vista.model.features import EncodedRows, Schema
 from vista.model.inference import newest, user_feature_vectors
-from vista.model.layers import FEED_FORWARD_RATIO, CandidateHead, Dropout, module_list, norm, split_heads
+from vista.model.layers import FEED_FORWARD_RATIO, CandidateHead, Dropout, module_list, norm, output_layers, split_heads
 from vista.model.losses import Losses, LossPart, anchor_losses, next_loss, task_parts, weighted_losses
 from vista.model.target_attention import MASKED
 
@@ -130,9 +130,7 @@ class SequenceModel(HistoryModel):
         raise NotImplementedError
 
     def task_outputs(self) -> list[nn.Linear]:
-        head = self.task_head[-1] if isinstance(self.task_head, nn.Sequential) else self.task_head
-        layers = [head, None if self.candidate_head is None else self.candidate_head.network[-1]]
-        return [layer for layer in layers if isinstance(layer, nn.Linear)]
+        return output_layers(self.task_head, None if self.candidate_head is None else self.candidate_head.network)
 
     def impression_logits(self, states: Tensor, memory: Any, candidates: Tensor, seen: Tensor) -> Tensor:
         """Task logits [n, C, num_tasks].
