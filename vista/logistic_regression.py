@@ -17,41 +17,49 @@ _NUM_JOINT = 4
 
 def fit_probability(features: NDArray[np.float64], probability: NDArray[np.floating]) -> NDArray[np.float64]:
     """Weights [F] of a logistic regression of probabilities [N] on features [N, F] (Newton's method, small ridge)."""
-    target = probability.astype(np.float64)
-    weights = np.zeros(features.shape[1])
-    penalty = _RIDGE * len(features) / features.shape[1] * np.eye(len(weights))
-    for _ in range(12):
-        estimate = 1 / (1 + np.exp(-(features @ weights)))
-        gradient = features.T @ (target - estimate) - penalty @ weights
-        curvature = (features * (estimate * (1 - estimate))[:, None]).T @ features + penalty
-        step = np.linalg.solve(curvature, gradient)
-        weights += step
-        if np.abs(step).max() < 1e-6:
-            break
-    return weights
+    num_features = features.shape[1]
+    ridge = _RIDGE * len(features) / num_features
+    return _newton(features, probability, ridge, np.zeros(num_features), most_steps=12, tolerance=1e-6)
 
 
 def fit_calibration(logit: NDArray[np.floating], label: NDArray[np.floating]) -> tuple[float, float]:
     """Slope and shift of logits [N] that fit labels [N]: Platt scaling (1999), drawn to 1 and 0 as by CALIBRATION_PRIOR
     cases. A slope that is not positive, which would reverse the order, leaves logits as they are.
     """
-    features = np.stack([logit, np.ones(len(logit))], 1).astype(np.float64)
-    identity, weights = np.array([1.0, 0.0]), np.zeros(2)  # Newton's method may diverge from large weights
-    for _ in range(30):
-        estimate = 1 / (1 + np.exp(-np.clip(features @ weights, -500, 500)))
-        gradient = features.T @ (label - estimate) - CALIBRATION_PRIOR * (weights - identity)
-        curvature = (features * (estimate * (1 - estimate))[:, None]).T @ features + CALIBRATION_PRIOR * np.eye(2)
-        step = np.linalg.solve(curvature, gradient)
-        weights = weights + step
-        if np.abs(step).max() < 1e-9:
-            break
+    features, identity = np.stack([logit, np.ones(len(logit))], 1).astype(np.float64), np.array([1.0, 0.0])
+    weights = _newton(features, label, CALIBRATION_PRIOR, identity, most_steps=30, tolerance=1e-9)
     slope, shift = weights.tolist()
     return (slope, shift) if slope > 0 and np.isfinite(weights).all() else (1.0, 0.0)
 
 
+def _newton(
+    features: NDArray[np.float64],
+    probability: NDArray[np.floating],
+    ridge: float,
+    center: NDArray[np.float64],
+    *,
+    most_steps: int,
+    tolerance: float,
+) -> NDArray[np.float64]:
+    """Weights [F] of a logistic regression of probabilities [N] on features [N, F], with a ridge around `center` [F].
+
+    They start at 0, because Newton's method may diverge from large weights.
+    """
+    target, weights, penalty = probability.astype(np.float64), np.zeros(len(center)), ridge * np.eye(len(center))
+    for _ in range(most_steps):
+        estimate = predict_probability(features, weights)
+        gradient = features.T @ (target - estimate) - penalty @ (weights - center)
+        curvature = (features * (estimate * (1 - estimate))[:, None]).T @ features + penalty
+        step = np.linalg.solve(curvature, gradient)
+        weights += step
+        if np.abs(step).max() < tolerance:
+            break
+    return weights
+
+
 def predict_probability(features: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
     """Probabilities [N] of a logistic regression with weights [F] for features [N, F]."""
-    return np.asarray(1 / (1 + np.exp(-(features @ weights))))
+    return np.asarray(1 / (1 + np.exp(-np.clip(features @ weights, -500, 500))))
 
 
 def binned_features(raw: NDArray[np.float64]) -> NDArray[np.float64]:
