@@ -351,8 +351,11 @@ class Trainer:
         minutes, progress = self.config.optim.minutes, self.progress
         if minutes is None:
             return False
-        spent = progress.seconds + self._clock.since_lap()
-        return spent + progress.validation_seconds > 60 * minutes * (1 - RESERVE)
+        return self._spent() + progress.validation_seconds > 60 * minutes * (1 - RESERVE)
+
+    def _spent(self) -> float:
+        """Seconds of the run so far."""
+        return self.progress.seconds + self._clock.since_lap()
 
     def _share_done(self, batches: int) -> float:
         """Share of the training that is done at least, in an epoch of this number of batches."""
@@ -361,7 +364,7 @@ class Trainer:
         if optim.epochs is not None:
             shares.append((progress.epoch + progress.batch / batches) / optim.epochs)
         if optim.minutes is not None:
-            shares.append((progress.seconds + self._clock.since_lap()) / (60 * optim.minutes))
+            shares.append(self._spent() / (60 * optim.minutes))
         return max(shares)
 
     def _step(self, batch: Batch) -> dict[str, float]:
@@ -448,7 +451,7 @@ class Trainer:
         is_best, change, error = validation.better(value, progress.best), 0.0, 0.0
         if progress.wide:  # What attention adds must exceed its error: epoch 0 is cheaper, and finds more new items.
             change, error = mean_and_error(validation.of_users - np.array(progress.wide))
-            is_best &= validation.better(change, error if validation.better(1.0, 0.0) else -error)
+            is_best &= validation.better(change, 0.0) and abs(change) > error
         progress.history.append({"epoch": progress.epoch, "step": progress.step, **measured})
         progress.seconds += self._clock.lap()
         progress.validation_seconds = time.perf_counter() - began
