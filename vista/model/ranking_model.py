@@ -321,12 +321,6 @@ class RankingModel(nn.Module, Readings):
             other._buffers[name] = torch.from_numpy(np.array(values, order="C")).to(self.device)
         return other
 
-    @property
-    def statistics_columns(self) -> slice:
-        """Where the vectors of `retrieval_items` hold the statistics; empty for a model that ranks without them."""
-        begin = self.config.dim + self.config.space_dim
-        return slice(begin, begin + (0 if self.counted is None else self.item_statistics.shape[1]))
-
     def training_items(self, batch: Batch, vectors: Tensor) -> Tensor:
         """What losses multiply user vectors with: [R, …] of the items `batch.rows`, from their vectors [R, M].
 
