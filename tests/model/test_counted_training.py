@@ -36,6 +36,7 @@ from vista.model.losses import CountedSlots, log_others, window_loss
 from vista.model.ranking_model import RankingModel
 from vista.model.serving_model import PaddedTail
 from vista.model.target_attention import TargetContext
+from vista.scorer.native_scoring import code_vectors
 
 
 def asked(rows: int, slots: int) -> dict[str, torch.Tensor]:
@@ -158,7 +159,9 @@ def test_the_rows_of_codes_add_up_to_what_is_added(counters: CandidateHead, code
     """Also for candidates that only some fields count."""
     codes[:10, : counters.num_columns] = 0
     codes[10:20, -1 - counters.num_columns :] = 0
-    rows = counters.of_each_code().view(-1, MAX_CODE + 1, WIDTH)
+    assert counters.added is not None
+    vectors = code_vectors(counters.added.weight.detach().numpy(), counters.num_values)
+    rows = torch.from_numpy(vectors).view(-1, MAX_CODE + 1, WIDTH)
     sums = torch.stack([rows[column, codes[:, column].long()] for column in range(counters.num_values)]).sum(0)
     torch.testing.assert_close(sums, counters(codes))
 

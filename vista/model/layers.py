@@ -403,17 +403,6 @@ class CandidateHead(nn.Module):
         """bool [..., G]: the fields that count the candidate, whose first code is at least 1."""
         return codes[..., : -1 : self.num_columns] > 0
 
-    def of_each_code(self) -> Tensor:
-        """[G * F * 64, width]: row 64 f + c is what code c of column f adds. The rows of a candidate's codes add up to
-        what `forward` gives, because that is a sum over columns."""
-        assert self.added is not None
-        num_values = self.num_values
-        code = torch.arange(MAX_CODE + 1, dtype=torch.uint8, device=self.added.weight.device)
-        codes = code.new_zeros(num_values, len(code), num_values + 1)
-        codes[torch.arange(num_values), :, torch.arange(num_values)] = code
-        rows: Tensor = self(codes)
-        return rows.flatten(0, 1)
-
 
 # How much a user's next items follow what all users do: how popular items are, and which of them are on the rise.
 #
