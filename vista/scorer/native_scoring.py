@@ -364,8 +364,8 @@ def scoring_plan(model: ServingModel, actions: Floats | None, gaps: Floats | Non
 
 
 def code_vectors(added: Floats, columns: int) -> Floats:
-    """[64 * columns, width]: row 64 f + c is what code c of column f adds to candidates. The rows of a candidate's codes
-    add up to what `CandidateHead.forward` gives, because that is a sum over columns.
+    """[64 * columns, width]: row 64 f + c is what code c of column f adds to candidates. The rows of a candidate's
+    codes add up to what `CandidateHead.forward` gives, because that is a sum over columns.
 
     Args:
         added: [width, 2 * columns + fields] weight of the head's linear map.
