@@ -83,7 +83,16 @@ def untrained(
         tail_len=tail_len,
         counter_keys=[*counter_keys],
     )
-    return VistaModel(config, Schema(list(log.actions), log.has_time, None, [TASK]), log.items, DataConfig()).eval()
+    schema = Schema(list(log.actions), log.has_time, None, [TASK])
+    return with_drawn_weights(VistaModel(config, schema, log.items, DataConfig()).eval())
+
+
+def with_drawn_weights(model: VistaModel) -> VistaModel:
+    """The same model, with random values where weights start at zero, so that every part changes the scores."""
+    for weight in model.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.02)
+    return model
 
 
 def find_ml_1m(given: Path | None) -> Path | None:
