@@ -244,9 +244,6 @@ def _without_removed(flat: Mapping[str, Any]) -> dict[str, Any]:
 
     Lines of baselines recorded settings that only other architectures read.
     """
-    for model in ("model.", "base.model."):
-        if f"{model}counters" in flat:
-            flat = _with_counter_keys(flat, model)
     constants = REMOVED | {"model.normalization": NORMALIZATIONS.get(flat.get("model.mixing", ""))}
     kind = Architecture(flat.get("model.architecture", "vista"))
     readers = {key: readers_of(key.removeprefix("model.")) for key in flat if key.startswith("model.")}
@@ -256,15 +253,6 @@ def _without_removed(flat: Mapping[str, Any]) -> dict[str, Any]:
         flat = {key: value for key, value in flat.items() if key not in ("model.search", "data.item_categories")}
     constants |= {f"base.{key}": value for key, value in constants.items()}
     return {key: value for key, value in flat.items() if key not in constants or value != constants[key]}
-
-
-def _with_counter_keys(flat: Mapping[str, Any], model: str) -> dict[str, Any]:
-    """The settings of a line from when `counter_keys` was the number of counters, which are on or off (`counters`)."""
-    old = {key: flat.get(f"{model}{key}") for key in ("counters", "counter_keys", "counter_categories")}
-    renamed = {key: value for key, value in flat.items() if key.removeprefix(model) not in old}
-    keys = ["item", *(old["counter_categories"] or [])] if old["counters"] else []
-    renamed[f"{model}counter_keys"] = None if old["counters"] is None else keys
-    return renamed | {f"{model}num_counters": old["counter_keys"]}
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from scripts.experiments.tables.table import AGES, BOTH, K0, ORACLE, SOFTMAX, Table, TableRow
+from scripts.experiments.tables.table import AGES, BOTH, K0, ORACLE, SOFTMAX, WITHOUT_COUNTERS, Table, TableRow
 from vista.config.checks import Codec
 
 SIM_HARD = ("model.kind=sim", "model.search_category=topic")
@@ -16,21 +16,13 @@ SIM_HARD = ("model.kind=sim", "model.search_category=topic")
 LENGTHS = {"length-200": 200, "length-1k": 1_000, "simulation": 4_000, "length-16k": 16_000, "length-64k": 64_000}
 """The tables of one simulation -> mean events per history."""
 WORLDS = ("returns", "sequence", "conjunction", "seasons", "drift")
-COUNTERS = ("model.counter_keys=[item]",)
-"""Without what counters turn on by default. Next items are trained at the anchors only, as always with counters."""
-MANY_COUNTERS = (
-    *(*COUNTERS, "model.num_counters=1024", "model.counter_events=[250,1000,2500]"),
-    "optim.next_weight=0",
-)
 TOPICS = ("model.ignore=[user_features]",)
-COUNTED_TOPICS = ("model.counter_keys=[item,topic]", "model.counter_events=[32,250,1000,2500]")
 KEYED = (
-    "model.counter_keys=[item,topic,topic*month,topic*weekday,previous*item]",
+    *(*TOPICS, "model.counter_keys=[item,topic,topic*month,topic*weekday,previous*item]"),
     *("model.num_counters=2048", "model.counter_events=[32,250,1000,2500]"),
 )
-"""Also what the calendar and the item before tell: counters of most pairs of a history."""
-DECAYS = ("model.decay=position", "model.decay_horizons=[32,200,1000,0]")
-"""Three of four heads weigh recent events more, because tastes change."""
+"""The true topic of each item as a feature, and counters of items, topics, and most of what the calendar and the item
+before tell of them."""
 REFERENCES = {
     "last 2,000 events": TableRow(1, untrained="last 2000"),
     "pooled": TableRow(1, untrained="pooled"),
@@ -211,31 +203,20 @@ def length_case(length: int, row: str) -> str:
 
 
 def _world(name: str, **size: Any) -> Table:
-    """Half as many users as in the table `simulation`, and twice as many passes."""
+    """Half as many users as in the table `simulation`, and twenty minutes for each training."""
     rows = {
-        "vista": TableRow(12),
-        "vista, decay": TableRow(12, DECAYS),
-        "vista, counters": TableRow(13, COUNTERS),
-        # All items that a user can return to, with time constants from which the mean gap of an item follows.
-        "vista, 1,024 counted items": TableRow(25, MANY_COUNTERS),
-        "vista, 1,024 counted items, 16 epochs": TableRow(32, (*MANY_COUNTERS, "optim.epochs=16")),
-        # The true topic of each item, as a feature, and counted too.
-        "vista, topics": TableRow(13, (*COUNTERS, *TOPICS)),
-        "vista, topics counted": TableRow(15, (*COUNTERS, *TOPICS, *COUNTED_TOPICS)),
-        "tail-only, topics counted": TableRow(9, (*K0, *COUNTERS, *TOPICS, *COUNTED_TOPICS)),
-        "vista, keyed counters": TableRow(20, (*TOPICS, *KEYED)),
-        "tail-only, keyed counters": TableRow(12, (*K0, *TOPICS, *KEYED)),
-        "tail-only": TableRow(7, K0),
-        "tail-only, counters": TableRow(8, (*K0, *COUNTERS)),
-        "hstu": TableRow(20, ("model.kind=hstu",)),
-        "hstu-2,000": TableRow(60, ("model.kind=hstu", "model.history_limit=2000")),
+        "vista": TableRow(25, KEYED),
+        "tail-only": TableRow(25, (*K0, *KEYED)),
+        "epoch 0": TableRow(4, (*K0, *KEYED, "optim.epochs=0")),
+        "vista, no counters": TableRow(25, WITHOUT_COUNTERS),
+        "hstu": TableRow(25, ("model.kind=hstu",)),
         **REFERENCES,
         **ORACLE,
     }
     simulation = {"world": name, "num_users": 600, "events_per_user": 4000, **size}
     # A day has five or six events, so nothing lies between a summary and the tail for longer than a few days.
     refreshed = ("data.refresh_days=9", "data.staleness_events=32")
-    return Table("simulation", f"world-{name}", rows, ("optim.epochs=8", *refreshed), simulation, validation=True)
+    return Table("simulation", f"world-{name}", rows, ("optim.minutes=20", *refreshed), simulation, validation=True)
 
 
 TABLES |= {f"world-{name}": _world(name) for name in WORLDS}
