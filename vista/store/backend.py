@@ -75,12 +75,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def open_backend(store: str | Path | StoreUrl, *, cached: bool = False) -> StoreBackend:
+def open_backend(store: str | Path | StoreUrl) -> StoreBackend:
     """The store in a folder, whether it exists or not, or on a server.
-
-    Args:
-        store: folder or URL.
-        cached: read records through the cache that the URL names, if it names one.
 
     Raises:
         MissingDependencyError: the store is on a server, and the extra `redis` is not installed.
@@ -90,7 +86,7 @@ def open_backend(store: str | Path | StoreUrl, *, cached: bool = False) -> Store
     if isinstance(address, StoreUrl):
         from vista.store.server import Server
 
-        return Server(address, cached=cached)
+        return Server(address)
     return Folder(address)
 
 

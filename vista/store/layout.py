@@ -61,7 +61,6 @@ _POINTER_BYTES = 64
 PASSWORD_VARIABLE = "VISTA_REDIS_PASSWORD"
 DEFAULT_PORT = 6379
 DEFAULT_TIMEOUT_S = 5.0
-DEFAULT_CACHE_MB = 1000.0
 DAY_MS = 86_400_000
 EXAMPLE = "redis://host:6379/mine, or rediss://host:6379/mine with TLS"
 _ENCODE = f"; percent-encode / # ? [ ] @ in a password, or pass it in the variable {PASSWORD_VARIABLE}"
@@ -75,7 +74,7 @@ _STORE_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 class StoreUrl:
     """The URL of a store on a Valkey or Redis server. Its text, unlike what was parsed, never holds credentials.
 
-    redis://[user[:password]@]host[:port]/[database/]name[?timeout_s=…&cache=…&cache_mb=…&ttl_days=…]
+    redis://[user[:password]@]host[:port]/[database/]name[?timeout_s=…&ttl_days=…]
     """
 
     host: str
@@ -89,10 +88,6 @@ class StoreUrl:
     tls: bool = False
     timeout_s: float = DEFAULT_TIMEOUT_S
     """Longest wait for a connection, and for each reply."""
-    cache: str | None = None
-    """Folder in which readers keep the records that they have read; None keeps none."""
-    cache_mb: float = DEFAULT_CACHE_MB
-    """Size of the cache, 10^6 bytes."""
     ttl_days: float | None = None
     """Time from the last refresh until the server removes a generation that a full refresh or a copy writes to this
     URL; None keeps it."""
@@ -124,8 +119,7 @@ class StoreUrl:
         except ValueError as error:
             raise ConfigError(f"store: the URL cannot be read ({type(error).__name__}); {remedy}") from None
         *database, name = [unquote(word) for word in parts.path.strip("/").split("/")]
-        timeout, cache = options.pop("timeout_s", str(DEFAULT_TIMEOUT_S)), options.pop("cache", None)
-        cache_mb, ttl = options.pop("cache_mb", str(DEFAULT_CACHE_MB)), options.pop("ttl_days", None)
+        timeout, ttl = options.pop("timeout_s", str(DEFAULT_TIMEOUT_S)), options.pop("ttl_days", None)
         if parts.scheme not in ("redis", "rediss"):
             problem = "it does not begin with redis:// or rediss://"
         elif not parts.hostname:
@@ -135,11 +129,9 @@ class StoreUrl:
         elif len(database) > 1 or not all(re.fullmatch("[0-9]{1,5}", word) for word in database):
             problem = "only the number of a database may come before the store's name"
         elif options or parts.fragment:
-            problem = "its only options are timeout_s, cache, cache_mb, and ttl_days"
+            problem = "its only options are timeout_s and ttl_days"
         elif not _is_number(timeout, 3600):
             problem = "timeout_s must be a positive number of seconds, at most 3600"
-        elif not _is_number(cache_mb, 1e9):
-            problem = "cache_mb must be a positive number of megabytes"
         elif ttl is not None and not _is_number(ttl, MAX_DAYS):
             problem = f"ttl_days must be a positive number of days, at most {MAX_DAYS}"
         if problem:
@@ -153,8 +145,6 @@ class StoreUrl:
             password=unquote(parts.password) if parts.password else None,
             tls=parts.scheme == "rediss",
             timeout_s=float(timeout),
-            cache=cache,
-            cache_mb=float(cache_mb),
             ttl_days=None if ttl is None else float(ttl),
         )
 

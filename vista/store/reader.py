@@ -64,7 +64,7 @@ class StoreReader:
     ) -> None:
         self.path = path
         self._number = generation
-        self._backend = open_backend(path, cached=True)
+        self._backend = open_backend(path)
         self._wanted = summarizer_id
         self._key = key
         self._tail_len, self._tail_columns, self._user_columns = tail_len, tail_columns, user_columns

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from vista.errors import (
@@ -22,14 +21,13 @@ from vista.errors import (
     UnfinishedError,
     shown,
 )
-from vista.files import checked_path
 from vista.store.folder_files import DIGEST, digests_of
 from vista.store.folder_generation import Batch
 from vista.store.keys import CURSOR_KEY
 from vista.store.layout import DAY_MS, Permissions, StoreUrl, parse_pointer
 from vista.store.manifest import Manifest, Tally
 from vista.store.record import RecordSpec
-from vista.store.server_connection import Command, KeyNames, RecordCache, ServerConnection, ServerLock, evicting
+from vista.store.server_connection import Command, KeyNames, ServerConnection, ServerLock, evicting
 from vista.store.server_generation import ServerGeneration, ServerWriter
 
 _CHECKS_BESIDE_ERASURES = 5
@@ -45,24 +43,16 @@ class Server:
 
     After a kill of the writer, its lock expires within seconds, and the next writer resumes.
 
-    Args:
-        url: of the store.
-        cached: read through the cache that the URL names, if it names one.
-
     Raises:
         StoreError: as of `ServerConnection.check` and `command`.
     """
 
-    def __init__(self, url: StoreUrl, *, cached: bool = False) -> None:
+    def __init__(self, url: StoreUrl) -> None:
         self.connection = ServerConnection(url)
         self.connection.check()
         self.address = url
         self.names = KeyNames(url.name)
         self.erased_users = ServerTombstones(self.connection, self.names.tombstones)
-        self._cache: RecordCache | None = None
-        if cached and url.cache is not None:
-            folder = checked_path(url.cache, StoreError) / xxhash.xxh3_64_hexdigest(str(url).encode())
-            self._cache = RecordCache(folder.absolute(), int(1e6 * url.cache_mb))
         self._lock: ServerLock | None = None
         self._published = 0
         self._writer: ServerWriter | None = None
@@ -113,13 +103,11 @@ class Server:
         """
         manifest, stamp = self._complete(number)
         names, spec = self.names.generation(number), manifest.spec(key)
-        return ServerGeneration(self.connection, names, manifest, spec, stamp, self._cache, self._read_current)
+        return ServerGeneration(self.connection, names, manifest, spec, stamp, self._read_current)
 
     def close(self) -> None:
-        """Close the connections and the cache; the next command opens new ones."""
+        """Close the connections; the next command opens new ones."""
         self.connection.close()
-        if self._cache is not None:
-            self._cache.close()
 
     def check_structure(self, number: int) -> None:
         """Nothing to do: there are no files."""

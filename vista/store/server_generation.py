@@ -17,13 +17,12 @@ from vista.arrays import Int
 from vista.errors import RecordError, StoreClosedError, StoreWriteError
 from vista.store.folder_generation import Batch
 from vista.store.layout import pointer_to
-from vista.store.manifest import CHECKSUM_DIGITS, Manifest, Tally, parse_cursor
+from vista.store.manifest import Manifest, Tally, parse_cursor
 from vista.store.record import HEADER_BYTES, RecordSpec, check_records, user_of
 from vista.store.record_reading import RawRecords, present_records
 from vista.store.server_connection import (
     Command,
     GenerationKeys,
-    RecordCache,
     ServerConnection,
     ServerLock,
     evicting,
@@ -59,7 +58,6 @@ class ServerGeneration:
         spec: what each record holds.
         stamp: what the generation's key `!complete` holds. A read fails if it has changed, because the records may then
             have been removed. None does not check.
-        cache: of this host, for readers; None always asks the server.
         read_current: for readers, tells manifest and stamp of the published generation.
     """
 
@@ -70,14 +68,11 @@ class ServerGeneration:
         manifest: Manifest,
         spec: RecordSpec,
         stamp: bytes | None = None,
-        cache: RecordCache | None = None,
         read_current: Callable[[], tuple[Manifest, bytes]] | None = None,
     ) -> None:
         self.manifest, self.spec, self.stamp = manifest, spec, stamp
-        self._server, self._names, self._cache = server, names, cache
+        self._server, self._names = server, names
         self._read_current = read_current
-        self._version = b""
-        """Of the records, as last seen: the stamp and the checksum of the manifest, which every write changes."""
         size = HEADER_BYTES + spec.rows_bytes + spec.user_bytes + _EVENT_BYTES * manifest.tail_len
         self.batch_size = min(max(BATCH_BYTES // size, 1), _BATCH_RECORDS)
         """Most records per read."""
@@ -93,13 +88,7 @@ class ServerGeneration:
         parts = []
         for first in range(0, max(len(keys), 1), self.batch_size):
             batch = keys[first : first + self.batch_size]
-            try:
-                parts += self._parts(self._get(batch), batch, first)
-            except RecordError:
-                if self._cache is None:
-                    raise
-                self._cache.forget(self._version, batch)
-                parts += self._parts(self._get_from_server(batch), batch, first)
+            parts += self._parts(self._get(batch), batch, first)
         if sum(len(rows) for rows, _ in parts) < len(keys):
             is_due = time.monotonic() - self._server.checked_at > RECHECKED_S
             if is_due or self._server.evicts_expiring:
@@ -239,39 +228,12 @@ class ServerGeneration:
 
     def _get(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """Unchecked records of at most `batch_size` keys; None for a user without a record."""
-        return self._get_from_server(keys) if self._cache is None else self._get_cached(self._cache, keys)
-
-    def _get_from_server(self, keys: Sequence[bytes]) -> list[bytes | None]:
         return self._values([self._names.record(key) for key in keys])
 
     def _values(self, names: Sequence[bytes]) -> list[bytes | None]:
         values: list[bytes | None] = self._server.command("MGET", *names, self._names.complete)
         self._require_stamp(values.pop())
         return values
-
-    def _get_cached(self, cache: RecordCache, keys: Sequence[bytes]) -> list[bytes | None]:
-        """One round trip, which also tells whether the cached records are still those of the server."""
-        version = self._version
-        held = cache.get(version, keys)
-        while True:
-            wanted = [key for key, value in zip(keys, held, strict=True) if value is None]
-            # The version first: records that are read after it may be newer, but never older.
-            checksum, values = self._server.pipeline(
-                [
-                    ("GETRANGE", self._names.manifest, 0, CHECKSUM_DIGITS - 1),
-                    ("MGET", *map(self._names.record, wanted), self._names.complete),
-                ]
-            )
-            stamp = values.pop()
-            self._require_stamp(stamp)
-            seen, version = version, stamp + checksum
-            if seen == version or len(wanted) == len(keys):
-                break
-            held = [None] * len(keys)  # Records have changed since they were cached.
-        fetched = dict(zip(wanted, values, strict=True))
-        self._version = version  # Other threads may set a newer one, to which these records do not belong.
-        cache.put(version, {key: value for key, value in fetched.items() if value is not None})
-        return [fetched.get(key) if value is None else value for key, value in zip(keys, held, strict=True)]
 
     def _require_stamp(self, stamp: bytes | None) -> None:
         if self.stamp is not None and stamp != self.stamp:
