@@ -130,7 +130,7 @@ def _copy(source_store: StoreBackend, number: int, target: StoreBackend, key: by
     with source_store.open(number, key) as source:
         manifest, erased_users = source.manifest.without_states(), target.erased_users
         for existing in reversed(target.numbers()):
-            if _is_equal(source, target, existing, key) and target.renewed(existing):
+            if _is_equal(source, target, existing, key):
                 return _report(target, existing, manifest.count, num_resumed=manifest.count)
         wanted = dataclasses.replace(manifest, generation=target.number_for(manifest))
         target.remove_leftovers(except_for=wanted.generation)
@@ -566,8 +566,6 @@ class GenerationStats:
     num_open: int | None = 0
     """Other processes on this machine that have it open; None if the system does not tell."""
     problem: str = ""
-    expires_at: int | None = None
-    """ms; None if it does not expire."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -602,7 +600,6 @@ class StoreStats:
                 if stats.size_bytes is None
                 else f"{stats.live_bytes:,} bytes in use of {stats.size_bytes:,} on disk",
                 *([f"open in {stats.num_open} other processes"] if stats.num_open is not None else []),
-                *([f"expires {_date(stats.expires_at)} unless it is refreshed"] if stats.expires_at else []),
                 f"summarizer {manifest.summarizer_id[:12]}…",
                 *([f"key {manifest.key_id}"] if manifest.key_id else []),
             ]
@@ -633,12 +630,11 @@ def _generation_stats(store: StoreBackend, number: int) -> GenerationStats:
         if isinstance(store.address, Path):
             live, size, num_open = _of_files(store.address, number)
         manifest, complete, num_records = store.progress(number)
-        expires_at = store.expires_at(number)
     except StoreUnavailableError:
         raise
     except StoreError as error:
         return GenerationStats(number, None, problem=str(error))
-    return GenerationStats(number, manifest, complete, num_records, live, size, num_open, "", expires_at)
+    return GenerationStats(number, manifest, complete, num_records, live, size, num_open)
 
 
 def _date(time_ms: int) -> str:

@@ -178,14 +178,6 @@ class Folder:
         with SharedEnvironment.acquire(path) as environment:
             return environment.read(lambda transaction: _progress(transaction, path))
 
-    def expires_at(self, number: int) -> int | None:
-        """None: files do not expire."""
-        return None
-
-    def renewed(self, number: int) -> bool:
-        """True: files do not expire."""
-        return True
-
     def size_bytes(self, number: int) -> int:
         """Size of the generation's files."""
         files = generation_path(self.address, number).rglob("*")

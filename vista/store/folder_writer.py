@@ -203,9 +203,6 @@ class FolderWriter:
 
         self.manifest = self._write(self.summary, put)
 
-    def renew(self) -> None:
-        """Nothing to do: files do not expire."""
-
     def put_manifest(self, change: Callable[[Manifest], Manifest]) -> None:
         """Change the manifest durably."""
 

@@ -27,7 +27,6 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from vista.config.checks import MAX_DAYS
 from vista.errors import ConfigError, StoreError, StoreWriteError, shortened, shown
 from vista.files import (
     checked_path,
@@ -61,7 +60,6 @@ _POINTER_BYTES = 64
 PASSWORD_VARIABLE = "VISTA_REDIS_PASSWORD"
 DEFAULT_PORT = 6379
 DEFAULT_TIMEOUT_S = 5.0
-DAY_MS = 86_400_000
 EXAMPLE = "redis://host:6379/mine, or rediss://host:6379/mine with TLS"
 _ENCODE = f"; percent-encode / # ? [ ] @ in a password, or pass it in the variable {PASSWORD_VARIABLE}"
 
@@ -74,7 +72,7 @@ _STORE_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 class StoreUrl:
     """The URL of a store on a Valkey or Redis server. Its text, unlike what was parsed, never holds credentials.
 
-    redis://[user[:password]@]host[:port]/[database/]name[?timeout_s=…&ttl_days=…]
+    redis://[user[:password]@]host[:port]/[database/]name[?timeout_s=…]
     """
 
     host: str
@@ -88,14 +86,6 @@ class StoreUrl:
     tls: bool = False
     timeout_s: float = DEFAULT_TIMEOUT_S
     """Longest wait for a connection, and for each reply."""
-    ttl_days: float | None = None
-    """Time from the last refresh until the server removes a generation that a full refresh or a copy writes to this
-    URL; None keeps it."""
-
-    @property
-    def ttl_ms(self) -> int | None:
-        """`ttl_days` in ms."""
-        return None if self.ttl_days is None else max(round(DAY_MS * self.ttl_days), 1)
 
     @staticmethod
     def matches(store: object) -> bool:
@@ -119,7 +109,7 @@ class StoreUrl:
         except ValueError as error:
             raise ConfigError(f"store: the URL cannot be read ({type(error).__name__}); {remedy}") from None
         *database, name = [unquote(word) for word in parts.path.strip("/").split("/")]
-        timeout, ttl = options.pop("timeout_s", str(DEFAULT_TIMEOUT_S)), options.pop("ttl_days", None)
+        timeout = options.pop("timeout_s", str(DEFAULT_TIMEOUT_S))
         if parts.scheme not in ("redis", "rediss"):
             problem = "it does not begin with redis:// or rediss://"
         elif not parts.hostname:
@@ -129,11 +119,9 @@ class StoreUrl:
         elif len(database) > 1 or not all(re.fullmatch("[0-9]{1,5}", word) for word in database):
             problem = "only the number of a database may come before the store's name"
         elif options or parts.fragment:
-            problem = "its only options are timeout_s and ttl_days"
-        elif not _is_number(timeout, 3600):
+            problem = "its only option is timeout_s"
+        elif not _is_timeout(timeout):
             problem = "timeout_s must be a positive number of seconds, at most 3600"
-        elif ttl is not None and not _is_number(ttl, MAX_DAYS):
-            problem = f"ttl_days must be a positive number of days, at most {MAX_DAYS}"
         if problem:
             raise ConfigError(f"store: the URL cannot be used: {problem}; {remedy}")
         return cls(
@@ -145,7 +133,6 @@ class StoreUrl:
             password=unquote(parts.password) if parts.password else None,
             tls=parts.scheme == "rediss",
             timeout_s=float(timeout),
-            ttl_days=None if ttl is None else float(ttl),
         )
 
     def __str__(self) -> str:
@@ -182,10 +169,10 @@ def store_address(store: str | os.PathLike[str] | StoreUrl) -> Path | StoreUrl:
     return store_path(store)
 
 
-def _is_number(text: str, most: float) -> bool:
-    """Whether a text is a number above 0, up to `most`."""
+def _is_timeout(text: str) -> bool:
+    """Whether a text is a number of seconds above 0, up to an hour."""
     try:
-        return 0 < float(text) <= most
+        return 0 < float(text) <= 3600
     except ValueError:
         return False
 

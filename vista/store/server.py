@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.errors import (
-    ConfigError,
     RecordError,
     StoreBusyError,
     StoreError,
@@ -24,10 +23,10 @@ from vista.errors import (
 from vista.store.folder_files import DIGEST, digests_of
 from vista.store.folder_generation import Batch
 from vista.store.keys import CURSOR_KEY
-from vista.store.layout import DAY_MS, Permissions, StoreUrl, parse_pointer
+from vista.store.layout import Permissions, StoreUrl, parse_pointer
 from vista.store.manifest import Manifest, Tally
 from vista.store.record import RecordSpec
-from vista.store.server_connection import Command, KeyNames, ServerConnection, ServerLock, evicting
+from vista.store.server_connection import Command, KeyNames, ServerConnection, ServerLock
 from vista.store.server_generation import ServerGeneration, ServerWriter
 
 _CHECKS_BESIDE_ERASURES = 5
@@ -123,19 +122,6 @@ class Server:
         manifest, complete = generation.manifest, generation.complete
         return manifest, complete, manifest.count if complete else generation.read_cursor()
 
-    def expires_at(self, number: int) -> int | None:
-        """When the generation expires by the server's clock, in ms; None if it does not."""
-        time_ms = int(self.connection.command("PEXPIRETIME", self.names.generation(number).manifest))
-        return None if time_ms < 0 else time_ms
-
-    def renewed(self, number: int) -> bool:
-        """Renew a generation's time to live for a copy; False if the URL names another one, so it is copied again."""
-        generation = self.open_writer(number)
-        if generation.ttl_ms != self.address.ttl_ms:
-            return False
-        generation.renew()
-        return True
-
     def size_bytes(self, number: int) -> int:
         """Size of records and states, from the mean of the first 1,000 users."""
         server, names = self.connection, self.names.generation(number)
@@ -191,7 +177,6 @@ class Server:
             generation = self._readable(number)
             if generation is not None and self._is_of(generation, wanted):
                 self._writer = generation
-                generation.renew()
                 return generation
             logger.warning(
                 "%s: gen-%d, which was never published, belongs to another run or is damaged; it is removed, and a new "
@@ -203,20 +188,8 @@ class Server:
         return self._writer
 
     def published(self) -> ServerWriter:
-        """Open the published generation, to write it in place.
-
-        Raises:
-            ConfigError: the URL names another time to live than the generation has.
-        """
-        generation = self.open_writer(self.current())
-        ttl_ms, wanted_ms = generation.ttl_ms, self.address.ttl_ms
-        if wanted_ms not in (None, ttl_ms):
-            held = "does not expire" if ttl_ms is None else f"has ttl_days={ttl_ms / DAY_MS:g}"
-            raise ConfigError(
-                f"{self.address}: gen-{generation.manifest.generation} {held}, as the full refresh or the copy that "
-                "made it said; leave ttl_days out, or run a full refresh"
-            )
-        return generation
+        """Open the published generation, to write it in place."""
+        return self.open_writer(self.current())
 
     def publish_written(self, spec: RecordSpec, wait_s: float) -> Manifest:
         """Check every record, publish the generation of `start`, and remove all others except the one published before.
@@ -341,11 +314,6 @@ class Server:
             )
         return manifest
 
-    def require_no_eviction(self) -> None:
-        """Raise StoreError if the server could evict the records of a generation that expires."""
-        if self.connection.evicts_expiring:
-            raise evicting(self.address, "volatile-…")
-
     def make_durable(self) -> None:
         """Wait until all that was written so far is on the server's disk, if it keeps an append-only file."""
         self.connection.make_durable(self.names.synced)
@@ -364,7 +332,6 @@ class Server:
         Raises:
             StoreError: as of `publish_written`.
         """
-        generation.renew()
         for _ in range(_CHECKS_BESIDE_ERASURES):
             num_erased = len(self.erased_users)
             generation.remove_erased()
@@ -393,7 +360,7 @@ class Server:
     def remove(self, number: int) -> None:
         """Remove a generation. Its marker goes first, so readers that use it do not report its users as missing."""
         names = self.names.generation(number)
-        self._change(lambda: [("DEL", names.manifest, names.complete, names.cursor, names.ttl)])
+        self._change(lambda: [("DEL", names.manifest, names.complete, names.cursor)])
 
         def some_records() -> list[Command]:
             keys = self.connection.command("ZRANGE", names.users, 0, _REMOVED_AT_ONCE - 1)
@@ -417,20 +384,14 @@ class Server:
     def _complete(self, number: int) -> tuple[Manifest, bytes]:
         """Manifest and stamp of a complete generation."""
         names = self.names.generation(number)
-        commands: list[Command] = [("MGET", names.manifest, names.complete), ("PTTL", names.complete)]
-        (manifest, stamp), left_ms = self.connection.pipeline(commands)
+        manifest, stamp = self.connection.command("MGET", names.manifest, names.complete)
         if manifest is None or stamp is None:
             numbers = self.numbers()
             existing = ", ".join(f"gen-{each}" for each in numbers) or "none"
             if number not in numbers:
-                raise StoreError(
-                    f"{self.address} has no gen-{number}; name an existing generation: {existing}. If it has expired "
-                    "(ttl_days), run a full refresh"
-                )
-            reason = "was never finished" if manifest is not None else "has expired (ttl_days) or was removed"
+                raise StoreError(f"{self.address} has no gen-{number}; name an existing generation: {existing}")
+            reason = "was never finished" if manifest is not None else "was removed"
             raise UnfinishedError(f"{self.address}: gen-{number} {reason}; refresh the store again")
-        if left_ms >= 0:
-            self.require_no_eviction()
         return self.parsed(manifest, number), stamp
 
     def _published_or_newest(self) -> int:
@@ -451,7 +412,7 @@ class Server:
 
     def _is_of(self, generation: ServerWriter, wanted: Manifest) -> bool:
         """Whether an unfinished generation is what a run with this manifest would write."""
-        return generation.manifest.identity() == wanted.identity() and generation.ttl_ms == self.address.ttl_ms
+        return generation.manifest.identity() == wanted.identity()
 
     def _readable(self, number: int) -> ServerWriter | None:
         """A generation, open for writing; None if its manifest is damaged, or of another format version."""

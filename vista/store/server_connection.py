@@ -37,7 +37,6 @@ _NEVER = -1
 
 USERS_KEY = b"!users"
 """Sorted set of the keys of all users who have a record; no user's key begins with an exclamation mark."""
-TTL_KEY = b"!ttl"
 STATE_PREFIX = b"!state:"
 """Comes before a user's key in the name of the user's state."""
 
@@ -51,8 +50,6 @@ class ServerConnection:
 
     def __init__(self, url: StoreUrl) -> None:
         self.url = url
-        self.evicts_expiring = False
-        """Whether the server removes keys that expire already before, if its memory is full; known after `check`."""
         self.checked_at = 0.0
         """Time of the last successful check, by the monotonic clock."""
         redis = require_module("redis", "redis")
@@ -83,16 +80,12 @@ class ServerConnection:
         """
         memory = self.command("INFO", "memory")
         policy = str(memory.get("maxmemory_policy", "")) if isinstance(memory, dict) else ""
-        is_limited = bool(memory and int(memory.get("maxmemory", 0)))
-        self.evicts_expiring = is_limited and policy.startswith("volatile")
-        if is_limited and policy.startswith("allkeys"):
-            raise evicting(self.url, policy)
+        if memory and int(memory.get("maxmemory", 0)) and policy.startswith("allkeys"):
+            raise StoreError(
+                f"{self.url}: the server evicts records when its memory is full (maxmemory-policy {policy}), and "
+                "readers could not tell them from missing users; set maxmemory-policy to noeviction"
+            )
         self.checked_at = time.monotonic()
-
-    def now_ms(self) -> int:
-        """The server's clock, by which keys expire."""
-        seconds, microseconds = self.command("TIME")
-        return 1000 * int(seconds) + int(microseconds) // 1000
 
     def command(self, *command: Any) -> Any:
         """Run one command.
@@ -279,14 +272,6 @@ class _CommandPacker:
         return [b"".join([b"*%d\r\n" % len(encoded), *(b"$%d\r\n%b\r\n" % (len(word), word) for word in encoded)])]
 
 
-def evicting(url: StoreUrl, policy: str) -> StoreError:
-    """The error for a server that would evict records."""
-    return StoreError(
-        f"{url}: the server evicts records when its memory is full (maxmemory-policy {policy}), and readers could not "
-        "tell them from missing users; set maxmemory-policy to noeviction"
-    )
-
-
 class ServerLock:
     """The lock of the one writer of a store: a key that expires unless its holder renews it, in a daemon thread.
 
@@ -405,10 +390,6 @@ class GenerationKeys:
         """Values of items, if there are any."""
         self.users = prefix + USERS_KEY
         """Keys of all users who have a record."""
-        self.ttl = prefix + TTL_KEY
-        """Time to live in ms, if the generation expires."""
-        self.own = [self.manifest, self.complete, self.cursor, self.items, self.users, self.ttl]
-        """All names but those of users."""
 
     def record(self, key: bytes) -> bytes:
         """The record of a user."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import copy
 from functools import partial
 from itertools import chain, pairwise
@@ -25,7 +25,6 @@ from vista.store.server_connection import (
     GenerationKeys,
     ServerConnection,
     ServerLock,
-    evicting,
 )
 from vista.store.state_record import FoundStates, StateSpec, decode_states
 
@@ -42,8 +41,6 @@ Plan = tuple[Manifest, dict[bytes, bytes], list[Command], int]
 """The manifest after a write, other values to set by name, other commands, and a number to return."""
 RECHECKED_S = 1.0
 """While users are missing, a reader checks again after this time that the server does not evict records."""
-_RENEWED_AFTER = 0.1
-"""Share of the time to live after which a refresh renews it, so that frequent refreshes need not visit all users."""
 
 
 class ServerGeneration:
@@ -89,10 +86,9 @@ class ServerGeneration:
         for first in range(0, max(len(keys), 1), self.batch_size):
             batch = keys[first : first + self.batch_size]
             parts += self._parts(self._get(batch), batch, first)
-        if sum(len(rows) for rows, _ in parts) < len(keys):
-            is_due = time.monotonic() - self._server.checked_at > RECHECKED_S
-            if is_due or self._server.evicts_expiring:
-                self._require_no_eviction()
+        lacks_users = sum(len(rows) for rows, _ in parts) < len(keys)
+        if lacks_users and time.monotonic() - self._server.checked_at > RECHECKED_S:
+            self._server.check()  # It may have begun to evict records.
         return parts
 
     def value(self, key: bytes) -> bytes | None:
@@ -202,12 +198,6 @@ class ServerGeneration:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def _require_no_eviction(self) -> None:
-        """Raise StoreError if the server has begun to evict records, so that missing users may have been evicted."""
-        self._server.check()
-        if self._server.evicts_expiring and self._server.command("PTTL", self._names.complete) >= 0:
-            raise evicting(self._server.url, "volatile-…")
-
     def _published(self) -> tuple[Manifest, bytes]:
         assert self._read_current is not None, "only of readers"
         return self._read_current()
@@ -258,30 +248,20 @@ class ServerWriter:
         self._server = store.connection
         self._number = number
         self._lock = lock
-        manifest, ttl = self._server.command("MGET", self.names.manifest, self.names.ttl)
-        self.manifest = self._parsed(manifest)
-        self.ttl_ms = None if ttl is None else store.whole_number(ttl, self.names.ttl)
-        """Time from the last refresh until the generation expires; None if it does not."""
+        self.manifest = self.read_manifest()
         spec = dataclasses.replace(self.manifest, key_id=None).spec()
         self.records = ServerGeneration(self._server, self.names, self.manifest, spec)
 
     @classmethod
     def create(cls, store: Server, manifest: Manifest, lock: ServerLock) -> ServerWriter:
-        """Make an empty generation, which expires if the store's URL says so."""
-        names, ttl_ms = store.names.generation(manifest.generation), store.address.ttl_ms
-        values: dict[bytes, bytes] = {names.manifest: manifest.to_bytes(), names.cursor: b"0"}
-        expires_at = None
-        if ttl_ms is not None:
-            store.require_no_eviction()
-            values[names.ttl] = b"%d" % ttl_ms
-            expires_at = store.connection.now_ms() + ttl_ms
+        """Make an empty generation."""
+        names = store.names.generation(manifest.generation)
 
         def plan() -> tuple[list[Command], None]:
             lock.require(store.connection.command("GET", lock.name))
             return [
                 ("SADD", store.names.generations, manifest.generation),
-                ("MSET", *chain.from_iterable(values.items())),
-                *_expiries(values, expires_at),
+                ("MSET", names.manifest, manifest.to_bytes(), names.cursor, b"0"),
                 lock.next_write(),
             ], None
 
@@ -293,21 +273,6 @@ class ServerWriter:
     def complete(self) -> bool:
         """Whether all its records are written and checked."""
         return bool(self._server.command("EXISTS", self.names.complete))
-
-    def renew(self) -> None:
-        """Let the time to live begin now, if the generation expires; not if a tenth of it has not passed yet.
-
-        The generation's own keys come last: as long as they exist, so do the users'.
-        """
-        if self.ttl_ms is None:
-            return
-        expires_at = self._server.now_ms() + self.ttl_ms
-        if expires_at - self._server.command("PEXPIRETIME", self.names.manifest) < _RENEWED_AFTER * self.ttl_ms:
-            return
-        for keys in self.key_batches():
-            names = self.names.values(keys) if self._keeps_states else [*map(self.names.record, keys)]
-            self._expire(names, expires_at)
-        self._expire(self.names.own, expires_at)
 
     def put(
         self,
@@ -453,9 +418,6 @@ class ServerWriter:
 
         return self._write([self._store.erased_users.name], plan)
 
-    def _expire(self, names: Sequence[bytes], expires_at: int) -> None:
-        self._write([], lambda manifest: (manifest, {}, _expiries(names, expires_at), 0))
-
     def _remove(self, keys: Sequence[bytes]) -> int:
         def plan(manifest: Manifest) -> Plan:
             old = [header for header in self.headers(keys) if header is not None]
@@ -475,17 +437,10 @@ class ServerWriter:
         def planned() -> tuple[list[Command], tuple[Manifest, int]]:
             if lock is not None:
                 lock.require(self._server.command("GET", lock.name))
-            value, expires_at = self._server.pipeline(
-                [("GET", self.names.manifest), ("PEXPIRETIME", self.names.manifest)]
-            )
-            manifest, values, commands, count = plan(self._parsed(value))
-            commands = [*commands, ("SET", self.names.manifest, manifest.to_bytes(), "KEEPTTL")]
-            if values:
-                commands.append(("MSET", *chain.from_iterable(values.items())))
-                # The list of users too, because this write may have made it.
-                commands += _expiries([*values, self.names.users], expires_at if expires_at >= 0 else None)
+            manifest, values, commands, count = plan(self.read_manifest())
+            values[self.names.manifest] = manifest.to_bytes()
             counted = [] if lock is None else [lock.next_write()]
-            return [*commands, *counted], (manifest, count)
+            return [*commands, ("MSET", *chain.from_iterable(values.items())), *counted], (manifest, count)
 
         keys = [self.names.manifest, *watched, *([] if lock is None else [lock.name])]
         self.manifest, count = self._server.change(keys, planned)
@@ -505,8 +460,8 @@ class ServerWriter:
     def _parsed(self, value: bytes | None) -> Manifest:
         if value is None:
             raise StoreWriteError(
-                f"{self._store.address}: gen-{self._number} is missing: it has expired (ttl_days), another writer "
-                "removed it, or the server lost it; rerun the command, or run a full refresh if nothing else is "
+                f"{self._store.address}: gen-{self._number} is missing: another writer removed it, or the server lost "
+                "it; rerun the command, or run a full refresh if nothing else is "
                 "published"
             )
         return self._store.parsed(value, self._number)
@@ -514,11 +469,6 @@ class ServerWriter:
 
 def _both_lengths(record: bytes, state: bytes) -> int:
     return len(record) + len(state)
-
-
-def _expiries(names: Iterable[bytes], expires_at: int | None) -> list[Command]:
-    """Commands that let keys expire at a time in ms by the server's clock; None lets them stay."""
-    return [] if expires_at is None else [("PEXPIREAT", name, expires_at) for name in names]
 
 
 def _parts(lengths: Sequence[int]) -> list[slice]:

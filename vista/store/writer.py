@@ -271,11 +271,7 @@ class StoreUpdate:
         )
 
     def finish(self) -> Manifest:
-        """Record that all users are done: as of this run's start, the generation covers `applied_segment`.
-
-        On a server, a generation that expires does so `ttl_days` after the last call, at the latest.
-        """
-        self.writer.renew()
+        """Record that all users are done: as of this run's start, the generation covers `applied_segment`."""
         self.writer.put_manifest(
             lambda manifest: dataclasses.replace(
                 manifest,

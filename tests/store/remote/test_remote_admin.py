@@ -1,4 +1,4 @@
-"""Copies between folders and servers, verification, rollback, statistics, and generations that expire."""
+"""Copies between folders and servers, verification, rollback, and statistics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,20 @@ import pytest
 
 import vista
 from tests.conftest import Served
-from tests.refresh.conftest import fail_at
 from tests.serve.conftest import models_file
 from tests.store.conftest import found, write_generations
 from tests.store.remote.valkey_server import ValkeyServer
 from vista.cli.command_table import COMMANDS
 from vista.cli.main import main
 from vista.config import ExploreConfig
-from vista.errors import ConfigError, RecordError, StoreBusyError, StoreError, StoreUnavailableError, UnfinishedError
+from vista.errors import StoreBusyError, StoreError
 from vista.store import StoreReader
 from vista.store.admin import copy_generation, roll_back, store_stats, verify_store
 from vista.store.backend import open_backend
 from vista.store.layout import StoreUrl, read_current
 from vista.store.reader import published_manifest
 from vista.store.server import Server
-from vista.store.server_connection import ServerConnection
-from vista.store.server_generation import ServerGeneration, ServerWriter
+from vista.store.server_generation import ServerGeneration
 from vista.store.writer import erase
 
 TOTAL = 40
@@ -181,195 +179,6 @@ def test_a_killed_removal_is_completed(server, build):
     with build.open_writer(url, run_digest="log-3"):
         pass
     assert not server.command("KEYS", "{mine}:gen-1:*")
-
-
-DAY_MS = 86_400_000
-PASS = """
-for _, key in ipairs(redis.call('KEYS', '*:gen-*')) do
-  local at = redis.call('PEXPIRETIME', key)
-  if at >= 0 then redis.call('PEXPIREAT', key, at - ARGV[1]) end
-end
-"""
-
-
-def pass_days(server: ValkeyServer, days: float) -> None:
-    """Let all generations be older: as if the server's clock had advanced."""
-    server.command("EVAL", PASS, 0, round(days * DAY_MS))
-
-
-def days_left(server: ValkeyServer, pattern: str = "*:gen-*") -> set[float]:
-    """Days until keys expire, to a tenth of a day; -1 for those that do not."""
-    names: Any = server.command("KEYS", pattern)
-    now = int(server.command("TIME")[0]) * 1000  # type: ignore[index]
-    times = [int(server.command("PEXPIRETIME", name)) for name in names]  # type: ignore[call-overload]
-    return {-1 if time < 0 else round((time - now) / DAY_MS, 1) for time in times}
-
-
-@pytest.fixture
-def url(server):
-    return server.url(options="?ttl_days=30")
-
-
-def test_a_store_that_nobody_refreshes_disappears(server, build, url, tmp_path):
-    build.write_store(url)
-    assert days_left(server) == {30}
-    with StoreReader.open(server.url()) as store:
-        pass_days(server, 29.9)
-        assert store.get_many(range(TOTAL)).found.all() and not store.reload()
-        assert "expires 20" in str(store_stats(url)) and verify_store(url).num_problems == 0
-        pass_days(server, 0.2)
-        if True:
-            with pytest.raises(UnfinishedError, match=r"gen-1 has expired \(ttl_days\).*refresh the store again"):
-                store.get_many([1, 2])
-            with pytest.raises(UnfinishedError, match="has expired"):
-                store.reload()
-            with pytest.raises(StoreError, match="gen-1 was removed"):
-                list(store.keys())
-    assert server.command("KEYS", "*:gen-*") == []
-    for use in (StoreReader.open, published_manifest):
-        with pytest.raises(StoreError, match="gen-1 has expired"):
-            use(url)
-    assert [line for line in verify_store(url).problems if "corrupt" in line or "lost" in line] == []
-    assert "gen-1 is missing: it has expired" in str(store_stats(url))
-    assert erase(url, [3]) == 0
-    with pytest.raises(StoreError, match=r"gen-1 is missing: it has expired.*run a full refresh"):
-        build.update(url, range(10), salt=1)
-    with pytest.raises(StoreError, match=r"has no gen-1; .*If it has expired"):
-        StoreReader.open(url)
-    assert build.write_store(url).generation == 2
-    assert found(url, [2, 3, 4]) == [True, False, True], "erasures do not expire"
-
-
-def test_refreshes_renew_it(server, build, url, monkeypatch):
-    build.write_store(url)
-    pass_days(server, 2)
-    build.update(server.url(), range(30, 50), salt=1)
-    assert days_left(server) == {28}, "less than a tenth of the time has passed, so that it stays"
-    assert days_left(server, "*:gen-1:ui*") == {28}, "new users expire with the others"
-    pass_days(server, 20)
-    build.update(url, range(30, 50), salt=2)
-    assert days_left(server) == {30}
-    pass_days(server, 20)
-    fail_at(monkeypatch, ServerWriter, "_expire", 3, StoreUnavailableError("cut"))
-    monkeypatch.setattr("vista.store.server_generation._BATCH_RECORDS", 16)
-    with pytest.raises(StoreUnavailableError, match="cut"):
-        build.update(url, range(3), salt=3)
-    assert days_left(server, "*:gen-1:ui*") == {10, 30} and days_left(server, "*:gen-1:!*") == {10}
-    monkeypatch.undo()
-    build.update(url, range(3), salt=3)
-    assert days_left(server) == {30} and verify_store(url).num_problems == 0
-
-
-def test_a_full_refresh_or_a_copy_decides(server, build, url, tmp_path):
-    build.write_store(url)
-    with pytest.raises(ConfigError, match=r"gen-1 has ttl_days=30, .*leave ttl_days out"):
-        build.update(server.url(options="?ttl_days=7"), range(3), salt=1)
-    with build.open_writer(url, run_digest="log-2") as writer:
-        build.put_users(writer, range(16))
-    with build.open_writer(url, run_digest="log-2") as writer:
-        assert writer.cursor == 16
-    with build.open_writer(server.url(), run_digest="log-2") as writer:
-        assert writer.cursor == 0, "with another time to live it is another run"
-    build.write_store(server.url(), run_digest="log-2")
-    assert days_left(server, "*:gen-2:*") == {-1} and days_left(server, "*:gen-1:*") == {30}
-    with pytest.raises(ConfigError, match="gen-2 does not expire"):
-        build.update(url, range(3), salt=1)
-    build.write_store(tmp_path, 1)
-    copy_generation(tmp_path, server.url("copy", options="?ttl_days=0.5"))
-    assert days_left(server, "{copy}:gen-*") == {0.5}
-    roll_back(url)
-    assert days_left(server, "*mine*:gen-1:*") == {30}
-    pass_days(server, 31)
-    roll_back(url, to=2)
-    with StoreReader.open(url) as store:
-        assert store.generation == 2 and store.get_many(range(TOTAL)).found.all()
-    assert verify_store(url).num_problems == 0, "an expired generation is not a problem unless it is published"
-    build.write_store(server.url(), 1, run_digest="log-3")
-    assert server.command("SMEMBERS", "{mine}:generations") == {b"2", b"3"}
-
-
-def test_a_repeated_copy_renews_it_or_changes_its_time_to_live(server, build, tmp_path):
-    build.write_store(tmp_path, 1)
-    expiring = server.url("copy", options="?ttl_days=30")
-    assert copy_generation(tmp_path, expiring).generation == 1
-    pass_days(server, 20)
-    assert copy_generation(tmp_path, expiring).generation == 1 and days_left(server, "{copy}:gen-1:*") == {30}
-    assert copy_generation(tmp_path, server.url("copy")).generation == 2
-    assert days_left(server, "{copy}:gen-2:*") == {-1} and verify_store(expiring).num_problems == 0
-    assert copy_generation(tmp_path, expiring).generation in (1, 3)
-
-
-def test_replaced_generations_expire_even_if_their_writer_dies(server, build, url, monkeypatch):
-    for salt in range(3):
-        with monkeypatch.context() as patch:
-            patch.setattr(Server, "_remove_others", lambda *_: None)
-            build.write_store(url, salt, run_digest=f"log-{salt}")
-    with monkeypatch.context() as patch, pytest.raises(StoreUnavailableError):
-        fail_at(patch, Server, "_change", 2, StoreUnavailableError("killed"))
-        build.write_store(url, 3, run_digest="log-3")
-    assert server.command("KEYS", "*:gen-1:!manifest") == [] and len(server.command("KEYS", "*:gen-1:ui*")) > 0
-    pass_days(server, 20)
-    build.update(url, range(3), salt=3)
-    pass_days(server, 20)
-    assert not [name for name in server.command("KEYS", "*:gen-*") if b":gen-4:" not in name]
-    assert all(found(url, range(TOTAL)))
-
-
-def read(url: str, folder: Path, build: Any) -> bool:
-    with StoreReader.open(url) as store:
-        return bool(store.get_many(range(TOTAL)).found.all()) and len(list(store.keys())) == TOTAL
-
-
-def update(url: str, folder: Path, build: Any) -> bool:
-    build.update(url, range(30, 34), salt=0)
-    return True
-
-
-@pytest.mark.parametrize("operation", [read, update])
-def test_what_happens_while_it_expires(server, build, url, tmp_path, monkeypatch, operation):
-    """Before any command of an operation: either it succeeds as if nothing had happened, or it fails with a typed
-    error, which does not say that records are damaged."""
-    left = [0]
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            if left[0] == 0:
-                pass_days(server, 31)
-            left[0] -= 1
-            return function(*arguments)
-
-        return call
-
-    failures, place, has_expired = 0, 0, True
-    while has_expired:  # until it ends before so many commands
-        server.command("FLUSHALL")
-        build.write_store(url)
-        left[0] = place
-        with monkeypatch.context() as patch:
-            for name in ("command", "pipeline"):
-                patch.setattr(ServerConnection, name, counted(getattr(ServerConnection, name)))
-            try:
-                assert operation(url, tmp_path / f"{place}", build), place
-            except StoreError as error:
-                assert not isinstance(error, RecordError), error
-                failures += 1
-        has_expired = left[0] < 0
-        place += 1
-    assert place > 5 and failures > 1, (place, failures)
-
-
-def test_a_server_that_would_evict_it_first_is_refused(start_server, build):
-    server = start_server("--maxmemory", "50mb", "--maxmemory-policy", "volatile-lru")
-    with pytest.raises(StoreError, match=r"evicts records .*volatile-.*set maxmemory-policy to noeviction"):
-        build.write_store(server.url(options="?ttl_days=1"))
-    build.write_store(server.url())
-    server.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
-    build.write_store(server.url(options="?ttl_days=1"), 1, run_digest="log-2")
-    for policy, named, store in (("volatile-ttl", "volatile-", "?ttl_days=1"), ("allkeys-lru", "allkeys-lru", "")):
-        server.command("CONFIG", "SET", "maxmemory-policy", policy)
-        for use in (StoreReader.open, build.write_store):
-            with pytest.raises(StoreError, match=rf"evicts records .*{named}.*set maxmemory-policy to noeviction"):
-                use(server.url(options=store))
 
 
 SECRET = "hunter-two-and-more"
