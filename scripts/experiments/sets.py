@@ -61,7 +61,7 @@ SETS = {
     "dev-packages": DataSet(words=("data.split=share",), prepare=("set=dev-packages",)),
     **{
         name: DataSet(words=(f"experiment={name}",), prepare=(f"set={name}",))
-        for name in ("amazon-reviews-2023", "kuairand", "yambda", "microvideo", "kuaivideo", "t-ecd")
+        for name in ("amazon-reviews-2023", "kuairand", "yambda")
     },
     # Labels of impressions, at the times of `vista.log.ingest.public.public_sets`.
     "assist17": DataSet(words=("experiment=assist17",), prepare=("set=assist17",)),

@@ -268,7 +268,7 @@ def make_yaml(folder: Path) -> None:
     (folder / "train.yaml").write_text(to_yaml(TrainConfig(run_dir="runs/mine")))
 
 
-PUBLIC_SETS = ("amazon-reviews-2023", "kuairand", "yambda", "microvideo", "t-ecd", "assist17")
+PUBLIC_SETS = ("amazon-reviews-2023", "kuairand", "yambda", "assist17")
 """Sets whose readers differ from that of a table."""
 FORMATS: dict[str, Format] = {
     "Parquet sources": source(

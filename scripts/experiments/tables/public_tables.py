@@ -35,18 +35,8 @@ def _yambda() -> Table:
     return Table("", "yambda", rows, words, asked=LAST_DAY, as_yambda=True)
 
 
-def _longctr(data: str) -> Table:
-    limits = {f"din, {limit} events": ("model.kind=din", f"model.history_limit={limit}") for limit in (50, 1000)}
-    searches = {f"{name}, 1000 events": (f"model.kind={name}", "model.history_limit=1000") for name in ("sim", "twin")}
-    rows = {name: TableRow(60, words) for name, words in {"vista": (), **limits, **searches}.items()}
-    return Table("", data, rows, ("model.ignore=[times,user_features]",))
-
-
 TABLES = {
     "amazon-reviews-2023": _next_items("amazon-reviews-2023", 60, {"vista, features": TableRow(60, FEATURES)}),
     "kuairand": _kuairand(),
     "yambda": _yambda(),
-    "microvideo": _longctr("microvideo"),
-    "kuaivideo": _longctr("kuaivideo"),
-    "t-ecd": _next_items("t-ecd", 300, {"vista, features": TableRow(300, FEATURES)}),
 }

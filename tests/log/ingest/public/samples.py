@@ -18,7 +18,7 @@ from tests.log.ingest.public.test_public_media import (
     YAMBDA_ROWS,
     shown,
 )
-from tests.log.ingest.public.test_public_shops import ECD_EVENTS, HOUSEHOLDS
+from tests.log.ingest.public.test_public_shops import HOUSEHOLDS
 
 USERS, ITEMS, EVENTS = range(1, 9), range(10, 22), 40
 HOUSEHOLD = HOUSEHOLDS.columns[1:]
@@ -105,46 +105,6 @@ def yambda(folder: Path) -> None:
     pl.DataFrame(rows, schema=YAMBDA_ROWS.schema, orient="row").write_parquet(folder / "multi_event.parquet")
 
 
-def t_ecd(folder: Path) -> None:
-    """The marketplace and retail on every fourth day from 1280 to 1308."""
-    for domain, prefix in (("marketplace", "nfmcg"), ("retail", "fmcg")):
-        (folder / domain / "events").mkdir(parents=True)
-        schema = ECD_EVENTS[f"{domain}/events"][1]
-        rows = [
-            (timedelta(days=1280 + 4 * int(7 * time) + time / 2), user, f"{prefix}_{item}", "catalog", "view", "ios")
-            for user, item, time in draws(len(domain))
-        ]
-        events = pl.DataFrame(rows, schema=schema, orient="row")
-        for (day,), of_day in events.group_by(pl.col("timestamp").dt.total_days()):
-            of_day.write_parquet(folder / domain / "events" / f"{day:05d}.pq")
-        items = {"item_id": [f"{prefix}_{item}" for item in ITEMS], "brand_id": [item % 3 for item in ITEMS]}
-        more = {"category": ["c"] * len(ITEMS), "subcategory": ["s"] * len(ITEMS), "price": [1.0 * i for i in ITEMS]}
-        vectors = {"embedding": [[1.0 * item, -1.0] for item in ITEMS]}
-        pl.DataFrame(items | more | vectors).write_parquet(folder / domain / "items.pq")
-    users = {"user_id": USERS, "socdem_cluster": [user % 3 for user in USERS], "region": [None, *USERS[1:]]}
-    pl.DataFrame(users).write_parquet(folder / "users.pq")
-
-
-def longctr(folder: Path, has_category: bool = True) -> None:
-    """Of each user's sequence, the last tenth comes after the first impression of the test, as in a split in time."""
-    chance = random.Random(0)
-    sequences = [[], *([chance.choice(ITEMS) for _ in range(EVENTS)] for _ in USERS)]
-    pl.DataFrame({"full_item_seq": sequences}).write_parquet(folder / "user_info.parquet")
-    for part, places in (("train", range(32)), ("valid", range(32, 36)), ("test", range(36, EVENTS))):
-        rows = [(user, chance.choice(ITEMS), place, chance.randrange(2)) for user in USERS for place in places]
-        schema = {"user_index": pl.Int32, "item_index": pl.Int32, "seq_len": pl.Int32, "is_click": pl.Float32}
-        pl.DataFrame(rows, schema=schema, orient="row").write_parquet(folder / f"{part}.parquet")
-    index = [0, *ITEMS]
-    vectors = [[item / 10 + place for place in range(64)] for item in index]
-    items = {"item_index": index, "item_id": index, "image_emb_dim64": vectors}
-    items |= {"cate_id": [item % 3 for item in index]} if has_category else {}
-    pl.DataFrame(items).write_parquet(folder / "item_info.parquet")
-
-
-def kuaivideo(folder: Path) -> None:
-    longctr(folder, has_category=False)
-
-
 def assist17(folder: Path) -> None:
     """Students have one of two skills, and answer problems of that skill right."""
     rows = [(user, item, item % 2, order, (user + item) % 2) for order, (user, item, _) in enumerate(draws())]
@@ -168,9 +128,6 @@ SAMPLES: dict[str, Callable[[Path], None]] = {
     "amazon-reviews-2023": amazon_reviews,
     "kuairand": kuairand,
     "yambda": yambda,
-    "t-ecd": t_ecd,
-    "microvideo": longctr,
-    "kuaivideo": kuaivideo,
     "dev-packages": dev_packages,
     "assist17": assist17,
 }

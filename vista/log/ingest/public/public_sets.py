@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING
 
 from vista.installation import require_module
 from vista.log.histories import DAY_MS
-from vista.log.ingest.public.longctr import LONGCTR
 from vista.log.ingest.public.movielens import ML_1M, ML_100K, ML_LATEST_SMALL
 from vista.log.ingest.public.public_set import FileForm, PublicSet
-from vista.log.ingest.public.t_ecd import T_ECD
 from vista.log.ingest.source_files import EXTRA, ROW, FileScan, check_columns, read_header, scan_json_lines, scan_text
 
 if TYPE_CHECKING:
@@ -364,8 +362,6 @@ PUBLIC_SETS = {
     "amazon-reviews-2023": AMAZON_REVIEWS,
     "kuairand": KUAIRAND,
     "yambda": YAMBDA,
-    "longctr": LONGCTR,
-    "t-ecd": T_ECD,
     "assist17": ASSIST17,
 }
 """By the value of `kind`. `auto` takes the first that is recognized."""
