@@ -458,10 +458,3 @@ def test_a_set_with_fixed_columns_has_no_others(tmp_path: Path) -> None:
         ConfigError, match=r"events\.numbers: column 'dwell' cannot be read, because events\.kind=ml-1m has fixed"
     ):
         run(tmp_path / "log", [tmp_path], kind="ml-1m", timestamp=None, time_unit=None, numbers=["dwell"])
-
-
-def test_more_columns_of_a_set_can_be_read(tmp_path: Path) -> None:
-    (tmp_path / "x.inter").write_text("user_id:token\titem_id:token\tage:float\tsite:token\n1\t10\t4\ta\n2\t10\t\tb\n")
-    untimed = {"kind": "recbole", "timestamp": None, "time_unit": None}
-    run(tmp_path / "log", [tmp_path / "x.inter"], **untimed, categories=["site"], numbers=["age"])
-    assert features_of(tmp_path) == [{"site": "a", "age": 4}, {"site": "b", "age": None}]

@@ -253,10 +253,7 @@ def test_from_the_files_to_the_metrics(
     assert reproduce.main(words) == 0, capsys.readouterr().err
     printed, lines = capsys.readouterr().out, read_results(results / f"{title}.jsonl")
     assert [line["model"] for line in lines] == kept
-    if name in WINDOWS:
-        metric = "precision@10/50-events"
-    else:
-        metric = "recall@100" if name == "yambda" else "hr@10"
+    metric = "precision@10/50-events" if name in WINDOWS else "recall@100" if name == "yambda" else "hr@10"
     for line in lines:
         assert f"{title}, {line['model']}, seed {line['seed']}\n" in printed
         assert f"  {metric:<22} {line['metrics'][metric]:.4f}\n" in printed

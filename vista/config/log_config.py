@@ -229,9 +229,9 @@ class SourceConfig(TimeUnit, TableFiles, SourceColumns):
     """Files of one table and the names of their columns."""
 
     kind: str = "table"
-    """Format of the files: table (Parquet, CSV, or TSV with the columns named below), a known format (recbole, npz,
-    simulated), a public data set (ml-1m, ml-latest-small, ml-100k, complete-journey, amazon-reviews-2023,
-    kuairand, yambda, assist17), or auto, which recognizes these by their file names."""
+    """Format of the files: table (Parquet, CSV, or TSV with the columns named below), a known format (npz, simulated),
+    a public data set (ml-1m, ml-latest-small, ml-100k, complete-journey, amazon-reviews-2023, kuairand, yambda,
+    assist17), or auto, which recognizes these by their file names."""
     timestamp: str | None = None
     """Column of times. null for a table without times, whose events are in input order."""
     ids: IdType = IdType.auto

@@ -379,10 +379,12 @@ def test_the_config_sets_the_kind_of_ids(tmp_path: Path) -> None:
 
 
 def test_files_of_one_call_need_the_same_columns(tmp_path: Path) -> None:
-    for name, header in (("a", "user_id:token\titem_id:token\trating:float"), ("b", "user_id:token\titem_id:token")):
-        (tmp_path / f"{name}.inter").write_text(header + "\n1\t2\t3\n"[: None if name == "a" else -3] + "\n")
-    with pytest.raises(DataError, match=r"b\.inter: has the columns user, item, but .*a\.inter has user, item, rating"):
-        run(tmp_path / "log", [tmp_path], kind="recbole")
+    np.savez(tmp_path / "events.npz", user=[1], item=[2], rating=[3.0])
+    (tmp_path / "more").mkdir()
+    np.savez(tmp_path / "more" / "events.npz", user=[1], item=[2])
+    message = r"more/events\.npz: has the columns user, item, but .*/events\.npz has user, item, rating"
+    with pytest.raises(DataError, match=message):
+        run(tmp_path / "log", [tmp_path, tmp_path / "more"], kind="npz")
 
 
 def test_impressions_from_files(tmp_path: Path) -> None:

@@ -33,12 +33,6 @@ def u_data(folder: Path) -> Path:
     return folder / "u.data"
 
 
-def inter(folder: Path) -> Path:
-    lines = "".join(f"{u}\t{i}\t{r}\t{t}\n" for u, i, r, t in ROWS)
-    (folder / "small.inter").write_text("user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + lines)
-    return folder / "small.inter"
-
-
 def npz(folder: Path) -> Path:
     user, item, rating, time = (np.array(column) for column in zip(*ROWS, strict=True))
     user_raw, user_row = np.unique(user, return_inverse=True)
@@ -60,7 +54,7 @@ def load(paths: list[Path], kind: str, out: Path) -> EventLog:
     return EventLog.open(out)
 
 
-FORMS = {"ml-1m": ratings_dat, "ml-latest-small": ratings_csv, "ml-100k": u_data, "recbole": inter, "npz": npz}
+FORMS = {"ml-1m": ratings_dat, "ml-latest-small": ratings_csv, "ml-100k": u_data, "npz": npz}
 
 
 @pytest.mark.parametrize("kind", FORMS)
@@ -86,7 +80,7 @@ def test_kinds_are_recognized(tmp_path: Path) -> None:
         assert detect_kind(folder) == kind
     (tmp_path / "mine.csv").write_text("user,item\n1,2\n")
     assert detect_kind(tmp_path / "mine.csv") == "table"
-    with pytest.raises(DataError, match="has the files of none of ml-1m, ml-latest-small, ml-100k, recbole"):
+    with pytest.raises(DataError, match="has the files of none of ml-1m, ml-latest-small, ml-100k, npz"):
         detect_kind(tmp_path)
     (tmp_path / "events.parquet").touch()  # not enough for a simulation or for Complete Journey
     with pytest.raises(DataError, match=r"has the files of none of .*; name the kind, or to read a table of your own"):
@@ -105,7 +99,6 @@ def test_kinds_are_recognized(tmp_path: Path) -> None:
             r"ratings\.dat: row 2, column 'rating': 'x' is not a number",
         ),
         ("ml-100k", "u.data", "1\t2\t3\t4\na\t2\t3\t4\n", r"u\.data: row 2, column 'user': 'a' is not an integer id"),
-        ("recbole", "x.inter", "user:token\titem_id:token\n1\t2\n", r"column 'user_id:token' is missing"),
         ("npz", "events.npz", "no archive", r"events\.npz: not a valid \.npz archive"),
     ],
 )
@@ -171,13 +164,6 @@ def test_npz_without_times_keeps_its_order(tmp_path: Path) -> None:
     log = load([tmp_path], "auto", tmp_path / "log")
     assert not log.has_time
     assert log.items.ids(log[10].item).tolist() == [8, 6]
-
-
-def test_recbole_may_lack_ratings_and_times_and_have_string_ids(tmp_path: Path) -> None:
-    (tmp_path / "x.inter").write_text('user_id:token\titem_id:token\tnote:token_seq\nu1\t"A\tsome words\nu1\tB\t\n')
-    log = load([tmp_path], "recbole", tmp_path / "log")
-    assert not log.has_time
-    assert log.items.ids(log["u1"].item).tolist() == ['"A', "B"]  # quotes are text in this format
 
 
 def test_tables_in_every_format(tmp_path: Path) -> None:

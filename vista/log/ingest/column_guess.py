@@ -193,9 +193,9 @@ def _first_rows(file: Path, config: SourceConfig) -> tuple[str, pl.DataFrame]:
     if is_parquet(file):
         return config.separator, pl.scan_parquet(file, glob=False).head(_SAMPLE).collect()
     separator = text_separator(file, config.separator, "events")
-    header = read_header(file, separator, '"')
+    header = read_header(file, separator)
     if len(header) == 1 and config.separator == _DEFAULT.separator:
-        headers = {other: read_header(file, other, '"') for other in _SEPARATORS}
+        headers = {other: read_header(file, other) for other in _SEPARATORS}
         separator = max(headers, key=lambda other: len(headers[other]))
         header = headers[separator]
     fields = [f"column {number}" for number in range(len(header))]

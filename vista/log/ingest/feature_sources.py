@@ -116,7 +116,7 @@ def _scan(file: Path, config: FeatureTableConfig, kind: str) -> FileScan:
     is_text = not is_parquet(file)
     if is_text:
         separator = text_separator(file, config.separator, config.table)
-        header = read_header(file, separator, '"')
+        header = read_header(file, separator)
         types: _Types = dict.fromkeys(header, pl.String())
     else:
         lazy = pl.scan_parquet(file, glob=False)

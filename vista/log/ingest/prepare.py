@@ -584,7 +584,7 @@ class _Ingest:
         """What is allowed, but is probably a mistake or needs another step."""
         warnings = list(self.inferred)
         newest = self.time_range_ms[1]
-        chooses_unit = self.events is not None and self.events.kind in ("table", "recbole")
+        chooses_unit = self.events is not None and self.events.kind == "table"
         if chooses_unit and newest is not None and newest < YEAR_1971_MS:
             warnings.append(
                 "all times are before 1971; check events.time_unit, in case seconds were read as milliseconds"

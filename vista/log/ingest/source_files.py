@@ -172,15 +172,12 @@ def first_line(file: Path, encoding: str = "utf-8-sig") -> str:
     return line.rstrip("\r\n")
 
 
-def read_header(file: Path, separator: str, quote: str | None) -> list[str]:
+def read_header(file: Path, separator: str) -> list[str]:
     """Column names in the first line of a text file."""
-    line = first_line(file)
-    names = line.split(separator)
-    if quote is not None:
-        try:
-            names = next(csv.reader([line], delimiter=separator, quotechar=quote), [])
-        except csv.Error as error:
-            raise DataError(f"{file}: the header cannot be read ({error}); correct its quotes") from error
+    try:
+        names = next(csv.reader([first_line(file)], delimiter=separator), [])
+    except csv.Error as error:
+        raise DataError(f"{file}: the header cannot be read ({error}); correct its quotes") from error
     if not any(names):
         raise DataError(f"{file}: the first line is blank; write the column names there")
     if len(names) > MAX_COLUMNS:

@@ -8,7 +8,6 @@ parses it.
 | kind | files | columns |
 |---|---|---|
 | table | Parquet, CSV, TSV (also .gz) | named in the config |
-| recbole | *.inter, tabs, typed header (`user_id:token`) | timestamp in seconds unless `time_unit` says otherwise |
 | npz | events.npz: user, item, user_raw, item_raw [, time in seconds, rating] | read into memory |
 | simulated | folder of `vista simulate`: events.parquet, impressions.parquet | ms, actions, labels, probabilities |
 
@@ -385,7 +384,7 @@ def column_types(file: Path) -> dict[str, str]:
     if is_parquet(file):
         return {name: str(dtype) for name, dtype in pl.scan_parquet(file, glob=False).collect_schema().items()}
     separator = "\t" if file.name.removesuffix(".gz").endswith(".tsv") else ","
-    return dict.fromkeys(read_header(file, separator, '"'), str(pl.String()))
+    return dict.fromkeys(read_header(file, separator), str(pl.String()))
 
 
 def scan_source(file: Path, config: SourceConfig, table: str, max_bytes: int) -> ScannedSource:
@@ -421,8 +420,6 @@ def _check_features(config: SourceConfig, columns: Mapping[str, str], table: str
 def _scan(file: Path, config: SourceConfig, table: str, max_bytes: int) -> FileScan:
     if config.kind == "npz":
         return _scan_npz(file, max_bytes)
-    if config.kind == "recbole":
-        return _scan_recbole(file, config, table)
     if config.kind == "simulated":
         config = _simulated(file, config, table)
     elif config.kind in PUBLIC_SETS:
@@ -442,7 +439,7 @@ def _scan(file: Path, config: SourceConfig, table: str, max_bytes: int) -> FileS
         chosen = lazy.select(pl.col(own).alias(canonical) for canonical, own in columns.items())
         return FileScan(chosen.with_row_index(ROW, 1), columns, False, config.time_form)
     separator = text_separator(file, config.separator, table)
-    return _scan_delimited(file, config, needed_columns(config), table, separator, '"')
+    return _scan_delimited(file, config, needed_columns(config), table, separator)
 
 
 def is_parquet(file: Path) -> bool:
@@ -475,35 +472,15 @@ def _simulated(file: Path, config: SourceConfig, table: str) -> SourceConfig:
     return replace(config, labels=tasks, probabilities=probabilities)
 
 
-def _scan_recbole(file: Path, config: SourceConfig, table: str) -> FileScan:
-    header = read_header(file, "\t", None)
-    by_field = {name.split(":")[0]: name for name in header}
-    user = "user_id" if config.user == _DEFAULT.user else config.user
-    item = "item_id" if config.item == _DEFAULT.item else config.item
-    named = replace(
-        config,
-        user=by_field.get(user, f"{user}:token"),
-        item=by_field.get(item, f"{item}:token"),
-        timestamp=by_field.get(config.timestamp or "timestamp"),
-        rating=by_field.get(config.rating or "rating"),
-        time_unit=config.time_unit or (None if config.time_format else "s"),
-    )
-    columns = needed_columns(replace(named, categories=[], numbers=[]))
-    columns |= {canonical: by_field.get(own, own) for canonical, own in feature_columns(config).items()}
-    return _scan_delimited(file, named, columns, table, "\t", None)
-
-
-def _scan_delimited(
-    file: Path, config: SourceConfig, columns: dict[str, str], table: str, separator: str, quote: str | None
-) -> FileScan:
+def _scan_delimited(file: Path, config: SourceConfig, columns: dict[str, str], table: str, separator: str) -> FileScan:
     """A text file with a header line."""
-    header = read_header(file, separator, quote)
+    header = read_header(file, separator)
     check_columns(str(file), columns, header, table, remedy_of_kind(config.kind))
     canonical = {own: name for name, own in columns.items()}
     if len(canonical) < len(columns):
         raise ConfigError(f"{table}: a column is named twice in {sorted(columns.values())}; name each column once")
     layout = [canonical.get(name, "") for name in header]
-    return FileScan(scan_text(file, layout, separator, quote, 1), columns, True, config.time_form)
+    return FileScan(scan_text(file, layout, separator, '"', 1), columns, True, config.time_form)
 
 
 def _npz_arrays(file: Path, max_bytes: int) -> dict[str, NDArray[Any]]:

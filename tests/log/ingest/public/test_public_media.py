@@ -51,10 +51,6 @@ MOVIES = {
 MOVIELENS_USERS = {
     "ml-1m": ("users.dat", "1::F::1::10::48067\n2::M::56::16::70072\n9::M::25::15::55117-2401\n"),
     "ml-100k": ("u.user", "1|24|F|technician|85711\n2|53|M|other|V3N4P\n9|23|M|writer|32067\n"),
-    "recbole": (
-        "ml-100k.user",
-        "user_id:token\tage:float\tgender:token\ttags:token_seq\n1\t24\tF\ta b\n2\t53\tM\t\n9\t23\tM\tc\n",
-    ),
 }
 
 
@@ -82,17 +78,10 @@ def test_genres_and_ratings_without_them(tmp_path: Path, kind: str) -> None:
     [
         ("ml-1m", {"gender": {1: "F", 2: "M"}, "age": {1: "1", 2: "56"}, "occupation": {1: "10", 2: "16"}}),
         ("ml-100k", {"gender": {1: "F", 2: "M"}, "occupation": {1: "technician", 2: "other"}, "age": {1: 24, 2: 53}}),
-        ("recbole", {"age": {1: 24, 2: 53}, "gender": {1: "F", 2: "M"}}),
     ],
 )
 def test_users(tmp_path: Path, kind: str, expected: Any) -> None:
-    if kind == "recbole":
-        folder = tmp_path / "set"
-        folder.mkdir()
-        header = "user_id:token\titem_id:token\ttimestamp:float\n"
-        (folder / "ml-100k.inter").write_text(f"{header}1\t1\t978300760\n2\t9\t978300762\n")
-    else:
-        folder = write_movielens(tmp_path / "set", kind)
+    folder = write_movielens(tmp_path / "set", kind)
     name, users = MOVIELENS_USERS[kind]
     (folder / name).write_text(users)
     assert user_features_of(load(folder)) == expected

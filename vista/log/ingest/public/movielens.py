@@ -74,7 +74,7 @@ def read_movies_csv(file: Path) -> FileScan:
     Raises:
         DataError: if the file lacks a column.
     """
-    header = read_header(file, ",", '"')
+    header = read_header(file, ",")
     check_columns(str(file), {name: name for name in MOVIE_COLUMNS}, header, "items", ML_LATEST_SMALL.remedy)
     layout = [name if name in MOVIE_COLUMNS else "" for name in header]
     return _movies(scan_text(file, layout, ",", '"', 1).with_columns(_genres(pl.col("genres"))))

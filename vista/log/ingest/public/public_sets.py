@@ -134,7 +134,7 @@ def read_plays(file: Path, features: Mapping[str, str]) -> FileScan:
     """
     columns = {**_KUAIRAND_COLUMNS, **features}
     used = {*columns.values(), *_FLAGS, "play_time_ms", "is_hate"}
-    header = read_header(file, ",", '"')
+    header = read_header(file, ",")
     check_columns(str(file), columns | {name: name for name in used}, header, "events", KUAIRAND.remedy)
     rows = scan_text(file, [name if name in used else "" for name in header], ",", '"', 1)
     is_event = pl.col("play_time_ms").ne_missing("0") & pl.col("is_hate").ne_missing("1")
@@ -176,32 +176,6 @@ KUAIRAND = PublicSet(
     ),
     url="https://zenodo.org/records/10439422",
 )
-
-
-# RecBole's files: tab-separated text, whose header gives the type of each field, such as `age:token`.
-
-USER = "user_id"
-KIND_OF_TYPE = {"token": "category", "float": "number"}
-
-
-def read_users(file: Path) -> FileScan:
-    """The users of a file: tokens are categories, and floats are numbers. Fields that are sequences are left out.
-
-    Raises:
-        DataError: if the file has no ids of users.
-    """
-    header = read_header(file, "\t", None)
-    fields = [name.partition(":") for name in header]
-    check_columns(str(file), {"user": USER}, [field for field, _, _ in fields], "users", "write the file again")
-    layout = [
-        "user" if field == USER else f"{KIND_OF_TYPE[kind]}:{field}" if kind in KIND_OF_TYPE else ""
-        for field, _, kind in fields
-    ]
-    columns = {name: own for name, own in zip(layout, header, strict=True) if name}
-    return FileScan(scan_text(file, layout, "\t", None, 1), columns, is_text=True)
-
-
-RECBOLE = PublicSet(events=(FileForm(("*.inter",)),), users=(FileForm(("*.user",), read=read_users),))
 
 
 # Yambda: what users of a music service listened to, as one row per event, or as lists of one user's events per row.
@@ -351,7 +325,6 @@ PUBLIC_SETS = {
     "ml-1m": ML_1M,
     "ml-latest-small": ML_LATEST_SMALL,
     "ml-100k": ML_100K,
-    "recbole": RECBOLE,
     "npz": PublicSet(events=(FileForm(("events.npz",)),)),
     "simulated": PublicSet(
         events=(FileForm(("events.parquet",)),),
