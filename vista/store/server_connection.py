@@ -24,8 +24,6 @@ Command = tuple[Any, ...]
 _CHANGE_ATTEMPTS = 100
 _READ_BYTES = 1 << 18
 _DURABLE_S = 30.0
-_REFUSED_WRITES = ("MISCONF", "NOREPLICAS")
-"""First words of error replies if the server could not save, or has lost the replicas that it must have."""
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +89,7 @@ class ServerConnection:
         """Run one command.
 
         Raises:
-            StoreWriteError: the server cannot write at the moment, such as without memory left, or is a replica.
+            StoreWriteError: the server has no memory left.
             StoreUnavailableError: anything else: the server cannot be reached, does not answer in time, refuses the
                 password or the command, or is not a Valkey or Redis server. It says nothing about the store.
         """
@@ -183,8 +181,6 @@ class ServerConnection:
             return StoreUnavailableError(
                 f"{url}: the server does not permit a command ({reason}); grant it to the user"
             )
-        if isinstance(error, errors.BusyLoadingError):
-            return StoreUnavailableError(f"{url}: the server is still loading its data; try again in a while")
         if isinstance(error, errors.TimeoutError):
             return StoreUnavailableError(
                 f"{url}: the server did not answer within {url.timeout_s:g} s; check its load, the network, and "
@@ -200,21 +196,9 @@ class ServerConnection:
                 f"{url}: the server has no memory left (maxmemory), so nothing was written; raise maxmemory or remove "
                 "other data, then rerun the command to resume: the published generation is unchanged"
             )
-        if isinstance(error, errors.ReadOnlyError):
-            return StoreWriteError(f"{url} is a read-only replica; write to its primary")
         if isinstance(error, errors.InvalidResponse | ValueError | RecursionError):
             return StoreUnavailableError(
                 f"{url}: the service there is not a Valkey or Redis server ({reason}); check the host and the port"
-            )
-        if isinstance(error, errors.AskError):  # also of MOVED
-            return StoreUnavailableError(
-                f"{url}: the server is a node of a cluster, and the store's keys are on another node; write "
-                f"{error.host}:{error.port} in the URL, because vista does not follow redirections"
-            )
-        if reply.startswith(_REFUSED_WRITES):
-            return StoreWriteError(
-                f"{url}: the server accepts no writes at the moment ({reason}); mend that, then rerun the command: the "
-                "published generation is unchanged"
             )
         return StoreUnavailableError(
             f"{url}: the server refuses a command ({reason}); check the server and the store's name"

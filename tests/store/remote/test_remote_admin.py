@@ -57,44 +57,6 @@ def test_copies_are_equal_byte_for_byte(server, build, tmp_path):
         copy_generation(url, StoreUrl.parse(url))
 
 
-def test_a_copy_is_published_later(server, build, tmp_path):
-    url = server.url()
-    build.write_store(tmp_path)
-    with pytest.raises(StoreError, match="does not exist"):
-        copy_generation(tmp_path / "none", url)
-    assert not copy_generation(tmp_path, url, publish=False).published
-    with pytest.raises(StoreError, match="holds no published generation"):
-        StoreReader.open(url)
-    report = copy_generation(tmp_path, url)
-    assert report.published and report.num_resumed == TOTAL and report.generation == 1
-    build.update(tmp_path, range(10), salt=1)  # in place
-    assert copy_generation(tmp_path, url).generation == 2
-    ours, theirs = contents(tmp_path, 1)[0], contents(url, 2)[0]
-    assert ours.keys() == theirs.keys() and all(ours[key][128:] == theirs[key][128:] for key in ours)
-
-
-def test_an_interrupted_copy_of_other_records_starts_over(server, build, tmp_path, caplog):
-    build.write_store(tmp_path)
-    copy_generation(tmp_path, server.url(), publish=False)
-    server.command("DEL", "{mine}:gen-1:!complete")
-    name = b"{mine}:gen-1:ui" + (5 + 2**63).to_bytes(8, "big")
-    server.command("SETRANGE", name, 140, b"\xff\xfe")
-    assert copy_generation(tmp_path, server.url()).num_resumed == 0
-    assert "the copy starts over" in caplog.text and contents(tmp_path, 1) == contents(server.url(), 1)
-
-
-def test_users_who_were_erased_at_the_target_are_refused(server, build, tmp_path):
-    url = server.url()
-    build.write_store(tmp_path)
-    copy_generation(tmp_path, url)
-    assert erase(url, [3]) == 1
-    build.update(tmp_path, range(10), salt=1)
-    with pytest.raises(StoreError, match=r"some users were erased here, but are still in .*erase them there too"):
-        copy_generation(tmp_path, url)
-    erase(tmp_path, [3])
-    assert copy_generation(tmp_path, url).num_records == TOTAL - 1
-
-
 def test_verification(server, build):
     url = server.url()
     write_generations(url)
@@ -156,18 +118,6 @@ def test_a_rollback_does_not_bring_erased_users_back(server, build):
     roll_back(url)
     assert found(url, range(TOTAL)) == [False, False, *[True] * (TOTAL - 2)]
     assert published_manifest(url).count == TOTAL - 2
-
-
-def test_statistics(server, build):
-    url = server.url()
-    build.write_store(url)
-    with build.open_writer(url, run_digest="log-2") as writer:
-        build.put_users(writer, range(16))
-    stats = store_stats(url)
-    assert stats.published == 1 and [each.num_records for each in stats.generations] == [40, 16]
-    size = sum(map(len, contents(url, 1)[0].values()))
-    assert abs(stats.generations[0].live_bytes - size) <= TOTAL and f"about {size:,} bytes" in str(stats)
-    assert "gen-1 (published): 40 records" in str(stats) and "gen-2 (unfinished): 16 users done" in str(stats)
 
 
 def test_a_killed_removal_is_completed(server, build):

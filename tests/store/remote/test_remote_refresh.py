@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.refresh import conftest as growing
-from tests.refresh.kafka_clusters import MockKafka
-from tests.refresh.streams import TOPIC, watch_of
 from tests.refresh.test_item_values import counting_model
-from vista.cli import main as cli
-from vista.cli.serving_commands import run_watch
-from vista.config import EvaluateConfig, RefreshOptions
+from vista.config import RefreshOptions
 from vista.config.checks import Codec, Mixing, StateDtype
 from vista.errors import ConfigError, LeakageError, RecordError, StoreError, SummarizerMismatchError
 from vista.log.deletions import forget_events
@@ -216,35 +210,6 @@ def test_what_a_server_does_not_have(served, server):
     assert report.generation == 1 and published_manifest(server.url()).state_dtype == "none"
 
 
-def test_commands(served, start_server, tmp_path, capsys):
-    url = start_server("--requirepass", "secret").url(user=":secret@")
-    model, data = f"model={served.model_dir}", f"data={served.log.path}"
-
-    def said(*words: str, code: int = 0) -> str:
-        assert cli.main(list(words)) == code, capsys.readouterr()
-        printed = capsys.readouterr()
-        assert "secret" not in printed.out + printed.err
-        return printed.err if code else printed.out
-
-    assert "generation 1 of redis://127.0.0.1" in said("refresh", model, data, f"store={url}", "until=leave-last-out")
-    user = served.log.users.ids(np.arange(1))[0]
-    assert f"user {user} (now " in said("score", model, f"store={url}", f"users=[{user}]", "top_k=3")
-    said("evaluate", model, data, f"store={url}", f"out={tmp_path / 'report.json'}")
-    assert "secret" not in (tmp_path / "report.json").read_text() and json.loads((tmp_path / "report.json").read_text())
-    with Scorer.open(served.model, url) as scorer:
-        assert scorer.store.generation == 1 and EvaluateConfig().store
-    assert "gen-1 (published)" in said("store", "stats", f"store={url}")
-    assert "no problem found" in said("store", "verify", f"store={url}")
-    assert f"user {user}" in said("store", "get", f"store={url}", f"user={user}")
-    assert "is published" in said("store", "copy", f"store={url}", f"to={tmp_path / 'copy'}")
-    assert "is published" in said("store", "copy", f"store={tmp_path / 'copy'}", f"to={url}2")
-    assert "1 of 1 users had a record" in said("store", "erase", f"store={url}", f"users=[{user}]")
-    assert "(no record, now " in said("score", model, f"store={url}", f"users=[{user}]", "top_k=3", "on_missing=nan")
-    assert "no complete generation before" in said("store", "rollback", f"store={url}", code=1)
-    assert "works on a folder" in said("store", "compact", f"store={url}", code=1)
-    assert "its path must end in the store's name" in said("store", "stats", "store=redis://:secret@host", code=2)
-
-
 def test_nothing_holds_the_password(served_tasks, start_server, tmp_path, caplog):
     store = start_server("--requirepass", "hunter2").url(user=":hunter2@")
     assert served_tasks.log.impressions is not None
@@ -269,19 +234,3 @@ def test_nothing_holds_the_password(served_tasks, start_server, tmp_path, caplog
     written = [path.read_bytes() for path in run_dir.rglob("*") if path.is_file()]
     assert b"store: redis://@127.0.0.1:" in (run_dir / "config.yaml").read_bytes()
     assert not [text for text in (f"{caught.value}".encode(), caplog.text.encode(), *written) if b"hunter2" in text]
-
-
-def test_events_reach_a_store_on_a_server(tmp_path, server):
-    pytest.importorskip("confluent_kafka", reason="the extra `kafka` is not installed")
-    grow = SimpleNamespace(**{name: getattr(growing, name) for name in ("model", "events", "append")})
-    with MockKafka() as kafka:
-        config = replace(watch_of(tmp_path, kafka.create(TOPIC), grow), store=server.url())
-        options = RefreshOptions(codec=Codec.float32)
-        refresh(grow.model(), EventLog.open(config.data), config.store, options=options)
-        kafka.send_events(TOPIC, grow.events({1: 5, 3: 4}, growing.START + 500 * growing.HOUR))
-        report = run_watch(config)
-    assert report.stream is not None and report.stream.messages == 9 and report.refreshes[0].num_users == 2
-    refresh(grow.model(), EventLog.open(config.data), tmp_path / "expected", options=options)
-    with Scorer.open(config.model, config.store) as scorer, Scorer.open(config.model, tmp_path / "expected") as local:
-        scores, expected = (one.score([1, 2, 3], [10, 20, 30]) for one in (scorer, local))
-    np.testing.assert_allclose(scores, expected, atol=1e-4)

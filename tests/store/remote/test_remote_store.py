@@ -23,8 +23,6 @@ from vista.errors import (
     UserKeyError,
 )
 from vista.store import NO_TIMESTAMP, StoreReader, server_generation
-from vista.store.admin import copy_generation
-from vista.store.folder_files import digests_of
 from vista.store.layout import PASSWORD_VARIABLE, StoreUrl, store_address
 from vista.store.reader import open_store, published_manifest
 from vista.store.server import Server, ServerTombstones
@@ -155,22 +153,6 @@ def test_an_unfinished_generation_is_resumed_and_another_run_starts_over(server,
         writer.put_batch([b"ui"], [], 1)
 
 
-def test_a_damaged_unfinished_generation_starts_over(server, build, tmp_path, caplog):
-    """As one of another format version does after an upgrade."""
-    url = server.url()
-    build.write_store(url)
-    build.write_store(tmp_path, 2)
-    for write in (
-        lambda: build.write_store(url, 1, run_digest="log-2").count,
-        lambda: copy_generation(tmp_path, url).num_records,
-    ):
-        with build.open_writer(url, run_digest="log-2") as writer:
-            build.put_users(writer, range(16))
-            server.command("SET", f"{{mine}}:gen-{writer.generation}:!manifest", "x")
-        assert write() == TOTAL
-    assert "the manifest is corrupt" in caplog.text and not store_at(url).numbers()[2:]
-
-
 def test_a_store_of_another_summarizer_is_refused_and_an_older_one_found(server, build):
     url = server.url()
     build.write_store(url)
@@ -229,23 +211,6 @@ def test_an_interrupted_erasure_is_completed_by_a_publication(server, build):
         build.put_users(writer, range(40))
         store_at(url).erased_users.add(build.records_of(range(5, 6), writer.spec)[0])  # and then it was killed
         assert writer.publish().count == TOTAL - 1
-
-
-def test_erased_users_are_read_a_part_at_a_time(server, monkeypatch):
-    """So that no reply to a merge blocks the server, however many they are."""
-    erased, keys = store_at(server.url()).erased_users, [b"u%d" % user for user in range(20_000)]
-    assert erased.digests().tolist() == []
-    erased.add(keys)
-    sizes, command = [], erased._server.command
-
-    def sized(*words: Any) -> Any:
-        reply = command(*words)
-        sizes.append(len(reply[1]) if words[0] == "SSCAN" else len(reply))
-        return reply
-
-    monkeypatch.setattr(erased._server, "command", sized)
-    assert erased.digests().tolist() == sorted(set(digests_of(keys).tolist()))
-    assert len(sizes) > 5 and max(sizes) < len(keys) // 5
 
 
 def test_one_writer_at_a_time(server, build, monkeypatch):
@@ -323,40 +288,6 @@ def test_a_generation_with_a_damaged_record_is_removed_and_the_next_run_starts_o
     assert build.write_store(url, 1, run_digest="log-2").count == TOTAL
     with StoreReader.open(url) as store:
         assert store.generation == 2 and store.get_many(range(TOTAL)).found.all()
-
-
-def test_a_damaged_current_does_not_hinder_writers(server, build, caplog):
-    url = server.url()
-    build.write_store(url)
-    server.command("SET", "{mine}:CURRENT", "gen-7")
-    assert erase(url, [3]) == 0, "no generation is known to be published"
-    build.write_store(url, 1, run_digest="log-2")
-    assert "CURRENT holds 'gen-7'" in caplog.text and "continues after the newest complete generation" in caplog.text
-    assert store_at(url).numbers() == [1, 2]
-    with StoreReader.open(url) as store:
-        assert store.generation == 2 and store.get_many([2, 3, 4]).found.tolist() == [True, False, True]
-
-
-def test_the_remedy_for_a_damaged_last_works(server, build):
-    url = server.url()
-    build.write_store(url)
-    server.command("SET", "{mine}:LAST", "gen-x")
-    with pytest.raises(
-        StoreWriteError, match=r"LAST holds 'gen-x'.*remove the key \{mine\}:LAST.* after gen-1"
-    ) as error:
-        build.write_store(url, 1, run_digest="log-2")
-    assert "rollback" not in str(error.value)
-    server.command("DEL", "{mine}:LAST")
-    assert build.write_store(url, 1, run_digest="log-2").generation == 2
-
-
-def test_stores_of_two_names_and_databases_do_not_meet(server, build):
-    build.write_store(server.url("one"))
-    build.write_store(server.url("1/one"), 1)
-    with StoreReader.open(server.url("one")) as first, StoreReader.open(server.url("1/one")) as second:
-        assert first.get_many([5]).summary.max() < 100 < second.get_many([5]).summary.max()
-    with pytest.raises(StoreError, match="holds no published generation"):
-        StoreReader.open(server.url("two"))
 
 
 def test_functions_on_folders_refuse_a_url(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import subprocess
 import threading
@@ -13,18 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import redis
 
-from tests.store.conftest import found
-from tests.store.remote.valkey_server import Proxy, ValkeyServer, free_port
+from tests.store.remote.valkey_server import free_port
 from vista.errors import ConfigError, StoreError, StoreLockedError, StoreUnavailableError, StoreWriteError
 from vista.store import StoreReader, server_generation, user_keys
-from vista.store.admin import verify_store
 from vista.store.layout import StoreUrl, pointer_to
-from vista.store.manifest import Manifest
-from vista.store.reader import published_manifest
 from vista.store.server_connection import ServerConnection, ServerLock
-from vista.store.writer import erase
 
 TOTAL = 40
 
@@ -125,24 +118,6 @@ def test_passwords(start_server, build, monkeypatch, caplog):
     monkeypatch.setenv("VISTA_REDIS_PASSWORD", "hunter2")
     with StoreReader.open(server.url()) as store:
         assert store.get_many([1]).found.all() and "hunter2" not in f"{store.path} {store.path!r} {caplog.text}"
-
-
-def test_a_new_password(start_server, build, monkeypatch):
-    """As docs/guides/operate.md describes: the server accepts both for a while, and open connections stay."""
-    server = start_server()
-    build.write_store(server.url())
-    server.command("ACL", "SETUSER", "default", "resetpass", ">old-one")
-    monkeypatch.setenv("VISTA_REDIS_PASSWORD", "old-one")
-    with StoreReader.open(server.url()) as before, redis.Redis(port=server.port, password="old-one") as admin:
-        assert before.get_many([1]).found.all()
-        admin.execute_command("ACL", "SETUSER", "default", ">new-one")
-        monkeypatch.setenv("VISTA_REDIS_PASSWORD", "new-one")
-        assert all(found(server.url(), [1]))
-        admin.execute_command("ACL", "SETUSER", "default", "<old-one")
-        assert before.get_many([1]).found.all()
-        monkeypatch.setenv("VISTA_REDIS_PASSWORD", "old-one")
-        with pytest.raises(StoreUnavailableError, match=r"127\.0\.0\.1.*refuses the user or the password"):
-            StoreReader.open(server.url())
 
 
 def test_tls(start_server, build, tmp_path, monkeypatch):
@@ -297,42 +272,6 @@ def test_a_server_that_is_emptied(start_server, build):
         assert store.get_many(range(TOTAL)).found.all()
 
 
-def replicated(primary: object, replica: object) -> None:
-    """Wait until a replica has everything."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        theirs, ours = (each.command("INFO", "replication") for each in (primary, replica))  # type: ignore[attr-defined]
-        if ours.get("master_link_status") == "up" and ours["slave_repl_offset"] >= theirs["master_repl_offset"]:
-            return
-        time.sleep(0.05)
-    pytest.fail("the replica does not follow")
-
-
-@pytest.fixture
-def pair(start_server):
-    """A primary and its replica."""
-    primary, replica = start_server("--repl-diskless-sync-delay", "0"), start_server()
-    replica.command("REPLICAOF", "127.0.0.1", primary.port)
-    replicated(primary, replica)
-    return primary, replica
-
-
-def test_a_replica_that_lags_serves_an_older_generation_wholly(pair, build):
-    primary, replica = pair
-    build.write_store(primary.url())
-    replicated(primary, replica)
-    replica.process.send_signal(signal.SIGSTOP)
-    build.write_store(primary.url(), 1, run_digest="log-2")
-    build.write_store(primary.url(), 2, run_digest="log-3")
-    replica.process.send_signal(signal.SIGCONT)
-    seen = []
-    while not seen or seen[-1] < 2:
-        seen.append(served(replica.url()))  # asserts that all records are of one run
-    assert seen == sorted(seen)
-    with pytest.raises(StoreWriteError, match="is a read-only replica; write to its primary"):
-        build.open_writer(replica.url())
-
-
 def test_a_replica_that_has_a_part_of_a_generation_refuses_it(start_server, build):
     """CURRENT and some records are there, but not all of the generation: no user is taken for missing."""
     server = start_server()
@@ -346,176 +285,8 @@ def test_a_replica_that_has_a_part_of_a_generation_refuses_it(start_server, buil
         StoreReader.open(server.url())
 
 
-def test_failover_to_a_replica_that_lacks_the_last_batches(pair, build):
-    """The replica is promoted while a writer is at work; the address, here a proxy's, moves to it."""
-    primary, replica = pair
-    build.write_store(primary.url())
-    address = Proxy(primary.port)
-    try:
-        with build.open_writer(address.url(), run_digest="log-2") as writer:
-            build.put_users(writer, range(16), 1)
-            replicated(primary, replica)
-            replica.command("REPLICAOF", "NO", "ONE")
-            build.put_users(writer, range(16, 32), 1)  # acknowledged by the primary, but the replica never gets it
-            primary.kill()
-            address.server_port = replica.port
-            with pytest.raises((StoreWriteError, StoreUnavailableError)) as caught:
-                build.put_users(writer, range(32, 40), 1)
-            if isinstance(caught.value, StoreUnavailableError):
-                with pytest.raises(StoreWriteError, match="a failover"):
-                    build.put_users(writer, range(32, 40), 1)
-        assert served(address.url()) == 0
-        manifest = build.write_store(address.url(), 1, run_digest="log-2")
-        assert isinstance(manifest, Manifest) and manifest.count == TOTAL
-        assert served(replica.url()) == 1 and published_manifest(replica.url()) == manifest
-    finally:
-        address.close()
-
-
-def resume(url: str, build: Any) -> None:
-    with build.open_writer(url, run_digest="log-3") as writer:
-        assert writer.cursor == 16, "nothing that was written is lost"
-
-
 def update(url: str, build: Any) -> None:
     build.update(url, range(4), salt=1)
-
-
-def make_busy(server: ValkeyServer) -> None:
-    """Run a script that does not end, so that every other command gets the reply BUSY."""
-    with socket.create_connection(("127.0.0.1", server.port)) as client:
-        client.sendall(b"*3\r\n$4\r\nEVAL\r\n$17\r\nwhile true do end\r\n$1\r\n0\r\n")
-        deadline = time.monotonic() + 20
-        with socket.create_connection(("127.0.0.1", server.port)) as other:
-            while time.monotonic() < deadline:
-                other.sendall(b"PING\r\n")
-                if other.recv(100).startswith(b"-BUSY"):
-                    return
-    pytest.fail("the server is not busy")
-
-
-@pytest.mark.parametrize("operation", [resume, update])
-def test_a_server_that_is_busy_during_one_command(start_server, build, monkeypatch, operation):
-    """What cannot be read at the moment is not taken for damaged, missing, or of another run."""
-    server = start_server("--busy-reply-threshold", "1")
-    url = server.url()
-    commands, place, failures = [0], 0, 0
-
-    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            commands[0] += 1
-            if commands[0] != place + 1:
-                return function(*arguments)
-            make_busy(server)
-            try:
-                return function(*arguments)
-            finally:
-                server.command("SCRIPT", "KILL")
-
-        return call
-
-    is_busy = True
-    while is_busy:  # until the operation ends before so many commands
-        server.command("FLUSHALL")
-        build.write_store(url, summarizer_id=build.summarizer("b").hex())
-        build.write_store(url, 1, run_digest="log-2")
-        with build.open_writer(url, run_digest="log-3") as writer:
-            build.put_users(writer, range(16))
-        commands[0] = 0
-        with monkeypatch.context() as patch:
-            for name in ("command", "pipeline"):
-                patch.setattr(ServerConnection, name, counted(getattr(ServerConnection, name)))
-            try:
-                operation(url, build)
-            except StoreUnavailableError as error:
-                assert "BUSY" in str(error)
-                failures += 1
-        is_busy = commands[0] > place
-        server.command("DEL", "{mine}:writer")  # if it could not be released
-        operation(url, build)
-        place += 4  # Servers that are killed at any request are in tests/faults.
-    assert failures >= 2
-
-
-def test_a_cluster(start_server, build):
-    """The store is on one node, which serves it. Another node tells where."""
-    buses = [free_port() for _ in range(2)]
-    nodes = [start_server("--cluster-enabled", "yes", "--cluster-port", str(bus)) for bus in buses]
-    with pytest.raises(StoreUnavailableError, match=r"refuses a command .*(CLUSTERDOWN|slot not served)"):
-        build.write_store(nodes[0].url())
-    nodes[0].command("CLUSTER", "ADDSLOTSRANGE", 0, 8191)
-    nodes[1].command("CLUSTER", "ADDSLOTSRANGE", 8192, 16383)
-    nodes[0].command("CLUSTER", "MEET", "127.0.0.1", nodes[1].port, buses[1])
-    deadline = time.monotonic() + 20
-    while any(b"cluster_state:ok" not in node.command("CLUSTER", "INFO") for node in nodes):
-        assert time.monotonic() < deadline, "the cluster does not form"
-        time.sleep(0.05)
-    slot = nodes[0].command("CLUSTER", "KEYSLOT", "{mine}:CURRENT")
-    own, other = nodes if slot < 8192 else nodes[::-1]
-    assert build.write_store(own.url()).count == TOTAL and erase(own.url(), [3]) == 1
-    with StoreReader.open(own.url()) as store:
-        assert store.get_many(range(TOTAL)).found.sum() == TOTAL - 1
-    for use in (StoreReader.open, build.write_store, verify_store):
-        with pytest.raises(
-            StoreUnavailableError, match=rf"is a node of a cluster.* write 127\.0\.0\.1:{own.port} in the URL"
-        ):
-            use(other.url())
-    with pytest.raises(StoreUnavailableError, match="refuses a command"):  # A cluster has only database 0.
-        StoreReader.open(own.url("1/mine"))
-
-
-def test_a_server_that_accepts_no_writes(start_server, build):
-    server = start_server()
-    url = server.url()
-    build.write_store(url)
-    with build.open_writer(url, run_digest="log-2") as writer:
-        build.put_users(writer, range(16))
-        server.command("CONFIG", "SET", "min-replicas-to-write", 1)
-        with pytest.raises(StoreWriteError, match=r"accepts no writes at the moment .*NOREPLICAS"):
-            build.put_users(writer, range(16, 32))
-        server.command("CONFIG", "SET", "min-replicas-to-write", 0)
-        build.put_users(writer, range(16, 40))
-        assert writer.publish().count == TOTAL
-    (server.folder / "dump.rdb").mkdir()  # so that a snapshot fails
-    server.command("CONFIG", "SET", "save", "3600 1000000")
-    server.command("BGSAVE")
-    with pytest.raises(StoreWriteError, match=r"accepts no writes at the moment .*MISCONF"):
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            build.update(url, range(3), salt=1)
-    assert all(found(url, range(TOTAL)))
-
-
-def test_a_server_that_loads_its_data(start_server, build):
-    server = start_server(
-        "--save", "3600 1", "--loading-process-events-interval-bytes", "1024", "--enable-debug-command", "yes"
-    )
-    build.write_store(server.url(), total_users=400)
-    server.command("SAVE")
-    with StoreReader.open(server.url()) as store:
-        server.kill()
-        server.options = (*server.options, "--key-load-delay", "20000")
-        server.start()
-        with pytest.raises(StoreUnavailableError, match="is still loading its data"):
-            store.get_many([1])
-        server.command("CONFIG", "SET", "key-load-delay", 0)
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            try:
-                assert store.get_many([1]).found.all()
-                break
-            except StoreUnavailableError:
-                time.sleep(0.02)
-    assert all(found(server.url(), range(400)))
-
-
-def test_a_replica_that_must_not_serve_old_data(start_server, build):
-    primary, replica = start_server("--repl-diskless-sync-delay", "0"), start_server("--replica-serve-stale-data", "no")
-    build.write_store(primary.url())
-    primary.kill()
-    replica.command("REPLICAOF", "127.0.0.1", primary.port)
-    with pytest.raises(StoreUnavailableError, match=r"refuses a command .*Link with MASTER is down"):
-        StoreReader.open(replica.url())
 
 
 def test_keys_that_hold_something_else(start_server, build):
