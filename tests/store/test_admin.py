@@ -15,7 +15,7 @@ from tests.record_reference import decode_record_reference
 from tests.store.conftest import KEY, damage_record, records, write_generations
 from vista.errors import StoreError, StoreLockedError
 from vista.store import StoreReader, user_keys
-from vista.store.admin import compact_store, copy_generation, roll_back, store_stats, verify_store
+from vista.store.admin import compact_store, roll_back, store_stats, verify_store
 from vista.store.folder_files import Tombstones, erasure_lock
 from vista.store.layout import environment_path, last_complete, list_generations, read_current
 from vista.store.writer import erase
@@ -145,16 +145,6 @@ def test_files_that_a_stopped_refresh_had_not_filled_are_unfinished_and_no_probl
     assert report.unfinished == [] and report.num_problems == 3
 
 
-def test_a_damaged_copy_that_is_not_published_yet_is_a_problem(tmp_path, build):
-    source, target = tmp_path / "source", tmp_path / "target"
-    write_generations(source)
-    build.write_store(target)
-    assert copy_generation(source, target, publish=False).generation == 2
-    (environment_path(target, 2) / "data.mdb").unlink()
-    report = verify_store(target)
-    assert report.unfinished == [] and report.num_problems == 1 and "gen-2" in report.problems[0]
-
-
 def test_verification_detects_removed_exchanged_and_foreign_records(tmp_path, build):
     build.write_store(tmp_path / "other", salt=1)
     for change, named in (
@@ -233,19 +223,6 @@ def test_no_file_holds_a_removed_user_after_compaction(tmp_path, build):
     assert set(left) == kept
     with StoreReader.open(tmp_path) as store:
         assert len(store) == 39 and store.get_many([6, 7, 8]).found.tolist() == [True, False, True]
-
-
-def test_compaction_drops_free_pages(tmp_path, build):
-    build.write_store(tmp_path, total_users=800)
-    with opened(tmp_path, 1) as environment, environment.begin(write=True) as transaction:
-        for key in user_keys(list(range(20, 800))):
-            transaction.delete(key)
-    before = (environment_path(tmp_path, 1) / "data.mdb").stat().st_size
-    report = compact_store(tmp_path)
-    after = store_stats(tmp_path).generations[0]
-    size = (environment_path(tmp_path, 2) / "data.mdb").stat().st_size
-    assert report.num_records == 20 and size < before / 5
-    assert after.live_bytes <= size <= after.live_bytes + 6 * 4096  # two meta pages, pages freed last
 
 
 def test_a_damaged_or_locked_store_is_not_compacted(tmp_path, build):

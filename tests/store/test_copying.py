@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.store.conftest import KEY, damage_record, killed_at, records, write_generations
-from vista.errors import StoreBusyError, StoreError, StoreLockedError, SummarizerMismatchError
+from vista.errors import StoreBusyError, StoreError, StoreLockedError
 from vista.store import StoreReader, folder_writer, user_keys
 from vista.store.admin import compact_store, copy_generation, verify_store
 from vista.store.folder_files import Tombstones, erasure_lock
@@ -28,7 +28,6 @@ from vista.store.layout import (
     shards_of,
 )
 from vista.store.parquet import export_store, import_store
-from vista.store.reader import published_manifest
 from vista.store.writer import erase
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -65,22 +64,6 @@ def test_a_two_step_rollout_keeps_the_previous_generation(tmp_path, build):
     assert list_generations(target) == [2, 3]
     assert "is published" in str(copy_generation(source, target, publish=False))
     assert copy_generation(source, target, generation=2).generation == 2 and read_current(target) == 2
-
-
-def test_a_two_step_rollout_of_a_model_publishes_before_the_scorers_get_it(tmp_path, build):
-    source, target, old, new = tmp_path / "source", tmp_path / "target", build.summarizer(), build.summarizer("b")
-    build.write_store(source)
-    copy_generation(source, target)
-    build.write_store(source, salt=1, summarizer_id=new.hex())
-    copy_generation(source, target, publish=False)
-    with pytest.raises(
-        SummarizerMismatchError, match="gen-2 is this model's, but not published"
-    ):  # No reader opens what is not published.
-        StoreReader.open(target, summarizer_id=new)
-    copy_generation(source, target)
-    for number, summarizer in enumerate((old, new), start=1):
-        with StoreReader.open(target, summarizer_id=summarizer) as store:
-            assert store.generation == number
 
 
 def test_no_generation_is_removed_if_current_is_damaged(tmp_path, build):
@@ -246,25 +229,6 @@ def test_a_generation_updated_in_place_becomes_a_new_generation_of_the_copy(tmp_
     for root in (source, target):
         compact_store(root)
     assert copy_generation(source, target).generation == 4, "the same records, compacted in both stores"
-
-
-def test_a_source_that_lost_all_users_is_not_copied_twice(tmp_path, build):
-    source, target = tmp_path / "source", tmp_path / "target"
-    build.write_store(source)
-    erase(source, range(40))
-    copy_generation(source, target)
-    assert (published_manifest(source).user_kind, published_manifest(target).user_kind) == ("int", None)
-    copy_generation(source, target)
-    assert list_generations(target) == [1]
-
-
-def test_a_copy_into_a_store_with_another_generation_of_its_number(tmp_path, build):
-    source, target = tmp_path / "source", tmp_path / "target"
-    build.write_store(source, key=KEY)
-    build.write_store(target, salt=1, key=KEY)
-    assert copy_generation(source, target, key=KEY).generation == 2 and list_generations(target) == [1, 2]
-    with StoreReader.open(target, key=KEY) as store:
-        np.testing.assert_allclose(store.get_many(range(40)).summary, build.summaries(range(40)), atol=0.02)
 
 
 def test_a_generation_written_once_during_a_read_is_read_again(tmp_path, build, monkeypatch):

@@ -408,24 +408,6 @@ def test_equals_xxhash_over_the_17_bytes(count):
     assert event_digests(keys, times, actions).tolist() == expected
 
 
-def test_extreme_values_equal_xxhash():
-    edges = [0, 1, (1 << 32) - 1, 1 << 32, (1 << 64) - 1]
-    for key in edges:
-        for time in (-(1 << 63), -1, 0, (1 << 63) - 1):
-            for action in (0, 255):
-                digests = event_digests(
-                    np.array([key], dtype=np.uint64), np.array([time]), np.array([action], dtype=np.uint8)
-                )
-                assert int(digests[0]) == xxhash.xxh3_64_intdigest(struct.pack("<QqB", key, time, action))
-
-
-def test_pinned_value():
-    times, actions = np.array([1000, 2000]), np.array([0, 1], dtype=np.uint8)
-    digest = history_digests(item_keys([7, 8]), times, actions, np.array([0, 2]))
-    first, second = struct.pack("<qqB", 7, 1000, 0), struct.pack("<qqB", 8, 2000, 1)
-    assert digest.tolist() == [(xxhash.xxh3_64_intdigest(first) + xxhash.xxh3_64_intdigest(second)) % (1 << 64)]
-
-
 def test_digests_are_sums_independent_of_order():
     keys, times, actions = events(50)
     offsets = np.array([0, 0, 20, 20, 50, 50])

@@ -74,16 +74,6 @@ def test_a_missing_lock_file_is_recreated(tmp_path, build):
     assert build.write_store(tmp_path, run_digest="log-2").generation == 2
 
 
-def test_a_lock_that_is_a_folder(tmp_path, build):
-    build.write_store(tmp_path)
-    (tmp_path / "writer.lock").unlink()
-    (tmp_path / "writer.lock").mkdir()
-    for act in (lambda: build.open_writer(tmp_path), lambda: compact_store(tmp_path), lambda: roll_back(tmp_path)):
-        with pytest.raises(StoreError, match=r"cannot be written: .*Is a directory"):
-            act()
-    assert all(found(tmp_path, [1]))
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -162,19 +152,6 @@ def test_a_store_that_lost_most_of_its_users_at_once_opens(tmp_path, build, monk
     erase(tmp_path, users[570:571])
     size, expected = committed_size(data)
     assert size == expected
-
-
-def test_lmdb_without_a_lock_file(tmp_path, build, monkeypatch):
-    """As on a read-only file system, where LMDB reads without a lock."""
-    build.write_store(tmp_path)
-    (environment_path(tmp_path, 1) / "lock.mdb").unlink()
-    lmdb_open = lmdb.open
-    monkeypatch.setattr("vista.store.folder_files._make_reader_table", lambda path: None)
-    monkeypatch.setattr(
-        "vista.store.folder_files.lmdb.open", lambda *a, **options: lmdb_open(*a, **options, lock=False)
-    )
-    assert all(found(tmp_path, range(40)))
-    assert not (environment_path(tmp_path, 1) / "lock.mdb").exists()
 
 
 def test_a_file_that_cannot_be_extended(tmp_path, build, monkeypatch):

@@ -26,7 +26,6 @@ from vista.store.layout import (
     generation_path,
     last_complete,
     list_generations,
-    next_number,
     pointer_to,
     read_current,
     shards_in,
@@ -55,12 +54,6 @@ def test_only_folders_with_canonical_names_are_generations(tmp_path, build):
     assert compact_store(tmp_path).generation == 5
     assert copy_generation(tmp_path, tmp_path.with_name("to")).generation == 5
     assert all(os.path.lexists(tmp_path / name) for name in [*odd, "gen-2", "gen-3"])
-
-
-def test_numbers_end(tmp_path):
-    (tmp_path / f"gen-{10**18 - 1}").mkdir()
-    with pytest.raises(StoreError, match="there is no number above"):
-        next_number(tmp_path)
 
 
 @pytest.mark.parametrize("content", [pointer_to(2**64 - 1), b"gen-1\n", b"1" * 5000, b"", pointer_to(1)[:-3]])
@@ -115,19 +108,6 @@ def test_a_store_inside_of_another_is_refused(tmp_path, build, inside):
             act()
     (tmp_path / "link").unlink()
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_a_store_without_its_lock_counts_too(tmp_path, build):
-    build.write_store(tmp_path / "store")
-    (tmp_path / "store" / "writer.lock").unlink()
-    with pytest.raises(StoreError, match="is inside the store"):
-        build.open_writer(tmp_path / "store" / "x")
-
-
-def test_a_link_to_a_store_is_that_store(tmp_path, build):
-    build.write_store(tmp_path / "store")
-    (tmp_path / "link").symlink_to(tmp_path / "store")
-    assert build.write_store(tmp_path / "link", run_digest="log-2").generation == 2
 
 
 def log_a_batch(root: Path) -> None:

@@ -323,14 +323,6 @@ def test_a_damaged_current_leaves_the_open_generation_in_service(tmp_path, build
         assert store.get_many([1]).found.all()
 
 
-def test_a_current_that_names_an_unfinished_generation(tmp_path, build):
-    with build.open_writer(tmp_path) as writer:
-        build.put_users(writer, range(16))
-    (tmp_path / "CURRENT").write_bytes(pointer_to(1))
-    with pytest.raises(StoreError, match="never finished"):
-        StoreReader.open(tmp_path)
-
-
 def test_a_map_that_another_writer_grew_is_followed(tmp_path):
     lmdb.open(str(tmp_path), map_size=1 << 20, lib_version=0).close()
     reader = SharedEnvironment.acquire(tmp_path, map_size_bytes=1 << 20)
@@ -361,19 +353,6 @@ def test_counters_of_batches_with_gaps_and_repetitions(tmp_path, build):
         for name in ("key", "codes", "offsets", "clock"):
             np.testing.assert_array_equal(getattr(ours, name), getattr(expected, name))
         assert read.offsets[-1] == expected.offsets[-1] and (np.delete(read.clock, known) == NO_TIMESTAMP).all()
-
-
-def test_counters_of_spread_and_removed_users(tmp_path, build):
-    build.write_store(tmp_path, counters=build.layout.to_dict())
-    with StoreReader.open(tmp_path) as store:
-        batch = store.get_many([2, 3, 4])
-    spread = batch.spread(np.array([0, 2, 5]), 6).counters[0]
-    assert np.diff(spread.offsets).tolist() == [2, 0, 3, 0, 0, 4]
-    assert np.flatnonzero(spread.clock != NO_TIMESTAMP).tolist() == [0, 2, 5]
-    assert spread.clock[[0, 2, 5]].tolist() == [7, 8, 9]
-    left = batch.without(np.array([False, True, False])).counters[0]
-    assert np.diff(left.offsets).tolist() == [2, 0, 4] and left.clock.tolist() == [7, NO_TIMESTAMP, 9]
-    np.testing.assert_array_equal(left.codes, batch.counters[0].select(np.array([0, 2])).codes)
 
 
 USERS = range(40)
