@@ -21,7 +21,7 @@ from urllib.parse import urljoin
 
 from scripts.benchmarks.serve_load import REPOSITORY, vista_process
 
-TABS = ("User", "Ranking", "What if", "Compare", "Store", "Training", "Results")
+TABS = ("User", "Ranking", "What if", "Compare", "Store", "Results")
 SIZE = {"width": 1280, "height": 900}
 TIMEOUT_S = 300.0
 """Of each step; a shared machine can be many times slower than an idle one."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -30,8 +29,6 @@ def places_of(served: Served, **changes: object) -> Places:
         "model": served.model_dir,
         "store": str(served.store),
         "data": served.log.path,
-        "runs": (Path(served.config.run_dir),),
-        "results": Path("docs/results"),
     }
     return Places(**(fields | changes))  # type: ignore[arg-type]
 

@@ -60,7 +60,6 @@ def test_every_tab_is_opened_clicked_and_drawn(visit: ExploreVisit, tmp_path: Pa
         "What if": ("Added:", "Ranks"),
         "Compare": ("best items are in both lists", "Same first item"),
         "Store": ("Generations", "no problem found"),
-        "Training": ("Validation", "auc/click"),
         "Results": ("Does the summary help?", "with the longest histories"),
     }.items():
         assert all(word in texts[name] for word in words), texts[name]

@@ -1,8 +1,7 @@
-"""What the tabs of the page show agrees with the store, the log, the runs, and the files of results."""
+"""What the tabs of the page show agrees with the store and the log."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +15,13 @@ from tests.conftest import START, Served, small_frame, untrained
 from tests.explore.conftest import places_of
 from vista.config import EvaluateConfig, ExploreConfig, SourceColumns
 from vista.config.checks import OnMissing, Precision
-from vista.errors import ConfigError, DataError, LeakageError
+from vista.errors import ConfigError, LeakageError
 from vista.evaluation.comparison import Estimate
 from vista.evaluation.evaluate import evaluate_scorer
-from vista.explore.results import (
+from vista.explore.benefit import (
     BenefitRow,
     EmptySummaryScorer,
-    ResultTable,
-    RunCurves,
     SummaryBenefit,
-    read_table,
-    result_files,
     summary_benefit,
 )
 from vista.explore.user_page import (
@@ -48,7 +43,6 @@ from vista.log.event_log import EventLog
 from vista.log.inspection import ItemNames
 from vista.log.vocabulary import Vocabulary
 from vista.refresh import refresh
-from vista.runs.run_list import RunSummary
 from vista.scorer import Scorer
 from vista.scorer.serving_source import ServingSource
 from vista.store import StoreReader
@@ -111,14 +105,14 @@ def test_the_demo_is_shown_without_a_configuration(tmp_path: Path, monkeypatch: 
     (tmp_path / "demo/simulation/store-test").mkdir()
     places = Places.of(ExploreConfig())
     assert (places.model, places.data) == (Path("demo/simulation/vista/best"), Path("demo/simulation/log"))
-    assert places.runs == (Path("demo/simulation/vista"),) and places.other_store == "demo/simulation/store-test"
+    assert places.other_store == "demo/simulation/store-test"
     (tmp_path / "demo/simulation/vista/best").rmdir()
     assert Places.of(ExploreConfig()).model == Path("demo/ml-1m/vista/best")
 
 
 def test_the_log_of_the_models_own_run_is_found(served: Served, tmp_path: Path) -> None:
     places = Places.of(ExploreConfig(model=str(served.model_dir), store=str(served.store)))
-    assert places.data == served.log.path and places.runs == (served.model_dir.parent,) and not places.is_demo
+    assert places.data == served.log.path and not places.is_demo
     named = Places.of(ExploreConfig(model=str(served.model_dir), store=str(served.store), data="elsewhere"))
     assert named.data == Path("elsewhere")
     without = Places.of(ExploreConfig(model=str(tmp_path / "best"), store="store"))
@@ -126,15 +120,6 @@ def test_the_log_of_the_models_own_run_is_found(served: Served, tmp_path: Path) 
     (tmp_path / "config.yaml").write_text("data: [")
     with pytest.raises(ConfigError, match=r"config.yaml cannot be read .*; name one with data="):
         Places.of(ExploreConfig(model=str(tmp_path / "best"), store="store"))
-
-
-def test_a_folder_of_runs_stands_for_its_runs(tmp_path: Path) -> None:
-    for name in ("b", "a", "no-run"):
-        (tmp_path / name).mkdir()
-    for name in ("a", "b"):
-        (tmp_path / name / "metrics.jsonl").touch()
-    config = ExploreConfig(model="m", store="s", runs=[str(tmp_path), str(tmp_path / "b"), "missing"])
-    assert Places.of(config).runs == (tmp_path / "a", tmp_path / "b", Path("missing"))
 
 
 def test_a_model_without_a_store_is_refused() -> None:
@@ -240,8 +225,6 @@ def test_counters_have_the_counts_of_the_history(tmp_path: Path) -> None:
             model=tmp_path / "model",
             store=str(tmp_path / "store"),
             data=log.path,
-            runs=(),
-            results=Path("docs/results"),
         )
     )
     assert opened.scorer is not None
@@ -365,132 +348,6 @@ def test_a_group_of_one_class_cannot_be_measured() -> None:
     assert "cannot be measured: none of the impressions has a positive label" in text and "nan" not in text
     text = benefit_of(undefined, Estimate(0.03, 0.01), num_positive=75).answer()
     assert "cannot be measured: all of the impressions have a positive label" in text and "nan" not in text
-
-
-def write_run(folder: Path, rows: list[dict[str, object]], end: str = "") -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
-    return folder
-
-
-ROWS: list[dict[str, object]] = [
-    {"step": 1, "epoch": 0, "loss": 3.0},
-    {"step": 2, "epoch": 0, "loss": 2.0, "next": None},
-    {"step": 2, "epoch": 1, "validation": {"ndcg@10": 0.1}, "is_best": True},
-    {"step": 3, "epoch": 1, "loss": 1.0},
-    {"step": 4, "epoch": 2, "validation": {"ndcg@10": 0.05}, "is_best": False},
-]
-
-
-def test_a_finished_run(served: Served) -> None:
-    run = RunCurves.of(Path(served.config.run_dir))
-    assert run.problems == [] and run.summary.state == "finished" and run.epochs == 2
-    assert run.summary == RunSummary.of(Path(served.config.run_dir), served.config.run_dir)
-    assert "ndcg@10" in run.names("validation")
-    assert run.best_step is not None and run.best_step <= run.last_step
-
-
-def test_a_run_that_is_half_written(tmp_path: Path) -> None:
-    run = RunCurves.of(write_run(tmp_path / "run", ROWS, end='{"step": 5, "lo'))
-    assert [(row["step"], row["value"]) for row in run.training] == [(1, 3.0), (2, 2.0), (3, 1.0)]
-    assert run.last_step == 4 and run.best_step == 2 and run.epochs == 2
-    missing, torn = run.problems
-    assert missing == "half written: run.json is missing; config.yaml is missing"
-    assert torn.startswith("line 6 of metrics.jsonl is incomplete")
-    more = write_run(tmp_path / "torn", ROWS[:1], end='[]\n{"step": 2}\n{"step": 3}\n')
-    assert "nor are the 2 lines after it" in RunCurves.of(more).problems[1]
-
-
-def test_runs_of_one_name_in_two_folders_are_two_curves(tmp_path: Path) -> None:
-    rows: list[dict[str, object]] = [{"step": 1, "epoch": 0, "loss": 3.0}]
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-    runs = [RunCurves.of(write_run(tmp_path / folder / "seed-1", rows)) for folder in ("a", "b")]
-    names = [run.summary.name for run in runs]
-    assert [run.curve("training", "loss") for run in runs] == [
-        [{"run": name, "step": 1, "value": 3.0}] for name in names
-    ]
-    assert names[0] != names[1]
-
-
-DOCS = Path(__file__).parents[2] / "docs" / "results"
-
-
-def test_rows_are_means_over_seeds_and_the_last_measurement_counts(tmp_path: Path) -> None:
-    rows = [
-        {"table": "t", "data": "t", "model": "a", "seed": 1, "metrics": {"auc": 0.1, "ne": 0.5}},
-        {"table": "t", "data": "t", "model": "a", "seed": 2, "metrics": {"auc": 0.3, "ne": None}},
-        {"table": "t", "data": "other", "model": "a", "seed": 1, "metrics": {"auc": 0.9}},
-        {"table": "t", "data": "t", "model": "a", "seed": 1, "metrics": {"auc": 0.2, "ne": 0.7, "empty": None}},
-    ]
-    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    table = read_table(tmp_path / "t.jsonl")
-    assert table.name == "t" and table.metrics == ["auc", "ne"]
-    first, second = table.rows
-    assert (first["model"], first["seeds"], first["ne"]) == ("a", 2, 0.7) and first["auc"] == pytest.approx(0.25)
-    assert (second["model"], second["ne"]) == ("a (other)", None)
-    assert table.values("ne") == [{"model": "a", "value": 0.7}]
-
-
-@pytest.mark.parametrize(
-    ("metric", "best_first", "title"),
-    [
-        ("validation ne/click", ["low", "one", "high"], "validation ne/click (lower is better)"),
-        ("calibration/click", ["one", "low", "high"], "calibration/click (best at 1)"),
-        ("auc/click", ["high", "one", "low"], "auc/click (higher is better)"),
-    ],
-)
-def test_the_best_value_is_on_top(metric: str, best_first: list[str], title: str) -> None:
-    rows = [{"model": model, metric: value} for model, value in (("low", 0.7), ("high", 1.4), ("one", 1.1))]
-    values = ResultTable("t", rows, [metric]).values(metric)
-    assert [row["model"] for row in values] == best_first
-    pytest.importorskip("altair", reason="the extra `explore` is not installed")
-    from vista.explore.charts import metric_chart
-
-    axes = metric_chart(values, metric).to_dict()["layer"][0]["encoding"]
-    assert axes["y"]["sort"] == best_first and axes["x"]["title"] == title
-
-
-def test_an_evaluation_is_a_table_of_one_row(tmp_path: Path) -> None:
-    report = {"model": "runs/mine/best", "split": "test", "metrics": {"ndcg@10": 0.25}, "num_cases": 3}
-    (tmp_path / "mine.json").write_text(json.dumps(report, indent=2))
-    assert read_table(tmp_path / "mine.json").rows == [{"model": "runs/mine/best", "seeds": 1, "ndcg@10": 0.25}]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("a.jsonl", '{"metrics": {}}\n{"metrics"', "line 2: is not JSON"),
-        ("a.jsonl", "[]\n", "line 1: has no metrics"),
-        ("a.json", b"\xff\xfe", "cannot be read"),
-    ],
-)
-def test_other_files_are_refused(tmp_path: Path, name: str, content: str | bytes, reason: str) -> None:
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(DataError, match=reason):
-        read_table(tmp_path / name)
-
-
-def test_files_of_results_are_listed(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.json", "b.md"):
-        (tmp_path / name).write_text('{"model": "a", "metrics": {}}')
-    (tmp_path / "bench.jsonl").write_text('{"bench": "store", "value": 1}')
-    assert [path.name for path in result_files(tmp_path)] == ["a.json", "b.jsonl"]
-    assert result_files(tmp_path / "missing") == []
-
-
-def test_the_projects_own_tables_can_be_shown() -> None:
-    for file in result_files(DOCS):
-        table = read_table(file)
-        assert table.rows and table.metrics and all(table.values(metric) for metric in table.metrics), file
-
-
-@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that nobody can read, as of Linux")
-def test_a_file_that_cannot_be_read_is_listed_and_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.json").symlink_to("/proc/self/mem")
-    assert result_files(tmp_path) == [tmp_path / "a.json"]
-    with pytest.raises(DataError, match=r"a\.json: cannot be read .*results="):
-        read_table(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize(

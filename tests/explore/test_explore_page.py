@@ -20,7 +20,7 @@ from vista.log.event_log import EventLog
 from vista.refresh import refresh
 
 PAGE = Path(__file__).parents[2] / "vista" / "explore" / "page.py"
-TABS = ("User", "Ranking", "What if", "Compare", "Store", "Training", "Results")
+TABS = ("User", "Ranking", "What if", "Compare", "Store", "Results")
 Draw = Callable[..., Any]
 
 
@@ -77,7 +77,6 @@ def test_every_tab_draws(draw: Draw, served: Served, tab: str) -> None:
         "What if": "after one more event",
         "Compare": "of 10** best items",
         "Store": "covers every segment",
-        "Training": "Validation",
         "Results": "Does the summary help?",
     }
     assert expected[tab] in said
@@ -98,25 +97,7 @@ def test_the_summary_is_measured_on_the_store_before_the_labels(draw: Draw, serv
     assert "longest histories" in texts(page)
     page = draw("Results", **of(served))
     next(button for button in page.button if button.label == "Measure").click().run(timeout=200)
-    assert "its records cover them" in texts(page) and "not of your model" in texts(page)
-
-
-def test_the_best_rows_of_a_long_table_are_shown(draw: Draw, served: Served, tmp_path: Path) -> None:
-    lines = [json.dumps({"model": f"m{n}", "metrics": {"ne/click": 0.5 + n / 100}}) for n in range(31)]
-    (tmp_path / "long.jsonl").write_text("\n".join(reversed(lines)))
-    page = draw("Results", **of(served, results=tmp_path))
-    assert "The 30 best of 31 rows" in texts(page) and "this repository's own experiments" not in texts(page)
-    chart = json.loads(page.get("vega_lite_chart")[0].proto.spec)
-    shown = chart["layer"][0]["encoding"]["y"]["sort"]
-    assert shown == [f"m{n}" for n in range(30)]
-
-
-def test_outside_of_the_repository_there_are_no_tables(
-    draw: Draw, served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    said = texts(draw("Results", **of(served)))
-    assert "Does the summary help?" in said and "Tables" not in said and "no result files" not in said
+    assert "its records cover them" in texts(page)
 
 
 def test_counters_are_drawn(draw: Draw, served: Served, tmp_path: Path) -> None:
@@ -193,21 +174,6 @@ def test_a_model_without_its_store(draw: Draw, served: Served, tmp_path: Path) -
     assert all("nowhere" in plain(error.value) for error in page.error) and len(page.error) == 2
 
 
-def test_a_run_folder_that_is_half_written(testing: Any, draw: Draw, served: Served, tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 0, "loss": 2.5}\n{"step": 2, "lo')
-    config = of(served)
-    page = draw("Training", **config)
-    assert "half" not in texts(page)
-    half = testing.AppTest.from_file(str(PAGE), default_timeout=200)
-    settings = ExploreConfig(**{name: str(value) for name, value in config.items()}, runs=[str(tmp_path)])
-    sys.argv[1] = json.dumps(dataclasses.asdict(settings))
-    half.query_params["tab"] = "Training"
-    half.run()
-    assert not half.exception and "line 2 of metrics.jsonl is incomplete" in texts(half)
-    assert "half written: run.json is missing; config.yaml is missing" in texts(half)
-    assert half.dataframe[0].value[["state", "steps"]].values.tolist() == [["half written", 1]]
-
-
 def test_a_model_of_another_version(draw: Draw, served: Served, tmp_path: Path) -> None:
     shutil.copytree(served.model_dir, tmp_path / "best")
     sign_model(tmp_path / "best", lambda fields: fields.update(format_version=99))
@@ -216,7 +182,7 @@ def test_a_model_of_another_version(draw: Draw, served: Served, tmp_path: Path) 
 
 
 def test_an_exact_id_of_another_kind(draw: Draw, served: Served, order_log: EventLog) -> None:
-    page = draw("Training", user="u104", **of(served, data=order_log.path))
+    page = draw("Store", user="u104", **of(served, data=order_log.path))
     page.text_input(key="search").set_value("u105").run()
     assert "User u105" in texts(page) and not page.error and not page.exception
     page.text_input(key="search").set_value("nobody").run()

@@ -264,17 +264,12 @@ class ScoreConfig(Scores, NamesUsers, UsesStore, UsesModel, NamesItems):
 
 @dataclass(kw_only=True, slots=True)
 class ExploreConfig(NamesItems, Keyed):
-    """A web page that shows users, rankings with explanations, the store, runs, and results."""
+    """A web page that shows users, rankings with explanations, the store, and whether summaries help."""
 
     model: str | None = None
     """Folder of the exported model. If model and store are null, the page shows the output of `make demo` in demo/."""
     store: str | None = None
     """Folder of the model's summary store, or its URL, such as redis://host:6379/mine."""
-    runs: list[str] = field(default_factory=list)
-    """Run folders to show under Training, or folders of run folders. An empty list shows the model's own run."""
-    results: str = "docs/results"
-    """Folder of result tables: files of `python -m scripts.experiments.reproduce` (.jsonl), and of `vista evaluate
-    out=...` (.json)."""
     other_model: str | None = None
     """A second model, to compare with the first one. null compares stores of the same model."""
     other_store: str | None = None

@@ -9,7 +9,6 @@ import pandas as pd
 
 from vista.explore.user_page import OTHER, Timeline
 from vista.log.histories import DAY_MS
-from vista.runs.run_list import better_values
 from vista.scorer.explanation import PARTS
 
 SUMMARY, TAIL, COUNTERS, NEUTRAL = "#2f6fb0", "#e2803a", "#3f9b73", "#9aa0a8"
@@ -133,28 +132,6 @@ def slope_chart(rows: list[dict[str, Any]], top_k: int) -> Any:
     return _styled(alt.layer(lines, *texts), 30 * last + 80)
 
 
-def curve_chart(rows: list[dict[str, Any]], title: str, best_step: int | None = None) -> Any:
-    """Values over steps, one line per run; a line marks the exported step."""
-    frame = pd.DataFrame(rows)
-    runs = list(dict.fromkeys(frame["run"]))
-    colors = [KIND_COLORS[place % len(KIND_COLORS)] for place in range(len(runs))]
-    legend = "run" if len(runs) > 1 else None
-    lines = (
-        alt.Chart(frame)
-        .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=30) if len(frame) <= 40 else False)
-        .encode(
-            x=alt.X("step:Q", title="step"),
-            y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
-            color=_color("run", runs, colors, legend, show=legend is not None),
-            tooltip=["run:N", "step:Q", alt.Tooltip("value:Q", format=".4f")],
-        )
-    )
-    if best_step is not None:
-        mark = pd.DataFrame([{"step": best_step}])
-        lines = lines + alt.Chart(mark).mark_rule(color=NEUTRAL, strokeDash=[4, 4]).encode(x="step:Q")
-    return _styled(lines.properties(title=alt.TitleParams(title, anchor="start", fontSize=13, fontWeight=600)), 220)
-
-
 def benefit_chart(rows: list[dict[str, Any]], metric: str) -> Any:
     """Quality with and without the summary: two points per group of users, joined by a line."""
     groups, sides = [row["group"] for row in rows], ["without the summary", "with it"]
@@ -180,19 +157,6 @@ def benefit_chart(rows: list[dict[str, Any]], metric: str) -> Any:
         )
     )
     return _styled(lines + points, 34 * len(rows) + 100)
-
-
-def metric_chart(rows: list[dict[str, Any]], metric: str) -> Any:
-    """One metric per model, in the order of the rows; the axis begins near the smallest value, so points are drawn."""
-    better = better_values(metric)
-    title = f"{metric} ({better})" if better else metric
-    base = alt.Chart(pd.DataFrame(rows)).encode(
-        y=alt.Y("model:N", sort=[row["model"] for row in rows], title=None, axis=_item_labels()),
-        x=alt.X("value:Q", title=title, scale=alt.Scale(zero=False, padding=20), axis=alt.Axis(tickCount=10)),
-        tooltip=["model:N", alt.Tooltip("value:Q", format=".4f")],
-    )
-    text = base.mark_text(align="left", dx=9, color=TEXT).encode(text=alt.Text("value:Q", format=".4~f"))
-    return _styled(base.mark_circle(size=90, color=SUMMARY, opacity=1) + text, BAR_HEIGHT * len(rows) + 60)
 
 
 def coverage_chart(rows: list[dict[str, Any]]) -> Any:

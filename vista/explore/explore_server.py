@@ -40,7 +40,7 @@ THEME = {
     "textColor": "#26303d",
 }
 SCRIPT = Path(__file__).with_name("page.py")
-SLOW_IMPORTS = ("vista.explore.workspace", "vista.explore.results", "vista.explore.charts")
+SLOW_IMPORTS = ("vista.explore.workspace", "vista.explore.benefit", "vista.explore.charts")
 """Modules whose imports take seconds, which the first visitor would wait for."""
 START_S = 60.0
 """How long the browser waits for the server."""

@@ -16,7 +16,6 @@ from vista.explore.tabs import (
     show_ranking,
     show_results,
     show_store,
-    show_training,
     show_user,
     show_what_if,
 )
@@ -33,7 +32,6 @@ TABS: dict[str, Tab] = {
     "What if": show_what_if,
     "Compare": show_comparison,
     "Store": show_store,
-    "Training": show_training,
     "Results": show_results,
 }
 

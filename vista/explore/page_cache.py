@@ -10,8 +10,8 @@ from typing import Any
 
 import streamlit as st
 
+from vista.explore.benefit import EmptySummaryScorer, SummaryBenefit, summary_benefit
 from vista.explore.rankings import OverlapOfUsers, compare_users
-from vista.explore.results import EmptySummaryScorer, SummaryBenefit, summary_benefit
 from vista.explore.workspace import Places, ScorerPool, UserSearch, Workspace, log_version, open_page_scorer
 from vista.log.event_log import EventLog
 from vista.scorer import Scorer

@@ -9,14 +9,10 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from vista.config import ExploreConfig
-from vista.config.composition import value_text
-from vista.errors import DataError, VistaError, without_password
+from vista.errors import VistaError, without_password
 from vista.explore.charts import (
     benefit_chart,
     coverage_chart,
-    curve_chart,
-    metric_chart,
     overlap_chart,
     parts_chart,
     slope_chart,
@@ -38,7 +34,6 @@ from vista.explore.rankings import (
     request_time,
     what_if,
 )
-from vista.explore.results import RunCurves, read_table, result_files
 from vista.explore.user_page import (
     Freshness,
     RecordSample,
@@ -55,7 +50,6 @@ from vista.explore.user_page import (
 from vista.explore.workspace import Workspace, escaped, ids_with_prefix, record_of
 from vista.log.histories import Histories
 from vista.log.inspection import LogStats
-from vista.runs.run_list import better_values, is_run
 from vista.scorer import Scorer
 from vista.scorer.explanation import about
 from vista.store.admin import verify_store
@@ -69,9 +63,6 @@ COMPARED_TOP_K = 10
 LISTED = 200
 """Ranks that are looked up in the other list."""
 NUM_USERS = 40
-MAX_CURVES = 12
-PER_ROW = 3
-MAX_MODELS = 30
 WHAT_IF_TOP_K = 10
 MAX_LISTED = 2_000
 """Items of a catalog that are handed to the browser to choose from; of a larger one, those that match a text."""
@@ -382,87 +373,8 @@ def _arrow(change: int | None) -> str:
     return "=" if change == 0 else f"▲ {change}" if change > 0 else f"▼ {-change}"
 
 
-def show_training(workspace: Workspace, user: int | str | None) -> None:
-    """Draw curves of runs."""
-    runs: list[RunCurves] = []
-    for folder in workspace.places.runs:
-        if is_run(folder):
-            runs.append(RunCurves.of(folder))
-        else:
-            st.warning(f"`{folder}` is not a run folder.", icon=":material/folder_off:")
-    if not runs:
-        st.info("There are no runs to show. Name run folders of `vista train` with runs=[...].")
-        return
-    formats = {"best": "%.4f", "steps": "localized", "seconds": "%.0f", "parameters": "localized"}
-    columns = {name: st.column_config.NumberColumn(format=form) for name, form in formats.items()}
-    rows = [_row(run) for run in runs]
-    st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=columns)
-    for run in runs:
-        for problem in run.problems:
-            st.warning(f"`{run.summary.name}`: {escaped(problem)}.", icon=":material/warning:")
-    chosen = runs
-    if len(runs) > 1:
-        names = [run.summary.name for run in runs]
-        kept = st.multiselect("Runs", names, default=names[:6], key="runs")
-        chosen = [run for run in runs if run.summary.name in kept]
-    best = chosen[0].best_step if len(chosen) == 1 else None
-    for title, kind in (("Validation", "validation"), ("Training", "training")):
-        names = list(dict.fromkeys(name for run in chosen for name in run.names(kind)))
-        if not names:
-            continue
-        st.markdown(f"#### {title}")
-        if kind == "validation" and best is not None:
-            st.caption(f"The dashed line marks step {best:,}, whose model is the best and was exported.")
-        first = _default(names)
-        if len(names) > len(first):
-            first = st.multiselect("Curves", names, default=first, key=f"curves-{kind}", max_selections=MAX_CURVES)
-        _show_curves(chosen, kind, first, best)
-    _show_settings(chosen)
-
-
-def _default(names: list[str]) -> list[str]:
-    """The curves that are shown by default: well-known metrics if there are any, otherwise the first curves."""
-    wanted = [name for name in names if name in ("loss", "ndcg@10", "hr@10", "next", "learning_rate")]
-    wanted += [name for name in names if name.startswith(("auc/", "ne/")) or name == "gradient_norm"]
-    return list(dict.fromkeys(wanted))[:6] or names[:6]
-
-
-def _show_curves(runs: list[RunCurves], kind: str, names: list[str], best: int | None) -> None:
-    for low in range(0, len(names), PER_ROW):
-        for column, name in zip(st.columns(PER_ROW), names[low : low + PER_ROW], strict=False):
-            if rows := [row for run in runs for row in run.curve(kind, name)]:
-                column.altair_chart(curve_chart(rows, name, best if kind == "validation" else None), width="stretch")
-
-
-def _row(run: RunCurves) -> dict[str, Any]:
-    summary = run.summary
-    return {
-        "run": summary.name,
-        "state": summary.state,
-        "metric": summary.metric,
-        "best": summary.best,
-        "best epoch": summary.epoch,
-        "epochs": run.epochs,
-        "steps": run.last_step,
-        "seconds": summary.seconds,
-        "parameters": summary.parameters,
-    }
-
-
-def _show_settings(runs: list[RunCurves]) -> None:
-    for run in runs:
-        if run.summary.settings:
-            with st.expander(f"Settings of {escaped(run.summary.name)}"):
-                st.code("\n".join(f"{key}={value_text(value)}" for key, value in run.summary.settings.items()), None)
-
-
 def show_results(workspace: Workspace, user: int | str | None) -> None:
-    """Draw whether the summary helps, and tables of results."""
-    _show_benefit(workspace)
-    _show_tables(workspace)
-
-
-def _show_benefit(workspace: Workspace) -> None:
+    """Draw whether the summary helps."""
     st.markdown("#### Does the summary help?")
     st.caption(
         "Compares the quality on held-out events with the stored summaries to that with the summary of an empty "
@@ -501,44 +413,6 @@ def _show_benefit(workspace: Workspace) -> None:
         return
     for message in refused:
         st.warning(escaped(message), icon=":material/warning:")
-
-
-def _show_tables(workspace: Workspace) -> None:
-    folder = workspace.places.results
-    files = result_files(folder)
-    if not files and folder == Path(ExploreConfig().results):  # outside of this repository
-        return
-    st.markdown("#### Tables")
-    if not files:
-        st.info(
-            f"There are no result files in {escaped(folder)}. Write one with `vista evaluate out=...`, or name another "
-            "folder with results=..."
-        )
-        return
-    if folder == Path(ExploreConfig().results):
-        st.caption("These are results of this repository's own experiments, not of your model.")
-    left, right = st.columns(2)
-    file = left.selectbox("Table", files, format_func=lambda path: path.stem, key="table", index=_first(files))
-    try:
-        table = read_table(file)
-    except DataError as error:
-        st.warning(escaped(error), icon=":material/warning:")
-        return
-    metric = right.selectbox("Metric", table.metrics, key=f"metric-{table.name}")
-    values = table.values(metric)
-    if len(values) > MAX_MODELS:
-        which = "best" if better_values(metric) else "highest"
-        st.caption(f"The {MAX_MODELS} {which} of {len(values)} rows; all are in the table below.")
-    st.altair_chart(metric_chart(values[:MAX_MODELS], metric), width="stretch")
-    columns = {name: st.column_config.NumberColumn(format="%.4f") for name in table.metrics}
-    columns["model"] = st.column_config.TextColumn(width="medium", pinned=True)
-    st.dataframe(pd.DataFrame(table.rows), hide_index=True, width="stretch", column_config=columns)
-
-
-def _first(files: list[Path]) -> int:
-    """The table of the simulation, which the demo resembles, if it is there."""
-    names = [path.stem for path in files]
-    return names.index("simulation") if "simulation" in names else 0
 
 
 def show_store(workspace: Workspace, user: int | str | None) -> None:

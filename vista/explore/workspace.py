@@ -24,7 +24,7 @@ from vista.log.event_log import EventLog
 from vista.log.inspection import ItemNames
 from vista.log.segment import find_segments
 from vista.log.vocabulary import Vocabulary, ids_of_words
-from vista.runs.run_list import log_of_run, run_folders
+from vista.runs.run_list import log_of_run
 from vista.scorer import Scorer
 from vista.scorer.serving_source import ServingSource
 from vista.store.reader import StoredBatch
@@ -44,9 +44,6 @@ class Places:
     store: str
     data: Path | None
     """None if no log is named or found."""
-    runs: tuple[Path, ...]
-    """Run folders, and folders that were named as runs but contain none."""
-    results: Path
     other_model: Path | None = None
     other_store: str | None = None
     key_file: str | None = None
@@ -68,14 +65,10 @@ class Places:
             model, store, data = str(demo / "vista" / "best"), str(demo / "store"), data or str(demo / "log")
             if other_store is None and config.other_model is None and (demo / "store-test").is_dir():
                 other_store = str(demo / "store-test")
-        run = Path(model).parent
-        log = Path(data) if data is not None else log_of_run(run)
-        named = [Path(folder) for folder in config.runs or [str(run)]]
-        runs = tuple(dict.fromkeys(each for folder in named for each in run_folders(folder) or [folder]))
+        log = Path(data) if data is not None else log_of_run(Path(model).parent)
         other_model = None if config.other_model is None else Path(config.other_model)
-        key_file, results = config.authentication_key_file, Path(config.results)
-        column = config.item_name
-        return cls(Path(model), store, log, runs, results, other_model, other_store, key_file, is_demo, column)
+        key_file, column = config.authentication_key_file, config.item_name
+        return cls(Path(model), store, log, other_model, other_store, key_file, is_demo, column)
 
 
 def demo_folder() -> Path:

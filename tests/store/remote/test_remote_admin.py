@@ -211,7 +211,7 @@ def files_with_password(folder: Path) -> set[str]:
     return {path.name for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()}
 
 
-PAGE_TABS = ("User", "Ranking", "What if", "Compare", "Store", "Training", "Results")
+PAGE_TABS = ("User", "Ranking", "What if", "Compare", "Store", "Results")
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,11 @@
-"""Tables of results, curves of runs, and whether the summary helps.
-
-Results are files of `scripts.experiments.reproduce` (.jsonl) and of `vista evaluate out=...` (.json).
-"""
+"""Whether the summary helps: the quality with and without it, by the length of histories."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,187 +13,22 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config import EvaluateConfig
-from vista.errors import ConfigError, DataError
+from vista.errors import ConfigError
 from vista.evaluation.answers import ScorerAnswers
 from vista.evaluation.cases import impression_cases, next_item_cases, with_tasks
 from vista.evaluation.comparison import AucMeasure, Estimate, MeanMeasure, Measure
 from vista.evaluation.evaluate import check_store
 from vista.evaluation.protocol import USERS_PER_BATCH, case_batches, rank_next_items
 from vista.explore.workspace import escaped
-from vista.files import read_limited
 from vista.log.event_log import EventLog
 from vista.log.splits import leaves_out_seen, part_counts, part_times
-from vista.runs.run_list import RunFiles, RunSummary, badness, thinned
 from vista.scorer import Scorer
 from vista.scorer.serving_snapshot import Call
 
-MAX_BYTES = 256 << 20
-_HEAD_BYTES = 1 << 16
-NOT_CURVES = ("step", "epoch", "seconds")
-MAX_POINTS = 1_000
-"""Points per curve that are sent to the browser."""
 NUM_GROUPS = 4
 MAX_CASES = 20_000
 MAX_USERS = 2_000
 TOP_K = 10
-
-
-@dataclass(frozen=True, slots=True)
-class ResultTable:
-    """One file: a row per model (and data set, if there are several), with the mean of each metric over seeds."""
-
-    name: str
-    rows: list[dict[str, Any]]
-    """Each with "model", "seeds", and a value per metric; None where it is undefined."""
-    metrics: list[str]
-
-    def values(self, metric: str) -> list[dict[str, Any]]:
-        """Model and value of one metric, without undefined ones, best first, or largest first if none is better."""
-        known = [{"model": row["model"], "value": row[metric]} for row in self.rows if row.get(metric) is not None]
-
-        def place(row: dict[str, Any]) -> float:
-            bad = badness(metric, row["value"])
-            return -row["value"] if bad is None else bad
-
-        return sorted(known, key=place)
-
-
-def result_files(folder: Path) -> list[Path]:
-    """Files of results in a folder, by name; none if it does not exist. Benchmarks and other files are left out.
-
-    Raises:
-        DataError: the folder cannot be read.
-    """
-    if not folder.is_dir():
-        return []
-    try:
-        files = sorted(path for path in folder.iterdir() if path.suffix in (".jsonl", ".json") and path.is_file())
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error}); name another folder with results=...") from error
-    return [path for path in files if not path.name.startswith("bench_") and _has_metrics(path)]
-
-
-def _has_metrics(file: Path) -> bool:
-    """Whether the first bytes of a file name metrics. Also true if it cannot be read: `read_table` then says why."""
-    try:
-        with file.open("rb") as opened:
-            return b'"metrics"' in opened.read(_HEAD_BYTES)
-    except OSError:
-        return True
-
-
-def read_table(file: Path) -> ResultTable:
-    """Read one file of results.
-
-    Raises:
-        DataError: the file cannot be read, or holds no metrics; the message names the line.
-    """
-    try:
-        text = read_limited(file, MAX_BYTES).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read ({error}); name another folder with results=...") from error
-    lines = [text] if file.suffix == ".json" else text.splitlines()
-    latest: dict[tuple[str, Any], dict[str, Any]] = {}
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}, line {number}: is not JSON ({error}); remove the line") from error
-        if not isinstance(row, dict) or not isinstance(row.get("metrics"), dict):
-            raise DataError(f"{file}, line {number}: has no metrics, so it is not a result; choose another file")
-        latest[_name(row), row.get("seed", 0)] = row  # of a row that was measured twice, the last one counts
-    by_model: dict[str, list[dict[str, Any]]] = {}
-    for (model, _), row in latest.items():
-        by_model.setdefault(model, []).append(row["metrics"])
-    metrics = list(dict.fromkeys(name for rows in by_model.values() for row in rows for name in row))
-    rows = [
-        {"model": model, "seeds": len(seeds), **{name: _mean([seed.get(name) for seed in seeds]) for name in metrics}}
-        for model, seeds in by_model.items()
-    ]
-    return ResultTable(file.stem, rows, [name for name in metrics if any(row[name] is not None for row in rows)])
-
-
-def _name(row: dict[str, Any]) -> str:
-    """The model of a row, with its data set if that is not the table's own."""
-    model, data, table = (str(row.get(key, "")) for key in ("model", "data", "table"))
-    return f"{model} ({data})" if data and table and data != table else model
-
-
-def _mean(values: list[Any]) -> float | None:
-    known = [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
-    return sum(known) / len(known) if known else None
-
-
-@dataclass(frozen=True, slots=True)
-class RunCurves:
-    """The measurements of one run, which can be unfinished or damaged."""
-
-    summary: RunSummary
-    training: list[dict[str, Any]] = field(default_factory=list)
-    """One row per step and value: step, name, value."""
-    validation: list[dict[str, Any]] = field(default_factory=list)
-    """Likewise, and whether the step was the best so far, `is_best`."""
-    last_step: int = 0
-    epochs: int = 0
-    best_step: int | None = None
-    """The last validation that was exported."""
-    problems: list[str] = field(default_factory=list)
-    """What the page should say about the run; empty for a finished one."""
-
-    @classmethod
-    def of(cls, folder: Path) -> RunCurves:
-        """Read a run folder. What a crash left half written is listed in `problems`; the rest is shown."""
-        files = RunFiles.read(folder)
-        summary = RunSummary.of_files(files, str(folder))
-        problems = [f"{summary.state}: {summary.reason}"] if summary.reason else []
-        if files.num_unread and str(files.metrics_problem) not in (summary.reason or ""):
-            rest = files.num_unread - 1
-            more = f", nor are the {rest} lines after it" if rest else ""
-            line = len(files.rows) + 1
-            problems.append(f"line {line} of metrics.jsonl is incomplete, as after a crash, and is not shown{more}")
-        # A training row has the index of its epoch, from 0; a validation row, the number of completed epochs.
-        epochs = [row["epoch"] + 1 for row in files.steps] + [row["epoch"] for row in files.validations]
-        return cls(
-            summary,
-            _thinned([point for row in files.steps for point in _points(row, row)]),
-            [
-                {**point, "is_best": bool(row.get("is_best"))}
-                for row in files.validations
-                for point in _points(row, row["validation"])
-            ],
-            max((row["step"] for row in files.rows), default=0),
-            max(epochs, default=0),
-            files.best.get("step"),
-            problems,
-        )
-
-    def names(self, kind: str) -> list[str]:
-        """Names of the curves of "training" or "validation", as they appear first."""
-        return list(dict.fromkeys(row["name"] for row in getattr(self, kind)))
-
-    def curve(self, kind: str, name: str) -> list[dict[str, Any]]:
-        """One curve as rows of run, step, and value."""
-        return [
-            {"run": self.summary.name, "step": point["step"], "value": point["value"]}
-            for point in getattr(self, kind)
-            if point["name"] == name
-        ]
-
-
-def _points(row: dict[str, Any], values: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {"step": row["step"], "name": name, "value": float(value)}
-        for name, value in values.items()
-        if name not in NOT_CURVES and isinstance(value, (int, float)) and not isinstance(value, bool)
-    ]
-
-
-def _thinned(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most MAX_POINTS points per curve."""
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    for point in points:
-        by_name.setdefault(point["name"], []).append(point)
-    return [point for curve in by_name.values() for point in thinned(curve, MAX_POINTS)]
 
 
 class EmptySummaryScorer(Scorer):
