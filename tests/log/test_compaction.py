@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,16 +28,6 @@ STEPS = [
 ]
 OLD = [f"segment-{number:06d}" for number in range(1, 5)]
 NEW = "segment-000001-000004"
-
-
-def test_open_readers_keep_reading(tmp_path: Path) -> None:
-    log, rng = write(tmp_path / "log", STEPS), np.random.default_rng(0)
-    packed, size = pickle.dumps(log), log.verify()
-    compact_log(log.path)
-    assert [path.name for path in log.path.iterdir()] == [NEW]
-    assert_reads_as(log, Oracle(STEPS), rng)
-    assert log.verify() == size
-    assert_reads_as(pickle.loads(packed), Oracle(STEPS), rng)  # like a spawned worker
 
 
 def test_a_compaction_while_the_log_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,21 +152,6 @@ def test_ratings_and_probabilities_are_kept(tmp_path: Path) -> None:
         for name in one.__slots__:
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name), name)
     assert np.isnan(after.impressions.probability).any() and not np.isnan(after.impressions.probability).all()
-
-
-def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
-    path, num = tmp_path / "log", 300_000
-    rng = np.random.default_rng(0)
-    for number in range(2):
-        columns = {"user": rng.integers(0, 600, num), "item": rng.integers(0, 90, num), "timestamp": np.arange(num)}
-        shifted = {**columns, "timestamp": columns["timestamp"] + number * num // 2}
-        EventLog.from_frame(shifted, path, time_unit="s", append=number > 0)
-    tracemalloc.start()
-    compact_log(path, run_events=10_000)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert EventLog.open(path).num_events == 2 * num
-    assert peak < 2_000_000 < 2 * num * 13  # of columns
 
 
 def without_changed(folder: Path) -> None:

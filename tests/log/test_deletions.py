@@ -30,7 +30,6 @@ from vista.config import SourceColumns
 from vista.errors import ConfigError, DataError, LogFormatError, UnknownUserError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users, forget_events
-from vista.log.event_keys import EventKeys, equal_events
 from vista.log.event_log import EventLog
 
 EVENTS = st.tuples(
@@ -121,21 +120,6 @@ def test_compaction_does_not_change_what_is_read(
     before = contents(path)
     compact_log(path)
     assert contents(path) == before
-
-
-@pytest.mark.parametrize("has_action", [True, False])
-def test_many_events_at_one_time_are_compared_in_blocks(tmp_path: Path, has_action: bool) -> None:
-    events = [(user, item % NUM_ITEMS, 1, item % 2) for user in range(2) for item in range(20)]
-    table = write(tmp_path / "log", [Step(events=events)]).segments[0].events
-    user, item, action = np.array([0, 1, 1]), np.array([1, 2, 0]), np.array([1, 0, 1])
-    keys = EventKeys(user, item, np.array([1, 1, 1]), action if has_action else None)
-    owner = np.repeat(table.users, np.diff(table.offsets))
-    matches = (owner == user[:, None]) & (table.columns["item"] == item[:, None])
-    if has_action:
-        matches &= table.columns["action"] == action[:, None]
-    assert matches.any()
-    for actual, expected in zip(equal_events(table, keys, rows_at_once=7), np.nonzero(matches), strict=True):
-        assert actual.tolist() == expected.tolist()
 
 
 FRAME = {
@@ -238,22 +222,6 @@ def test_ordinals_in_a_log_without_times(tmp_path: Path) -> None:
     assert (log[2].timestamp.tolist(), log[3].timestamp.tolist()) == ([0, 1], [0])
     with pytest.raises(DataError, match="match no event"):
         forget_events(path, {"user": [1], "item": [8], "timestamp": [2]})
-
-
-def test_users_without_deletions_are_read_as_views(tmp_path: Path) -> None:
-    path = tmp_path / "log"
-    rng = np.random.default_rng(0)
-    user, time = np.repeat(np.arange(9), 100), np.tile(np.arange(100), 9)
-    log = EventLog.from_frame({"user": user, "item": rng.integers(0, 9, 900), "timestamp": time}, path, time_unit="ms")
-    plain, item = log.slice(4).item, log.items.ids(log.slice(4).item)[50]
-    forget_events(path, {"user": [4], "item": [item], "timestamp": [50]})
-    erase_users(path, [7])
-    log = EventLog.open(path)
-    column = log.segments[0].events.columns["item"]
-    for views in (log.gather([0, 1, 2, 3]), log.gather([5, 6]), log.slice(8, 3, 9), log.slice(4, 0, 50)):
-        assert views.num_events and np.shares_memory(views.item, column) and not views.item.flags.writeable
-    assert np.shares_memory(log.slice(4, 50, 80).item, column)  # after the deleted event
-    assert log.slice(4).item.tolist() == np.delete(plain, 50).tolist()
 
 
 class TestCommands:

@@ -11,13 +11,11 @@ import pytest
 
 from tests.conftest import run_python
 from tests.log.log_oracle import edit_manifest
-from vista.arrays import Int
 from vista.config import SourceColumns
 from vista.errors import LogFormatError, UnknownUserError
-from vista.installation import install_command
 from vista.log import histories
 from vista.log.event_log import EventLog
-from vista.log.histories import Histories, PackedTable, RowArrays, RowFeatures, take
+from vista.log.histories import Histories
 
 
 def random_frame(seed: int, num_events: int, num_users: int = 20) -> pl.DataFrame:
@@ -118,12 +116,6 @@ def test_golden_bytes_of_a_segment(tmp_path: Path) -> None:
     assert (segment.name, manifest["format"], manifest["version"]) == ("segment-000001", "vista-event-log", 7)
 
 
-def test_owners_and_ages_of_events() -> None:
-    offsets = np.array([0, 0, 3, 4, 4])
-    events = Histories(np.arange(4, dtype=np.int32), np.arange(4), np.zeros(4, np.uint8), None, offsets)
-    assert events.owner.tolist() == [1, 1, 1, 2] and events.age.tolist() == [2, 1, 0, 0]
-
-
 @pytest.mark.parametrize(
     ("lengths", "groups"),
     [
@@ -214,35 +206,3 @@ def test_reading_imports_neither_polars_nor_torch(tmp_path: Path) -> None:
         "print([m for m in ('polars', 'torch', 'pandas', 'hydra', 'triton') if m in sys.modules])"
     )
     assert run_python(code).stdout == "[]\n"
-
-
-def test_without_polars_the_extra_is_named() -> None:
-    code = (
-        "import sys; sys.modules['polars'] = None\n"
-        "from vista.log.event_log import EventLog\n"
-        "from vista.errors import VistaError\n"
-        "try: EventLog.from_frame({'user': [1], 'item': [1]}, 'x', time_unit='s')\n"
-        "except VistaError as error: print(error)"
-    )
-    assert install_command("data") in run_python(code).stdout
-
-
-def test_short_ranges_of_segments_in_order_read_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Users 1 and 2 continue in the second segment; user 3 has an event there that is older than those in the first."""
-    first = {"user": [1] * 50 + [2] * 50 + [3] * 5, "item": range(105), "timestamp": [*range(100), *range(200, 205)]}
-    second = {"user": [1] * 9 + [2] * 9 + [3], "item": range(19), "timestamp": [*range(300, 318), 202]}
-    log = EventLog.from_frame(first, tmp_path / "log", time_unit="s")
-    log = EventLog.from_frame(second, tmp_path / "log", time_unit="s", append=True)
-    taken: list[int] = []
-
-    def counted(table: PackedTable, starts: Int, counts: Int) -> tuple[RowArrays, RowFeatures]:
-        taken.append(int(counts.sum()))
-        return take(table, starts, counts)
-
-    monkeypatch.setattr(histories, "take", counted)
-    low, high = np.array([45, 55, 2]), np.array([55, 57, 5])
-    ranges = log.gather_ranges(np.arange(3), low, high)
-    assert sum(taken) == 10 + 2 + 6
-    for user in range(3):
-        assert ranges.slice(user).timestamp.tolist() == log.slice(user, low[user], high[user]).timestamp.tolist()
-        assert ranges.slice(user).item.tolist() == log.slice(user, low[user], high[user]).item.tolist()

@@ -14,16 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.log.feature_tables import add_items, features_of, names_of, table_of, user_features_of
+from tests.log.feature_tables import add_items, features_of, table_of, user_features_of
 from tests.log.log_oracle import contents, replace_array
 from tests.log.test_verify import flip
 from vista.errors import LogFormatError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users
 from vista.log.event_log import EventLog
-from vista.log.features import Column, described, selected
 from vista.log.inspection import LogStats
-from vista.log.vocabulary import Vocabulary
 
 NUMBERS = st.floats(-9, 9, width=32)
 VALUES = {
@@ -146,43 +144,6 @@ def test_features_of_one_complete_table_are_not_copied(tmp_path: Path) -> None:
     assert column.kind == "vector" and not column.data.flags.writeable
     np.testing.assert_array_equal(column.data, vectors[[1, 2, 3, 0]])
     assert peak < vectors.nbytes
-
-
-def test_a_compaction_copies_vectors_in_blocks(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    old, new = rng.standard_normal((2, 300, 2_000)).astype(np.float32)
-    events = {"user": [1] * 300, "item": range(300), "timestamp": [1] * 300}
-    EventLog.from_frame(events, tmp_path / "log", time_unit="s", items={"item": np.arange(300), "v": old})
-    later = {"item": np.arange(0, 300, 2), "v": new[::2]}
-    EventLog.from_frame(None, tmp_path / "log", append=True, items=later)
-    tracemalloc.start()
-    compact_log(tmp_path / "log", run_events=20_000)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    column = EventLog.open(tmp_path / "log").item_features["v"]
-    assert column.kind == "vector"
-    np.testing.assert_array_equal(column.data[::2], new[::2])
-    np.testing.assert_array_equal(column.data[1::2], old[1::2])
-    assert peak < old.nbytes / 2
-
-
-def test_features_are_selected_by_row() -> None:
-    values = Vocabulary.empty("str").extended(["x", "y"])
-    category = Column(np.array([0, 1, 1], np.int32), values, np.array([0, 2, 2, 3]))
-    number = Column(np.array([1, np.nan, 3], np.float32))
-    vector = Column(np.array([[1, 2], [np.nan] * 2, [3, 4]], np.float32))
-    features = {"c": category, "n": number, "v": vector}
-    assert described(features, "items") == [
-        "c: category of 2 values, 67% of items",
-        "n: number, 67% of items",
-        "v: vector of 2 dimensions, 67% of items",
-    ]
-    chosen = selected(features, np.array([2, -1, 0, 1]))
-    c, n, v = chosen["c"], chosen["n"], chosen["v"]
-    assert [column.kind for column in chosen.values()] == ["category", "number", "vector"]
-    assert [names_of(c, row) for row in range(4)] == [["y"], [], ["x", "y"], []]
-    np.testing.assert_array_equal(n.data, [3, np.nan, 1, np.nan])
-    np.testing.assert_array_equal(v.data, [[3, 4], [np.nan] * 2, [1, 2], [np.nan] * 2])
 
 
 @pytest.fixture(scope="module")

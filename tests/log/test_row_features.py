@@ -57,12 +57,6 @@ def test_codes_take_the_smallest_type(tmp_path: Path, num_values: int, dtype: st
     assert stored.dtype.str[1:] == dtype and stored.tolist() == [-1, num_values - 1]
 
 
-def test_numbers_of_one_segment_are_views(tmp_path: Path) -> None:
-    log = write(tmp_path / "log", STEPS[:1])
-    column = log.gather(np.arange(log.num_users)).features.columns["dwell"]
-    assert np.shares_memory(column, log.segments[0].events.features["dwell"])
-
-
 def test_blocks_read_features_only_on_demand_and_are_then_smaller(tmp_path: Path) -> None:
     log = write(tmp_path / "log", STEPS)
     blocks = list(visible_blocks(log, log.lengths, 6))
@@ -179,18 +173,6 @@ def test_numbers_may_be_integers_booleans_or_text(tmp_path: Path) -> None:
     ]
 
 
-def test_a_text_file_gives_the_same_columns_as_parquet(tmp_path: Path) -> None:
-    frame = pl.DataFrame(KEYS | {"device": ["web", "a,b", None], "dwell": [0.1, None, 3.0]})
-    frame.write_parquet(tmp_path / "events.parquet")
-    frame.write_csv(tmp_path / "events.csv")
-    for name in ("parquet", "csv"):
-        run(tmp_path / name, [tmp_path / f"events.{name}"], categories=["device"], numbers=["dwell"])
-    files = [contents(tmp_path / name) for name in ("parquet", "csv")]
-    for of_form in files:
-        del of_form["segment-000001/manifest.json"]
-    assert files[0] == files[1] and "segment-000001/event_features/1.numbers.npy" in files[0]
-
-
 def test_frames(tmp_path: Path) -> None:
     """Of Polars and pandas; columns that are not named are ignored."""
     import pandas as pd
@@ -239,16 +221,6 @@ def test_a_column_that_arrives_later_is_missing_before(tmp_path: Path) -> None:
         {"device": "app", "dwell": None},
         {"device": "web", "dwell": 2},
     ]
-
-
-def test_a_column_that_is_not_named_again_is_missing_and_reported(tmp_path: Path) -> None:
-    add(tmp_path, device=["web", "app", "web"], dwell=[1.0, 2.0, 3.0], categories=["device"], numbers=["dwell"])
-    report = add(tmp_path, append=True, device=["web", "app", "web"], dwell=[4.0, 5.0, 6.0], numbers=["dwell"])
-    assert report.warnings == [
-        "column 'device' of the events is in the log, but was not named, so it has no value in the new rows; name it "
-        "under events.categories if the files have it"
-    ]
-    assert [row["device"] for row in features_of(tmp_path)] == ["web", None, "app", None, "web", None]
 
 
 def test_a_column_that_changes_its_kind_is_refused(tmp_path: Path) -> None:
@@ -322,26 +294,6 @@ def test_values_of_rows_that_are_left_out_are_no_values(tmp_path: Path) -> None:
         assert device is not None and device.ids(np.arange(len(device))).tolist() == want
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ({"categories": ["surface"]}, r"column 'surface' is missing, the file has: user, .*name .*"),
-        ({"categories": ["x"], "numbers": ["x"]}, "list 'x' twice, or list a column .* role; name each column once"),
-    ],
-)
-def test_names_that_do_not_fit(tmp_path: Path, names: dict[str, Any], message: str) -> None:
-    pl.DataFrame(KEYS | {"x": [1, 2, 3]}).write_parquet(tmp_path / "events.parquet")
-    with pytest.raises((ConfigError, DataError), match=message):
-        run(tmp_path / "log", [tmp_path / "events.parquet"], **names)
-    assert not (tmp_path / "log").exists()
-
-
-def test_too_many_columns_are_refused(tmp_path: Path) -> None:
-    names = [f"x{number}" for number in range(1001)]
-    with pytest.raises(ConfigError, match=r"events\.categories, events\.numbers: name 1,001 columns, but at most 1,0"):
-        add(tmp_path, **{name: [1, 2, 3] for name in names}, numbers=names)
-
-
 @pytest.mark.parametrize(("num_values", "count"), [(1000, "1,000"), (90_000, r"about \d\d,\d\d\d or more")])
 def test_too_many_values_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_values: int, count: str
@@ -368,22 +320,6 @@ def test_values_of_all_segments_count(tmp_path: Path) -> None:
     assert contents(tmp_path / "log") == before
     add(tmp_path, append=True, x=["c", "d", "e"], categories=["x"], max_values=5)
     assert {values["x"] for values in features_of(tmp_path)} == set("abcde")
-
-
-@pytest.mark.parametrize(
-    ("values", "key", "what"),
-    [
-        (["a"] * 3, "categories", "the same value"),
-        ([None] * 3, "categories", "no value"),
-        ([2.5] * 3, "numbers", "the same value"),
-        (["a", "a", None], "categories", None),
-        ([0.0, 0.0, 1.0], "numbers", None),
-    ],
-)
-def test_constant_columns_are_reported(tmp_path: Path, values: list[Any], key: str, what: str | None) -> None:
-    report = add(tmp_path, x=pl.Series(values, dtype=pl.String if values[0] is None else None), **{key: ["x"]})
-    want = [] if what is None else [f"column 'x' of the events has {what} in all rows; leave it out"]
-    assert report.warnings == want
 
 
 def add_impressions(folder: Path, num: int, **columns: Any) -> PrepareReport:
@@ -429,10 +365,6 @@ def test_features_of_requests_that_equal_a_label_are_reported(tmp_path: Path) ->
     assert log.impressions is not None
     hours = [row["hour"] for row in values_of(log.impressions.features, log.request_features)]
     assert hours == [str(n % 24) for n in range(num)]
-
-
-def test_few_rows_are_not_compared_with_labels(tmp_path: Path) -> None:
-    assert add_impressions(tmp_path, 30, result=np.arange(30) % 2).warnings == []
 
 
 def test_erased_users_leave_no_values_behind(tmp_path: Path) -> None:

@@ -117,19 +117,6 @@ def test_erasing_a_user_drops_the_row(tmp_path: Path, user: int) -> None:
         add_users(tmp_path, append=True, user=[user], age=[9.0])
 
 
-def test_erasing_all_users_with_features_leaves_none(tmp_path: Path) -> None:
-    add_users(tmp_path, user=[1, 2], region=["n", "s"])
-    path = tmp_path / "log"
-    erase_users(path, [1, 2])
-    assert user_features_of(EventLog.open(path)) == {"region": {}}
-    add_users(tmp_path, append=True, user=[3], region=["n"])
-    assert user_features_of(EventLog.open(path)) == {"region": {3: "n"}}
-    erase_users(path, [3])
-    compact_log(path)
-    assert user_features_of(EventLog.open(path)) == {}
-    EventLog.open(path).verify()
-
-
 def test_features_after_an_erasure_count(tmp_path: Path) -> None:
     add_users(tmp_path, user=[1, 2], region=["n", "s"], age=[1.0, 2.0])
     path = tmp_path / "log"
@@ -163,19 +150,6 @@ def test_a_bad_table_is_refused_and_nothing_is_written(tmp_path: Path, name: str
     with pytest.raises(DataError, match=rf"users\.parquet.*{message}"):
         add_users(tmp_path, **columns, named=named)  # type: ignore[arg-type]
     assert not (tmp_path / "log").exists()
-
-
-@pytest.mark.parametrize(("name", "array", "message"), [
-    ("users", [0, 3], "features of user row 3, but the manifest says 3 users"),
-    ("0.offsets", [0, 2, 2], "column 'region' of the user features does not hold one number or category per user"),
-])  # fmt: skip
-def test_arrays_that_contradict_each_other_are_refused(
-    tmp_path: Path, name: str, array: list[int], message: str
-) -> None:
-    add_users(tmp_path, user=[1, 2], region=["n", "s"])
-    replace_array(tmp_path / "log" / "segment-000001", f"user_features/{name}.npy", np.array(array))
-    with pytest.raises(LogFormatError, match=message):
-        _ = EventLog.open(tmp_path / "log").user_features
 
 
 def test_damage_is_found_before_the_row_of_an_erased_user_is_dropped(tmp_path: Path) -> None:

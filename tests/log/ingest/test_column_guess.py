@@ -147,22 +147,6 @@ def test_keys_that_are_set_are_not_guessed() -> None:
     assert EventLog.open("data/log")[2].timestamp.tolist() == [1112486027]
 
 
-def test_a_log_without_times(caplog: pytest.LogCaptureFixture) -> None:
-    Path("log.csv").write_text("user,item\n1,2\n")
-    run("files=[log.csv]")
-    assert "no column of times was found, so events are in the order of the rows" in messages(caplog)
-    assert not EventLog.open("data/log").has_time
-
-
-def test_several_files_and_an_append() -> None:
-    for number in range(3):
-        Path(f"{number}.csv").write_text(f"customer,sku,time\n1,{number},{1112486027 + number}\n")
-    run("files=[0.csv,1.csv]")
-    run("files=[2.csv]", "append=true")
-    log = EventLog.open("data/log")
-    assert log.items.ids(log[1].item).tolist() == [0, 1, 2]
-
-
 def test_appended_files_are_read_like_the_earlier_ones(caplog: pytest.LogCaptureFixture) -> None:
     """By the columns that were named and the format of times that was inferred; keys that are set count."""
     Path("0.csv").write_text("who;sku;at\n1;7;01/25/2017 09:00\n")
@@ -187,21 +171,3 @@ def test_known_formats_are_recognized(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "vista.prepare"):
         run("files=[set]")
     assert "set: read as events.kind=ml-100k" in messages(caplog)
-
-
-def test_a_file_that_only_has_the_name_of_a_known_format_is_guessed() -> None:
-    Path("ratings.csv").write_text("customer,product,stars,time\n1,2,5,1112486027\n")
-    run("files=[ratings.csv]", "events.rating=stars")
-    log = EventLog.open("data/log")
-    assert log.has_rating and log[1].timestamp.tolist() == [1112486027000]
-    Path("ml").mkdir()
-    Path("ml/ratings.csv").write_text("userId,movieId,rating,timestamp\n1,2,4.5,1112486027\n")
-    run("files=[ml/ratings.csv]", "out=ml/log")
-    assert EventLog.open("ml/log").has_rating
-
-
-def test_files_are_named_once() -> None:
-    with pytest.raises(
-        ConfigError, match=r"files: names files of events, and so does events\.paths; set one of the two"
-    ):
-        run("files=[a.csv]", "events.paths=[b.csv]")

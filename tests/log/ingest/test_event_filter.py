@@ -88,17 +88,6 @@ def test_impressions_of_what_is_left_out_are_left_out(tmp_path: Path) -> None:
     assert log.impressions.timestamp.tolist() == [5]
 
 
-def test_impressions_may_all_be_left_out(tmp_path: Path) -> None:
-    write_csv(tmp_path / "shown.csv", [(1, 9, 8, 0)], "user,item,timestamp,click")
-    impressions = ImpressionsConfig(
-        paths=[str(tmp_path / "shown.csv")], timestamp="timestamp", time_unit="ms", labels=["click"]
-    )
-    events = [(1, 7, 1, "view"), (1, 7, 2, "view")]
-    report = run(tmp_path, events, EventFilterConfig(min_item_events=2), impressions=impressions)
-    assert report.kept == "the filter kept 2 of 2 events and 0 of 1 impressions"
-    assert EventLog.open(tmp_path / "log").impressions is None
-
-
 def test_a_filter_that_leaves_no_event(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.csv: the filter leaves no event; lower filter\.min_"):
         run(tmp_path, some_events(0), EventFilterConfig(min_item_events=301))
@@ -111,22 +100,7 @@ def test_an_action_that_no_event_has(tmp_path: Path) -> None:
         run(tmp_path, some_events(0), EventFilterConfig(actions=["buy", "click"]))
 
 
-def test_events_without_actions(tmp_path: Path) -> None:
-    source = SourceConfig(paths=[str(write_csv(tmp_path / "a.csv", [(1, 2, 3)]))], timestamp="timestamp", time_unit="s")
-    chosen = EventFilterConfig(actions=["buy"])
-    with pytest.raises(
-        ConfigError, match=r"filter\.actions: the events of .*a\.csv have no actions; name their column"
-    ):
-        prepare(PrepareConfig(out=str(tmp_path / "log"), events=source, filter=chosen), parser=PARSER)
-
-
 def test_counts_of_new_files_alone_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"filter: min_item_events and min_user_events would count the events of"):
         PrepareConfig(append=True, filter=EventFilterConfig(min_user_events=2))
     assert PrepareConfig(append=True, filter=EventFilterConfig(actions=["buy"])).append
-
-
-@pytest.mark.parametrize("key", ["min_item_events", "min_user_events"])
-def test_a_count_below_one(key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"filter\.{key}: must be at least 1, got 0"):
-        EventFilterConfig(**{key: 0})

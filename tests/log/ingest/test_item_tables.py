@@ -13,10 +13,9 @@ import pytest
 
 from tests.log.feature_tables import add_items, features_of, table_of, text_file
 from tests.log.log_oracle import contents
-from vista.config import ItemTableConfig, SourceColumns
+from vista.config import ItemTableConfig
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
-from vista.log.ingest import new_features
 
 TABLE: dict[str, list[Any]] = {
     "item": [40, 10, 99, 20],
@@ -96,32 +95,6 @@ def test_a_frame(tmp_path: Path, library: str) -> None:
     assert features_of(again) == FEATURES | {"price": {40: 1.5, 30: 2.0}}
 
 
-def test_whole_numbers_are_what_they_are_named(tmp_path: Path) -> None:
-    file = table_of(tmp_path, item=[10, 20], year=[1999, 2004], shop=[3, 4], pair=[[1, 2], [3, 4]], tags=[[5], [6, 5]])
-    add_items(tmp_path, file, numbers=["year"], categories=["shop", "tags"], vectors=["pair"])
-    assert features_of(EventLog.open(tmp_path / "log")) == {
-        "shop": {10: ["3"], 20: ["4"]},
-        "tags": {10: ["5"], 20: ["5", "6"]},
-        "year": {10: 1999, 20: 2004},
-        "pair": {10: [1, 2], 20: [3, 4]},
-    }
-
-
-def test_files_may_write_the_same_kind_differently(tmp_path: Path) -> None:
-    pl.DataFrame({"item": [10], "tag": ["x"], "v": [[1.0, 2.0]]}).write_parquet(tmp_path / "a.parquet")
-    other = pl.DataFrame({"item": ["20"], "tag": [["y", "x"]], "v": np.array([[3.0, 4.0]], np.float32)})
-    other.write_parquet(tmp_path / "b.parquet")
-    add_items(tmp_path, tmp_path / "a.parquet", tmp_path / "b.parquet")
-    expected = {"tag": {10: ["x"], 20: ["x", "y"]}, "v": {10: [1.0, 2.0], 20: [3.0, 4.0]}}
-    assert features_of(EventLog.open(tmp_path / "log")) == expected
-
-
-def test_text_ids(tmp_path: Path) -> None:
-    file = text_file(tmp_path, "sku,kind\nb,x\n7,y\n")
-    add_items(tmp_path, file, events=[("u", "a", 1), ("u", "b", 2), ("v", "7", 3)], item="sku")
-    assert features_of(EventLog.open(tmp_path / "log")) == {"kind": {"b": ["x"], "7": ["y"]}}
-
-
 def test_text_that_is_not_only_numbers_is_a_category(tmp_path: Path) -> None:
     lines = ["item,size,zip,code,empty", "10,1.5,01234,1e,", "20,L,90210,.,", "30,,05,2,"]
     file = text_file(tmp_path, "\n".join(lines) + "\n")
@@ -132,24 +105,6 @@ def test_text_that_is_not_only_numbers_is_a_category(tmp_path: Path) -> None:
         "code: category of 3 values",
         "empty: category of 0 values",
     ]
-
-
-def test_a_frame_names_its_ids_as_the_events_do(tmp_path: Path) -> None:
-    events = {"user": [1], "movie": ["a"], "timestamp": [1]}
-    items = {"movie": ["a", "b"], "kind": ["x", "y"]}
-    columns = SourceColumns(item="movie")
-    log = EventLog.from_frame(events, tmp_path / "log", time_unit="s", columns=columns, items=items)
-    assert features_of(log) == {"kind": {"a": ["x"]}}
-
-
-def test_vectors_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(new_features, "BLOCK_NUMBERS", 6)
-    rng = np.random.default_rng(0)
-    ids, vectors = rng.permutation(50), rng.standard_normal((50, 4)).astype(np.float32)
-    file = table_of(tmp_path, item=ids.tolist(), v=vectors.tolist())
-    add_items(tmp_path, file, events=[(1, item, item) for item in range(0, 50, 2)])
-    kept = {item: vector.tolist() for item, vector in zip(ids.tolist(), vectors, strict=True) if item % 2 == 0}
-    assert features_of(EventLog.open(tmp_path / "log")) == {"v": kept}
 
 
 INF, NAN = float("inf"), float("nan")
@@ -326,19 +281,6 @@ def test_settings_that_contradict_each_other(tmp_path: Path) -> None:
         EventLog.from_frame({}, tmp_path / "log", items={"id": [1], "p": [1.0]})
     assert ItemTableConfig().is_inferred and not ItemTableConfig(numbers=[]).is_inferred
     assert not (tmp_path / "log").exists()
-
-
-def test_a_probable_mistake_is_a_warning(tmp_path: Path) -> None:
-    file = table_of(
-        tmp_path, item=[10, 20, 30], one=["a"] * 3, two=[1.0] * 3, three=[[1.0, 2.0]] * 3, none=[None] * 3,
-        some=["a", "a", None], good=["a", "b", "b"],
-    )  # fmt: skip
-    warnings = add_items(tmp_path, file).warnings
-    expected = [
-        f"column '{name}' of the item features has the same value for all items" for name in ("one", "two", "three")
-    ]
-    expected.append("column 'none' of the item features has no value for all items")
-    assert [text.removesuffix("; leave it out") for text in warnings[1:]] == expected
 
 
 def test_a_table_of_few_items_is_a_warning_and_others_are_counted(

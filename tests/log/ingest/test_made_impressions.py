@@ -11,7 +11,6 @@ import pytest
 from tests.log.conftest import PARSER, write_csv
 from tests.log.ingest.test_prepare import fingerprint
 from vista.config import (
-    EventFilterConfig,
     FromEventsConfig,
     ImpressionsConfig,
     PrepareConfig,
@@ -181,41 +180,6 @@ def test_what_follows_the_days_of_a_label_does_not_change_it(tmp_path: Path) -> 
     is_known = log.impressions.known(np.arange(len(all_rows)), cut + 1)[:, 0]
     called = [row for row, own in zip(all_rows, is_known.tolist(), strict=True) if own]
     assert {str(row) for row in called} <= {str(row) for row in known} and len(called) > 0.95 * len(known)
-
-
-def test_the_report_says_what_is_left_out(tmp_path: Path) -> None:
-    events = [(1, 7, 0, "buy", 5.0), (1, 7, 2 * DAY_MS, "buy", 3.0), (2, 7, 3 * DAY_MS, "view", 4.0)]
-    report = ingest(tmp_path, events, again_days=2.0)
-    assert report.labels == [
-        "label again: 1 impressions made from events, 1 of them positive",
-        "2 labels again are left out: their 2 days end after the last event",
-    ]
-    assert report.labels[0] in str(report)
-    frame = frame_of(events)
-    both = FromEventsConfig(again_days=2.0, min_rating=4)
-    prepare_both = prepare_frames(
-        {"events": (frame, SourceConfig(timestamp="timestamp", time_unit="ms", rating="stars"))},
-        tmp_path / "both",
-        from_events=both,
-    )
-    assert prepare_both.labels[1:] == [
-        "label liked: 3 impressions made from events, 2 of them positive",
-        "2 labels again are masked in these impressions: their 2 days end after the last event",
-    ]
-
-
-def test_a_filter_comes_first(tmp_path: Path) -> None:
-    events = [(1, 7, 0, "buy", 5.0), (1, 7, DAY_MS, "view", 3.0), (1, 7, 9 * DAY_MS, "buy", 3.0)]
-    config = files_config(tmp_path, events, again_days=2.0)
-    config.filter = EventFilterConfig(actions=["buy"])
-    prepare(config, parser=PARSER)
-    assert rows_of(EventLog.open(tmp_path / "log")) == [(1, 7, 0, [False])]
-
-
-def test_ratings_near_a_threshold(tmp_path: Path) -> None:
-    """Ratings are float32, in which 4.1 is below 4.1."""
-    ingest(tmp_path, [(1, 7, 0, "buy", 4.1), (1, 8, 1, "buy", 4.0)], min_rating=4.1)
-    assert [labels for *_, labels in rows_of(EventLog.open(tmp_path / "log"))] == [[True], [False]]
 
 
 def test_an_append_adds_labels_of_ratings(tmp_path: Path) -> None:

@@ -276,14 +276,6 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "log").iterdir()] == ["x"]
 
 
-def test_the_report_has_the_time_of_each_stage(tmp_path: Path) -> None:
-    report = run(tmp_path / "log", [write_csv(tmp_path / "a.csv", [(1, 1, 1_600_000_000), (2, 1, 1_700_000_000)])])
-    assert (report.segment, report.num_users, report.num_items, report.num_events) == (1, 2, 1, 2)
-    assert sum(report.shares.values()) == pytest.approx(1)
-    assert "2020-09-13 to 2023-11-14" in str(report)
-    assert "rows/s: open" in str(report)
-
-
 TIME_MS = 1_714_564_800_123  # 2024-05-01T12:00:00.123Z
 
 
@@ -360,14 +352,6 @@ def test_pandas_frames(tmp_path: Path) -> None:
         EventLog.from_frame([1, 2], tmp_path / "bad")
 
 
-@pytest.mark.parametrize(("first", "kind"), [("-7", "int"), ("007", "str"), ("u7", "str")])
-def test_the_first_value_of_a_text_file_decides_the_kind_of_ids(tmp_path: Path, first: str, kind: str) -> None:
-    run(tmp_path / "log", [write_csv(tmp_path / "a.csv", [(first, 1, 1)])])
-    log = EventLog.open(tmp_path / "log")
-    assert log.users.kind == kind
-    assert items_of(log, int(first) if kind == "int" else first) == [1]
-
-
 def test_the_config_sets_the_kind_of_ids(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "a.csv", [(7, "01", 1), (7, "1", 2)])
     run(tmp_path / "log", [file], ids=IdType("str"))
@@ -436,17 +420,3 @@ def test_impressions_need_labels_and_times(tmp_path: Path, change: dict, message
     )
     with pytest.raises(ConfigError, match=message):
         prepare(config, parser=PARSER)
-
-
-def test_a_unit_needs_a_column_of_times(tmp_path: Path) -> None:
-    message = r"events\.time_unit: no column of times is set; set events\.timestamp=\.\.\., or leave"
-    with pytest.raises(ConfigError, match=message):
-        run(tmp_path / "log", [write_csv(tmp_path / "a.csv", [(1, 10, 1)])], timestamp=None)
-
-
-def test_impressions_need_a_log_with_times(tmp_path: Path) -> None:
-    frame = {"user": [1], "item": [1], "click": [1]}
-    with pytest.raises(ConfigError, match="impressions need times"):
-        EventLog.from_frame(
-            frame, tmp_path / "log", columns=SourceColumns(timestamp=None, labels=["click"]), impressions=frame
-        )

@@ -140,25 +140,6 @@ def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
             load([tmp_path], "npz", tmp_path / "log")
 
 
-def test_a_damaged_name_in_an_archive_is_not_a_missing_array(tmp_path: Path) -> None:
-    path = tmp_path / "events.npz"
-    np.savez(path, user_raw=[7, 8], user=[0, 1], item=[0, 0], rating=[1.0, 2.0])
-    directory = path.read_bytes().index(b"PK\1\2")
-    content = path.read_bytes()
-    path.write_bytes(content[:directory] + content[directory:].replace(b"user_raw.npy", b"user\0raw.npy"))
-    with pytest.raises(DataError, match=r"events\.npz: not a valid \.npz archive \(File name in directory"):
-        load([tmp_path], "npz", tmp_path / "log")
-
-
-def test_an_array_that_claims_to_be_shorter_is_refused(tmp_path: Path) -> None:
-    """Its checksum is compared only at the end of the array, which a shorter array does not reach."""
-    path = tmp_path / "events.npz"
-    np.savez(path, user=np.arange(6000) // 9, item=np.arange(6000) % 37)
-    path.write_bytes(path.read_bytes().replace(b"(6000,)", b"(5000,)"))
-    with pytest.raises(DataError, match=r"events\.npz: not a valid \.npz archive"):
-        load([tmp_path], "npz", tmp_path / "log")
-
-
 def test_npz_without_times_keeps_its_order(tmp_path: Path) -> None:
     np.savez(tmp_path / "events.npz", user=[0, 0, 1, 1], item=[3, 1, 2, 2], user_raw=[10, 20], item_raw=[5, 6, 7, 8])
     log = load([tmp_path], "auto", tmp_path / "log")

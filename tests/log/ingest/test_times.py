@@ -1,7 +1,6 @@
 """Times that are text: formats that are set, formats that a column shows, and day and month told apart."""
 
 import shlex
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -9,14 +8,11 @@ import polars as pl
 import pytest
 
 from tests.log.conftest import run, write_csv
-from vista.cli.main import main
-from vista.config import PrepareConfig, SourceConfig
-from vista.config.checks import OnBadRows
+from vista.config import PrepareConfig
 from vista.config.composition import compose_config
-from vista.errors import ConfigError, DataError, shell_word
+from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
-from vista.log.ingest.kafka_messages import MessageBatch, StreamMessage, message_rows
-from vista.log.ingest.times import FORMS, swapped
+from vista.log.ingest.times import FORMS
 
 START = datetime(2017, 1, 2, 11, 53, tzinfo=UTC)
 TIMES = [START + timedelta(days=9 * day, minutes=day) for day in range(12)]
@@ -109,56 +105,3 @@ def test_a_format_with_an_offset(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "a.csv", [(1, 2, "25/Dec/2017:10:00:00 +0200")])
     run(tmp_path / "log", [file], time_unit=None, time_format="%d/%b/%Y:%H:%M:%S %z")
     assert EventLog.open(tmp_path / "log")[1].timestamp.tolist() == [1514188800000]
-
-
-def test_impressions_have_a_format_of_their_own(tmp_path: Path) -> None:
-    events = write_csv(tmp_path / "events.csv", [(1, 2, 1483357980)])
-    shown = write_csv(tmp_path / "shown.csv", [(1, 2, "01/25/2017 11:53", 1)], header="user,item,timestamp,click")
-    words = [f"out={tmp_path / 'log'}", f"events.paths=[{events}]", "events.timestamp=timestamp", "events.time_unit=s"]
-    words += [f"impressions.paths=[{shown}]", "impressions.timestamp=timestamp", "impressions.labels=[click]"]
-    assert main(["prepare", *words]) == 0
-    impressions = EventLog.open(tmp_path / "log").impressions
-    assert impressions is not None and impressions.timestamp.tolist() == [1485345180000]
-
-
-def test_numbers_in_a_format_are_refused(tmp_path: Path) -> None:
-    frame = pl.DataFrame({"user": [1], "item": [1], "timestamp": [20170125]})
-    with pytest.raises(ConfigError, match=r"events\.time_format=%Y%m%d: column 'timestamp' of .* has type Int64, not"):
-        EventLog.from_frame(frame, tmp_path / "log", time_format="%Y%m%d")
-
-
-def test_single_events_are_deleted_by_times_in_a_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = tmp_path / "log"
-    run(log, [write_csv(tmp_path / "a.csv", [(1, 2, "01/25/2017 11:53"), (1, 3, "01/25/2017 11:54")])], **NO_FORM)
-    deletions = write_csv(tmp_path / "deletions.csv", [(1, 2, "01/25/2017 11:53")])
-    words = ["log", "forget", f"data={log}", f"events={deletions}"]
-    assert main([*words]) == 2
-    assert "set the unit of column 'timestamp'" in capsys.readouterr().err
-    assert main([*words, "time_format=%m/%d/%Y %H:%M"]) == 0
-    assert EventLog.open(log).num_events == 1
-
-
-def test_messages_have_times_in_a_format() -> None:
-    message = StreamMessage("clicks", 0, 0, b'{"user": 1, "item": 2, "at": "01/25/2017 11:53"}', None)
-    batch = MessageBatch(source="kafka", messages=[message], stored={}, offsets={}, behind={}, is_start=False)
-    kinds = {"user": "int", "item": "int"}
-    config = SourceConfig(timestamp="at", time_format="%m/%d/%Y %H:%M")
-    events = message_rows(batch, config, kinds, OnBadRows.error).events
-    assert events is not None and events.time_form == "%m/%d/%Y %H:%M"
-    with pytest.raises(DataError, match=r"column 'at': '01/25/2017 11:53' is not a time in this format"):
-        message_rows(batch, replace(config, time_format="%d/%m/%Y %H:%M"), kinds, OnBadRows.error)
-    with pytest.raises(ConfigError, match=r"events\.time_unit: set the unit of column 'at'.*, or events\.time_format"):
-        message_rows(batch, replace(config, time_format=None), kinds, OnBadRows.error)
-
-
-def test_each_swapped_form_is_tried() -> None:
-    for form in FORMS:
-        other = swapped(form)
-        assert other is None or (other in FORMS and swapped(other) == form)
-
-
-@pytest.mark.parametrize("text", ["b, c", "it's", "a\\'b", "null", "x|y;z$"])
-def test_printed_words_are_read_as_they_were_meant(text: str) -> None:
-    assert compose_config(PrepareConfig, shlex.split(shell_word("events.user", text))).events.user == text
-    paths = compose_config(PrepareConfig, shlex.split(shell_word("events.paths", [text, "b"]))).events.paths
-    assert paths == [text, "b"]

@@ -13,7 +13,7 @@ from tests.log.conftest import PARSER, write_csv
 from tests.log.feature_tables import features_of, user_features_of
 from tests.log.ingest.set_logs import events_of, load, load_real
 from tests.log.log_oracle import values_of
-from vista.config import ImpressionsConfig, PrepareConfig, SourceConfig
+from vista.config import PrepareConfig, SourceConfig
 from vista.errors import DataError
 from vista.evaluation.cases import impression_cases
 from vista.log.event_log import EventLog
@@ -85,20 +85,6 @@ def test_users(tmp_path: Path, kind: str, expected: Any) -> None:
     name, users = MOVIELENS_USERS[kind]
     (folder / name).write_text(users)
     assert user_features_of(load(folder)) == expected
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "users", "message"),
-    [
-        ("ml-1m", "users.dat", "1,F,1\n", r"users\.dat: line 1 has 1 columns separated by '::', but users.dat of .* 5"),
-        ("ml-100k", "u.user", "1|x|F|other|1\n", r"u\.user: row 1, column 'age': 'x' is not a number"),
-    ],
-)
-def test_a_bad_file_of_users(tmp_path: Path, kind: str, name: str, users: str, message: str) -> None:
-    folder = write_movielens(tmp_path / "set", kind)
-    (folder / name).write_text(users)
-    with pytest.raises(DataError, match=message):
-        load(folder)
 
 
 FLAGS = ("is_click", "is_like", "is_follow", "is_comment", "is_forward", "is_hate", "long_view")
@@ -200,22 +186,6 @@ def test_events_impressions_and_videos(tmp_path: Path, size: str) -> None:
             for name, value in zip(KUAIRAND_USER_COLUMNS[1:], PROFILES[0][1:], strict=True)
         }
     )
-
-
-def test_impressions_may_have_more_columns_and_files(tmp_path: Path) -> None:
-    folder = write_kuairand(tmp_path / "data", KUAIRAND_NAMES["pure"])
-    events = SourceConfig(kind="kuairand", paths=[str(folder)])
-    more = ImpressionsConfig(
-        kind="kuairand", paths=[str(folder)], categories=["tab", "is_rand"], numbers=["duration_ms"]
-    )
-    prepare(PrepareConfig(out=str(tmp_path / "log"), events=events, impressions=more), parser=PARSER)
-    assert list(EventLog.open(tmp_path / "log").request_features) == ["tab", "is_rand", "duration_ms"]
-    file = folder / "log_random_4_22_to_5_08_pure.csv"
-    write_csv(file, [shown(7, 12, 90, "0100000", 100)], ",".join(KUAIRAND_COLUMNS))
-    both = ImpressionsConfig(kind="kuairand", paths=[str(folder), str(file)])
-    settings = PrepareConfig(out=str(tmp_path / "other"), events=events, impressions=both)
-    report = prepare(settings, parser=PARSER)
-    assert (report.num_events, report.num_impressions) == (5, 8)
 
 
 ANSWERS = pl.DataFrame(
@@ -338,17 +308,3 @@ def test_a_missing_column_of_parquet_is_named(tmp_path: Path, kind: str, file: s
     message = rf"{file}\.parquet: column '{lost}' is missing, the file has: .*; get the set from https://"
     with pytest.raises(DataError, match=message):
         load(folder, kind)
-
-
-@pytest.mark.parametrize(
-    ("kind", "file", "missing"),
-    [
-        ("kuairand", "log_random_4_22_to_5_08_pure.csv", r"log_standard_\*\.csv"),
-        ("yambda", "events.parquet", r"multi_event\.parquet or listens\.parquet or .*"),
-        ("complete-journey", "products.parquet", r"events\.parquet or transactions\.parquet"),
-    ],
-)
-def test_a_folder_without_the_files_of_its_kind(tmp_path: Path, kind: str, file: str, missing: str) -> None:
-    (tmp_path / file).write_bytes(b"")
-    with pytest.raises(DataError, match=rf"has no {missing}, which events\.kind={kind} reads; get the set"):
-        load(tmp_path, kind)

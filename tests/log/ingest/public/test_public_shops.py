@@ -11,10 +11,8 @@ from typing import Any
 import polars as pl
 import pytest
 
-from tests.log.conftest import write_csv
 from tests.log.feature_tables import features_of, user_features_of
 from tests.log.ingest.set_logs import events_of, load, load_real
-from vista.config import ItemTableConfig
 from vista.errors import DataError
 from vista.log.features import described
 from vista.log.ingest.sources import detect_kind
@@ -109,13 +107,6 @@ def test_filtered_reviews_come_before_raw_ones_and_products_may_be_missing(tmp_p
     assert log.num_events == 2 and log.item_features == {}
 
 
-@pytest.mark.parametrize(("price", "number"), [(12.5, 12.5), ("12.99 - 15.00", None), ("—", None), ("$3", 3)])
-def test_prices(tmp_path: Path, price: Any, number: float | None) -> None:
-    folder = write_amazon(tmp_path / "set", "jsonl")
-    json_lines(folder / "meta_All_Beauty.jsonl", [AMAZON_PRODUCTS[0] | {"price": price}])
-    assert features_of(load(folder))["price"] == ({} if number is None else {"0123456789": number})
-
-
 def test_a_line_that_is_not_json_is_named(tmp_path: Path) -> None:
     folder = write_amazon(tmp_path / "set", "jsonl")
     with (folder / "All_Beauty.jsonl").open("a") as file:
@@ -201,13 +192,6 @@ def test_baskets_and_products(tmp_path: Path, events: str) -> None:
     assert user_features_of(log) == {
         name: {2: value} if value else {} for name, value in household.items() if name != "household_id"
     }
-
-
-def test_a_table_that_is_named_replaces_that_of_the_set(tmp_path: Path) -> None:
-    table = ItemTableConfig(paths=[str(write_csv(tmp_path / "own.csv", [(26093, "x")], "product_id,shelf"))])
-    table.item = "product_id"
-    log = load(write_journey(tmp_path / "cj", "events.parquet"), items=table)
-    assert features_of(log) == {"shelf": {26093: ["x"]}}
 
 
 @pytest.mark.data
