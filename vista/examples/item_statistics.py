@@ -19,7 +19,7 @@ from vista.log.histories import DAY_MS, Histories, ranges
 from vista.log.splits import EVENTS_PER_BLOCK, random_users_counts, visible_blocks
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 logger = logging.getLogger(__name__)
 
@@ -352,24 +352,11 @@ def _factorized(
 
     index, values = torch.from_numpy(np.stack([left, right])), torch.from_numpy(value)
     matrix = torch.sparse_coo_tensor(index, values, (size, size), is_coalesced=True, check_invariants=False)
-    turned = matrix.t().coalesce()
-    sketch = min(dim + OVERSAMPLING, size)
-    basis = torch.randn(size, sketch, generator=torch.Generator().manual_seed(seed))
-    basis = _orthonormal(torch.sparse.mm(matrix, basis))
-    for _ in range(POWER_ITERATIONS):
-        basis = _orthonormal(torch.sparse.mm(turned, basis))
-        basis = _orthonormal(torch.sparse.mm(matrix, basis))
-    small = torch.sparse.mm(turned, basis)  # [size, S], the transposed projection
-    _, scale, rotation = torch.linalg.svd(small, full_matrices=False)
-    found = (basis @ rotation.t() * scale.sqrt())[:, :dim].double().numpy()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        basis, scale, _ = torch.svd_lowrank(matrix, q=min(dim + OVERSAMPLING, size), niter=POWER_ITERATIONS)
+    found = (basis * scale.sqrt())[:, :dim].double().numpy()
     return np.pad(found, ((0, 0), (0, dim - found.shape[1])))
-
-
-def _orthonormal(matrix: Tensor) -> Tensor:
-    import torch
-
-    basis: Tensor = torch.linalg.qr(matrix).Q
-    return basis
 
 
 # Counters as requests read them, made from whole histories: for training, and for evaluation without a store.
