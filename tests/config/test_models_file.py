@@ -28,17 +28,16 @@ models:
   larger: {model: runs/b/best, store: stores/b, index: runs/b/index, task: click}
 split: {control: 0.9, larger: 0.1}
 experiment: spring
-memory_bytes: 4294967296
 """,
     )
     assert list(file.models) == ["control", "larger"]
     assert file.models["control"] == ServedModel(model="runs/a/best", store="stores/a")
     assert file.models["larger"].task == "click" and file.models["larger"].index == "runs/b/index"
     plain = read(tmp_path, MODELS)
-    assert (plain.split, plain.memory_bytes) == ({}, None)
+    assert plain.split == {}
     # Without a name, an experiment is called after its variants.
     assert read(tmp_path, MODELS + "split: {control: 1, larger: 0}").experiment == "control,larger"
-    assert (file.split, file.experiment, file.memory_bytes) == ({"control": 0.9, "larger": 0.1}, "spring", 1 << 32)
+    assert (file.split, file.experiment) == ({"control": 0.9, "larger": 0.1}, "spring")
 
 
 @pytest.mark.parametrize(
@@ -49,8 +48,7 @@ memory_bytes: 4294967296
         (MODELS + "split: {control: 0.9, larger: 0.2}", "yaml: split: the shares must sum to 1, but sum to 1.1"),
         (MODELS + "split: {control: 0.9, other: 0.1}", "split: 'other' is not one of the models, control, larger"),
         (MODELS + "split: {control: 1.5, larger: -0.5}", r"split.control: must lie in \[0, 1\], got 1.5"),
-        (MODELS + "splits: {control: 1}", "unknown key splits; the keys are models, split, experiment, memory_bytes"),
-        (MODELS + "memory_bytes: 0", "memory_bytes: must be a positive integer"),
+        (MODELS + "splits: {control: 1}", "unknown key splits; the keys are models, split, experiment"),
         ("models: {a: {model: runs/a}}", "models.a: needs store"),
         ("models: {a: {model: 7, store: stores/a}}", "models.a.model: expected str, got 7"),
         ("models: {'a b': {model: runs/a, store: stores/a}}", "models.a b: a name has at most 64 letters"),

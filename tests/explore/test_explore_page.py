@@ -182,7 +182,7 @@ def test_a_model_of_another_version(draw: Draw, served: Served, tmp_path: Path) 
 
 
 def test_an_exact_id_of_another_kind(draw: Draw, served: Served, order_log: EventLog) -> None:
-    page = draw("Store", user="u104", **of(served, data=order_log.path))
+    page = draw("Results", user="u104", **of(served, data=order_log.path))
     page.text_input(key="search").set_value("u105").run()
     assert "User u105" in texts(page) and not page.error and not page.exception
     page.text_input(key="search").set_value("nobody").run()

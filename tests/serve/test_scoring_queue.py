@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tests.conftest import ITEMS, USERS, Served, run_python, untrained
 from tests.serve.conftest import NOW, TOLERANCE, save_other_stage_2
 from vista.config import ServeConfig
-from vista.errors import DeadlineError, OverloadedError, StoreError, UnknownUserError
+from vista.errors import DeadlineError, OverloadedError, UnknownUserError
 from vista.log.event_log import EventLog
 from vista.refresh import refresh
 from vista.scorer import Scorer
@@ -275,7 +275,7 @@ TIMEOUT_S = 60
 
 
 class BusyService:
-    """The application of two models with memory for one, whose only scoring thread is busy until it is released."""
+    """The application of two models, whose only scoring thread is busy until it is released."""
 
     def __init__(self, two_models: dict[str, Path], store: Path) -> None:
         configs = {
@@ -283,7 +283,7 @@ class BusyService:
             for name, folder in two_models.items()
         }
         metrics = ServiceMetrics()
-        self.models = ServedModels(configs, None, 1, metrics)
+        self.models = ServedModels(configs, None, metrics)
         self.queue, self.openings = ScoringQueue(1, 8), ScoringQueue(1, 8)
         self.app = make_application(self.models, self.queue, self.openings, metrics, configs["a"], [])
         self._begun, self.released = threading.Event(), threading.Event()
@@ -379,31 +379,10 @@ def test_large_bodies_do_not_hold_up_the_event_loop(
     assert len(threads) == len(parsers) == 1 and threading.get_ident() not in threads + parsers
 
 
-def test_a_model_that_is_closed_while_a_request_waits(
+def test_models_are_opened_beside_a_busy_thread(
     served: Served, two_models: dict[str, Path], opened_models: tuple[BusyService, list[int]]
 ) -> None:
-    busy, threads = opened_models
-
-    async def scenario() -> Any:
-        busy.models.open("a")
-        held = await busy.busy()
-        waiting = asyncio.create_task(busy.scores("a"))
-        while busy.queue.depth < 2:
-            await asyncio.sleep(0.001)
-        await asyncio.to_thread(busy.models.open, "b")
-        assert not busy.models.is_open("a")
-        busy.released.set()
-        await held
-        return await waiting
-
-    np.testing.assert_allclose(ran(scenario), expected(served, two_models["a"]), atol=TOLERANCE)
-    assert len(threads) == 3 and busy.scoring_thread not in threads
-
-
-def test_a_model_that_is_opened_answers_before_it_can_be_closed(
-    served: Served, two_models: dict[str, Path], opened_models: tuple[BusyService, list[int]]
-) -> None:
-    """Requests for two models that are not open, with memory for one: both are answered although the scoring thread is
+    """Requests for two models that are not open: both are answered although the scoring thread is
     busy, and each model is opened once."""
     busy, threads = opened_models
 
@@ -417,38 +396,6 @@ def test_a_model_that_is_opened_answers_before_it_can_be_closed(
     for scores, folder in zip(ran(scenario), two_models.values(), strict=True):
         np.testing.assert_allclose(scores, expected(served, folder), atol=TOLERANCE)
     assert len(threads) == 2 and busy.scoring_thread not in threads
-
-
-def test_a_slow_close_delays_no_request(
-    served: Served,
-    two_models: dict[str, Path],
-    opened_models: tuple[BusyService, list[int]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Such as the close of a model whose running reload has to end first."""
-    models, begun, released = opened_models[0].models, threading.Event(), threading.Event()
-    models.open("a")
-    with models.use_if_open("a") as first:
-        assert first is not None
-        close = first.scorer.close
-
-        def close_slowly() -> None:
-            begun.set()
-            assert released.wait(TIMEOUT_S)
-            close()
-
-        monkeypatch.setattr(first.scorer, "close", close_slowly)
-        models.open("b")  # a, which is in use, is closed later.
-    assert begun.wait(TIMEOUT_S) and not released.is_set()
-    with models.use_if_open("b") as second:
-        assert second is not None
-        found = second.scorer.score(USERS, ITEMS, now=NOW)
-    np.testing.assert_allclose(found, expected(served, two_models["b"]), atol=TOLERANCE)
-    assert not models.is_open("a")
-    released.set()
-    models.open("a")  # waits until it is closed
-    with pytest.raises(StoreError, match="is closed"):
-        first.scorer.score(USERS, ITEMS, now=NOW)
 
 
 async def status_of(app: Any, path: str) -> int:
@@ -476,7 +423,7 @@ def test_probes_that_come_while_one_runs_share_its_answer(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(application, "readiness", hanging)
     config, metrics, queue = ServeConfig(), ServiceMetrics(), ScoringQueue(1, 1)
-    models = ServedModels({"default": config}, None, None, metrics)
+    models = ServedModels({"default": config}, None, metrics)
     app = application.make_application(models, queue, queue, metrics, config, [])
 
     async def use() -> None:

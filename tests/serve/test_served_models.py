@@ -1,10 +1,9 @@
-"""Several models in one service: opened at their first use, closed under a memory budget, and split between users."""
+"""Several models in one service: opened at their first use, and split between users."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,67 +95,6 @@ def test_models_are_opened_at_their_first_use(
         assert service.number('vista_model_openings_total{model="c",outcome="opened"}') == 1
 
 
-def test_idle_models_are_closed_under_the_budget(
-    served: Served, model_folders: dict[str, Path], expected: dict[str, Any], tmp_path: Path
-) -> None:
-    with Scorer.open(model_folders["a"], served.store) as scorer:
-        budget = scorer.served.tables.num_bytes + 100
-    with running(f"models={file_of(tmp_path, served, model_folders, memory_bytes=budget)}") as service:
-        for name in (*NAMES, *NAMES):
-            status, answer = scored(service, name)
-            assert status == 200
-            np.testing.assert_allclose(answer["scores"], expected[name], atol=TOLERANCE)
-            # What all share stays in the files of a.
-            assert [mapped(service, model_folders[other] / WEIGHTS_FILE) for other in "bc"] == [
-                name == "b",
-                name == "c",
-            ]
-        assert f"closing model b, because the open models exceed memory_bytes={budget}" in service.log
-        assert service.number('vista_model_closings_total{model="b"}') == 2
-        assert service.number('vista_model_open{model="b"}') == 0
-        assert service.number('vista_users_total{model="b",outcome="hit"}') == 2 * len(USERS)
-
-
-def test_no_answer_is_wrong_while_models_are_swapped(
-    served: Served, model_folders: dict[str, Path], expected: dict[str, Any], tmp_path: Path
-) -> None:
-    """Clients of three models, with memory for one, and two threads that score."""
-    wrong: list[Any] = []
-    path = file_of(tmp_path, served, model_folders, memory_bytes=1)
-    with running(f"models={path}", "scoring_threads=2", "reload_s=0.05") as service:
-
-        def work(name: str) -> None:
-            for _ in range(8):
-                status, answer = scored(service, name)
-                if status != 200 or not np.allclose(answer["scores"], expected[name], atol=TOLERANCE):
-                    wrong.append(answer)
-
-        threads = [threading.Thread(target=work, args=(name,)) for name in (*NAMES, "a")]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert not wrong
-        assert service.number('vista_users_total{model="c",outcome="hit"}') == 8 * len(USERS)
-        assert service.stop() == 0
-
-
-def test_a_model_stays_open_during_its_calls(served: Served, model_folders: dict[str, Path]) -> None:
-    configs = {name: ServeConfig(model=str(folder), store=str(served.store)) for name, folder in model_folders.items()}
-    models = ServedModels(configs, None, 1, ServiceMetrics())
-    try:
-        with models.use("a") as first, models.use("a"), models.use("b"):
-            models.open("c")
-            assert models.is_open("a") and models.is_open("b")
-            first.scorer.score(USERS, ITEMS, now=NOW)
-        until(lambda: [models.is_open(name) for name in NAMES] == [False, False, True])
-        with models.open_services() as services:
-            assert list(services) == ["c"]
-    finally:
-        models.close()
-    assert not models.is_open("c")
-
-
 def test_a_model_that_vanishes_under_the_server(
     served: Served, model_folders: dict[str, Path], expected: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -189,7 +127,7 @@ def test_a_model_that_failed_is_not_tried_again_at_once(served: Served, model_fo
     """Each attempt would read its files."""
     good = ServeConfig(model=str(model_folders["a"]), store=str(served.store), reload_s=1000)
     missing = ServeConfig(model="nowhere", store=str(served.store), reload_s=1000)
-    models = ServedModels({"a": good, "b": missing}, None, None, metrics := ServiceMetrics())
+    models = ServedModels({"a": good, "b": missing}, None, metrics := ServiceMetrics())
     try:
         for _ in range(3):
             with pytest.raises(ModelUnavailableError, match="b is not available: the model cannot be opened") as raised:
@@ -366,11 +304,11 @@ def test_a_damaged_key_does_not_keep_a_model_from_opening(
     models = ServedModels.of(ServeConfig(model=str(served.model_dir), store=str(store)), None, ServiceMetrics())
     try:
         models.open_first()
-        with models.use("default") as service:
-            assert service.reads_store()
-            with pytest.raises(RecordError):
-                service.scorer.score(USERS[1:2], ITEMS, now=NOW)
-            assert np.isfinite(service.scorer.score(USERS[:1], ITEMS, now=NOW)).all()
+        service = models.open("default")
+        assert service.reads_store()
+        with pytest.raises(RecordError):
+            service.scorer.score(USERS[1:2], ITEMS, now=NOW)
+        assert np.isfinite(service.scorer.score(USERS[:1], ITEMS, now=NOW)).all()
     finally:
         models.close()
     assert "the first request was not tried" in caplog.text

@@ -485,7 +485,7 @@ def test_what_a_model_waits_for(
         ),
     ):
         config = ServeConfig(model=str(model), store=str(store), reload_s=1e-6, **more)
-        models = ServedModels({ONE_MODEL: config}, None, None, ServiceMetrics())
+        models = ServedModels({ONE_MODEL: config}, None, ServiceMetrics())
         try:
             models.open_first()
             assert (models.problem(ONE_MODEL) or "").startswith(problem)
@@ -503,7 +503,7 @@ def test_what_happens_to_a_model_that_waits(
     model, store = folders
     retrained(served.model).save_pretrained(model)
     config = ServeConfig(model=str(model), store=str(store), reload_s=1e-6)
-    models = ServedModels({ONE_MODEL: config}, None, None, ServiceMetrics())
+    models = ServedModels({ONE_MODEL: config}, None, ServiceMetrics())
     try:
         with caplog.at_level(logging.INFO, "vista.serve.served_models"):
             models.open_first()
@@ -519,6 +519,6 @@ def test_what_happens_to_a_model_that_waits(
     finally:
         models.close()
     model.rename(tmp_path / "gone")
-    models = ServedModels({ONE_MODEL: config}, None, None, ServiceMetrics())
+    models = ServedModels({ONE_MODEL: config}, None, ServiceMetrics())
     with pytest.raises(CheckpointError):
         models.open_first()

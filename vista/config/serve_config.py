@@ -141,8 +141,6 @@ class ModelsFile:
     """Share of the users per model; they sum to 1. Empty without a split."""
     experiment: str
     """Salt of the split: different experiments assign users independently."""
-    memory_bytes: int | None
-    """Maximum number of bytes of the large arrays of open models. None sets no limit."""
 
     @classmethod
     def read(cls, path: str) -> ModelsFile:
@@ -152,7 +150,7 @@ class ModelsFile:
             ConfigError: it is missing or not YAML, or a key or a value is wrong; the message names the file and key.
         """
         content = _mapping(_content(path), path)
-        _require_keys(content, ("models", "split", "experiment", "memory_bytes"), path)
+        _require_keys(content, ("models", "split", "experiment"), path)
         given = _mapping(content.get("models"), f"{path}: models")
         require(0 < len(given) <= MAX_MODELS, f"{path}: models", f"must name 1 to {MAX_MODELS} models")
         models = {}
@@ -169,14 +167,9 @@ class ModelsFile:
             except ConfigError as error:
                 raise ConfigError(f"{where}.{error}") from None
         split = _split(content.get("split"), models, f"{path}: split")
-        experiment, memory = content.get("experiment"), content.get("memory_bytes")
+        experiment = content.get("experiment")
         require(experiment is None or isinstance(experiment, str), f"{path}: experiment", "must be text")
-        require(
-            memory is None or (type(memory) is int and memory > 0),
-            f"{path}: memory_bytes",
-            "must be a positive integer",
-        )
-        return cls(models, split, ",".join(split) if experiment is None else experiment, memory)
+        return cls(models, split, ",".join(split) if experiment is None else experiment)
 
 
 def _content(path: str) -> Any:

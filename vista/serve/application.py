@@ -89,24 +89,12 @@ def make_application(
     bodies = BodyReader(config.max_body_bytes)
 
     async def run(name: str, compute: Callable[[ScoringService], Answer], deadline: float) -> Answer:
-        """The answer of a model. If the model is not open, the thread that opens it also computes the answer, so that
-        the model cannot be closed in between."""
-
-        def answer_if_open() -> Answer | None:
-            with models.use_if_open(name) as service:
-                return None if service is None else compute(service)
-
-        def open_and_answer() -> Answer:
-            with models.use(name) as service:
-                return compute(service)
-
-        if models.is_open(name):
-            held = await queue.run(answer_if_open, deadline - time.perf_counter())
-            if held is not None:
-                return held
-            # The model was closed while the request waited. Opening it in this queue would delay other requests.
+        """The answer of a model. If the model is not open, the thread that opens it also computes the answer."""
+        service = models.opened(name)
+        if service is not None:
+            return await queue.run(partial(compute, service), deadline - time.perf_counter())
         try:
-            return await openings.run(open_and_answer, deadline - time.perf_counter())
+            return await openings.run(lambda: compute(models.open(name)), deadline - time.perf_counter())
         except DeadlineError:
             if models.is_open(name):
                 raise
@@ -386,13 +374,12 @@ def readiness(models: ServedModels) -> dict[str, Any]:
     """
     problems: dict[str, list[str]] = {name: [] for name in models.configs}
     generations, answers = {}, []
-    with models.open_services() as services:
-        for name, service in services.items():
-            answers.append(service.reads_store())
-            if not answers[-1]:
-                problems[name].append("the store does not answer (see the log)")
-            problems[name] += service.problems()
-            generations[name] = service.scorer.manifest.generation
+    for name, service in models.open_services().items():
+        answers.append(service.reads_store())
+        if not answers[-1]:
+            problems[name].append("the store does not answer (see the log)")
+        problems[name] += service.problems()
+        generations[name] = service.scorer.manifest.generation
     for name, config in models.configs.items():
         if name in generations:
             continue

@@ -1,4 +1,4 @@
-"""The models that a worker serves: opened at their first use, and closed when idle if memory_bytes is exceeded."""
+"""The models that a worker serves, opened at their first use."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from typing import Any
@@ -28,7 +25,6 @@ from vista.errors import (
     VistaError,
     shown,
 )
-from vista.model.saved_model import SharedTables, total_bytes
 from vista.scorer import Scorer
 from vista.serve.scoring_service import ScoringService
 from vista.serve.service_metrics import ServiceMetrics
@@ -49,13 +45,6 @@ _DIGITS = 13
 """Hexadecimal digits of a hash that are used: 52 bits, which any language can hold exactly in a double."""
 
 
-@dataclass(eq=False, slots=True)
-class _OpenModel:
-    service: ScoringService
-    calls: int = 0
-    """Number of calls that use the model now. It stays open while there are any."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Failure:
     """Why a model could not be opened."""
@@ -69,13 +58,11 @@ class _Failure:
 
 
 class ServedModels:
-    """Opens, shares, and closes the models of a worker. Thread-safe.
+    """Opens the models of a worker, and keeps them open. Thread-safe.
 
     Args:
         configs: of each model, by name; the first one answers requests that name none, unless there is a split.
         split: which model answers a user; None without a split.
-        memory_bytes: most bytes of the large arrays of open models, each counted once; None sets no limit. The model
-            that was used last stays open even if it is larger.
         metrics: count what the models do.
     """
 
@@ -83,34 +70,27 @@ class ServedModels:
         self,
         configs: Mapping[str, ServeConfig],
         split: UserSplit | None,
-        memory_bytes: int | None,
         metrics: ServiceMetrics,
     ) -> None:
         self.configs = dict(configs)
         self.split = split
-        self._memory_bytes = memory_bytes
         self._metrics = metrics
-        self._open: OrderedDict[str, _OpenModel] = OrderedDict()
-        """By name; the most recently used model comes last."""
+        self._open: dict[str, ScoringService] = {}
+        """By name."""
         self._failures: dict[str, _Failure] = {}
         """By name of a model that could not be opened: the latest attempt."""
         self.waiting: list[str] = []
         """Names of models that `open_first` could not open, because the rest of an upgrade is not published yet."""
         self._has_started = False
         """Whether `open_first` has ended without an error."""
-        self._lock = threading.Lock()
         self._opening = threading.Lock()
-        """Held while a model is opened or closed, which takes long; `_lock` is never held for long."""
-        self._is_over = False
-        """Whether a model would be closed as soon as its calls end."""
-        self._closer = ThreadPoolExecutor(1, "vista-close")
-        """Closes models after the last call that used them, whose answer must not wait for it."""
+        """Held while a model is opened, which takes long."""
 
     @classmethod
     def of(cls, config: ServeConfig, file: ModelsFile | None, metrics: ServiceMetrics) -> ServedModels:
         """The models of a configuration and of its file of models."""
         if file is None:
-            return cls({ONE_MODEL: config}, None, None, metrics)
+            return cls({ONE_MODEL: config}, None, metrics)
         configs = {
             name: replace(
                 config,
@@ -124,7 +104,7 @@ class ServedModels:
             for name, one in file.models.items()
         }
         split = UserSplit(file.split, file.experiment) if file.split else None
-        return cls(configs, split, file.memory_bytes, metrics)
+        return cls(configs, split, metrics)
 
     @property
     def are_several(self) -> bool:
@@ -202,51 +182,22 @@ class ServedModels:
         """Whether a model can be used without waiting."""
         return name in self._open
 
-    def open(self, name: str) -> None:
-        """Open a model, unless it is open; errors as of `use`."""
-        with self.use(name):
-            pass
+    def opened(self, name: str) -> ScoringService | None:
+        """A model; None if it is not open."""
+        return self._open.get(name)
 
-    @contextmanager
-    def use(self, name: str) -> Iterator[ScoringService]:
-        """A model, which stays open during the block.
+    def open(self, name: str) -> ScoringService:
+        """A model, which is opened first if it is not open.
 
         Raises:
             ModelUnavailableError: it cannot be opened; the log has the cause. A call after `reload_s` tries again.
         """
-        opened = self._taken(name)
-        if opened is None:
-            with self._opening:
-                opened = self._taken(name) or self._opened(name)
-        try:
-            yield opened.service
-        finally:
-            self._release(opened)
+        with self._opening:
+            return self._open.get(name) or self._opened(name)
 
-    @contextmanager
-    def use_if_open(self, name: str) -> Iterator[ScoringService | None]:
-        """A model, which stays open during the block; None if it is not open."""
-        opened = self._taken(name)
-        try:
-            yield None if opened is None else opened.service
-        finally:
-            if opened is not None:
-                self._release(opened)
-
-    @contextmanager
-    def open_services(self) -> Iterator[dict[str, ScoringService]]:
-        """All open models by name, which stay open during the block. It does not count as a use, and closes nothing, so
-        that the event loop can call it."""
-        with self._lock:
-            pinned = dict(self._open)
-            for opened in pinned.values():
-                opened.calls += 1
-        try:
-            yield {name: pinned[name].service for name in self.configs if name in pinned}
-        finally:
-            with self._lock:
-                for opened in pinned.values():
-                    opened.calls -= 1
+    def open_services(self) -> dict[str, ScoringService]:
+        """All open models by name."""
+        return {name: self._open[name] for name in self.configs if name in self._open}
 
     def overview(self) -> dict[str, Any]:
         """Fields about all models, for an answer about one model; empty if there is only one."""
@@ -261,8 +212,7 @@ class ServedModels:
         Args:
             depth: requests that wait or are computed.
         """
-        with self.open_services() as services:
-            self._metrics.update({name: service.scorer for name, service in services.items()}, depth)
+        self._metrics.update({name: service.scorer for name, service in self.open_services().items()}, depth)
 
     def problem(self, name: str) -> str | None:
         """Why a model could not be opened when it was needed last, without paths; None if it could."""
@@ -270,26 +220,12 @@ class ServedModels:
         return None if failure is None else failure.problem
 
     def close(self) -> None:
-        """Close all models."""
-        self._closer.shutdown()
-        self._is_over = False  # A call that ends later closes nothing.
-        with self._opening:
-            with self._lock:
-                closing = list(self._open.items())
-                self._open.clear()
-            for name, opened in closing:
-                self._close(name, opened)
+        """Close all models, of which no call is running."""
+        while self._open:
+            self._open.popitem()[1].scorer.close()
 
-    def _taken(self, name: str) -> _OpenModel | None:
-        with self._lock:
-            opened = self._open.get(name)
-            if opened is not None:
-                self._open.move_to_end(name)
-                opened.calls += 1
-            return opened
-
-    def _opened(self, name: str) -> _OpenModel:
-        """Open a model for a call that uses it."""
+    def _opened(self, name: str) -> ScoringService:
+        """Open a model."""
         config, began = self.configs[name], time.monotonic()
         last = self._failures.get(name)
         if last is not None and began - last.at < config.reload_s:
@@ -315,11 +251,9 @@ class ServedModels:
             raise _unavailable(name, problem, config.reload_s) from error
         self._failures.pop(name, None)
         self._metrics.opened(name, scorer)
-        opened = _OpenModel(ScoringService(scorer, config, name if self.are_several else None), calls=1)
-        with self._lock:
-            self._open[name] = opened
-            tables = scorer.served.tables
-            shared = tables.bytes_of_others(self._tables())
+        tables = scorer.served.tables
+        shared = tables.bytes_of_others([one.scorer.served.tables for one in self.open_services().values()])
+        self._open[name] = opened = ScoringService(scorer, config, name if self.are_several else None)
         if self.are_several or last is not None:
             logger.info(
                 "opened model %s in %.0f ms: %.1f MB of arrays, of which other models share %.1f MB",
@@ -328,47 +262,7 @@ class ServedModels:
                 tables.num_bytes / 1e6,
                 shared / 1e6,
             )
-        self._close_idle()
         return opened
-
-    def _release(self, opened: _OpenModel) -> None:
-        with self._lock:
-            opened.calls -= 1
-        if self._is_over:
-            self._closer.submit(self._close_later)
-
-    def _close_later(self) -> None:
-        try:
-            with self._opening:
-                self._close_idle()
-        except BaseException:  # Nobody waits for the result.
-            logger.exception("models that exceed memory_bytes could not be closed")
-
-    def _close_idle(self) -> None:
-        """Close models without calls, the least recently used first, until the limit is met.
-
-        The caller holds `_opening`, so that no model is opened again before it is closed.
-        """
-        if self._memory_bytes is None:
-            return
-        closing: list[tuple[str, _OpenModel]] = []
-        with self._lock:
-            for name in list(self._open)[:-1]:
-                if total_bytes(self._tables()) <= self._memory_bytes:
-                    break
-                if not self._open[name].calls:
-                    closing.append((name, self._open.pop(name)))
-            self._is_over = len(self._open) > 1 and total_bytes(self._tables()) > self._memory_bytes
-        for name, opened in closing:
-            logger.info("closing model %s, because the open models exceed memory_bytes=%d", name, self._memory_bytes)
-            self._close(name, opened)
-
-    def _close(self, name: str, opened: _OpenModel) -> None:
-        opened.service.scorer.close()
-        self._metrics.closed(name, opened.service.scorer)
-
-    def _tables(self) -> list[SharedTables]:
-        return [opened.service.scorer.served.tables for opened in self._open.values()]
 
 
 def _unavailable(name: str, problem: str, retry_after_s: float) -> ModelUnavailableError:

@@ -50,7 +50,6 @@ class ServiceMetrics:
             "vista_reloads", "Moves to another generation or model, and failures.", "model", "outcome"
         )
         self.openings = counter("vista_model_openings", "Attempts to open a model, by outcome.", "model", "outcome")
-        self.closings = counter("vista_model_closings", "Models that were closed to free memory.", "model")
         self.open = gauge("vista_model_open", "Workers in which the model is open.", "model", mode="livesum")
         self.refused_connections = counter("vista_refused_connections", "Connections beyond the limit.")
         self.depth = gauge("vista_queue_depth", "Requests that wait or are computed.", mode="livesum")
@@ -92,14 +91,6 @@ class ServiceMetrics:
     def failed(self, model: str) -> None:
         """A model could not be opened."""
         self.openings.labels(model, "failed").inc()
-
-    def closed(self, model: str, scorer: Scorer) -> None:
-        """A model was closed."""
-        self._count(model, scorer)
-        with self._lock:
-            del self._last[model]
-        self.closings.labels(model).inc()
-        self.open.labels(model).set(0)
 
     def update(self, scorers: Mapping[str, Scorer], depth: int) -> None:
         """Take over what the scorers of open models have counted since the last call."""
