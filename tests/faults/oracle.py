@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -251,15 +251,6 @@ def read_everything(store: str | Path) -> int:
     with StoreReader.open(store) as opened:
         users = np.array(list(opened.keys()))
         return int(opened.get_many(users).found.sum())
-
-
-def folder_contents(store: Path) -> Contents:
-    """The keys and values of all generations in a folder, and its CURRENT and LAST."""
-    found: Contents = {name.encode(): (store / name).read_bytes() for name in ("CURRENT", "LAST")}
-    for path in sorted(store.glob("gen-*/summary")):
-        with closing(open_environment(path, readonly=True)) as environment, environment.begin() as transaction:
-            found |= {b"%s:%s" % (path.parent.name.encode(), key): value for key, value in transaction.cursor()}
-    return found
 
 
 def put_value(store: str, key: bytes, value: bytes) -> None:

@@ -282,7 +282,7 @@ CRAFTED: dict[str, Crafted] = {
             "verify": lambda folder: str(verify_store(folder / "store")),
             "score": score,
             **{name: OPERATIONS[name].run for name in ("a copy", "an incremental refresh", "an erasure of 5")},
-            **{name: OPERATIONS[name].run for name in ("an export", "a compaction", "a full refresh")},
+            **{name: OPERATIONS[name].run for name in ("a compaction", "a full refresh")},
         },
     ),
     "the manifest of a segment": Crafted(

@@ -1,9 +1,8 @@
-"""Kills in the traffic with a Valkey server lose nothing: refreshes, erasures, and copies."""
+"""Kills in the traffic with a Valkey server lose nothing."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import time
@@ -14,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.faults import preload
 from tests.faults.harness import LOSES_NOTHING, LOST, Trial, compare, promise
 from tests.faults.nursery import Child, Nursery, Say
-from tests.faults.oracle import Contents, folder_contents
+from tests.faults.oracle import Contents
 from tests.refresh import conftest as growing
 from tests.store.remote.valkey_server import ValkeyServer
 from vista.config.checks import Codec
@@ -25,11 +23,9 @@ from vista.errors import StoreUnavailableError
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh, refresh_incremental
-from vista.store import StoreReader, folder_generation, server_generation, user_keys
-from vista.store.admin import copy_generation
+from vista.store import StoreReader
 from vista.store.layout import parse_pointer
 from vista.store.server_generation import ServerWriter
-from vista.store.writer import erase
 
 STORE = "mine"
 FIRST, FULL, INCREMENTAL = "first refresh", "full refresh", "incremental refresh"
@@ -124,31 +120,6 @@ def refresh_into(say: Say, folder: str, url: str, kind: str, *kill: Any) -> int:
     else:
         options = RefreshOptions(codec=Codec.float32, users_per_batch=USERS_PER_BATCH)
         refresh(model, log, url, options=options, created_at=created_at)
-    return requests.number
-
-
-def copy(say: Say, source: str, target: str, kill_call: int, *kill: Any) -> list[int]:
-    """Copy and publish a generation in small batches.
-
-    Args:
-        kill_call: number of the system call that changes a target folder at which this process is killed; 0 for none.
-        kill: arguments of `CountedRequests`.
-
-    Returns:
-        The numbers of requests to servers and of such system calls.
-    """
-    folder_generation._WALK_USERS = server_generation._BATCH_RECORDS = USERS_PER_BATCH
-    requests = CountedRequests(*kill)
-    preload.watch(target)
-    preload.die_at(kill_call)
-    copy_generation(source, target)
-    return [requests.number, preload.calls_since(kill_call)]
-
-
-def erase_from(say: Say, url: str, users: list[int], *kill: Any) -> int:
-    """Erase users; returns the number of requests to the server."""
-    requests = CountedRequests(*kill)
-    erase(url, users)
     return requests.number
 
 
@@ -252,7 +223,7 @@ def read_until_the_end(trial: Trial, reader: StoreReader, child: Child, expected
 @promise(
     LOSES_NOTHING,
     fault="beyond one machine, kill -9 of a refresh into a Valkey server ({kind}) at any request, whole or in part",
-    full=12,
+    full=15,
     kinds=[FULL, INCREMENTAL],
 )
 def test_killed_refresh_into_server(trial: Trial, nursery: Nursery, growth: Growth, valkey: ValkeyServer) -> None:
@@ -307,130 +278,4 @@ def refresh_with_kills(
     trial.count("kills", num_kills)
 
 
-ERASED = [2, 3, 11, 12, 13, 24]
-
-
-@pytest.fixture(scope="module")
-def erased(growth: Growth, valkey: ValkeyServer, nursery: Nursery) -> tuple[int, Contents]:
-    """The requests of an erasure, and what the server holds after it and a full refresh."""
-    restore(valkey, growth.dump)
-    requests = nursery.call(erase_from, valkey.url(STORE), ERASED)
-    nursery.call(refresh_into, growth.folder, valkey.url(STORE), FULL)
-    return requests, contents(valkey)
-
-
-@promise(
-    LOSES_NOTHING,
-    fault="beyond one machine, kill -9 of an erasure on a Valkey server, and of the refresh around it, at any request",
-    full=8,
-)
-def test_killed_server_erasure(
-    trial: Trial, nursery: Nursery, growth: Growth, erased: tuple[int, Contents], valkey: ValkeyServer
-) -> None:
-    url, (num_requests, after), gone = valkey.url(STORE), erased, set(user_keys(ERASED))
-    restore(valkey, growth.dump)
-
-    def kill(job: object, *arguments: object, requests: int) -> None:
-        at, share = trial.random.randint(1, requests), trial.random.choice([0.0, trial.random.random(), 1.0])
-        child = nursery.start(job, *arguments, at, share).end()  # type: ignore[arg-type]
-        assert child.exit_code == -9, child.raised
-        trial.count("kills")
-        release_lock(valkey)
-
-    def judge() -> None:
-        found = contents(valkey)
-        for number, kind in ((1, FIRST), (2, FULL)):
-            held, whole = records(found, number), records(growth.after[kind], number)
-            wanted = whole if number == 1 else {key: whole[key] for key in held}
-            compare(trial, held, wanted, {key: value for key, value in wanted.items() if key not in gone})
-
-    if trial.random.random() < 0.7:  # An unfinished generation loses its erased users too.
-        kill(refresh_into, growth.folder, url, FULL, requests=growth.requests[FULL] - 20)
-    with StoreReader.open(url) as reader:
-        kill(erase_from, url, ERASED, requests=num_requests)
-        judge()
-        assert reader.get_many([user for user in USERS if user not in ERASED]).found.all()
-        nursery.call(erase_from, url, ERASED)
-        judge()
-        assert not reader.get_many(ERASED).found.any()
-        assert not [key for key in contents(valkey) if any(key.endswith(b":" + user) for user in gone)]
-    if trial.random.random() < 0.5:
-        kill(refresh_into, growth.folder, url, FULL, requests=growth.requests[FULL] - 20)
-    nursery.call(refresh_into, growth.folder, url, FULL)
-    compare(trial, contents(valkey), after)
-
-
 TO_SERVER, TO_FOLDER = "to a server", "from a server"
-
-
-@dataclass(frozen=True)
-class Copies:
-    """Stores with one and with two generations, and what a copy of the second one to the store with one leaves."""
-
-    folder: Path
-    """one/ and two/."""
-    on_server: dict[bytes, bytes]
-    """A server with both generations, for `restore`."""
-    after: dict[str, Contents]
-    points: dict[str, list[int]]
-    """Requests and system calls of the copies, by kind."""
-
-
-@pytest.fixture(scope="module")
-def copies(growth: Growth, valkey: ValkeyServer, traced: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Copies:
-    folder, model = tmp_path_factory.mktemp("copies").resolve(), VistaModel.from_pretrained(growth.folder / "model")
-    options = RefreshOptions(codec=Codec.float32, state="none")  # type: ignore[arg-type]
-    for segment, name in ((1, "one"), (2, "two")):
-        if segment == 2:
-            shutil.copytree(folder / "one", folder / "two")
-        log = EventLog.open(growth.folder / "log", last_segment=segment)
-        refresh(model, log, folder / name, options=options, created_at=segment)
-    shutil.copytree(folder / "one", folder / "target")
-    restore(valkey, growth.dump)
-    points = {TO_SERVER: traced.call(copy, folder / "two", valkey.url(STORE), 0)}
-    on_server, after = dumped(valkey), {TO_SERVER: contents(valkey)}
-    points[TO_FOLDER] = traced.call(copy, valkey.url(STORE), folder / "target", 0)
-    after[TO_FOLDER] = folder_contents(folder / "target")
-    return Copies(folder, on_server, after, points)
-
-
-@promise(
-    LOSES_NOTHING,
-    fault="beyond one machine, kill -9 of a copy {kind}: at any request, or system call that changes the folder",
-    full=8,
-    kinds=[TO_SERVER, TO_FOLDER],
-)
-def test_killed_copy(trial: Trial, traced: Nursery, growth: Growth, copies: Copies, valkey: ValkeyServer) -> None:
-    kind, url, folder = trial.promise.kind, valkey.url(STORE), trial.folder / "target"
-    restore(valkey, growth.dump if kind == TO_SERVER else copies.on_server)
-    if kind == TO_SERVER:
-        source, target, found = str(copies.folder / "two"), url, lambda: contents(valkey)
-    else:
-        shutil.copytree(copies.folder / "one", folder)
-        source, target, found = url, str(folder), lambda: folder_contents(folder)
-    before, source_before = found(), contents(valkey) if kind == TO_FOLDER else {}
-    num_requests, num_calls = copies.points[kind]
-    num_kills, again = 0, True
-    with StoreReader.open(target) as reader:
-        expected = reader.get_many(USERS).summary
-        while again:
-            by_call = kind == TO_FOLDER and trial.random.random() < 0.6
-            most = num_calls if by_call else num_requests
-            at = trial.random.randint(1, most) if num_kills else 1 + trial.point(most)
-            point = [at] if by_call else [0, at, trial.random.choice([0.0, trial.random.random(), 1.0])]
-            child = traced.start(copy, source, target, *point).end()
-            assert child.exit_code == -9 or (num_kills and child.exit_code == 0), child.raised
-            if child.exit_code:
-                num_kills += 1
-                trial.count("at a system call" if by_call else "at a request")
-            release_lock(valkey)
-            assert np.array_equal(reader.get_many(USERS).summary, expected)
-            with StoreReader.open(target) as opened:
-                assert opened.get_many(USERS).found.all()
-            again = trial.random.random() < 0.4
-        traced.call(copy, source, target, 0)
-    compare(trial, found(), copies.after[kind])
-    assert before != found()
-    if kind == TO_FOLDER:
-        compare(trial, contents(valkey), source_before)
-    trial.count("kills", num_kills)

@@ -79,7 +79,7 @@ def test_a_compacted_store_can_be_updated(tmp_path, grow):
 
 
 def test_an_erasure_during_another_operation_is_not_lost(tmp_path, grow, monkeypatch):
-    """Just before the publication by a compaction, a copy, an import and a refresh in turn."""
+    """Just before the publication by a compaction, a copy, and a refresh in turn."""
     model, store = grow.model(), tmp_path / "store"
     log = grow.append(tmp_path / "log", grow.events(dict.fromkeys(range(20), 3)))
     refresh(model, log, store)

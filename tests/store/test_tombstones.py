@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import multiprocessing
 import os
 import shutil
 import signal
@@ -135,21 +136,24 @@ def test_an_erasure_that_the_disk_did_not_keep_is_reported(tmp_path, build, monk
     assert (tmp_path / "tombstones").read_bytes() == written
 
 
-def write_and_wait(say, folder):
-    def wait(transaction):
-        say("inside")
-        time.sleep(60)
-
-    SharedEnvironment.acquire(Path(folder), writable=True).write(wait)
-
-
-def test_a_writer_stopped_within_a_batch_does_not_block_others_forever(tmp_path, build, nursery):
+def test_a_writer_stopped_within_a_batch_does_not_block_others_forever(tmp_path, build):
     build.write_store(tmp_path / "store")
     build.write_store(tmp_path / "other")
-    child = nursery.start(write_and_wait, environment_path(tmp_path / "store", 1))
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+
+    def write_and_wait() -> None:
+        def wait(transaction: Any) -> None:
+            sender.send("inside")
+            time.sleep(60)
+
+        SharedEnvironment.acquire(environment_path(tmp_path / "store", 1), writable=True).write(wait)
+
+    child = fork.Process(target=write_and_wait)
+    child.start()
     try:
-        assert child.hear() == "inside"
-        child.kill(signal.SIGSTOP)
+        assert receiver.poll(60) and receiver.recv() == "inside"
+        os.kill(child.pid, signal.SIGSTOP)
         raised = []
 
         def erase_one() -> None:
@@ -167,7 +171,7 @@ def test_a_writer_stopped_within_a_batch_does_not_block_others_forever(tmp_path,
         assert raised and time.monotonic() - began < 10
     finally:
         child.kill()
-        child.end()
+        child.join()
     assert erase(tmp_path / "store", [3]) == 1
 
 

@@ -205,12 +205,12 @@ COMMANDS: dict[str, Command] = {
     "explore": Command(
         config.ExploreConfig,
         _handler("run_commands", "run_explore"),
-        "Show users, rankings with explanations, the store, runs, and results in a browser.",
+        "Show users, rankings with explanations, and the store in a browser.",
         (
             "vista explore",
             "vista explore model=runs/mine/best store=stores/mine data=data/mine",
             "vista explore model=runs/mine/best store=stores/mine other_model=runs/new/best other_store=stores/new",
-            "vista explore runs=[runs] port=8600",
+            "vista explore port=8600",
         ),
     ),
     "index": Command(
