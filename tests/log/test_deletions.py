@@ -66,7 +66,7 @@ def assert_changes(log: EventLog, oracle: Oracle) -> None:
         assert log.changed_users(after).tolist() == oracle.changed(after)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(steps=logs(), seed=st.integers(0, 99))
 def test_reading_equals_the_lists(tmp_path_factory: pytest.TempPathFactory, steps: list[Step], seed: int) -> None:
     """Also as of each earlier segment, and for the new events since then."""
@@ -83,7 +83,7 @@ def test_reading_equals_the_lists(tmp_path_factory: pytest.TempPathFactory, step
             assert_reads_as(EventLog.open(log.path, last_segment=after), Oracle(steps[:after]), rng)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(steps=logs(), seed=st.integers(0, 99), data=st.data())
 def test_compaction_does_not_change_what_is_read(
     tmp_path_factory: pytest.TempPathFactory, steps: list[Step], seed: int, data: st.DataObject

@@ -18,13 +18,13 @@ DENSE_IDS = st.lists(st.integers(-5, 40), max_size=60)
 TEXT_IDS = st.lists(st.text(min_size=1, max_size=6), max_size=60)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.one_of(st.tuples(INT_IDS, INT_IDS), st.tuples(DENSE_IDS, DENSE_IDS)))
 def test_integer_rows_agree_with_a_dict(batches: tuple[list[int], list[int]]) -> None:
     _check_against_dict("int", batches)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.tuples(TEXT_IDS, TEXT_IDS))
 def test_string_rows_agree_with_a_dict(batches: tuple[list[str], list[str]]) -> None:
     _check_against_dict("str", batches)
@@ -47,7 +47,7 @@ def _check_against_dict(kind: str, batches: tuple[list, list]) -> None:
     assert pickle.loads(pickle.dumps(vocabulary)).digest() == vocabulary.digest()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(ids=st.one_of(INT_IDS, DENSE_IDS, TEXT_IDS), more=st.data())
 def test_rows_without_ids_are_unknown_and_keep_their_places(
     tmp_path_factory: pytest.TempPathFactory, ids: list, more: st.DataObject

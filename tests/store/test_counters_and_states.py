@@ -162,7 +162,7 @@ def batches(draw: st.DrawFn) -> tuple[RecordSpec, UserSummaries]:
     return RecordSpec(bytes(32), 1, 1, 2, Codec.float32, counters=layout), users
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(batch=batches())
 def test_round_trip_agrees_with_the_reference(batch):
     spec, users = batch

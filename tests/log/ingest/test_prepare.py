@@ -43,7 +43,7 @@ EVENTS = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=EVENTS, cut=st.integers(0, 40), bucket=st.integers(1, 50), named=st.tuples(st.booleans(), st.booleans()))
 def test_any_frame_round_trips(
     rows: list[tuple], cut: int, bucket: int, named: tuple[bool, bool], tmp_path_factory: pytest.TempPathFactory
