@@ -37,7 +37,8 @@ def result(run_dir: Path) -> dict[str, Any]:
     newest = latest_checkpoint(run_dir / "checkpoints")
     assert newest is not None
     tensors, state = load_checkpoint(newest)
-    state["run"]["progress"].pop("seconds")
+    for name in ("seconds", "validation_seconds"):
+        del state["run"]["progress"][name]
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     results: dict[str, Any] = {f"checkpoint {name}": tensor.numpy().tobytes() for name, tensor in tensors.items()}
     results["step"], results["state"] = newest.name, state

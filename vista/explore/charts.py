@@ -195,8 +195,8 @@ def overlap_chart(shares: list[float], top_k: int) -> Any:
     return _styled(chart, 250)
 
 
-def _color(field: str, names: list[str], colors: list[str], title: str | None, *, show: bool = True) -> Any:
-    legend = alt.Legend(orient="top", title=title, symbolType="square", labelLimit=MAX_LABEL_PX) if show else None
+def _color(field: str, names: list[str], colors: list[str], title: str | None) -> Any:
+    legend = alt.Legend(orient="top", title=title, symbolType="square", labelLimit=MAX_LABEL_PX)
     return alt.Color(f"{field}:N", scale=alt.Scale(domain=names, range=colors), legend=legend)
 
 
