@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -15,13 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import silu
 
+from vista.arrays import offsets_of
 from vista.config.checks import Decay, Mixing
 from vista.errors import ConfigError
-from vista.log.histories import Histories
+from vista.log.histories import Histories, concatenated
 from vista.model import inference
 from vista.model.history_states import (
     RANGES_PER_PASS,
     SLICE_LEN,
+    GrowingStates,
     embed,
     history_states,
     insert_events,
@@ -114,6 +117,31 @@ def test_appending_in_parts_equals_one_pass(make: SimpleNamespace, shape: str, c
         )
         state = merge_states(state, new, model.summarizer.decay_rate)
     assert_same(state, history_states(model, history))
+
+
+@pytest.mark.parametrize("most_users", [4, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_growing_states_read_new_events_alone(
+    make: SimpleNamespace, shape: str, most_users: int, held: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Users whose state does not fit are summarized from all their events."""
+    model = make.model(seed=3, **SHAPES[shape])
+    whole = make.histories([40, 9, 0, 25], 7)
+    state_bytes = 4 * history_states(model, whole).z[0].numel()
+    monkeypatch.setattr("vista.model.history_states.MOST_STATE_BYTES", most_users * state_bytes)
+    growing = GrowingStates(model, 9)
+    rows = np.array([2, 3, 5, 8])
+    for asked, stops in (([0, 1, 3], [30, 9, 0]), ([0, 1, 2, 3], [30, 9, 0, 20]), ([0, 3], [40, 25])):
+        stop = np.zeros(4, np.int64)
+        stop[asked] = stops
+        parts = whole.select(np.zeros(4, np.int64), stop)
+        histories = concatenated([parts.slice(row) for row in asked])
+        histories = dataclasses.replace(histories, offsets=offsets_of(np.array(stops)))
+        expected = inference.summarize(model, histories)
+        held.clear()
+        torch.testing.assert_close(growing.summarize(rows[asked], histories), expected, atol=1e-5, rtol=1e-4)
+    # The last call brought 10 and 5 new events.
+    assert most_users == 2 or sum(held) <= 15 + 2 * reach(model)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -26,6 +26,7 @@ from vista.log.histories import Histories, RowFeatures, token_groups
 from vista.log.splits import Until, last_refresh
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.features import log_encoder
+from vista.model.history_states import GrowingStates
 from vista.model.inference import LogUsers, catalog_scores, item_vectors
 from vista.progress_bar import progress_bar
 from vista.refresh import refresh
@@ -153,6 +154,7 @@ class RefreshedAnswers(ScorerAnswers):
         model, out = self._scorer.model, np.zeros(cases.label.shape, np.float32)
         refresh_of, times = last_refresh(model.data, self._split, cases.timestamp)
         options = RefreshOptions(codec=Codec(self._scorer.store.manifest.codec), verify_log=False)
+        growing = GrowingStates.of(model, self._log.num_users)
         for index in np.unique(refresh_of).tolist():
             own = np.flatnonzero(refresh_of == index)
             if index == 0:
@@ -160,7 +162,15 @@ class RefreshedAnswers(ScorerAnswers):
                 continue
             with tempfile.TemporaryDirectory(prefix=".refreshed-", dir=self._folder) as folder:
                 store = Path(folder) / "store"
-                refresh(model, self._log, store, until=Until(before=int(times[index])), options=options)
+                refresh(
+                    model,
+                    self._log,
+                    store,
+                    until=Until(before=int(times[index])),
+                    options=options,
+                    users=np.unique(cases.user[own]),
+                    growing=growing,
+                )
                 with Scorer.open(model, store) as scorer:
                     later = ScorerAnswers(scorer, self._log, requests_per_batch=self._requests_per_batch)
                     out[own] = later.probabilities(cases.part(own))

@@ -32,6 +32,8 @@ fifth faster than 16,384. Fewer than 1024 events lose more to the overhead of ca
 """
 GPU_SLICE_LEN = 65_536
 """Most events in one pass on a GPU, which needs more of them to be busy (not measured)."""
+MOST_STATE_BYTES = 1 << 29
+"""Limit on the states that `GrowingStates` keeps."""
 RANGES_PER_PASS = 256
 """Most ranges in one pass of `sum_of_ranges`, which holds a state for each."""
 
@@ -117,6 +119,82 @@ def long_range_state(model: VistaModel, history: Histories, num_context: int, st
     bounds = np.array([num_context, history.num_events], np.int64)
     state = sum_of_ranges(model, history, bounds[:1], bounds[1:], clock_after(model, history))
     return replace(state, clock=state.clock + start) if model.stage1.decay is Decay.position else state
+
+
+@torch.inference_mode()
+def appended_states(
+    model: VistaModel, states: SummaryState, histories: Histories, num_context: Int, start: Int
+) -> SummaryState:
+    """States with the terms added of the events that follow those that they cover.
+
+    Args:
+        states: of B histories.
+        histories, num_context, start: the new events, as in `range_states`.
+    """
+    if histories.num_users == 1 and histories.num_events > default_slice_len(model):
+        terms = long_range_state(model, histories, int(num_context[0]), int(start[0]))
+    else:
+        terms = range_states(model, histories, num_context, start)
+    return merge_states(states, terms, separable_summarizer(model).decay_rate)
+
+
+class GrowingStates:
+    """States of users whose summaries are asked for at one time after the other: each call reads the new events alone.
+
+    Users whose states exceed MOST_STATE_BYTES are computed from all their events in each call.
+    """
+
+    def __init__(self, model: VistaModel, num_users: int) -> None:
+        """
+        Args:
+            model: with separable mixing and without a history limit; it is used in eval mode.
+            num_users: of the log.
+        """
+        self._model, summarizer = model, separable_summarizer(model)
+        self._state = summarizer.empty_state(0)
+        self._row, self._covered = np.full(num_users, -1, np.int64), np.zeros(num_users, np.int64)
+        self._limit = MOST_STATE_BYTES // (4 * max(summarizer.empty_state(1).z.numel(), 1))
+
+    @classmethod
+    def of(cls, model: VistaModel, num_users: int) -> GrowingStates | None:
+        """None for a model whose summaries have no states, or that has no summaries."""
+        has_states = model.stage1.mixing is Mixing.separable and model.stage1.history_limit == 0
+        return cls(model, num_users) if model.summarizer is not None and has_states else None
+
+    @torch.inference_mode()
+    def summarize(self, users: Int, histories: Histories) -> Tensor:
+        """Summaries float32 [B, S, M] of histories.
+
+        Args:
+            users: int64 [B] distinct rows of the log.
+            histories: theirs, with items as model rows; each begins with the events of earlier calls.
+        """
+        new = users[self._row[users] < 0][: max(self._limit - len(self._state.n), 0)]
+        self._row[new] = len(self._state.n) + np.arange(len(new))
+        summarizer = separable_summarizer(self._model)
+        names = [field.name for field in fields(SummaryState)]
+        empty = summarizer.empty_state(len(new))
+        self._state = SummaryState(
+            *(torch.cat([getattr(each, name) for each in (self._state, empty)]) for name in names)
+        )
+        covered, counts = self._covered[users], histories.lengths
+        start = covered - np.minimum(reach(self._model), covered)
+        summaries = [summarizer.empty_state(0).n.new_zeros(0, self._model.config.num_seeds, self._model.config.dim)]
+        for part in token_groups(counts - start, default_slice_len(self._model)):
+            rows = self._row[users[part]]
+            kept = torch.from_numpy(np.flatnonzero(rows >= 0))
+            places = torch.from_numpy(rows[rows >= 0])
+            before = summarizer.empty_state(len(rows))
+            for name in names:
+                getattr(before, name)[kept] = getattr(self._state, name)[places]
+            events = histories.select_users(part.start, part.stop).select(start[part], counts[part])
+            after = appended_states(self._model, before, events, (covered - start)[part], start[part])
+            for name in names:
+                getattr(self._state, name)[places] = getattr(after, name)[kept]
+            summaries.append(summarizer.read(after.z, after.n).float())
+        known = self._row[users] >= 0
+        self._covered[users[known]] = counts[known]
+        return torch.cat(summaries)
 
 
 def sum_of_ranges(

@@ -217,6 +217,11 @@ class VistaModel(RankingModel):
         """Whether scores read anything without attention."""
         return self.statistics is not None or self.candidate_head is not None
 
+    @property
+    def reads_attention(self) -> bool:
+        """Whether scores read outputs of stage 2: not within `wide_alone`, nor does the model of epoch 0."""
+        return bool(self.target_attention.final_norm.weight.any())
+
     @contextmanager
     def wide_alone(self) -> Iterator[None]:
         """In this block, scores read nothing by attention: outputs of stage 2 are 0, as their norm has the scale 0."""

@@ -32,7 +32,7 @@ from vista.log.event_log import EventLog
 from vista.log.histories import NO_TIMESTAMP, Histories, RowFeatures, token_groups
 from vista.log.splits import Until, parse_until, visible_counts
 from vista.model import inference
-from vista.model.history_states import history_states, separable_summarizer
+from vista.model.history_states import GrowingStates, history_states, separable_summarizer
 from vista.model.inference import LogUsers
 from vista.model.item_feature_table import largest_keys
 from vista.model.summarizer import SummaryState
@@ -91,6 +91,8 @@ class BatchEncoder:
     """Of the summarizer."""
     tokens_per_batch: int
     """Events that are read and summarized at once."""
+    growing: GrowingStates | None = None
+    """States of earlier refreshes, to which the new events are added; None computes all states from the log."""
 
     @classmethod
     def of(
@@ -136,7 +138,8 @@ class BatchEncoder:
                 summary = read_summaries(self.model, state)
             else:
                 state = state_without_summary(histories.lengths)
-                summary = inference.summarize(self.model, model_rows).cpu().numpy()
+                grown = None if self.growing is None else self.growing.summarize(users, model_rows)
+                summary = (inference.summarize(self.model, model_rows) if grown is None else grown).cpu().numpy()
             states = to_arrays(state, self.log.last_segment, digests, sums)
         with clock.stage("encode"):
             keys, features = user_keys(self.log.users.ids(users)), self.features(users).columns
@@ -322,6 +325,8 @@ def refresh(
     engine: RayEngine | None = None,
     key: bytes | None = None,
     created_at: int | None = None,
+    users: Int | None = None,
+    growing: GrowingStates | None = None,
 ) -> RefreshReport:
     """Summarize all users with at least one visible event and publish the summaries as one generation.
 
@@ -342,6 +347,8 @@ def refresh(
             of threads on the same kind of processor.
         key: 32 bytes, to authenticate the records with.
         created_at: start of the run in ms, which records state; by default now. A resumed run keeps its own.
+        users: int64 sorted rows of the log, the users that are asked about; None writes all.
+        growing: states of refreshes with an earlier `until`, to which new events are added, of a store without states.
 
     Raises:
         ConfigError: the model cannot read this log, `until` is not valid for it, the store is sharded and no shard is
@@ -359,7 +366,7 @@ def refresh(
     model.eval()
     precision = choose_precision(options.precision, model.device)
     counts = visible_counts(log, limit)
-    users = np.flatnonzero(counts)
+    users = np.flatnonzero(counts) if users is None else users[counts[users] > 0]
     if shard is not None:
         users = users[shard.holds(user_keys(log.users.ids(users)))]
     manifest = new_manifest(
@@ -371,9 +378,9 @@ def refresh(
         applied_segment=log.last_segment,
         log_digest=log.sources_digest(log.last_segment),
         total_users=len(users),
-        run_digest=_run_digest(log, counts, precision, shard),
+        run_digest=_run_digest(log, counts, precision, shard, users),
     )
-    encoder = BatchEncoder.of(model, log, precision, options.tokens_per_batch)
+    encoder = replace(BatchEncoder.of(model, log, precision, options.tokens_per_batch), growing=growing)
 
     def encode_batches(
         batches: Iterable[slice], writer: StoreWriter, clock: StageClock
@@ -607,10 +614,12 @@ def _stored_state(wanted: StateDtype | None, target: Path | StoreUrl, *, can_kee
     return wanted
 
 
-def _run_digest(log: EventLog, counts: Int, precision: Precision, shard: Shard | None) -> str:
+def _run_digest(log: EventLog, counts: Int, precision: Precision, shard: Shard | None, users: Int) -> str:
     """Digest of what is read, in which order, and how; a cursor is valid only for a run with the same digest."""
     digest = hashlib.sha256(json.dumps(log.manifests, sort_keys=True, default=str).encode())
     digest.update(counts.tobytes())
+    if len(users) < np.count_nonzero(counts):
+        digest.update(users.tobytes())
     if precision is not Precision.float32:
         digest.update(precision.value.encode())
     if shard is not None:

@@ -35,15 +35,12 @@ from vista.log.segment_files import EVENTS, USERS, sources_of_events
 from vista.log.splits import Until
 from vista.model import inference
 from vista.model.history_states import (
-    default_slice_len,
+    appended_states,
     insert_events,
-    long_range_state,
-    range_states,
     reach,
     remove_events,
-    separable_summarizer,
 )
-from vista.model.summarizer import SummaryState, merge_states
+from vista.model.summarizer import SummaryState
 from vista.model.vista_model import VistaModel
 from vista.refresh.full import (
     BatchEncoder,
@@ -427,17 +424,13 @@ class BatchRefresher:
             newest = self._log.gather_ranges(users, np.maximum(old - 1, 0), old, features=False)
             history, new = self.items.model_rows(history), self.items.model_rows(new)
         with self._run.stage("summarize"):
-            before = newest_items(self.items.rows[newest.item], newest.offsets)
-            sums = _with_new_events(self._model, states, new, before)
+            last_items = newest_items(self.items.rows[newest.item], newest.offsets)
+            sums = _with_new_events(self._model, states, new, last_items)
             if self._model.summarizer is None:
                 state = state_without_summary(old + new.lengths)
             else:
-                if history.num_events > default_slice_len(self._model) and len(users) == 1:
-                    terms = long_range_state(self._model, history, int(context[0]), int(start[0]))
-                else:
-                    terms = range_states(self._model, history, context, start)
-                decay_rate = separable_summarizer(self._model).decay_rate
-                state = merge_states(from_arrays(states, self._model.device), terms, decay_rate)
+                before = from_arrays(states, self._model.device)
+                state = appended_states(self._model, before, history, context, start)
         return users, self._to_arrays(state, digest, sums), new.num_events
 
     def _exchange(self, users: Int, states: StateArrays, segment: int) -> Iterator[Updated]:

@@ -60,6 +60,7 @@ from vista.logistic_regression import fit_calibration
 from vista.model import inference
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.features import log_encoder
+from vista.model.history_states import GrowingStates
 from vista.model.inference import LogUsers
 from vista.model.ranking_model import RankingModel
 from vista.model.serving_model import PaddedTail, pad_tail
@@ -94,7 +95,14 @@ class SummaryAnswers:
     """A model, and summaries of the leading events of some users."""
 
     def __init__(
-        self, model: VistaModel, log: EventLog, item_rows: Int, users: Int, covered: Int, events_per_batch: int
+        self,
+        model: VistaModel,
+        log: EventLog,
+        item_rows: Int,
+        users: Int,
+        covered: Int,
+        events_per_batch: int,
+        growing: GrowingStates | None = None,
     ) -> None:
         """
         Args:
@@ -103,6 +111,7 @@ class SummaryAnswers:
             covered: int64 [num_users] events that summaries cover.
             events_per_batch: most events that are summarized at once (a longer history is summarized alone); fewer of
                 events with features.
+            growing: states of earlier events of the same users; None summarizes all events.
         """
         self._model, self._log, self._item_rows = model, log, item_rows
         self._history_rows = model.history_rows(item_rows)
@@ -110,11 +119,17 @@ class SummaryAnswers:
         self._recode = model.event_recoder(log.event_features)
         most = rows_that_fit(events_per_batch, READ_EVENT_BYTES, len(log.event_features))
         groups = [users[part] for part in token_groups(covered[users], most)]
-        histories = (self._model_rows(log.gather(group, covered[group])) for group in groups)
-        self._summaries = torch.cat([inference.summarize(model, each) for each in histories])
+        self._summaries = torch.cat([self._summarized(group, growing) for group in groups])
         self._items = inference.item_vectors(model) if model.has_retrieval else None
         self._encode_requests = log_encoder(model.request_features, log.request_features)
         self._log_users = LogUsers(model.user_features, log)
+
+    def _summarized(self, users: Int, growing: GrowingStates | None) -> torch.Tensor:
+        model = self._model
+        if not model.reads_attention:
+            return torch.zeros(len(users), model.config.num_seeds, model.config.dim, device=model.device)
+        histories = self._model_rows(self._log.gather(users, self._covered[users]))
+        return inference.summarize(model, histories) if growing is None else growing.summarize(users, histories)
 
     def catalog_scores(self, cases: NextItemCases | WindowCases) -> Float32s:
         """Scores float32 [N, V] of all items for the users of some cases, at the times of the questions."""
@@ -371,7 +386,8 @@ class Validation:
         if self._impressions is not None:
             shown = self._impressions.part(self._ranks.part_of(np.ones_like(self._impressions.user)))
             users.append(shown.user)
-        answers = self._answers(model, np.unique(np.concatenate(users)))
+        growing = GrowingStates.of(model, self._log.num_users) if isinstance(model, VistaModel) else None
+        answers = self._answers(model, np.unique(np.concatenate(users)), growing=growing)
 
         def score(cases: NextItemCases | WindowCases) -> Float32s:
             assert answers is not None  # a rank without cases does not score
@@ -382,7 +398,7 @@ class Validation:
         if self._impressions is not None and shown is not None:
             predicted = np.zeros(shown.label.shape, np.float32)
             if answers is not None:
-                predicted = self._finite(self._probabilities(model, shown, answers), shown.user)
+                predicted = self._finite(self._probabilities(model, shown, answers, growing), shown.user)
             predicted = self._ranks.of_all_cases({"predicted": predicted})["predicted"]
             if calibrates:
                 predicted, self.calibration = _calibrated(self._impressions, predicted)
@@ -393,7 +409,11 @@ class Validation:
         return metrics
 
     def _probabilities(
-        self, model: RankingModel, shown: ImpressionCases, first: RawHistoryAnswers | SummaryAnswers
+        self,
+        model: RankingModel,
+        shown: ImpressionCases,
+        first: RawHistoryAnswers | SummaryAnswers,
+        growing: GrowingStates | None,
     ) -> Float32s:
         """float32 [N, num_tasks] of impressions, from the last refresh before each; `first` answers as of the first."""
         if isinstance(first, RawHistoryAnswers):
@@ -408,7 +428,7 @@ class Validation:
                 continue
             time = int(times[index])
             covered = self._log.counts_before(time)
-            answers = self._answers(self._refreshed(model, time, covered), np.unique(cases.user), covered)
+            answers = self._answers(self._refreshed(model, time, covered), np.unique(cases.user), covered, growing)
             assert answers is not None
             out[own] = answers.probabilities(cases)
         return out
@@ -423,7 +443,7 @@ class Validation:
         return model if values is None else model.with_item_values(values.statistics, values.rates, values.tasks)
 
     def _answers(
-        self, model: RankingModel, users: Int, covered: Int | None = None
+        self, model: RankingModel, users: Int, covered: Int | None = None, growing: GrowingStates | None = None
     ) -> RawHistoryAnswers | SummaryAnswers | None:
         """None without users.
 
@@ -436,7 +456,7 @@ class Validation:
             return RawHistoryAnswers(model, self._log, self._item_rows)
         assert isinstance(model, VistaModel)
         covered = self._cut if covered is None else covered
-        return SummaryAnswers(model, self._log, self._item_rows, users, covered, self._events_per_batch)
+        return SummaryAnswers(model, self._log, self._item_rows, users, covered, self._events_per_batch, growing)
 
     def _finite(self, scores: Float32s, users: Int) -> Float32s:
         bad = users[~np.isfinite(scores).all(axis=1)]
