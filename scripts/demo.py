@@ -118,7 +118,7 @@ def run(data: Path | None, out: Path, overrides: list[str], sizes: DemoSizes = F
     served = refresh(model, log, folder / "store", options=options)
     print(tested, served, sep="\n")
     with Scorer.open(model, folder / "store") as scorer:
-        user = log.users.ids(np.array([0]))[0].item()
+        user = log.users.ids(np.array([0])).tolist()[0]
         ranking = scorer.rank(user, top_k=5, exclude_tail=True)
         print(
             f"user {user}: " + ", ".join(f"{i} ({s:.3f})" for i, s in zip(ranking.items, ranking.scores, strict=True))

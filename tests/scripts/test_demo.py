@@ -54,7 +54,7 @@ def test_on_movielens(tmp_path: Path) -> None:
 @pytest.mark.research
 def test_on_events_of_a_file(tmp_path: Path) -> None:
     ratings = np.random.default_rng(0).integers(0, 12, (400, 2))
-    lines = [f"{user},{item},{1_700_000_000 + 600 * row}" for row, (user, item) in enumerate(ratings)]
+    lines = [f"user-{user},{item},{1_700_000_000 + 600 * row}" for row, (user, item) in enumerate(ratings)]
     data = tmp_path / "events.csv"
     data.write_text("\n".join(["user,item,timestamp", *lines]) + "\n")
     report = demo.run(data, tmp_path / "demo", SMALL, SIZES)
