@@ -19,7 +19,7 @@ from vista.log.features import Column
 from vista.log.vocabulary import Vocabulary
 from vista.model.inference import item_vectors
 from vista.report import sections
-from vista.report.html_page import PageSection, Series, interval_chart, line_chart
+from vista.report.html_page import PageSection, Series, interval_chart, line_chart, render_page
 from vista.report.report_data import MAX_ROUNDS, MIN_ROUNDS, ORACLE, REQUESTS_PER_ROUND, ComparisonData, Latency, _shown
 from vista.report.sections import (
     CasePart,
@@ -318,3 +318,10 @@ def test_names_are_escaped() -> None:
     chart = line_chart([Series("<b>&", [0, 1], [1, 2])], x_label="<x>", y_label='"y"', x_names=["<1>", "2"])
     assert "<b>" not in chart and "&lt;b&gt;&amp;" in chart
     svg_of(chart)
+
+
+def test_narrow_sections_share_a_row() -> None:
+    narrow = [PageSection(title, "", ["<p>body</p>"], is_narrow=True) for title in ("one", "two")]
+    page = render_page("title", [], [], [PageSection("first", ""), *narrow, PageSection("last", "")])
+    row = page.partition('<div class="pair">')[2].partition("</div>")[0]
+    assert re.findall(r'id="s(\d)"', row) == ["2", "3"] and page.count("</section>") == 4

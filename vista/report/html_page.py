@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
+from itertools import groupby
 
 from vista.evaluation.comparison import Estimate
 
@@ -92,6 +93,8 @@ class PageSection:
     """One sentence that says what the section shows."""
     body: list[str] = field(default_factory=list)
     """HTML below the sentence."""
+    is_narrow: bool = False
+    """Whether it fits next to another section."""
 
 
 def render_page(title: str, verdict: Sequence[str], intro: Sequence[str], sections: Sequence[PageSection]) -> str:
@@ -106,13 +109,17 @@ def render_page(title: str, verdict: Sequence[str], intro: Sequence[str], sectio
         contents.append(f'<li><a href="#s{number}">{escape(section.title)}</a></li>')
         head = f'<h2 id="s{number}">{escape(section.title)}</h2>\n<p class="finding">{escape(section.finding)}</p>'
         parts.append("\n".join([f"<section>\n{head}", *section.body, "</section>"]))
+    pages = [
+        "\n".join(part for _, part in group) if not narrow else pair(*(part for _, part in group))
+        for narrow, group in groupby(zip(sections, parts, strict=True), key=lambda each: each[0].is_narrow)
+    ]
     return _PAGE.format(
         title=escape(title),
         verdict='<div class="verdict">' + "".join(map(_answer, verdict)) + "</div>",
         style=_STYLE,
         intro="\n".join(intro),
         contents="".join(contents),
-        sections="\n".join(parts),
+        sections="\n".join(pages),
     )
 
 
@@ -162,7 +169,7 @@ def folded(title: str, *body: str) -> str:
 
 
 def pair(*charts: str) -> str:
-    """Charts next to each other where the screen is wide enough."""
+    """Charts or sections next to each other where the screen is wide enough."""
     return f'<div class="pair">{"".join(charts)}</div>'
 
 

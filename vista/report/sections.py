@@ -55,6 +55,8 @@ ALWAYS = (
     "concurrent requests, and a service over HTTP",
 )
 """What no report measures."""
+MAX_NAMED_EPOCHS = 12
+"""An axis with more epochs has round numbers."""
 MIN_CASES = 30
 """A part with fewer cases is not shown."""
 NUM_GROUPS = 4
@@ -278,7 +280,9 @@ def calibration_section(data: ComparisonData) -> PageSection | str:
         table(["task", "ratio", "error"], errors),
     ]
     finding = f"Ratio of the mean prediction to the mean label (1 is perfect): {', '.join(findings)}."
-    return PageSection("Calibration", finding, [pair(*charts), *head, folded("Groups", *bins)])
+    return PageSection(
+        "Calibration", finding, [pair(*charts), *head, folded("Groups", *bins)], is_narrow=len(charts) == 1
+    )
 
 
 def _bins(predictions: Floats, labels: Floats, counts: Int) -> str:
@@ -312,7 +316,7 @@ def curves_section(files: RunFiles) -> PageSection | str:
     if validations:
         best = files.best or validations[-1]
         last = validations[-1]
-        finding = f"Validation was best after epoch {best['epoch']} of {last['epoch']}; that model is measured below."
+        finding = f"Validation was best after epoch {best['epoch']} of {last['epoch']}; that model is measured above."
         if best is last:
             finding += " This is the last epoch, so longer training may improve the model further."
         of_validation, rows = _validation(validations)
@@ -326,11 +330,14 @@ def _validation(validations: Sequence[dict[str, Any]]) -> tuple[list[str], str]:
     names = list(validations[0]["validation"])
     plotted = [name for name in names if name.partition("@")[0] == "ndcg" or name.startswith("auc/")]
     plotted = plotted or names[:1]
+    epochs = [row["epoch"] for row in validations]
+    is_long = len(epochs) > MAX_NAMED_EPOCHS
     charts = [
         line_chart(
-            [Series(name, [row["epoch"] for row in validations], [_metric(row, name) for row in validations])],
+            [Series(name, epochs if is_long else range(len(epochs)), [_metric(row, name) for row in validations])],
             x_label="epoch",
             y_label=f"validation: {name}",
+            x_names=None if is_long else [str(epoch) for epoch in epochs],
         )
         for name in plotted[:2]
     ]
@@ -438,7 +445,8 @@ def split_section(
         tables.append(heading(measure.title) + table([label, "cases", *shown], rows))
     if not findings:
         return f"{title[0].lower()}{title[1:]}, because fewer than two groups have {MIN_CASES} cases"
-    return PageSection(title, " ".join(findings), [paragraph(definition), pair(*charts), folded("Tables", *tables)])
+    body = [paragraph(definition), pair(*charts), folded("Tables", *tables)]
+    return PageSection(title, " ".join(findings), body, is_narrow=len(charts) == 1)
 
 
 def _series(name: str, data: ComparisonData, estimates: Sequence[dict[str, Estimate]]) -> Series:
