@@ -309,7 +309,10 @@ def curves_section(files: RunFiles) -> PageSection | str:
             )
             for index, name in enumerate(names)
         ]
-        charts.append(line_chart(series, x_label="step", y_label="loss relative to its first value", from_zero=True))
+        if len(steps) > 1:
+            charts.append(
+                line_chart(series, x_label="step", y_label="loss relative to its first value", from_zero=True)
+            )
         losses = [(name, *(f"{_number(row.get(name)):.4f}" for row in (steps[0], steps[-1]))) for name in names]
         tables.append(table(["loss", f"step {steps[0]['step']}", f"step {steps[-1]['step']}"], losses))
     finding = "The run was not validated, so only losses are shown."
@@ -382,7 +385,7 @@ def latency_section(latency: Latency) -> PageSection:
     ]
     before, after = latency.load
     conditions = (
-        f"One user per request, {latency.num_threads} threads on {latency.num_cores} cores; load average of the "
+        f"One user per request, {latency.num_threads} thread{'s' * (latency.num_threads > 1)} on {latency.num_cores} cores; load average of the "
         f"machine {before:.2f} before and {after:.2f} after. Medians over {latency.num_rounds} rounds."
     )
     if latency.is_wide:
