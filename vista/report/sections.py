@@ -384,8 +384,9 @@ def latency_section(latency: Latency) -> PageSection:
         for length, median, p90 in zip(latency.lengths, *milliseconds, strict=True)
     ]
     before, after = latency.load
+    threads = "1 thread" if latency.num_threads == 1 else f"{latency.num_threads} threads"
     conditions = (
-        f"One user per request, {latency.num_threads} thread{'s' * (latency.num_threads > 1)} on {latency.num_cores} cores; load average of the "
+        f"One user per request, {threads} on {latency.num_cores} cores; load average of the "
         f"machine {before:.2f} before and {after:.2f} after. Medians over {latency.num_rounds} rounds."
     )
     if latency.is_wide:
