@@ -86,9 +86,10 @@ test-recipes: $(RECIPES_VENV)/.installed ## run the recipes for Spark (needs Jav
 
 test-processors: setup ## run the tests marked `processor` once per profile in vista_kernels.processor (VISTA_PROCESSOR)
 	@profiles=$$(PYTHONPATH=kernels $(BIN)/python -c 'from vista_kernels.processor import PROFILES; print(*PROFILES)'); \
+	files=$$(grep -rl --include='test_*.py' 'mark\.processor' tests); \
 	for profile in $$profiles; do \
 		echo "== VISTA_PROCESSOR=$$profile"; \
-		VISTA_PROCESSOR=$$profile $(ON_CPU) $(WORKERS) -m "processor and not ($(SLOW_GROUPS))" $(PYTEST_ARGS); \
+		VISTA_PROCESSOR=$$profile $(ON_CPU) $(WORKERS) -m "processor and not ($(SLOW_GROUPS))" $$files $(PYTEST_ARGS); \
 	done
 
 test-browser: setup ## open every tab of `vista explore` in headless Chromium, which must be installed (some minutes)
