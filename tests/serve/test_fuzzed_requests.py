@@ -36,7 +36,7 @@ NAMES = [f"u{number}" for number in range(12)]
 SKUS = [f"sku-{number}" for number in range(20)]
 STATUSES = (200, 400, 404, 413, 422)
 """404 is for a `model` that does not exist, and for unknown users and items."""
-LENIENT = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+LENIENT = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def save_detailed(folder: Path) -> tuple[str, ...]:
@@ -459,7 +459,7 @@ def detailed_bytes(detailed: RunningService) -> int:
     return resident_bytes(detailed)
 
 
-@settings(LENIENT, max_examples=100)
+@LENIENT
 @given(value=VALUES | st.lists(VALUES) | st.binary(max_size=70_000))
 @example(value={"a" * 31: [-1, 2**63, 1.5, -(2**40)], "a" * 32: "b" * 300, "c": ["d" * 70_000, b"e" * 70_000]})
 @example(value=-(2**63) - 1)
