@@ -240,8 +240,7 @@ pytestmark = pytest.mark.timeout(900)  # an export takes ten seconds of one idle
 
 
 LITTLE = {"features": False, "has_time": False, "num_seeds": 0, "pooled_dim": 0}
-"""Changes of a model that takes less than half of the time to export: it reads candidates, and items and actions of
-tails."""
+"""Changes of a model that takes half of the time to export: it reads candidates, and items and actions of tails."""
 
 
 @pytest.fixture(

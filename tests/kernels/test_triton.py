@@ -57,12 +57,11 @@ def offsets_of(lengths: list[int]) -> Tensor:
 
 
 def operators(*quick: str) -> pytest.MarkDecorator:
-    """Parametrize a test by operator. Those that are not quick take seconds, and run every night."""
+    """Parametrize a test by operator. The others take seconds, call much of the same code, and run every night."""
     names = [name if name in quick else pytest.param(name, marks=pytest.mark.nightly) for name in OPERATORS]
     return pytest.mark.parametrize("torch_operator", names, indirect=True)
 
 
-# The others call the same code for activations and absent inputs.
 @operators("accumulate_state", "read_state")
 @given(
     lengths=st.lists(st.one_of(st.integers(0, 3), st.integers(0, 20)), max_size=4),
@@ -127,7 +126,6 @@ def test_widths_and_blocks(width: int, value_width: int, lengths: list[int], dty
         assert err(a, b) <= tolerance * float(b.abs().max())
 
 
-# It accumulates states of chunks and scans them.
 @operators("causal_linear_attention")
 @pytest.mark.usefixtures("small_windows")
 def test_chunks_repeat_bit_for_bit(triton_operator: Operator, poisoned_memory: Callable[[], None]) -> None:
