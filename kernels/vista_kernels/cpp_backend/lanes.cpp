@@ -23,39 +23,44 @@ inline Lanes load(const float *at) { return (Lanes) * (const Unaligned *)at; }
 inline void store(float *at, Lanes x) { *(Unaligned *)at = (Unaligned)x; }
 inline size_t align(size_t count) { return (count + 15) / 16 * 16; }
 
+// The upper half of the first 2 * `half` lanes, moved down; the rest of the result is of no use.
+template <int half>
+inline Lanes upper(Lanes x) {
+    Ints from{};
+    for (int i = 0; i < half; ++i) from[i] = half + i;
+    return __builtin_shuffle(x, from);
+}
+
+inline Lanes larger(Lanes x, Lanes y) { return x < y ? y : x; }
+
 inline float sum(Lanes x) {
-    float part[W];
-    memcpy(part, &x, sizeof x);
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) part[i] += part[i + half];
-    return part[0];
+    if (W >= 16) x += upper<8>(x);
+    if (W >= 8) x += upper<4>(x);
+    x += upper<2>(x);
+    return x[0] + x[1];
 }
 
 inline float largest(Lanes x) {
-    float part[W];
-    memcpy(part, &x, sizeof x);
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; ++i) part[i] = part[i] < part[i + half] ? part[i + half] : part[i];
-    return part[0];
+    if (W >= 16) x = larger(x, upper<8>(x));
+    if (W >= 8) x = larger(x, upper<4>(x));
+    x = larger(x, upper<2>(x));
+    return x[0] < x[1] ? x[1] : x[0];
 }
 
-// e^x within 2e-7 of its size (Cephes): 2^n times a polynomial of the rest. NaN stays NaN.
+// e^x within 2e-7 of its size: 2^n times a polynomial of the rest in base 2. NaN stays NaN.
 inline Lanes exp(Lanes x) {
     x = x > 88.0f ? splat(88.0f) : x;
     x = x < -87.0f ? splat(-87.0f) : x;
-    const Lanes magic = splat(12582912.0f);  // rounds to whole numbers
-    Lanes n = (x * 1.44269504088896341f + magic) - magic;
-    Lanes r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    Lanes p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    Ints power = (__builtin_convertvector(n == n ? n : Lanes{}, Ints) + 127) << 23;
-    return p * (Lanes)power;
+    const Lanes shifted = x * 1.44269504f + 12582912.0f;  // rounds to whole numbers, which are its last bits
+    const Lanes n = shifted - 12582912.0f;
+    const Lanes r = x * 1.92596299e-8f + (x * 1.44269504f - n);
+    Lanes p = splat(1.3264727313e-03f);
+    p = p * r + 9.6715129912e-03f;
+    p = p * r + 5.5507335812e-02f;
+    p = p * r + 2.4022242427e-01f;
+    p = p * r + 6.9314700365e-01f;
+    p = p * r + 1.0f;
+    return (Lanes)((Ints)p + ((Ints)shifted << 23));
 }
 
 inline Lanes sigmoid(Lanes x) { return 1.0f / (1.0f + exp(-x)); }
@@ -262,7 +267,7 @@ void pass(const VistaModel &model, const Context &context, Work &w, int rows) {
                 softmax(w.scores, s.padded, rows, s.padded, w.own);
             } else {
                 multiply<SILU_SCORE>(query, wide, keys, s.padded, w.scores, s.padded, rows, s.padded, size, bias);
-                for (int r = 0; r < rows; ++r) w.own[r] = silu(splat(w.own[r]))[0];
+                for (int r = 0; r < rows; r += W) store(w.own + r, silu(load(w.own + r)));
             }
             for (int r = 0; r < rows; ++r) {
                 const float *value = query + (size_t)r * wide + 3 * dim;
