@@ -12,10 +12,12 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, ClassVar, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from weakref import WeakSet
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 T = TypeVar("T")
 LINE_SECONDS = 10.0
@@ -75,7 +77,7 @@ def progress_bar(
     else:
         place = {"file": _Lines(), "delay": PLAIN_DELAY_S, "mininterval": LINE_SECONDS}
         place["bar_format"] = _PLAIN if has_total else _ENDLESS
-    return _Bar(
+    bar: tqdm[T] = _bar_class()(
         iterable,
         disable=hidden,
         desc=desc,
@@ -86,6 +88,7 @@ def progress_bar(
         miniters=1,
         **place,
     )
+    return bar
 
 
 @contextmanager
@@ -123,30 +126,34 @@ def ticking(bar: tqdm[T]) -> Iterator[None]:
             thread.join()
 
 
-class _Bar(tqdm):  # type: ignore[misc]
-    """A progress bar whose lock is not shared across processes.
+@cache
+def _bar_class() -> Any:
+    """The class of bars, made when the first bar is: tqdm takes 30 ms to import, and a scorer shows none."""
+    from tqdm import tqdm
 
-    tqdm shares a lock between a process and its forked children. A child that is killed while it holds that lock would
-    block the bars of all the others forever. With tqdm's monitor thread off, bars need `miniters=1`.
-    """
+    class _Bar(tqdm):  # type: ignore[misc]
+        """A progress bar whose lock is not shared across processes.
 
-    _lock = threading.RLock()
-    _instances: ClassVar[WeakSet[Any]] = WeakSet()
-    monitor_interval = 0
-    disable = True
-    """Until the bar is made, so that an interrupt before that leaves nothing to close."""
+        tqdm shares a lock between a process and its forked children. A child that is killed while it holds that lock
+        would block the bars of all the others forever. With tqdm's monitor thread off, bars need `miniters=1`.
+        """
 
-    def refresh(self, nolock: bool = False, lock_args: Any = None) -> bool | None:
-        """Display the bar. Unlike tqdm, it releases the lock if the write fails or is interrupted."""
-        with self._lock:
-            return super().refresh(nolock=True)  # type: ignore[no-any-return]
+        _lock = threading.RLock()
+        _instances: ClassVar[WeakSet[Any]] = WeakSet()
+        monitor_interval = 0
+        disable = True
+        """Until the bar is made, so that an interrupt before that leaves nothing to close."""
 
+        def refresh(self, nolock: bool = False, lock_args: Any = None) -> bool | None:
+            """Display the bar. Unlike tqdm, it releases the lock if the write fails or is interrupted."""
+            with self._lock:
+                return super().refresh(nolock=True)  # type: ignore[no-any-return]
 
-def _renew_lock() -> None:
-    _Bar._lock = threading.RLock()
+    def renew_lock() -> None:
+        _Bar._lock = threading.RLock()
 
-
-os.register_at_fork(after_in_child=_renew_lock)  # another thread of the parent may have held it at the fork
+    os.register_at_fork(after_in_child=renew_lock)  # another thread of the parent may have held it at the fork
+    return _Bar
 
 
 class _Lines:

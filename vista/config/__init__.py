@@ -1,76 +1,21 @@
 """All configurations of vista: plain dataclasses with defaults and units. YAML files list only what differs.
 
-Only `vista.config.composition` uses Hydra: the command line turns its words into these objects once.
+Only `vista.config.composition` uses Hydra: the command line turns its words into these objects once. A module of
+configurations is imported when one of its names is first used, so that a scorer does not import those of commands.
 """
 
-from vista.config.log_config import (
-    EventFilterConfig,
-    FeatureTableConfig,
-    FromEventsConfig,
-    ImpressionsConfig,
-    ItemTableConfig,
-    LogCompactConfig,
-    LogEraseConfig,
-    LogForgetConfig,
-    LogStatsConfig,
-    LogVerifyConfig,
-    PrepareConfig,
-    SimulateConfig,
-    SourceColumns,
-    SourceConfig,
-    StreamConfig,
-    UserTableConfig,
-)
-from vista.config.model_config import (
-    DinConfig,
-    FuxiLinearConfig,
-    HstuConfig,
-    ModelConfig,
-    SasrecConfig,
-    SimConfig,
-    TwinConfig,
-)
-from vista.config.serve_config import (
-    CompletionConfig,
-    DoctorConfig,
-    ExploreConfig,
-    ExportConfig,
-    IndexConfig,
-    ItemsAddConfig,
-    ItemsEmbedConfig,
-    ItemsTokenizeConfig,
-    ScoreConfig,
-    ServeConfig,
-)
-from vista.config.store_config import (
-    PlanConfig,
-    RayConfig,
-    RefreshConfig,
-    RefreshOptions,
-    StoreCompactConfig,
-    StoreCopyConfig,
-    StoreEraseConfig,
-    StoreExportConfig,
-    StoreGetConfig,
-    StoreImportConfig,
-    StoreMergeConfig,
-    StoreRollbackConfig,
-    StoreStatsConfig,
-    StoreVerifyConfig,
-    WatchConfig,
-)
-from vista.config.train_config import (
-    CompareConfig,
-    DataConfig,
-    EvaluateConfig,
-    OptimConfig,
-    ReportConfig,
-    RunsCompareConfig,
-    RunsConfig,
-    SweepConfig,
-    TrackingConfig,
-    TrainConfig,
-)
+# ruff: noqa: F403, F405
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vista.config.log_config import *
+    from vista.config.model_config import *
+    from vista.config.serve_config import *
+    from vista.config.store_config import *
+    from vista.config.train_config import *
 
 __all__ = [
     "CompareConfig",
@@ -132,3 +77,13 @@ __all__ = [
     "UserTableConfig",
     "WatchConfig",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a configuration on first use (PEP 562)."""
+    if name in __all__:
+        for module in ("model_config", "train_config", "log_config", "store_config", "serve_config"):
+            if (found := vars(import_module(f"vista.config.{module}")).get(name)) is not None:
+                globals()[name] = found
+                return found
+    raise AttributeError(f"module 'vista.config' has no attribute {name!r}")

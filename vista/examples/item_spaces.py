@@ -21,6 +21,7 @@ L tail length, T events of H histories, n requests on them, F spaces of a table.
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +34,10 @@ from vista.examples.item_statistics import (
     CounterRequests,
     WholeHistories,
 )
-from vista.log.event_log import EventLog
 from vista.log.splits import random_users_counts, visible_blocks
+
+if TYPE_CHECKING:
+    from vista.log.event_log import EventLog
 
 FOLDS = 4
 MIN_USERS = 3

@@ -14,12 +14,11 @@ from vista.arrays import Float32s, Int, offsets_of
 from vista.config.model_config import PREVIOUS, parts_of
 from vista.counters.counters import CounterCodes, OccurrenceIndex
 from vista.counters.keys import ItemKeys, UserCounters
-from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS, Histories, ranges
 from vista.log.splits import EVENTS_PER_BLOCK, random_users_counts, visible_blocks
 
 if TYPE_CHECKING:
-    pass
+    from vista.log.event_log import EventLog
 
 logger = logging.getLogger(__name__)
 

@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vista.arrays import Int
-from vista.config import DataConfig
 from vista.config.checks import Split
 from vista.errors import ConfigError, shown
-from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS, MINUTE_MS, Histories, rows_that_fit, token_groups
+
+if TYPE_CHECKING:
+    from vista.config import DataConfig
+    from vista.log.event_log import EventLog
 
 MAX_MS = 10**18 - 1
 """Numbers have at most 18 digits, so that all arithmetic with them fits int64."""
