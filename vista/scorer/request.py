@@ -230,7 +230,7 @@ def request_pooled(
         return None
     space: Float32s = model.weights["item_space"]
     sums = stored.summary[:, -1, :width].astype(np.float64) * stored.event_count[:, None]
-    if is_fresh.any():
+    if np.count_nonzero(is_fresh):
         owner = np.repeat(np.arange(len(sums)), np.diff(tail.offsets))
         np.add.at(sums, owner[is_fresh], space[tail.items[is_fresh]])
     return pooled_vectors(space, sums, padded.item)
@@ -514,7 +514,7 @@ def request_times(now: Any, num_users: int) -> Int | None:
     times = integers(now, "now", "integer milliseconds")
     if times.shape not in ((), (num_users,)):
         raise ValueError(f"now: must be one time, or one for each of {num_users} users, got shape {times.shape}")
-    return np.broadcast_to(times, (num_users,))
+    return np.full(num_users, times)
 
 
 def current_times(newest: Int) -> Int:

@@ -602,7 +602,7 @@ def _predict(call: Call, candidates: Any, features: Any, tasks: list[str]) -> di
     if call.on_missing is OnMissing.nan:
         nobody = missing | unknown
         scores = {task: np.where(nobody, np.float32(np.nan), cells) for task, cells in scores.items()}
-    call.tally(candidates=unknown.size, unknown_candidates=int(unknown.sum()))
+    call.tally(candidates=unknown.size, unknown_candidates=np.count_nonzero(unknown))
     if is_tensor(values):
         return {task: values.new_tensor(cells, dtype=sys.modules["torch"].float32) for task, cells in scores.items()}
     return scores

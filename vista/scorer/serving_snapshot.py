@@ -205,21 +205,21 @@ class ServingSnapshot:
         stored, damaged = self._stored(ids, on_missing, tally)
         bad = damaged
         times, is_open = request_times(now, len(bad)), np.zeros(len(bad), np.bool_)
-        if times is not None and (is_open := times == NOW).any():
+        if times is not None and np.count_nonzero(is_open := times == NOW):
             times = np.where(is_open, current_times(np.zeros(len(bad), np.int64)), times)
         if times is not None and model.schema.has_time:
             wrong = impossible_times(times, stored.last_event_ts)
-            if wrong.any() and on_missing is not OnMissing.nan:
+            if np.count_nonzero(wrong) and on_missing is not OnMissing.nan:
                 raise not_a_time("now", times[wrong][0])
             times, bad = np.where(wrong, np.maximum(stored.last_event_ts, 0), times), bad | wrong
-        num_found = int(stored.found.sum())
+        num_found = np.count_nonzero(stored.found)
         if max_age_s is not None:
             now_ms, max_age_ms = time.time_ns() // 1_000_000, int(1000 * max_age_s)
             stored = stored.without(stored.expired(now_ms, refreshed_at, max_age_ms))
         unknown = ~stored.found
-        num_hits = int(stored.found.sum())
-        num_missing = len(unknown) - num_found - int(damaged.sum())
-        if on_missing is OnMissing.error and unknown.any():
+        num_hits = np.count_nonzero(stored.found)
+        num_missing = len(unknown) - num_found - np.count_nonzero(damaged)
+        if on_missing is OnMissing.error and num_hits < len(unknown):
             tally(hits=num_hits, stale=num_found - num_hits, misses=num_missing)
             absent = id_array(ids)[unknown][:5].tolist()
             raise UnknownUserError(
@@ -231,13 +231,13 @@ class ServingSnapshot:
             refuse = on_missing is not OnMissing.nan
             merged, is_fresh, wrong = with_fresh_events(model, stored, tail, refuse=refuse)
             bad = bad | wrong
-        tally(hits=num_hits, stale=num_found - num_hits, misses=num_missing, bad_users=int(bad.sum()))
+        tally(hits=num_hits, stale=num_found - num_hits, misses=num_missing, bad_users=np.count_nonzero(bad))
         padded = pad_tail(model, merged.items, merged.times, merged.actions, merged.offsets, merged.features)
-        if times is not None and model.schema.has_time and is_open.any():
+        if times is not None and model.schema.has_time and np.count_nonzero(is_open):
             newest = np.maximum(stored.last_event_ts, np.where(padded.valid.any(1), padded.last_time, 0))
             times = np.where(is_open, current_times(newest), times)
         summary = stored.summary[:, : model.config.num_seeds]
-        if unknown.any():
+        if num_hits < len(unknown):
             summary = np.where(unknown[:, None, None], model.empty, summary)
         keys = model.item_keys
         counters = None if keys is None else RequestCounters.of(keys, stored, merged, is_fresh, times)

@@ -476,15 +476,15 @@ class ScoringModel:
             raise ValueError("events: neither items nor vectors are given")
         given.added = _pointer(request.added, "added", (num_users, 5 * dim))
         given.offsets = _pointer(offsets, "offsets", (num_users + 1,), np.int64)
-        lengths = np.diff(offsets)
-        if offsets[0] != 0 or (lengths < 0).any():
+        lengths = offsets[1:] - offsets[:-1]
+        if offsets[0] != 0 or np.count_nonzero(lengths < 0):
             raise ValueError("offsets: must rise from 0")
         given.shared = request.shared
         if request.rows is not None:
             count: int | None = int(offsets[-1])
             if request.shared:
                 count = int(lengths[0]) if num_users else None
-                if (lengths != count).any():
+                if np.count_nonzero(lengths != count):
                     raise ValueError("offsets: users who share candidates must have the same number of them")
             given.rows = _pointer(request.rows, "rows", (count,), np.int64)
         if logits:

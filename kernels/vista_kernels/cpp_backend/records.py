@@ -123,7 +123,7 @@ class RecordDecoder:
         count, fields = len(starts) - 1, self._num_fields
         if len(content) != starts[-1] or headers.nbytes != 128 * count or len(checksums) != 8 * count:
             raise ValueError("content, headers, checksums: their sizes do not match the records")
-        if len(key_hashes) != 8 * count or (np.diff(starts) < 128).any():
+        if len(key_hashes) != 8 * count or np.count_nonzero(starts[1:] - starts[:-1] < 128):
             raise ValueError("starts, key_hashes: their sizes do not match the records")
         data = np.frombuffer(content, np.uint8).__array_interface__["data"][0]
         at, layout = starts.__array_interface__["data"][0], ctypes.byref(self._layout)
