@@ -257,6 +257,15 @@ COMMANDS: dict[str, Command] = {
             "vista doctor out=doctor.json",
         ),
     ),
+    "monitor": Command(
+        config.MonitorConfig,
+        _handler("run_commands", "run_monitor"),
+        "Compare the newest window of a log, its store, and its scores with the training data: what is due.",
+        (
+            "vista monitor data=data/mine model=runs/mine/best store=stores/mine",
+            "vista monitor data=data/mine model=runs/mine/best now=2024-12-01 out=null metrics=monitor.prom",
+        ),
+    ),
     "completion": Command(
         config.CompletionConfig,
         _handler("completion", "run_completion"),

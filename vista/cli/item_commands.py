@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vista.model.codebooks import Codebooks, ResidualCodes
     from vista.model.vista_model import VistaModel
 
-CARD_FILE, MAX_CARD_BYTES = "README.md", 1 << 20
+CARD_FILE, MAX_TEXT_BYTES = "README.md", 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
     from vista.log.vocabulary import Vocabulary
     from vista.model.item_feature_table import check_categories
     from vista.model.registry import with_items
-    from vista.model.saved_model import check_is_model
+    from vista.model.saved_model import REFERENCE_FILE, check_is_model
     from vista.model.vista_model import VistaModel
 
     folder = Path(config.model)
@@ -89,7 +89,7 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
                 f"model={folder}: was trained without item features, so it cannot rank new items; add features to the "
                 "log with `vista prepare append=true items.paths=[…]`, then retrain"
             )
-        card = _card(folder / CARD_FILE)
+        card, reference = _text(folder / CARD_FILE), _text(folder / REFERENCE_FILE)
         dims = {column.name: column.size for column in model.schema.item_features if column.kind == "vector"}
         with elapsed_time("read items"):
             items, features = read_items(with_columns(config.items, columns), model.items.kind, dims)
@@ -107,14 +107,14 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
             unseen = _unseen_values(features, model)
             with elapsed_time("extend the model"):
                 model = with_items(model, ids[new].tolist(), features)
-                model.save_pretrained(folder, card=card)
+                model.save_pretrained(folder, card=card, reference=reference)
     return ItemsAdded(str(folder), len(new), len(known), differing, len(model.items), unseen)
 
 
-def _card(path: Path) -> str | None:
-    """The model card, which the extended model keeps; None if there is none."""
+def _text(path: Path) -> str | None:
+    """The model card or the reference, which the extended model keeps; None if there is none."""
     try:
-        return read_limited(path, MAX_CARD_BYTES).decode()
+        return read_limited(path, MAX_TEXT_BYTES).decode()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:

@@ -12,6 +12,7 @@ from vista.config import (
     EvaluateConfig,
     ExploreConfig,
     ExportConfig,
+    MonitorConfig,
     PlanConfig,
     ReportConfig,
     SweepConfig,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from vista.evaluation.evaluate import EvaluationReport
     from vista.export.export import ExportReport
     from vista.planning.capacity_plan import CapacityPlan
+    from vista.report.monitor import MonitorReport
     from vista.report.report import WrittenReport
     from vista.runs.run_list import RunComparison, RunList
     from vista.sweep import SweepReport
@@ -142,6 +144,13 @@ def run_export(config: ExportConfig) -> ExportReport:
             store=config.store,
             key=read_key(config.authentication_key_file),
         )
+
+
+def run_monitor(config: MonitorConfig) -> MonitorReport:
+    """`vista monitor`; errors as of `monitor`."""
+    from vista.report.monitor import monitor
+
+    return monitor(config)
 
 
 def run_explore(config: ExploreConfig) -> None:

@@ -1,4 +1,4 @@
-"""Configurations of `vista serve`, `score`, `explore`, `export`, `index`, `items …`, `doctor`, and `completion`."""
+"""Configurations of `vista serve`, `score`, `explore`, `export`, `index`, `items …`, `doctor`, and `monitor`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from vista.config.checks import (
     RunsOn,
     Shell,
     Threads,
+    UsesLog,
     UsesModel,
     UsesStore,
     WritesJson,
@@ -386,6 +387,22 @@ class DoctorConfig(WritesJson):
     """Folder or URL of a summary store to check, and to compare with the model; null checks none."""
     data: str | None = None
     """Folder of an EventLog to check; null checks none."""
+
+
+@dataclass(kw_only=True, slots=True)
+class MonitorConfig(Threads, Keyed, UsesModel, UsesLog):
+    """The newest window of a log, to compare with the training data of a model."""
+
+    store: str | None = None
+    """Folder or URL of the model's summary store, to check its records and the scores of its users; null checks
+    neither."""
+    now: str | None = None
+    """End of the window: ISO date or time (UTC), or integer milliseconds. null takes the current time."""
+    out: str | None = "monitor.html"
+    """HTML page to write; an existing file is replaced. null writes none."""
+    metrics: str | None = None
+    """File for gauges in Prometheus' text format, such as one in the folder of the node exporter's textfile collector;
+    an existing file is replaced. null writes none."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -424,18 +424,27 @@ class RankingModel(nn.Module, Readings):
         """What config.json says about the model."""
         return ModelDescription(self.config, self.schema, self.data, self.num_trained_items)
 
-    def save_pretrained(self, folder: str | Path, *, card: str | None = None, weights_file: Path | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        card: str | None = None,
+        reference: str | None = None,
+        weights_file: Path | None = None,
+    ) -> None:
         """Write config.json, model.safetensors, the item vocabulary and, if given, a card as README.md, atomically.
 
         Args:
             folder: a model in it is replaced.
+            reference: content of reference.json (`vista.evaluation.reference`).
             weights_file: a file on the same disk that already has the weights, and becomes model.safetensors.
 
         Raises:
             CheckpointError: if they cannot be written, for example because the disk is full, or if the folder holds
                 something other than a model.
         """
-        write_model(self, checked_path(folder, CheckpointError), card=card, weights_file=weights_file)
+        path = checked_path(folder, CheckpointError)
+        write_model(self, path, card=card, reference=reference, weights_file=weights_file)
 
     def task_outputs(self) -> list[nn.Linear]:
         """The layers whose outputs add up to the logits of labeled tasks; only the first has a bias."""

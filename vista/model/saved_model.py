@@ -49,6 +49,8 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 15
 CONFIG_FILE = "config.json"
+REFERENCE_FILE = "reference.json"
+"""What is normal in the training data (`vista.evaluation.reference`). Loading a model does not read it."""
 INDEX_MANIFEST = "index.json"
 """In the folder of an index of items (`vista.model.item_index`), which this module need not load."""
 MAX_BYTES = 16 << 20
@@ -375,7 +377,9 @@ def check_is_model(folder: Path) -> None:
             )
 
 
-def write_model(model: RankingModel, folder: Path, *, card: str | None, weights_file: Path | None) -> None:
+def write_model(
+    model: RankingModel, folder: Path, *, card: str | None, reference: str | None, weights_file: Path | None
+) -> None:
     """Write the folder of `RankingModel.save_pretrained`."""
     from safetensors.torch import save_file  # Reading a folder does not need torch.
 
@@ -395,8 +399,9 @@ def write_model(model: RankingModel, folder: Path, *, card: str | None, weights_
                     reader.save(partial, name.removesuffix("_features"))
             model.save_serving_tables(partial)
             model.description().write(partial)
-            if card is not None:
-                (partial / "README.md").write_text(card, encoding="utf-8")
+            for name, content in (("README.md", card), (REFERENCE_FILE, reference)):
+                if content is not None:
+                    (partial / name).write_text(content, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: the model could not be written ({error}); free space or correct the permissions, then try again"

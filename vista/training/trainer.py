@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, cast
@@ -22,11 +23,13 @@ from vista.config.train_config import without_places
 from vista.device import announce, autocast, choose_precision, cpu_settings, resolve_device, set_threads
 from vista.errors import ConfigError, NonFiniteLossError
 from vista.evaluation.metrics import mean_and_error
+from vista.evaluation.reference import make_reference
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchPrefetcher, BatchSource
 from vista.files import replace_file, replace_text, replaced_folder
 from vista.installation import __version__
 from vista.log.event_log import EventLog, log_digest
+from vista.log.splits import split_until
 from vista.model.losses import Losses, weighted_losses
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model
@@ -48,7 +51,7 @@ from vista.training.run_folder import (
     num_parameters,
 )
 from vista.training.run_plan import Progress, RunClock, plan_run, warn_of_few_steps
-from vista.training.validation import Validation, compare_with_baselines
+from vista.training.validation import Validation, compare_with_baselines, reference_scores
 from vista.training.warm_start import WarmStart, drawn_model, start_model, training_vectors
 
 
@@ -226,8 +229,27 @@ class Trainer:
                     logger.info("%s is the model of epoch 0: attention added nothing to it", self.run_dir / "best")
             best, share = self.run_dir / "best", self._clock.waiting_share
             waited = "" if share is None else f", {share:.1%} of their time spent waiting for batches"
+            model = load_model(best, self.device)
+            if self._ranks.leads and isinstance(model, VistaModel):
+                self._write_reference(model, best)
             logger.info("done: %d steps%s; model in %s", self.progress.step, waited, best)
-            return load_model(best, self.device)
+            return model
+
+    def _write_reference(self, model: VistaModel, folder: Path) -> None:
+        """Write what is normal in the windows of the training data, if the log has enough of them."""
+        newest = self.log.time_range() if self.log.has_time else None
+        if newest is None:
+            return
+        end, rows = split_until(self.config.data, "train").before, model.rows_of(self.log.items)
+        reference = make_reference(
+            self.log,
+            newest[1] + 1 if end is None else end,
+            model.items,
+            partial(reference_scores, model, self.log, rows),
+        )
+        if reference is not None:
+            with typed_errors(folder):
+                reference.write(folder)
 
     def _start(self, metrics: MetricsWriter) -> bool:
         """Set the weights and the state of the run, from the newest checkpoint if there is one, and its folder; whether

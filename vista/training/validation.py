@@ -46,7 +46,7 @@ from vista.examples.batch_source import trained_tasks
 from vista.examples.item_spaces import PooledHistories
 from vista.examples.item_statistics import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
-from vista.log.histories import Histories, rows_that_fit, token_groups
+from vista.log.histories import Histories, RowFeatures, rows_that_fit, token_groups
 from vista.log.splits import (
     EVENTS_PER_BLOCK,
     READ_EVENT_BYTES,
@@ -62,7 +62,7 @@ from vista.model.baselines.history_model import HistoryModel
 from vista.model.features import log_encoder
 from vista.model.history_states import GrowingStates
 from vista.model.inference import LogUsers
-from vista.model.ranking_model import RankingModel
+from vista.model.ranking_model import NEXT_TASK, RankingModel
 from vista.model.serving_model import PaddedTail, pad_tail
 from vista.model.target_attention import TargetContext
 from vista.model.vista_model import VistaModel
@@ -209,6 +209,49 @@ class SummaryAnswers:
         return dataclasses.replace(histories, item=item, features=features)
 
 
+def reference_scores(
+    model: VistaModel, log: EventLog, item_rows: Int, users: Int, covered: Int, now: Int, rows: Int
+) -> dict[str, Float32s]:
+    """Scores of some items for users at some times, for the reference of `vista monitor`.
+
+    Args:
+        item_rows: int64 [log.num_items], the model row of each of the log's items.
+        users: int64 [U] rows of the log, each once.
+        covered: int64 [U] events that summaries cover.
+        now: int64 [U] ms.
+        rows: int64 [C] rows of `model.items`.
+
+    Returns:
+        float32 [U, C] by task.
+    """
+    if not len(users):
+        return {}
+    all_covered = np.zeros(log.num_users, np.int64)
+    all_covered[users] = covered
+    answers = SummaryAnswers(model, log, item_rows, np.sort(users), all_covered, EVENTS_PER_BLOCK)
+    scores = {}
+    if model.has_retrieval:
+        cases = NextItemCases(users, covered, np.zeros(len(users), np.int64), now)
+        parts = [slice(low, low + USERS_SCORED) for low in range(0, len(users), USERS_SCORED)]
+        scores[NEXT_TASK] = np.concatenate([answers.catalog_scores(cases.part(part))[:, rows] for part in parts])
+    if tasks := model.schema.tasks:
+        shape = len(users) * len(rows), len(tasks)
+        pairs = ImpressionCases(
+            *(np.repeat(column, len(rows)) for column in (users, covered)),
+            np.tile(log.items.rows(model.items.ids(rows).tolist()), len(users)),
+            np.repeat(now, len(rows)),
+            np.zeros(shape, np.float32),
+            np.zeros(shape, bool),
+            None,
+            tasks,
+            RowFeatures.missing(log.request_features, shape[0]),
+        )
+        probabilities = answers.probabilities(pairs)
+        scores |= {task: probabilities[:, place].reshape(len(users), -1) for place, task in enumerate(tasks)}
+    return scores
+
+
+USERS_SCORED = 64
 USERS_PER_BATCH = 512
 logger = logging.getLogger(__name__)
 
