@@ -257,6 +257,13 @@ class ExportError(VistaError):
     """
 
 
+class PromotionError(VistaError):
+    """A model does not become the champion, because a gate failed, or there is no earlier model to go back to.
+
+    Remedy: train a better model, or promote with `force=true`, which the audit file records.
+    """
+
+
 class NonFiniteLossError(VistaError):
     """The loss, its gradients or the scores of a validation became infinite or NaN during training.
 

@@ -228,7 +228,7 @@ def test_page_gauges_and_records_of_a_trained_model(
     config.data.validation_from = config.data.test_from = str(START + (TRAINED - 2) * DAY_MS)
     model, best = train(config, log), tmp_path / "run" / "best"
     refresh(model, log, tmp_path / "store", until=START + (TRAINED - 1) * DAY_MS)
-    asked = [f"data={log.path}", f"model={best}", f"store={tmp_path / 'store'}", "metrics=monitor.prom"]
+    asked = [f"data={log.path}", f"model={best}", f"store={tmp_path / 'store'}", "metrics_file=monitor.prom"]
     assert (best / REFERENCE_FILE).stat().st_size < 30_000
 
     assert main(["monitor", *asked, f"now={START + TRAINED * DAY_MS}"]) == 0

@@ -263,7 +263,7 @@ COMMANDS: dict[str, Command] = {
         "Compare the newest window of a log, its store, and its scores with the training data: what is due.",
         (
             "vista monitor data=data/mine model=runs/mine/best store=stores/mine",
-            "vista monitor data=data/mine model=runs/mine/best now=2024-12-01 out=null metrics=monitor.prom",
+            "vista monitor data=data/mine model=runs/mine/best now=2024-12-01 out=null metrics_file=monitor.prom",
         ),
     ),
     "completion": Command(
@@ -276,6 +276,27 @@ COMMANDS: dict[str, Command] = {
             "vista completion fish",
         ),
         positional="shell",
+    ),
+    "model promote": Command(
+        config.ModelPromoteConfig,
+        _handler("run_commands", "run_model_promote"),
+        "Copy a model into a registry as the challenger, or as the champion if it passes all gates.",
+        (
+            "vista model promote model=runs/february/best alias=challenger",
+            "vista model promote data=data/mine",
+        ),
+    ),
+    "model rollback": Command(
+        config.ModelRollbackConfig,
+        _handler("run_commands", "run_model_rollback"),
+        "Let the champion of a registry be the model that it was before.",
+        ("vista model rollback",),
+    ),
+    "model list": Command(
+        config.ModelListConfig,
+        _handler("run_commands", "run_model_list"),
+        "List the models of a registry with their aliases and their last change.",
+        ("vista model list",),
     ),
     "items add": Command(
         config.ItemsAddConfig,

@@ -12,6 +12,9 @@ from vista.config import (
     EvaluateConfig,
     ExploreConfig,
     ExportConfig,
+    ModelListConfig,
+    ModelPromoteConfig,
+    ModelRollbackConfig,
     MonitorConfig,
     PlanConfig,
     ReportConfig,
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from vista.evaluation.evaluate import EvaluationReport
     from vista.export.export import ExportReport
     from vista.planning.capacity_plan import CapacityPlan
+    from vista.report.lifecycle import ModelTable, Promotion
     from vista.report.monitor import MonitorReport
     from vista.report.report import WrittenReport
     from vista.runs.run_list import RunComparison, RunList
@@ -151,6 +155,27 @@ def run_monitor(config: MonitorConfig) -> MonitorReport:
     from vista.report.monitor import monitor
 
     return monitor(config)
+
+
+def run_model_promote(config: ModelPromoteConfig) -> Promotion:
+    """`vista model promote`; errors as of `promote`."""
+    from vista.report.lifecycle import promote
+
+    return promote(config)
+
+
+def run_model_rollback(config: ModelRollbackConfig) -> Promotion:
+    """`vista model rollback`; errors as of `roll_back`."""
+    from vista.report.lifecycle import roll_back
+
+    return roll_back(config)
+
+
+def run_model_list(config: ModelListConfig) -> ModelTable:
+    """`vista model list`; errors as of `list_models`."""
+    from vista.report.lifecycle import list_models
+
+    return list_models(config)
 
 
 def run_explore(config: ExploreConfig) -> None:

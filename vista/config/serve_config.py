@@ -11,6 +11,7 @@ from typing import Any
 
 from vista.config.checks import (
     MAX_THREADS,
+    Alias,
     Checked,
     ExportFormat,
     IndexKind,
@@ -400,9 +401,55 @@ class MonitorConfig(Threads, Keyed, UsesModel, UsesLog):
     """End of the window: ISO date or time (UTC), or integer milliseconds. null takes the current time."""
     out: str | None = "monitor.html"
     """HTML page to write; an existing file is replaced. null writes none."""
-    metrics: str | None = None
+    metrics_file: str | None = None
     """File for gauges in Prometheus' text format, such as one in the folder of the node exporter's textfile collector;
     an existing file is replaced. null writes none."""
+
+
+@dataclass(kw_only=True)
+class UsesRegistry(Checked):
+    """A command on a folder of models."""
+
+    __slots__ = ()
+    registry: str = "registry"
+    """Folder of the registry, which is made if it does not exist."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelPromoteConfig(Threads, UsesRegistry):
+    """Copy a model into a registry, and let an alias name it."""
+
+    alias: Alias = Alias.champion
+    """champion, which needs all gates to pass, or challenger, which needs none."""
+    model: str | None = None
+    """Folder of the exported model. null takes the challenger."""
+    name: str | None = None
+    """Name of the model in the registry. null takes that of its run folder."""
+    data: str | None = None
+    """Folder of the EventLog on whose validation labels the gates are measured."""
+    max_latency_ms: float | None = None
+    """Maximum median time of a request for 200 candidates, in ms. null allows 1.25 times that of the champion."""
+    force: bool = False
+    """Do not measure the gates. The audit file records it."""
+
+    def __post_init__(self) -> None:
+        Threads.__post_init__(self)
+        require_finite(self, "", ("max_latency_ms",), positive=True, most=1e6)
+        good = self.name is None or _NAME.fullmatch(self.name) is not None
+        require(good, "name", "has at most 64 letters, digits, dots, underscores, and hyphens")
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelRollbackConfig(UsesRegistry):
+    """Let an alias name the model again that it named before."""
+
+    alias: Alias = Alias.champion
+    """champion or challenger."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelListConfig(UsesRegistry):
+    """The models of a registry."""
 
 
 @dataclass(kw_only=True, slots=True)

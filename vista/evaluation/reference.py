@@ -301,8 +301,8 @@ def stability_index(own: Int, reference: Int) -> float:
 
 def _scaled_index(own: Int, reference: Int, size: float) -> float:
     """The index, without the part that fewer rows than usual explain."""
-    total = reference.sum()
-    usual, here = 1 / size + 1 / total, 1 / own.sum() + 1 / total
+    total = int(reference.sum())
+    usual, here = 1 / size + 1 / total, 1 / int(own.sum()) + 1 / total
     return stability_index(own, reference) * min(1.0, usual / here)
 
 
@@ -470,7 +470,7 @@ def make_reference(
     for window in windows:
         # Of a model that is trained when the window begins, items that come later are unknown.
         old = in_model & (first_seen < window.begin)
-        counts.append(count_window(window, edges, log.actions, lambda rows, old=old: old[rows], range_ms[0]))
+        counts.append(count_window(window, edges, log.actions, old.__getitem__, range_ms[0]))
     scored: list[int] | list[str] = []
     if score is not None and len(items):
         rows = np.sort(np.random.default_rng(0).permutation(len(items))[:NUM_SCORED_ITEMS])

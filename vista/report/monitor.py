@@ -136,7 +136,7 @@ def monitor(config: MonitorConfig) -> MonitorReport:
         StoreError: the store cannot be read.
         LogFormatError: the log cannot be read.
     """
-    for key, path in (("out", config.out), ("metrics", config.metrics)):
+    for key, path in (("out", config.out), ("metrics_file", config.metrics_file)):
         if path is not None:
             writable_file(Path(path), key)
     reference = Reference.read(Path(config.model))
@@ -147,13 +147,13 @@ def monitor(config: MonitorConfig) -> MonitorReport:
     with ExitStack() as stack, cpu_settings(config.num_threads):
         scorer = None
         if config.store is not None:
-            key = read_key(config.authentication_key_file)
-            scorer = stack.enter_context(Scorer.open(config.model, config.store, key=key))
+            secret = read_key(config.authentication_key_file)
+            scorer = stack.enter_context(Scorer.open(config.model, config.store, key=secret))
         report = read_monitor(reference, log, Path(config.model), now, scorer, is_live=config.now is None)
     if config.out is not None:
         replace_text(Path(config.out), _page(report, reference, config))
-    if config.metrics is not None:
-        replace_text(Path(config.metrics), gauges(report))
+    if config.metrics_file is not None:
+        replace_text(Path(config.metrics_file), gauges(report))
     return report
 
 

@@ -237,14 +237,15 @@ def reference_scores(
     if tasks := model.schema.tasks:
         shape = len(users) * len(rows), len(tasks)
         pairs = ImpressionCases(
-            *(np.repeat(column, len(rows)) for column in (users, covered)),
-            np.tile(log.items.rows(model.items.ids(rows).tolist()), len(users)),
-            np.repeat(now, len(rows)),
-            np.zeros(shape, np.float32),
-            np.zeros(shape, bool),
-            None,
-            tasks,
-            RowFeatures.missing(log.request_features, shape[0]),
+            user=np.repeat(users, len(rows)),
+            seen=np.repeat(covered, len(rows)),
+            item=np.tile(log.items.rows(model.items.ids(rows).tolist()), len(users)),
+            timestamp=np.repeat(now, len(rows)),
+            label=np.zeros(shape, np.float32),
+            mask=np.zeros(shape, bool),
+            probability=None,
+            tasks=tasks,
+            features=RowFeatures.missing(log.request_features, shape[0]),
         )
         probabilities = answers.probabilities(pairs)
         scores |= {task: probabilities[:, place].reshape(len(users), -1) for place, task in enumerate(tasks)}

@@ -1,0 +1,107 @@
+"""`vista model`: a registry of models, gates, aliases that scorers follow, and the audit file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import Served
+from vista.cli.main import main
+from vista.config import ModelListConfig, ModelPromoteConfig, ModelRollbackConfig, RefreshOptions
+from vista.config.checks import Alias, Codec
+from vista.errors import ConfigError, PromotionError
+from vista.model.vista_model import VistaModel
+from vista.refresh import refresh
+from vista.report.lifecycle import AUDIT_FILE, Promotion, audit_lines, list_models, promote, roll_back
+from vista.scorer import Scorer
+
+
+def damaged(served: Served, folder: Path) -> Path:
+    """A copy of a model whose labeled tasks and rankings are noise."""
+    model = VistaModel.from_pretrained(served.model_dir)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_promotion_gates_and_rollback(served_tasks: Served, tmp_path: Path) -> None:
+    registry, data = str(tmp_path / "registry"), str(served_tasks.log.path)
+
+    def asked(model: Path | None, alias: Alias = Alias.champion, **more: object) -> Promotion:
+        path = None if model is None else str(model)
+        return promote(ModelPromoteConfig(registry=registry, model=path, alias=alias, **more))  # type: ignore[arg-type]
+
+    with pytest.raises(ConfigError, match="data: name the EventLog"):
+        asked(served_tasks.model_dir, name="first")
+    first = asked(served_tasks.model_dir, name="first", data=data)
+    assert first.before is None and all(gate.passed for gate in first.gates)
+    assert [gate.name for gate in first.gates][-2:] == ["served against float32", "median ms for 200 candidates"]
+    assert os.readlink(tmp_path / "registry" / "champion") == "models/first"
+
+    bad = damaged(served_tasks, tmp_path / "bad")
+    asked(bad, Alias.challenger)
+    with pytest.raises(PromotionError, match="against the champion"):
+        asked(None, data=data)
+    assert os.readlink(tmp_path / "registry" / "champion") == "models/first"
+    assert asked(bad, force=True).before == "first"
+    assert os.readlink(tmp_path / "registry" / "champion") == "models/bad"
+    assert roll_back(ModelRollbackConfig(registry=registry)).model == "first"
+    assert os.readlink(tmp_path / "registry" / "champion") == "models/first"
+    with pytest.raises(PromotionError, match="no earlier model"):
+        roll_back(ModelRollbackConfig(registry=registry))
+
+    lines = audit_lines(Path(registry))
+    assert [(line["what"], line["model"]) for line in lines] == [
+        ("promote", "first"),
+        ("promote", "bad"),
+        ("refuse", "bad"),
+        ("force", "bad"),
+        ("rollback", "first"),
+    ]
+    assert not all(gate["passed"] for gate in lines[2]["gates"]) and "@" in lines[2]["who"]
+    listed = list_models(ModelListConfig(registry=registry)).models
+    assert {one["name"]: one["aliases"] for one in listed} == {"first": ["champion"], "bad": ["challenger"]}
+
+
+def test_another_model_cannot_take_a_name(served: Served, served_tasks: Served, tmp_path: Path) -> None:
+    registry = str(tmp_path / "registry")
+    promote(ModelPromoteConfig(registry=registry, model=str(served.model_dir), name="a", force=True))
+    with pytest.raises(ConfigError, match="names another model"):
+        promote(ModelPromoteConfig(registry=registry, model=str(served_tasks.model_dir), name="a", force=True))
+    with pytest.raises(ConfigError, match="no challenger"):
+        promote(ModelPromoteConfig(registry=registry))
+    (tmp_path / "registry" / AUDIT_FILE).write_text("{")
+    with pytest.raises(ConfigError, match="restore it"):
+        list_models(ModelListConfig(registry=registry))
+
+
+def test_a_scorer_follows_the_alias(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = VistaModel.from_pretrained(served.model_dir)
+    with torch.no_grad():
+        other.item_table.mul_(2.0)
+    other.save_pretrained(tmp_path / "other")
+    registry = tmp_path / "registry"
+    promoted = ["model", "promote", f"registry={registry}", "force=true"]
+    assert main([*promoted, f"model={served.model_dir}", "name=first"]) == 0
+    shutil.copytree(served.exact_store, tmp_path / "store")
+    with Scorer.open(registry / "champion", tmp_path / "store") as scorer:
+        users, items = served.log.users.ids([0, 1]).tolist(), served.log.items.ids(np.arange(5)).tolist()
+        before = scorer.score(users, items)
+        assert main([*promoted, f"model={tmp_path / 'other'}"]) == 0
+        options = RefreshOptions(codec=Codec.float32)
+        refresh(VistaModel.from_pretrained(registry / "champion"), served.log, tmp_path / "store", options=options)
+        assert scorer.reload()
+        assert not np.allclose(before, scorer.score(users, items))
+    capsys.readouterr()
+    assert main(["model", "list", f"registry={registry}"]) == 0
+    assert "champion" in capsys.readouterr().out
+    assert json.loads((registry / AUDIT_FILE).read_text().splitlines()[1])["before"] == "first"
