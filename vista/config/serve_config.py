@@ -104,6 +104,13 @@ class ServeConfig(Scores, Multiplies, ServedModel):
     whole catalog are limited by their deadline instead; retrieve searches a large one faster."""
     max_users: int = 256
     """Maximum number of users per request."""
+    shadow_model: str | None = None
+    """Folder of a challenger, which answers copies of live requests to score and rank. Its answers are logged and never
+    returned. null has none."""
+    shadow_store: str | None = None
+    """Folder or URL of the challenger's summary store."""
+    shadow_file: str = "shadow.jsonl"
+    """File for the comparisons, one JSON object per line. Beyond 256 MB, it is renamed to <file>.1."""
 
     def __post_init__(self) -> None:
         Scores.__post_init__(self)
@@ -118,6 +125,9 @@ class ServeConfig(Scores, Multiplies, ServedModel):
                 of_one.name,
                 f"only applies without models={self.models}; leave it out, or set it in that file",
             )
+        both = (self.shadow_model is None) == (self.shadow_store is None)
+        require(both, "shadow_model, shadow_store", "name both, or neither")
+        require(self.models is None or self.shadow_model is None, "shadow_model", "needs a service of one model")
         require(bool(self.host), "host", "must be an address, such as 127.0.0.1 or 0.0.0.0")
 
     @property

@@ -44,6 +44,7 @@ from vista.serve.scoring_service import (
 )
 from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
+from vista.serve.shadow import ENDPOINTS, ShadowProcess
 from vista.store.layout import store_address
 
 NUM_LARGE = 16
@@ -70,6 +71,7 @@ def make_application(
     config: ServeConfig,
     tokens: Sequence[bytes],
     hosts: Sequence[str] | None = None,
+    shadow: ShadowProcess | None = None,
 ) -> fastapi.FastAPI:
     """The application of one worker.
 
@@ -81,6 +83,7 @@ def make_application(
         config: of the service.
         tokens: clients must send one of them; empty if no token is needed.
         hosts: names that clients may send in the header Host; None accepts all.
+        shadow: gets copies of requests and answers; None without a challenger.
     """
     app = fastapi.FastAPI(title="vista", version=__version__, description=DESCRIPTION)
     app.add_middleware(AccessCheck, tokens=tokens, hosts=hosts, on_refused=metrics.refused)
@@ -143,6 +146,8 @@ def make_application(
                     else:  # Parsing it can take long.
                         model = await asyncio.to_thread(choose, body, media_type)
                     held = await compute(model, body, media_type, deadline)
+                    if shadow is not None and name in ENDPOINTS:  # once the answer is sent
+                        asyncio.get_running_loop().call_soon(shadow.offer, name, body, media_type, held.body)
                 num_candidates = held.num_candidates
                 response = fastapi.Response(held.body, media_type=held.media_type)
             except DeadlineError:

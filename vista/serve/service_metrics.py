@@ -51,6 +51,9 @@ class ServiceMetrics:
         )
         self.openings = counter("vista_model_openings", "Attempts to open a model, by outcome.", "model", "outcome")
         self.open = gauge("vista_model_open", "Workers in which the model is open.", "model", mode="livesum")
+        self.shadowed = counter(
+            "vista_shadow_requests", "Requests that were offered to the challenger, by outcome.", "outcome"
+        )
         self.refused_connections = counter("vista_refused_connections", "Connections beyond the limit.")
         self.depth = gauge("vista_queue_depth", "Requests that wait or are computed.", mode="livesum")
         self.generation = gauge(

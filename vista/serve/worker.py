@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 
 import uvicorn
@@ -23,6 +23,7 @@ from vista.serve.application import ScoringQueue, accepted_hosts, make_applicati
 from vista.serve.http_protocol import HEAD_S, BoundedHttpProtocol
 from vista.serve.served_models import ServedModels
 from vista.serve.service_metrics import ServiceMetrics
+from vista.serve.shadow import ShadowProcess
 from vista.serve.shared import read_tokens
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ def run_worker(
     faulthandler.enable(2)
     tokens, metrics = read_tokens(config.token_file), ServiceMetrics()
     with (
+        ExitStack() as stack,
         cpu_settings(config.num_threads),
         closing(ServedModels.of(config, file, metrics)) as models,
         closing(ScoringQueue(config.scoring_threads, config.max_waiting)) as queue,
@@ -80,7 +82,11 @@ def run_worker(
             time.sleep(config.reload_s)
             models.open_waiting()
         hosts = None if tokens or not is_loopback(listening) else accepted_hosts(config.host)
-        app = make_application(models, queue, openings, metrics, config, tokens, hosts)
+        shadow = None
+        if config.shadow_model is not None:
+            shadow = ShadowProcess(config, lambda outcome: metrics.shadowed.labels(outcome).inc())
+            stack.callback(shadow.close)
+        app = make_application(models, queue, openings, metrics, config, tokens, hosts, shadow)
         server = _Server(
             uvicorn.Config(
                 app,
