@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.conftest import Served, small_config
@@ -93,6 +94,7 @@ SECTIONS = [
     "Quality",
     "Quality by age of the deciding event",
     "Calibration",
+    "Popularity and exposure",
     "Latency",
     "What was trained",
     "Training",
@@ -195,6 +197,15 @@ def test_names_the_other_run_and_the_baselines(reported: Reported) -> None:
     } <= named
     assert "EASE" not in named and "vista evaluate baselines=trained" in reported.page
     assert re.search(r"AUC of click: run reaches 0\.\d{4}; \w+ .*, the best baseline \(", reported.page)
+
+
+def test_shows_how_much_lists_follow_popularity(reported: Reported) -> None:
+    finding = reported.report.findings["Popularity and exposure"]
+    assert re.search(r"take \d+% of the places in lists of 10; \d+% of all items are in at least one list", finding)
+    rows = [row for row in Page(reported.page).rows if len(row) == 6 and row[0].isdecimal()]
+    shares = np.array([[float(row[2].rstrip("%")), float(row[3].rstrip("%"))] for row in rows[-10:]])
+    assert len(shares) == 10
+    np.testing.assert_allclose(shares.sum(0), 100, atol=1)
 
 
 def test_opens_with_a_verdict(reported: Reported) -> None:

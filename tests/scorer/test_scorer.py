@@ -225,6 +225,34 @@ def test_invalid_policies_and_tasks(served: Served) -> None:
         Scorer.open(served.model, served.store, task="buy")
 
 
+def test_a_diverse_ranking_is_that_of_maximal_marginal_relevance(scorer: Scorer) -> None:
+    pool = scorer.rank(103, top_k=20)
+    known, vectors = scorer.item_vectors()
+    vector = dict(zip(known.tolist(), vectors / np.linalg.norm(vectors, axis=1, keepdims=True), strict=True))
+    span = pool.scores[0] - pool.scores[-1]
+    relevance = dict(zip(pool.items.tolist(), (pool.scores - pool.scores[-1]) / span, strict=True))
+    for diversity in (0.3, 1.0):
+        expected: list[int] = []
+        while len(expected) < 2:
+            value = {
+                item: (1 - diversity) * relevance[item]
+                - diversity * max((float(vector[item] @ vector[other]) for other in expected), default=-1.0)
+                for item in relevance
+                if item not in expected
+            }
+            expected.append(max(value, key=lambda item: value[item]))
+        ranking = scorer.rank(103, top_k=2, diversity=diversity)
+        assert ranking.items.tolist() == expected
+        scores = dict(zip(pool.items.tolist(), pool.scores.tolist(), strict=True))
+        np.testing.assert_allclose(ranking.scores, [scores[item] for item in expected], atol=ROUNDING)
+    assert scorer.rank(103, top_k=20, diversity=0.0).items.tolist() == pool.items.tolist()
+    assert sorted(scorer.rank(103, top_k=1000, diversity=0.5).items) == sorted(known)
+    assert not len(scorer.rank(103, candidates=[-1], diversity=0.5).items)
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="diversity: must lie in"):
+            scorer.rank(103, diversity=wrong)
+
+
 def test_best_of_the_catalog(scorer: Scorer, served: Served) -> None:
     everything = served.log.items.ids(np.arange(served.log.num_items))
     scores = scorer.score([103], everything)[0]

@@ -44,6 +44,10 @@ class PopularityReport:
     """Share of all places in lists that items of the decile take."""
     hit_rate: Floats
     ndcg: Floats
+    events: Int
+    """int64 [V] training events of each item."""
+    places: Int
+    """int64 [V] places of each item in lists."""
 
     def metrics(self) -> dict[str, float]:
         """Scalars for a row of results: gini@k, coverage@k, correlations; NDCG and recommended share by decile."""
@@ -103,6 +107,8 @@ def popularity_report(
         recommended_share=shown / max(shown.sum(), 1),
         hit_rate=np.array([each[f"hr@{lists.k}"] for each in quality]),
         ndcg=np.array([each[f"ndcg@{lists.k}"] for each in quality]),
+        events=popularity,
+        places=lists.counts,
     )
 
 

@@ -51,7 +51,7 @@ ERRORS = 2.0
 """Standard errors by which a model may be behind the champion, or its predictions off, by chance."""
 CALIBRATION_SLACK = 0.1
 """Relative difference between predicted and observed labels that is allowed in any case."""
-PARITY_LIMIT = 0.1
+PARITY_LIMIT = 0.05
 """Root mean square difference of served scores, divided by the standard deviation of a user's scores."""
 LATENCY_SLACK = 1.25
 """Allowed median latency, divided by the champion's."""

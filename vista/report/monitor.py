@@ -123,7 +123,11 @@ class MonitorReport:
         ]
         found = text_table(["check", "value", "normal", "of limit", "due"], rows)
         return "\n".join(
-            [f"{head}, {len(rows)} alarms", found, *(fitted(f"{a.value}: {MEANING[a]}") for a in self.due)]
+            [
+                f"{head}, {len(rows)} alarm{'s' * (len(rows) > 1)}",
+                found,
+                *(fitted(f"{a.value}: {MEANING[a]}") for a in self.due),
+            ]
         )
 
 

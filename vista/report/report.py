@@ -36,6 +36,7 @@ from vista.report.sections import (
     latency_section,
     length_parts,
     limits_section,
+    popularity_section,
     quality_section,
     quality_text,
     similar_ages,
@@ -106,7 +107,9 @@ def write_report(config: ReportConfig, *, latency: Latency | None = None, notes:
     with ExitStack() as stack, cpu_settings(config.num_threads):
         name = _name(config.run, config)
         key = read_key(config.authentication_key_file) if config.store is not None else None
-        own = MeasuredRun.of(name, record, log, asked, stack, store=config.store, key=key, scratch=out.parent)
+        own = MeasuredRun.of(
+            name, record, log, asked, stack, store=config.store, key=key, scratch=out.parent, popularity=True
+        )
         runs = [own]
         if record.epoch_0 is not None:
             runs.append(MeasuredRun.of(EPOCH_0, record, log, asked, stack, folder=record.epoch_0, scratch=out.parent))
@@ -123,6 +126,7 @@ def write_report(config: ReportConfig, *, latency: Latency | None = None, notes:
         lambda: _activity_section(data, own, log, config),
         lambda: _age_section(data, own, log, config),
         lambda: calibration_section(data),
+        lambda: popularity_section(own, log, config.category),
         lambda: "latency, because the model reads raw histories" if latency is None else latency_section(latency),
         lambda: training_section(own, log),
         lambda: curves_section(record.files),

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -159,6 +159,7 @@ class MeasuredRun:
         store: str | None = None,
         key: bytes | None = None,
         scratch: Path,
+        popularity: bool = False,
     ) -> MeasuredRun:
         """Load a run's model and evaluate it, with summaries from a store if it has summaries.
 
@@ -172,12 +173,15 @@ class MeasuredRun:
             store: a store of the model's summaries; None refreshes one.
             key: authenticates the records of `store`.
             scratch: folder in which a temporary store is made.
+            popularity: whether to measure how much lists follow it, if the model ranks next items.
 
         Raises:
             CheckpointError, StoreError: the model or the store cannot be read, or the store is of another model.
             LeakageError, ConfigError: as `evaluate_scorer`.
         """
         model = load_model(folder or record.model_folder)
+        if popularity and model.has_retrieval and config.target is Target.next:
+            config = replace(config, popularity=True)
         if isinstance(model, HistoryModel):
             if store is not None:
                 raise ConfigError(f"store: the model of {record.folder} has no summaries; leave it out")

@@ -51,12 +51,16 @@ MAX_POINTS = 400
 ALWAYS = (
     "other seeds: each run was trained once, and the intervals do not include differences between training runs",
     "the effect on users: past clicks depend on what was shown to them",
-    "differences between groups of users, and how much rankings follow popularity (vista evaluate popularity=true)",
+    "differences between groups of users",
     "concurrent requests, and a service over HTTP",
 )
 """What no report measures."""
 MAX_NAMED_EPOCHS = 12
 """An axis with more epochs has round numbers."""
+MOST_GROUPS = 20
+"""Groups of items whose exposure is shown."""
+MOST_VALUES = 50
+"""Values of a category that forms groups of items, if none is named."""
 MIN_CASES = 30
 """A part with fewer cases is not shown."""
 NUM_GROUPS = 4
@@ -399,6 +403,55 @@ def latency_section(latency: Latency) -> PageSection:
         finding,
         [pair(chart, table(["events", "median, ms", "p90, ms", "ratio"], rows)), paragraph(conditions)],
     )
+
+
+def popularity_section(run: MeasuredRun, log: EventLog, category: str | None) -> PageSection | str:
+    """How much the lists follow popularity, and the exposure of groups of items.
+
+    Args:
+        category: of items, whose values are the groups; None takes the first one with few values.
+    """
+    report = run.evaluation.popularity
+    if report is None:
+        return "popularity and exposure, because the model does not rank next items here"
+    k, top = report.k, report.recommended_share[-1]
+    finding = (
+        f"The most popular items, with a tenth of the training events, take {top:.0%} of the places in lists of {k}; "
+        f"{report.coverage:.0%} of all items are in at least one list."
+    )
+    shares = report.num_items, report.label_share, report.recommended_share, report.hit_rate, report.ndcg
+    rows = [
+        [str(d + 1), f"{items:,}", f"{labels:.1%}", f"{shown:.1%}", f"{hits:.4f}", f"{gain:.4f}"]
+        for d, (items, labels, shown, hits, gain) in enumerate(zip(*shares, strict=True))
+    ]
+    body = [
+        paragraph("Each decile has a tenth of the training events; the tenth has the most popular items."),
+        table(["decile", "items", "labels", "places in lists", f"hr@{k}", f"ndcg@{k}"], rows),
+    ]
+    if category is None:
+        few = (name for name, one in log.item_features.items() if one.values is not None and one.size <= MOST_VALUES)
+        category = next(few, None)
+    if category is not None:
+        body += _exposure(run, log, category, report.events, report.places)
+    return PageSection("Popularity and exposure", finding, body)
+
+
+def _exposure(run: MeasuredRun, log: EventLog, category: str, events: Int, places: Int) -> list[str]:
+    """Shares of groups of items in the training events and in lists, largest groups first."""
+    codes = category_codes(log.item_features, category, "category")[1:]
+    of_model = run.model.rows_of(log.items) - 1
+    known, values = of_model >= 0, log.item_features[category].values
+    assert values is not None
+    size = 1 + len(values)
+    of_events, of_places = (np.bincount(codes[known], each[of_model[known]], size) for each in (events, places))
+    names = ["(none)", *(str(value) for value in values.ids(np.arange(len(values))).tolist())]
+    rows = []
+    for code in np.argsort(-of_events, kind="stable")[:MOST_GROUPS].tolist():
+        trained, shown = (each[code] / max(each.sum(), 1) for each in (of_events, of_places))
+        if trained:
+            rows.append([names[code], f"{trained:.1%}", f"{shown:.1%}", f"{shown / trained:.2f}"])
+    note = f"Groups by {category}. Below 1, lists show a group less often than users chose it in training."
+    return [heading("Exposure"), paragraph(note), table(["group", "training events", "places in lists", "ratio"], rows)]
 
 
 def limits_section(reasons: Sequence[str]) -> PageSection:

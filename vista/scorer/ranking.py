@@ -76,13 +76,28 @@ CATALOG_TILE = 1 << 16
 """Items of the catalog that are ranked at once, which bounds the memory and the time between checks of a time limit."""
 
 
+POOL = 10
+"""With diversity, a list is chosen from this many times as many of the best items."""
+
+
 def ranked(
-    call: Call, task: str, top_k: int, candidates: Any, features: Any, wanted: ItemFilter, timeout_s: float | None
+    call: Call,
+    task: str,
+    top_k: int,
+    candidates: Any,
+    features: Any,
+    wanted: ItemFilter,
+    timeout_s: float | None,
+    diversity: float = 0.0,
 ) -> Ranking:
     """The best items for the one user of a request; arguments, result and errors are those of `Scorer.rank`."""
     deadline = None if timeout_s is None else time.perf_counter() + timeout_s
     require_top_k(top_k, "top_k")
+    if not 0 <= diversity <= 1:
+        raise ValueError(f"diversity: must lie in [0, 1], got {diversity}")
     snapshot, items = call.snapshot, call.snapshot.served.items
+    vectors = snapshot.retrieval_vectors() if diversity else None
+    most = top_k if vectors is None else POOL * top_k
     left_out = np.zeros(len(items) + 1, bool)
     left_out[UNKNOWN_ITEM] = True
     num_unknown = 0
@@ -114,10 +129,39 @@ def ranked(
         num_scored += int(kept.sum())
         num_dropped += int(kept.sum() - finite.sum())
         best_rows, best_scores = _best(
-            np.concatenate([best_rows, rows[finite]]), np.concatenate([best_scores, scores[finite]]), top_k
+            np.concatenate([best_rows, rows[finite]]), np.concatenate([best_scores, scores[finite]]), most
         )
+    if vectors is not None:
+        chosen = diverse(best_scores, vectors[best_rows], top_k, diversity)
+        best_rows, best_scores = best_rows[chosen], best_scores[chosen]
     call.tally(candidates=num_scored + num_unknown, unknown_candidates=num_unknown, dropped=num_dropped)
     return Ranking(items.ids(best_rows - 1), best_scores, num_dropped, num_scored)
+
+
+def diverse(scores: NDArray[np.float32], vectors: NDArray[np.float32], top_k: int, diversity: float) -> Int:
+    """Places of items, chosen one by one by maximal marginal relevance (Carbonell and Goldstein, 1998).
+
+    The next item has the largest (1 - diversity) * relevance - diversity * similarity: the score, scaled to [0, 1], and
+    the largest cosine with an item that was chosen before.
+
+    Args:
+        scores: [P] finite, best first.
+        vectors: [P, M'] of the items.
+
+    Returns:
+        int64 [min(top_k, P)].
+    """
+    relevance = scores.astype(np.float64) - (scores[-1] if len(scores) else 0.0)
+    relevance /= max(float(relevance[0]), 1e-12) if len(scores) else 1.0
+    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    value, nearest = (1 - diversity) * relevance, np.full(len(scores), -1.0)
+    chosen: list[int] = []
+    while len(chosen) < min(top_k, len(scores)):
+        place = int(np.argmax(value - diversity * nearest))
+        chosen.append(place)
+        value[place] = -np.inf
+        nearest = np.maximum(nearest, unit @ unit[place])
+    return np.array(chosen, np.int64)
 
 
 def _catalog_tiles(num_rows: int) -> Iterator[Int]:

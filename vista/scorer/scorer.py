@@ -375,6 +375,7 @@ class Scorer:
         tail: Tail | None = None,
         now: int | None = None,
         request: Mapping[str, Any] | None = None,
+        diversity: float = 0.0,
         timeout_s: float | None = None,
     ) -> Ranking:
         """The best items for a user; unknown candidates and those without a finite score are left out and counted.
@@ -387,15 +388,19 @@ class Scorer:
             exclude_tail: leave out the items of the user's tail.
             tail: as in `predict`, like `now`.
             request: as in `predict`; features with one value per candidate, [1, C], need `candidates`.
+            diversity: 0 orders by score. A value up to 1 also avoids items that resemble those above them: the list is
+                chosen from the 10 * `top_k` best items by maximal marginal relevance over `item_vectors`.
             timeout_s: give up after so many seconds. It is checked before each tile of 65,536 items, which are ranked
                 at once; None sets no limit.
 
         Raises:
             DeadlineError: the ranking takes longer than `timeout_s`.
-            ValueError: `top_k` is below 1. Others as in `predict`.
+            ValueError: `top_k` is below 1, `diversity` is not in [0, 1], or is above 0 for a model without a retrieval
+                head. Others as in `predict`.
         """
         with self._call([user], tail, now) as call:
-            return ranked(call, self.task, top_k, candidates, request, ItemFilter(exclude, exclude_tail), timeout_s)
+            wanted = ItemFilter(exclude, exclude_tail)
+            return ranked(call, self.task, top_k, candidates, request, wanted, timeout_s, diversity)
 
     def retrieve(
         self,

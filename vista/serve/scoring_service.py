@@ -133,6 +133,8 @@ class RankBody(BodyOfOne, kw_only=True):
 
     top_k: int = 10
     """Most items to return."""
+    diversity: float = 0.0
+    """0 orders by score. A value up to 1 also avoids items that resemble those above them."""
     candidates: list[Id] | bytes | None = None
     """Item ids, or null for the whole catalog. In MessagePack also the bytes of int64 ids in little-endian order."""
     exclude: list[Id] = msgspec.field(default_factory=list)
@@ -318,6 +320,7 @@ class ScoringService:
             candidates=candidates,
             exclude=asked.exclude,
             exclude_tail=asked.exclude_tail,
+            diversity=asked.diversity,
             timeout_s=timeout_s,
             **self._of_one(asked),
         )
