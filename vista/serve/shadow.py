@@ -140,8 +140,8 @@ def _shown(answer: dict[str, Any]) -> dict[str, Any]:
 def run(listening: socket.socket, config: ServeConfig) -> None:
     """Compare requests until the worker ends; a challenger that cannot be opened is tried again every `reload_s`."""
     assert config.shadow_model is not None and config.shadow_store is not None
-    challenger = {"model": config.shadow_model, "store": config.shadow_store, "index": None}
-    own = replace(config, **challenger, shadow_model=None, shadow_store=None)
+    model, store = config.shadow_model, config.shadow_store
+    own = replace(config, model=model, store=store, index=None, shadow_model=None, shadow_store=None)
     service, tried, path = None, -own.reload_s, Path(config.shadow_file)
     while message := listening.recv(2 * MAX_MESSAGE):
         if service is None and time.monotonic() - tried >= own.reload_s:
