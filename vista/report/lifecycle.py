@@ -264,7 +264,7 @@ def _audit(registry: Path, what: str, alias: Alias, name: str, before: str | Non
         os.fsync(file.fileno())
 
 
-# The gates. Champion and candidate answer the validation labels of the candidate's split, which neither has seen.
+# The gates. Champion and candidate answer the validation labels of the candidate's split, on which neither was trained.
 
 
 def measured_gates(
