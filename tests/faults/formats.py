@@ -27,8 +27,10 @@ from tests.log.ingest.public.samples import SAMPLES
 from vista.config import ImpressionsConfig, PrepareConfig, SourceColumns, SourceConfig, TrainConfig
 from vista.config.composition import compose_config, to_yaml
 from vista.evaluation.comparison import PerUserMetrics
+from vista.evaluation.reference import Check, Reference
 from vista.log import deletions
 from vista.log.event_log import EventLog
+from vista.log.histories import DAY_MS
 from vista.log.ingest.prepare import prepare
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
@@ -270,6 +272,14 @@ def make_yaml(folder: Path) -> None:
 
 PUBLIC_SETS = ("amazon-reviews-2023", "kuairand", "yambda", "assist17")
 """Sets whose readers differ from that of a table."""
+
+
+def write_reference(folder: Path) -> None:
+    (folder / "reference").mkdir()
+    check = Check("bins", 0.5, 0.1, 10.0, [3, 4], [1.5])
+    Reference(DAY_MS, 8, 0, 8 * DAY_MS, [1, 2], 32, {"items": check}).write(folder / "reference")
+
+
 FORMATS: dict[str, Format] = {
     "Parquet sources": source(
         "day.parquet", lambda path: frame().write_parquet(path), action="action", numbers=["rating"]
@@ -290,6 +300,9 @@ FORMATS: dict[str, Format] = {
         make_log_with_impressions,
     ),
     "models": Format(("model/*",), read_model),
+    "references": Format(
+        ("reference/*",), lambda folder, _: repr(Reference.read(folder / "reference")), write_reference
+    ),
     "indexes of items": Format(("model.index/*",), read_index, make_index),
     "CURRENT, LAST and tombstones": Format(
         ("store/CURRENT", "store/LAST", "store/tombstones"), read_small_files, make_two_generations

@@ -19,6 +19,7 @@ from vista.config import MonitorConfig, SourceColumns
 from vista.errors import CheckpointError
 from vista.evaluation.reference import (
     Reference,
+    WindowNumber,
     WindowRows,
     arcsine,
     make_reference,
@@ -127,7 +128,7 @@ def test_healthy_windows_raise_no_alarm(shop: Shop, tmp_path: Path) -> None:
     counts = [counted(WindowRows.read(log, end - DAY_MS, end), shop.reference, items) for end in ends]
     assert len(counts) == HEALTHY
     for one in counts:
-        one.shares.pop("new users")  # This log begins with its first window.
+        one.pop("new users")  # This log begins with its first window.
         found += [reading for reading in judged(shop.reference, [one]) if reading.is_alarm]
     assert not found, found
 
@@ -194,9 +195,7 @@ def test_a_slow_change_asks_for_training(shop: Shop) -> None:
     size = round(check.size)
 
     def with_share(share: float) -> Any:
-        return type(healthy)(
-            healthy.amounts, healthy.shares | {"label click": (round(share * size), size)}, healthy.bins
-        )
+        return healthy | {"label click": WindowNumber("share", round(share * size), size)}
 
     def due(windows: list[Any]) -> list[Action]:
         return [one.action for one in judged(shop.reference, windows) if one.is_alarm]

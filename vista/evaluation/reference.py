@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 
 from vista.arrays import Floats, Int
 from vista.errors import CheckpointError
-from vista.files import FieldRule, check_fields, either, list_of, one_of, read_limited, replace_text, text, whole
+from vista.files import read_limited, replace_text
 from vista.log.event_log import EventLog
 from vista.log.features import Column
 from vista.log.histories import DAY_MS, NUM_GAPS, UNKNOWN_GAP, Histories, history_gaps
 from vista.log.splits import visible_blocks
 from vista.log.vocabulary import Vocabulary
-from vista.model.saved_model import REFERENCE_FILE
+from vista.model.saved_model import REFERENCE_FILE, checksum_of
 
 FORMAT_VERSION = 1
 MAX_BYTES = 4 << 20
@@ -99,27 +99,6 @@ class Check:
     """Of bins: bounds between numbers, or values of a category; others fall into the last bin."""
 
 
-_IS_NUMBER = FieldRule("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value))
-_CHECK_RULES = {
-    "kind": one_of("amount", "share", "bins", "mean"),
-    "mean": _IS_NUMBER,
-    "deviation": _IS_NUMBER,
-    "size": _IS_NUMBER,
-    "counts": list_of(whole()),
-    "edges": either(list_of(_IS_NUMBER), list_of(text())),
-}
-_RULES = {
-    "format_version": whole(),
-    "window_ms": whole(1),
-    "num_windows": whole(2),
-    "first_ms": FieldRule("an integer", lambda value: type(value) is int),
-    "end_ms": FieldRule("an integer", lambda value: type(value) is int),
-    "items": list_of(either(text(), FieldRule("an integer", lambda value: type(value) is int))),
-    "num_users": whole(),
-    "checks": FieldRule("a table", lambda value: type(value) is dict),
-}
-
-
 @dataclass(frozen=True, slots=True)
 class Reference:
     """What is normal per window of the training data."""
@@ -139,7 +118,7 @@ class Reference:
     def write(self, folder: Path) -> None:
         """Write it into the folder of a model. Raises OSError."""
         fields = {"format_version": FORMAT_VERSION, **asdict(self)}
-        replace_text(folder / REFERENCE_FILE, json.dumps(fields) + "\n")
+        replace_text(folder / REFERENCE_FILE, json.dumps(fields | {"checksum": checksum_of(fields)}) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Reference:
@@ -151,23 +130,18 @@ class Reference:
         path = folder / REFERENCE_FILE
         try:
             fields = json.loads(read_limited(path, MAX_BYTES))
+            if fields.get("format_version") != FORMAT_VERSION or checksum_of(fields) != fields.pop("checksum", None):
+                raise ValueError(f"its checksum does not match, or it is not of format {FORMAT_VERSION}")
+            del fields["format_version"]
+            checks = {name: Check(**each) for name, each in fields.pop("checks").items()}
+            return cls(**fields, checks=checks)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{folder}: has no {REFERENCE_FILE}, which `vista train` writes when it ends, for a vista model and a "
                 f"log with times that covers {LEAST_WINDOWS} windows; train the model on such a log"
             ) from None
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error}); train the model again") from error
-        try:
-            check_fields(fields, _RULES)
-            if fields.pop("format_version") != FORMAT_VERSION:
-                raise ValueError(f"is not of format {FORMAT_VERSION}")
-            for each in fields["checks"].values():
-                check_fields(each, _CHECK_RULES)
-            checks = {name: Check(**each) for name, each in fields.pop("checks").items()}
-            return cls(**fields, checks=checks)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: {error}; train the model again") from error
 
     def limit(self, name: str, size: float) -> float:
         """How far the transformed number of a healthy window may lie from the mean."""
@@ -240,6 +214,8 @@ class WindowRows:
         for name, column in log.user_features.items():
             found[f"user.{name}"] = column.select(self.users)
         for name, column in log.item_features.items():
+            if column.kind == "vector":  # Only whether it is missing matters.
+                column = Column(column.data[:, :1])
             found[f"item.{name}"] = column.select(np.asarray(events.item, np.int64))
         if log.impressions is not None:
             for name, data in log.impressions.features.columns.items():
@@ -248,46 +224,49 @@ class WindowRows:
 
 
 @dataclass(frozen=True, slots=True)
-class WindowCounts:
-    """The numbers of a window, by name."""
+class WindowNumber:
+    """A number of a window."""
 
-    amounts: dict[str, float] = field(default_factory=dict)
-    shares: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """(k, n): k of n rows."""
-    bins: dict[str, Int] = field(default_factory=dict)
+    kind: str
+    """amount | share | bins | mean"""
+    value: float = 0.0
+    """The amount, the rows that a share counts, or the mean."""
+    size: int = 0
+    """Rows that it was computed from."""
+    bins: Int | None = None
     """Rows by bin."""
-    means: dict[str, tuple[float, int]] = field(default_factory=dict)
-    """(mean, n): of n numbers."""
 
-    def transformed(self, name: str, check: Check) -> tuple[float, float]:
-        """The number that is compared, and the number of its rows; NaN without any."""
-        if check.kind == "amount":
-            value = self.amounts.get(name, 0.0)
-            return math.log(max(value, 0.5)), value
-        if check.kind == "share":
-            k, n = self.shares.get(name, (0, 0))
-            return (arcsine(k, n), n) if n else (math.nan, 0)
-        if check.kind == "mean":
-            return self.means.get(name, (math.nan, 0))
-        own, all_windows = self.bins.get(name), np.array(check.counts)
-        if own is None or not own.sum():
-            return math.nan, 0
-        return float(np.cbrt(_scaled_index(own, all_windows, check.size))), float(own.sum())
+    def transformed(self, check: Check) -> float:
+        """What is compared; NaN without rows."""
+        if self.kind == "amount":
+            return math.log(max(self.value, 0.5))
+        if not self.size:
+            return math.nan
+        if self.bins is not None:
+            return float(np.cbrt(_scaled_index(self.bins, np.array(check.counts), check.size)))
+        return arcsine(self.value, self.size) if self.kind == "share" else self.value
 
-    def shown(self, name: str, check: Check) -> float:
+    def shown(self, check: Check) -> float:
         """The number as people know it: a count, a share, a population stability index, or a mean."""
-        if check.kind == "amount":
-            return self.amounts.get(name, 0.0)
-        if check.kind == "share":
-            k, n = self.shares.get(name, (0, 0))
-            return k / n if n else math.nan
-        if check.kind == "mean":
-            return self.means.get(name, (math.nan, 0))[0]
-        own = self.bins.get(name)
-        return math.nan if own is None or not own.sum() else stability_index(own, np.array(check.counts))
+        if self.bins is not None:
+            return stability_index(self.bins, np.array(check.counts))
+        return self.value / self.size if self.kind == "share" else self.value
 
 
-def arcsine(k: int, n: int) -> float:
+WindowCounts = dict[str, WindowNumber]
+"""The numbers of a window, by name."""
+
+
+def share(value: float, size: int) -> WindowNumber:
+    """A share of rows."""
+    return WindowNumber("share", value, size)
+
+
+def _bins(rows: Int) -> WindowNumber:
+    return WindowNumber("bins", 0.0, int(rows.sum()), rows)
+
+
+def arcsine(k: float, n: float) -> float:
     """The arcsine of a share k of n, whose variance is about 1 / (4 n + 2) (Anscombe, 1948)."""
     return math.asin(math.sqrt((k + 0.375) / (n + 0.75)))
 
@@ -320,41 +299,39 @@ def count_window(
         is_known: whether the model knows items.
         first_ms: time of the first event of the training data.
     """
-    log, events, counts = window.log, window.events, WindowCounts()
-    n = events.num_events
-    counts.amounts.update(events=window.num_events, users=window.num_users)
-    counts.shares["new users"] = int((window.starts == 0).sum()), len(window.users)
+    log, events, n = window.log, window.events, window.events.num_events
     early = int(log.counts_before(first_ms).sum())
-    counts.shares["events before the training data"] = early, early + window.num_events
     rows, inverse = np.unique(np.asarray(events.item, np.int64), return_inverse=True)
-    counts.shares["unknown items"] = int((~is_known(rows))[inverse].sum()), n
-    counts.shares["duplicates"] = n - _num_distinct(events), n
+    hashed = [xxhash.xxh3_64_intdigest(str(one).encode()) % NUM_BUCKETS for one in log.items.ids(rows).tolist()]
+    gaps = history_gaps(events.timestamp, events.offsets)
+    counts = {
+        "events": WindowNumber("amount", window.num_events, window.num_events),
+        "users": WindowNumber("amount", window.num_users, window.num_users),
+        "new users": share(int((window.starts == 0).sum()), len(window.users)),
+        "events before the training data": share(early, early + window.num_events),
+        "unknown items": share(int((~is_known(rows))[inverse].sum()), n),
+        "duplicates": share(n - _num_distinct(events), n),
+        "hour of the day": _bins(np.bincount(events.timestamp // HOUR_MS % 24, minlength=24)),
+        "gap between events": _bins(np.bincount(gaps[gaps != UNKNOWN_GAP], minlength=NUM_GAPS)),
+        "items": _bins(np.bincount(np.array(hashed, np.int64)[inverse], minlength=NUM_BUCKETS)),
+    }
     code = np.bincount(np.asarray(events.action, np.int64), minlength=len(log.actions))
     named = dict(zip(log.actions, code.tolist(), strict=False))
-    for action in actions:
-        counts.shares[f"action {action}"] = named.get(action, 0), n
-    counts.shares["other actions"] = sum(k for action, k in named.items() if action not in actions), n
-    counts.bins["hour of the day"] = np.bincount(events.timestamp // HOUR_MS % 24, minlength=24)
-    gaps = history_gaps(events.timestamp, events.offsets)
-    counts.bins["gap between events"] = np.bincount(gaps[gaps != UNKNOWN_GAP], minlength=NUM_GAPS)
-    hashed = [xxhash.xxh3_64_intdigest(str(one).encode()) % NUM_BUCKETS for one in log.items.ids(rows).tolist()]
-    counts.bins["items"] = np.bincount(np.array(hashed, np.int64)[inverse], minlength=NUM_BUCKETS)
+    counts |= {f"action {action}": share(named.pop(action, 0), n) for action in actions}
+    counts["other actions"] = share(sum(named.values()), n)
     if (shown := log.impressions) is not None:
         mask, label = shown.mask[window.impressions], shown.label[window.impressions]
-        counts.amounts["impressions"] = len(mask)
+        counts["impressions"] = WindowNumber("amount", len(mask), len(mask))
         for place, task in enumerate(shown.tasks):
             known = mask[:, place] > 0
-            counts.shares[f"label {task}"] = int(label[known, place].sum()), int(known.sum())
-            counts.shares[f"unlabeled {task}"] = int((~known).sum()), len(mask)
-    columns = window.columns()
+            counts[f"label {task}"] = share(int(label[known, place].sum()), int(known.sum()))
+            counts[f"unlabeled {task}"] = share(int((~known).sum()), len(mask))
+    columns, sizes = window.columns(), {"user": len(window.users), "request": len(window.impressions)}
     for name in edges:
-        num_rows = len(window.users) if name.startswith("user.") else n
-        num_rows = len(window.impressions) if name.startswith("request.") else num_rows
-        column = columns.get(name)
-        missing = num_rows if column is None else int((~column.is_known).sum())
-        counts.shares[f"missing {name}"] = missing, num_rows
+        size, column = sizes.get(name.partition(".")[0], n), columns.get(name)
+        counts[f"missing {name}"] = share(size if column is None else int((~column.is_known).sum()), size)
         if column is not None and edges[name]:
-            counts.bins[name] = _binned(column, edges[name])
+            counts[name] = _bins(_binned(column, edges[name]))
     return counts
 
 
@@ -405,9 +382,8 @@ def count_scores(counts: WindowCounts, scores: Scores, edges: Edges) -> None:
     for task, values in scores.items():
         known = values[np.isfinite(values)].astype(np.float64)
         if len(known):
-            counts.means[f"mean score {task}"] = float(known.mean()), len(known)
-            name = f"score {task}"
-            counts.bins[name] = _binned(Column(known), edges[name])
+            counts[f"mean score {task}"] = WindowNumber("mean", float(known.mean()), len(known))
+            counts[f"score {task}"] = _bins(_binned(Column(known), edges[f"score {task}"]))
 
 
 def scored_users(window: WindowRows, most: int = NUM_SCORED_USERS, taken: NDArray[np.bool_] | None = None) -> Int:
@@ -487,7 +463,7 @@ def make_reference(
             edges[f"score {task}"] = _edges_of([Column(values.reshape(-1))])
             for own, part in zip(counts, np.split(values, bounds), strict=True):
                 count_scores(own, {task: part}, edges)
-    names = dict.fromkeys(name for each in counts for part in _parts(each).values() for name in part)
+    names = dict.fromkeys(name for each in counts for name in each)
     checks = {name: _check(name, counts, edges.get(name, [])) for name in names}
     usable = {name: check for name, check in checks.items() if check is not None}
     return Reference(length, num, range_ms[0], end, scored, NUM_SCORED_USERS, usable)
@@ -502,38 +478,27 @@ def _users_to_score(windows: Sequence[WindowRows]) -> list[Int]:
     for window in windows:
         users = scored_users(window, min(NUM_SCORED_USERS, max(1, active // len(windows))), taken)
         covered = np.cumsum(window.starts[np.searchsorted(window.users, users)])
-        users = users[covered <= max(2 * MAX_EVENTS // len(windows), covered[0] if len(covered) else 0)]
+        users = users[covered <= max(MAX_EVENTS // len(windows), covered[0] if len(covered) else 0)]
         taken[users] = True
         chosen.append(users)
     return chosen
 
 
-def _parts(counts: WindowCounts) -> dict[str, Mapping[str, object]]:
-    return {"amount": counts.amounts, "share": counts.shares, "bins": counts.bins, "mean": counts.means}
-
-
 def _check(name: str, windows: Sequence[WindowCounts], edges: list[float] | list[str]) -> Check | None:
     """What is normal for a number; None if it is missing in more than half of the windows."""
-    kind = next(kind for kind, part in _parts(windows[0]).items() if any(name in _parts(w)[kind] for w in windows))
-    if kind != "bins":
-        blank = Check(kind, 0.0, 0.0, 1.0)
-        found = [window.transformed(name, blank) for window in windows]
-        values, sizes = (np.array(part, np.float64) for part in zip(*found, strict=True))
-        total = np.zeros(0, np.int64)
-    else:
-        of_window = [window.bins[name] for window in windows if name in window.bins and window.bins[name].sum()]
-        if len(of_window) < 2:
-            return None
-        total, sizes = np.sum(of_window, axis=0), np.array([own.sum() for own in of_window], np.float64)
-        size = float(sizes.mean())
-        values = np.cbrt([_scaled_index(own, total - own, size) for own in of_window])
-    known = np.isfinite(values)
-    if 2 * known.sum() < len(windows):
+    numbers = [window[name] for window in windows if name in window]
+    numbers = [number for number in numbers if number.size or number.kind == "amount"]
+    if len(numbers) < 2 or 2 * len(numbers) < len(windows):
         return None
-    values = values[known]
-    return Check(
-        kind, float(values.mean()), float(values.std(ddof=1)), float(sizes[known].mean()), total.tolist(), edges
-    )
+    size, total = float(np.mean([number.size for number in numbers])), np.zeros(0, np.int64)
+    own = [number.bins for number in numbers if number.bins is not None]
+    if own:  # Each window is compared with the others.
+        total = np.sum(own, axis=0)
+        values = np.cbrt([_scaled_index(one, total - one, size) for one in own])
+    else:
+        blank = Check("", 0.0, 0.0, 1.0)
+        values = np.array([number.transformed(blank) for number in numbers])
+    return Check(numbers[0].kind, float(values.mean()), float(values.std(ddof=1)), size, total.tolist(), edges)
 
 
 def _first_times(log: EventLog, end: int) -> Int:

@@ -26,7 +26,9 @@ from vista.evaluation.reference import (
     Check,
     Reference,
     WindowCounts,
+    WindowNumber,
     WindowRows,
+    arcsine,
     count_scores,
     count_window,
     is_one_sided,
@@ -222,11 +224,11 @@ def _reading(
     name: str, check: Check, counts: Sequence[WindowCounts], reference: Reference, unknown: Action
 ) -> Reading | None:
     """One check of the newest window; None if it has no rows for it."""
-    found = [each.transformed(name, check) for each in counts]
-    values, size = np.array([value for value, _ in found]), found[-1][1]
+    numbers = [each.get(name, WindowNumber(check.kind)) for each in counts]
+    values = np.array([number.transformed(check) for number in numbers])
     if not math.isfinite(values[-1]):
         return None
-    limit = reference.limit(name, size)
+    limit = reference.limit(name, numbers[-1].size)
     distance = values[-1] - check.mean
     deviation = (distance if is_one_sided(name, check) else abs(distance)) / limit
     action = Action.source
@@ -234,7 +236,7 @@ def _reading(
         action = unknown
     elif name.startswith(DISTRIBUTIONS) and len(values) > 1 and spread(values) < SUDDEN * abs(distance):
         action = Action.retrain
-    return Reading(name, counts[-1].shown(name, check), _normal(check, limit), max(deviation, 0.0), action, values)
+    return Reading(name, numbers[-1].shown(check), _normal(check, limit), max(deviation, 0.0), action, values)
 
 
 def _normal(check: Check, limit: float) -> str:
@@ -252,13 +254,10 @@ def _normal(check: Check, limit: float) -> str:
 
 def _share_reading(name: str, k: int, n: int, usual: float, action: Action) -> Reading:
     """A share that should be at most `usual`, with the sampling error of n rows."""
-    if not n:
-        return Reading(name, 0.0, f"up to {_number(usual)}", 0.0, action)
-    mean = math.asin(math.sqrt((usual * n + 0.375) / (n + 0.75)))
+    mean, value = arcsine(usual * n, n), arcsine(k, n)
     limit = student_quantile(FALSE_ALARMS / 100, 1000) / math.sqrt(4 * n + 2)
-    value = math.asin(math.sqrt((k + 0.375) / (n + 0.75)))
     most = math.sin(min(mean + limit, math.pi / 2)) ** 2
-    return Reading(name, k / n, f"up to {_number(most)}", max(value - mean, 0.0) / limit, action)
+    return Reading(name, k / max(n, 1), f"up to {_number(most)}", max(value - mean, 0.0) / limit, action)
 
 
 def _count_scores(window: WindowRows, counts: WindowCounts, reference: Reference, scorer: Scorer) -> None:
