@@ -26,7 +26,7 @@ from vista.errors import CheckpointError, ConfigError, DataError, MissingDepende
 from vista.log.event_log import EventLog
 from vista.model.codebooks import Codebooks
 from vista.model.item_projections import ItemProjections
-from vista.model.saved_model import SavedModel, SharedTables
+from vista.model.saved_model import REFERENCE_FILE, SavedModel, SharedTables
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer, Tail
@@ -334,6 +334,15 @@ def test_a_scorer_in_service_ranks_new_items(shop: tuple[Path, Path]) -> None:
         items, _ = scorer.item_vectors()
         assert set(NEW) <= set(items.tolist())
     assert (model / "README.md").is_file()
+
+
+def test_an_alias_names_the_extended_model_which_keeps_its_reference(shop: tuple[Path, Path], tmp_path: Path) -> None:
+    model, _ = shop
+    (model / REFERENCE_FILE).write_text("{}")
+    (tmp_path / "champion").symlink_to(model)
+    add(tmp_path / "champion", features(NEW))
+    assert (tmp_path / "champion").is_symlink() and (model / REFERENCE_FILE).read_text() == "{}"
+    assert len(VistaModel.from_pretrained(tmp_path / "champion").items) == len(ITEMS) + len(NEW)
 
 
 def test_a_scorer_opens_at_every_step_of_the_replacement(

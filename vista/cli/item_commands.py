@@ -78,6 +78,8 @@ def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
     from vista.model.vista_model import VistaModel
 
     folder = Path(config.model)
+    if folder.is_symlink():  # an alias, which keeps naming the model
+        folder = folder.resolve()
     unseen: dict[str, str] = {}
     with _locked(checked_path(folder, CheckpointError)):
         check_is_model(folder)
