@@ -286,7 +286,12 @@ API_CALLS: dict[str, ApiCall] = {
     "Scorer.predict(request) of a model with request features": ApiCall(
         Scorer.predict, FEATURES, lambda folder, value: PairFeatures.of(FEATURE_READER, value, 1, 1)
     ),
-    **methods(a_scorer, Scorer.rank, {"user": RAW_IDS, "top_k": INTS, "candidates": IDS, "exclude": IDS}, user=100),
+    **methods(
+        a_scorer,
+        Scorer.rank,
+        {"user": RAW_IDS, "top_k": INTS, "candidates": IDS, "exclude": IDS, "diversity": FLOATS},
+        user=100,
+    ),
     **methods(
         a_scorer_with_index,
         Scorer.retrieve,

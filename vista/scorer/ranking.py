@@ -6,9 +6,10 @@ B users, C candidates of each, N candidates of all users together, V items of th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,12 +93,19 @@ def ranked(
 ) -> Ranking:
     """The best items for the one user of a request; arguments, result and errors are those of `Scorer.rank`."""
     deadline = None if timeout_s is None else time.perf_counter() + timeout_s
+
+    def require_time() -> None:
+        if deadline is not None and time.perf_counter() > deadline:
+            raise DeadlineError(f"the ranking took longer than {timeout_s:g} s; rank fewer candidates, or use retrieve")
+
     require_top_k(top_k, "top_k")
+    if not isinstance(diversity, Real):
+        raise TypeError(f"diversity: must be a number, got {diversity!r}")
     if not 0 <= diversity <= 1:
         raise ValueError(f"diversity: must lie in [0, 1], got {diversity}")
     snapshot, items = call.snapshot, call.snapshot.served.items
     vectors = snapshot.retrieval_vectors() if diversity else None
-    most = top_k if vectors is None else POOL * top_k
+    most = int(top_k) if vectors is None else POOL * int(top_k)
     left_out = np.zeros(len(items) + 1, bool)
     left_out[UNKNOWN_ITEM] = True
     num_unknown = 0
@@ -118,8 +126,7 @@ def ranked(
     best_rows, best_scores = np.zeros(0, np.int64), np.zeros(0, np.float32)
     num_dropped, num_scored = num_unknown, 0
     for rows in parts:
-        if deadline is not None and time.perf_counter() > deadline:
-            raise DeadlineError(f"the ranking took longer than {timeout_s:g} s; rank fewer candidates, or use retrieve")
+        require_time()
         given = None if len(rows) == len(left_out) else rows
         scores = snapshot.scores(request, given, [task])[task][0]
         if call.on_missing is OnMissing.nan and request.missing[0]:
@@ -132,13 +139,19 @@ def ranked(
             np.concatenate([best_rows, rows[finite]]), np.concatenate([best_scores, scores[finite]]), most
         )
     if vectors is not None:
-        chosen = diverse(best_scores, vectors[best_rows], top_k, diversity)
+        chosen = diverse(best_scores, vectors[best_rows], top_k, diversity, require_time)
         best_rows, best_scores = best_rows[chosen], best_scores[chosen]
     call.tally(candidates=num_scored + num_unknown, unknown_candidates=num_unknown, dropped=num_dropped)
     return Ranking(items.ids(best_rows - 1), best_scores, num_dropped, num_scored)
 
 
-def diverse(scores: NDArray[np.float32], vectors: NDArray[np.float32], top_k: int, diversity: float) -> Int:
+def diverse(
+    scores: NDArray[np.float32],
+    vectors: NDArray[np.float32],
+    top_k: int,
+    diversity: float,
+    before_each: Callable[[], None] = lambda: None,
+) -> Int:
     """Places of items, chosen one by one by maximal marginal relevance (Carbonell and Goldstein, 1998).
 
     The next item has the largest (1 - diversity) * relevance - diversity * similarity: the score, scaled to [0, 1], and
@@ -147,6 +160,7 @@ def diverse(scores: NDArray[np.float32], vectors: NDArray[np.float32], top_k: in
     Args:
         scores: [P] finite, best first.
         vectors: [P, M'] of the items.
+        before_each: called before each choice.
 
     Returns:
         int64 [min(top_k, P)].
@@ -157,6 +171,7 @@ def diverse(scores: NDArray[np.float32], vectors: NDArray[np.float32], top_k: in
     value, nearest = (1 - diversity) * relevance, np.full(len(scores), -1.0)
     chosen: list[int] = []
     while len(chosen) < min(top_k, len(scores)):
+        before_each()
         place = int(np.argmax(value - diversity * nearest))
         chosen.append(place)
         value[place] = -np.inf

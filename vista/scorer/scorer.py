@@ -391,7 +391,7 @@ class Scorer:
             diversity: 0 orders by score. A value up to 1 also avoids items that resemble those above them: the list is
                 chosen from the 10 * `top_k` best items by maximal marginal relevance over `item_vectors`.
             timeout_s: give up after so many seconds. It is checked before each tile of 65,536 items, which are ranked
-                at once; None sets no limit.
+                at once, and with diversity before each item of the list; None sets no limit.
 
         Raises:
             DeadlineError: the ranking takes longer than `timeout_s`.

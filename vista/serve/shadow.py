@@ -63,11 +63,12 @@ class ShadowProcess:
         self._on_offer = on_offer
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self._socket.setblocking(False)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
-            asked = json.dumps(to_dict(config))
-            command = [sys.executable, "-m", __name__, str(theirs.fileno()), asked]
+            command = [sys.executable, "-m", __name__, str(theirs.fileno())]
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        # Not as an argument, which other accounts could read: a store's URL may have a password.
+        self._socket.send(json.dumps(to_dict(config)).encode())
+        self._socket.setblocking(False)
 
     def offer(self, endpoint: str, body: bytes, media_type: str, answer: bytes) -> None:
         """Send a request and its answer, or drop them; returns at once."""
@@ -166,14 +167,13 @@ def run(listening: socket.socket, config: ServeConfig) -> None:
 
 
 def main() -> None:
-    """The process: its arguments are the descriptor of the socket and the configuration of the service."""
+    """The process: its argument is the descriptor of the socket, whose first message is the service's configuration."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The worker ends it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.nice(19)
     log_to_stderr(logging.INFO)
-    config = from_dict(ServeConfig, json.loads(sys.argv[2]))
     with socket.socket(fileno=int(sys.argv[1])) as listening, cpu_settings(1):
-        run(listening, config)
+        run(listening, from_dict(ServeConfig, json.loads(listening.recv(2 * MAX_MESSAGE))))
 
 
 if __name__ == "__main__":
