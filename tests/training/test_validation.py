@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import Served, draw_counter_weights, small_config
+from tests.conftest import DAY, ROUNDING, START, Served, draw_counter_weights, small_config
 from vista.config import EvaluateConfig, SourceColumns
 from vista.config.checks import Codec, Split
 from vista.errors import NonFiniteLossError
@@ -36,7 +36,7 @@ from vista.refresh import RefreshOptions, refresh
 from vista.refresh.log_reading import item_values
 from vista.scorer import Scorer
 from vista.training.trainer import Trainer
-from vista.training.validation import Validation
+from vista.training.validation import Validation, reference_scores
 
 HOUR = 3_600_000
 
@@ -314,3 +314,15 @@ def test_validation_summarizes_each_history_once(served_tasks: Served, monkeypat
     validation = Validation(log, rows, served_tasks.config, events_per_batch=100)
     assert validation(served_tasks.model) == pytest.approx(expected, rel=1e-5)
     assert len(summarized) > 2 and sum(summarized) <= log.num_users
+
+
+def test_the_scores_of_the_reference_are_those_that_are_served(served_tasks: Served) -> None:
+    model, log = served_tasks.model, served_tasks.log
+    users, rows = np.flatnonzero(log.lengths >= 2)[:8], np.array([0, 3, 5])
+    now = np.full(len(users), START + 900 * DAY)
+    found = reference_scores(model, log, model.rows_of(log.items), users, log.lengths[users], now, rows)
+    with Scorer.open(served_tasks.model_dir, served_tasks.exact_store) as scorer:
+        served = scorer.predict(log.users.ids(users).tolist(), model.items.ids(rows).tolist(), now=now)
+    assert found.keys() == served.keys()
+    for task, scores in served.items():
+        np.testing.assert_allclose(found[task], scores, atol=ROUNDING)

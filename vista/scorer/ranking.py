@@ -89,7 +89,7 @@ def ranked(
     features: Any,
     wanted: ItemFilter,
     timeout_s: float | None,
-    diversity: float = 0.0,
+    diversity: Any = 0.0,
 ) -> Ranking:
     """The best items for the one user of a request; arguments, result and errors are those of `Scorer.rank`."""
     deadline = None if timeout_s is None else time.perf_counter() + timeout_s
