@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,7 +98,7 @@ def ranked(
             raise DeadlineError(f"the ranking took longer than {timeout_s:g} s; rank fewer candidates, or use retrieve")
 
     require_top_k(top_k, "top_k")
-    if not isinstance(diversity, Real):
+    if not isinstance(diversity, (int, float, np.integer, np.floating)):
         raise TypeError(f"diversity: must be a number, got {diversity!r}")
     if not 0 <= diversity <= 1:
         raise ValueError(f"diversity: must lie in [0, 1], got {diversity}")
@@ -139,7 +138,7 @@ def ranked(
             np.concatenate([best_rows, rows[finite]]), np.concatenate([best_scores, scores[finite]]), most
         )
     if vectors is not None:
-        chosen = diverse(best_scores, vectors[best_rows], top_k, diversity, require_time)
+        chosen = diverse(best_scores, vectors[best_rows], top_k, float(diversity), require_time)
         best_rows, best_scores = best_rows[chosen], best_scores[chosen]
     call.tally(candidates=num_scored + num_unknown, unknown_candidates=num_unknown, dropped=num_dropped)
     return Ranking(items.ids(best_rows - 1), best_scores, num_dropped, num_scored)
