@@ -18,20 +18,11 @@ from vista.log.event_log import EventLog
 from vista.log.features import Column
 from vista.log.vocabulary import Vocabulary
 from vista.model.inference import item_vectors
-from vista.report import sections
+from vista.report import case_parts
+from vista.report.case_parts import CasePart, age_parts, ages_by_vectors, category_ages, length_parts, similar_ages
 from vista.report.html_page import PageSection, Series, interval_chart, line_chart, render_page
 from vista.report.report_data import MAX_ROUNDS, MIN_ROUNDS, ORACLE, REQUESTS_PER_ROUND, ComparisonData, Latency, _shown
-from vista.report.sections import (
-    CasePart,
-    age_parts,
-    ages_by_vectors,
-    category_ages,
-    latency_section,
-    length_parts,
-    quality_section,
-    similar_ages,
-    split_section,
-)
+from vista.report.sections import latency_section, quality_section, split_section
 from vista.scorer import CandidateSet, Scorer
 
 
@@ -174,7 +165,7 @@ def test_ages_by_vectors_are_those_of_a_loop(
     columns = rng.integers(-1, num_vectors, log.num_items)
     user = rng.integers(0, log.num_users, drawn.draw(st.integers(0, 40)))
     seen, item = rng.integers(0, log.lengths[user] + 1), rng.integers(0, log.num_items, len(user))
-    monkeypatch.setattr(sections, "MAX_PAIRS", drawn.draw(st.sampled_from([1, 50, 1 << 22])))
+    monkeypatch.setattr(case_parts, "MAX_PAIRS", drawn.draw(st.sampled_from([1, 50, 1 << 22])))
     measure = MeanMeasure("m", "m", user, seen, item, {"own": np.ones(len(user))})
     expected = np.full(len(user), -1)
     for case, (row, before, label) in enumerate(zip(user.tolist(), seen.tolist(), columns[item].tolist(), strict=True)):

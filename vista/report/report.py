@@ -22,24 +22,26 @@ from vista.installation import __version__
 from vista.log.event_log import EventLog
 from vista.log.splits import leaves_out_seen, split_until, visible_counts
 from vista.progress_bar import progress_bar
-from vista.report.html_page import PageSection, paragraph, render_page
-from vista.report.report_data import ComparisonData, Latency, MeasuredRun, TrainedRun, without_summary
-from vista.report.sections import (
+from vista.report.case_parts import (
     ACTIVE_DAYS,
     CasePart,
     activity_parts,
     age_parts,
-    calibration_section,
     category_ages,
-    curves_section,
     item_ages,
-    latency_section,
     length_parts,
+    similar_ages,
+)
+from vista.report.html_page import PageSection, paragraph, render_page
+from vista.report.report_data import ComparisonData, Latency, MeasuredRun, TrainedRun, without_summary
+from vista.report.sections import (
+    calibration_section,
+    curves_section,
+    latency_section,
     limits_section,
     popularity_section,
     quality_section,
     quality_text,
-    similar_ages,
     split_section,
     training_section,
     verdict,
