@@ -89,7 +89,7 @@ def counters_of_request(
     def part(field: int, start: int, stop: int) -> tuple[Int, Int, Int]:
         events, previous = history.slice(0, start, stop), np.array(before[start:stop], np.int64)
         previous[:1] *= start != tail_start
-        key = keys.of(events.item.astype(np.int64), np.asarray(events.timestamp), previous)[field]
+        key = keys.of(events.item.astype(np.int64), np.asarray(events.timestamp), previous, events.action)[field]
         return key, np.asarray(events.timestamp), np.array([0, stop - start])
 
     fields = []
@@ -100,21 +100,27 @@ def counters_of_request(
     return UserCounters(fields[0], num_events, tuple(fields[1:]), keys, np.array(before[seen : seen + 1]))
 
 
-def key_by_hand(field: str, item: int, time_ms: int, previous: int, categories: dict[str, list[int]]) -> int:
+def key_by_hand(
+    field: str, item: int, time_ms: int, previous: int, action: str | None, categories: dict[str, list[int]]
+) -> int:
     """The key of an event in a field, from its definition.
 
     Args:
         time_ms: of the event.
         previous: item of the event before; 0 for none.
+        action: None for a candidate.
         categories: by name, the value of each item from 1 on; 0 for none.
     """
+    counted = [part.removeprefix("action:") for part in field.split("*") if part.startswith("action:")]
+    if counted and action not in (None, *counted):
+        return 0
     time = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=time_ms)
     values = {"item": item, "previous": previous, "month": time.month, "weekday": time.isoweekday()}
     values |= {name: codes[item] for name, codes in categories.items()}
     factors = {"item": 1_220_703_125, "previous": 1_220_703_125, "month": 12, "weekday": 7}
     factors |= {name: max(codes) for name, codes in categories.items()}
-    first, *others = field.split("*")
-    key = values[first]
+    first, *others = [part for part in field.split("*") if not part.startswith("action:")] or [""]
+    key = values[first] if first else 1
     for part in others:
         product = ((key - 1) * factors[part] + values[part] - 1) % (2**31 - 1) + 1
         key = product if key and values[part] else 0

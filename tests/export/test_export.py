@@ -65,7 +65,11 @@ def drawn_model(
         num_target_layers=num_layers,
         tail_len=6,
         target_attention=kind,
-        counter_keys=(["item", "brand", "brand*month", "previous*item", "brand*weekday"] if categories else ["item"])
+        counter_keys=(
+            ["item", "brand", "brand*month", "previous*item", "brand*weekday", "brand*action"]
+            if categories
+            else ["item"]
+        )
         if counters
         else [],
         num_counters=10,

@@ -193,7 +193,7 @@ def chunks(
     item = packed.item.astype(np.int64)
     start, counters, pooled = offsets[:-1] - packed.offsets[:-1][user], None, None
     if keys is not None:
-        counters = HistoryCounters(keys, item, packed.timestamp, packed.offsets)
+        counters = HistoryCounters(keys, item, packed.action, packed.timestamp, packed.offsets)
     if space is not None:
         fold = np.zeros(packed.num_users, np.int64)
         pooled = PooledHistories(space.numpy()[None], fold, item, packed.offsets)

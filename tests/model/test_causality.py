@@ -56,7 +56,8 @@ def with_other_impressions(chunks: Chunks, label: int, owner: int, num_items: in
 OF_ITEMS = {"counter_keys": ["item"], "num_counters": 3, "num_seeds": 0}
 COUNTERS = {
     "counters": OF_ITEMS,
-    "counters of products": OF_ITEMS | {"counter_keys": ["item", "brand", "brand*month", "previous*item"]},
+    "counters of products": OF_ITEMS
+    | {"counter_keys": ["item", "brand", "brand*month", "previous*item", "brand*action", "action"]},
 }
 
 

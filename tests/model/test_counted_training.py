@@ -185,7 +185,7 @@ def test_nothing_is_added_before_training(counters: CandidateHead, codes: Tensor
     assert not fresh(codes).any() and not fresh.logits(codes).any()
 
 
-PRODUCTS = ["item", "brand*month", "previous*item", "brand", "weekday*brand"]
+PRODUCTS = ["item", "brand*month", "previous*item", "brand", "weekday*brand", "brand*action", "action"]
 OPTIM = OptimConfig(next_weight=0.5, window_weight=1.0, task_weight=0.0, reconstruction_weight=0.0)
 
 

@@ -36,7 +36,7 @@ from vista.store.record_encoding import encode_counters
 from vista.store.writer import StoreUpdate
 
 COUNTERS = {"counter_keys": ["item"], "num_counters": 6, "counter_days": [2.0, 30.0], "counter_events": [5.0]}
-PRODUCTS = COUNTERS | {"counter_keys": ["item", "genre", "genre*weekday", "previous*item"]}
+PRODUCTS = COUNTERS | {"counter_keys": ["item", "genre", "genre*weekday", "previous*item", "genre*action", "action"]}
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "no reach": {"conv_width": 1, "ignore": ["times"]},
@@ -311,7 +311,8 @@ def counted(
     history = log[user].slice(0, 0, until)
     items, times = model.item_rows(log.items.ids(history.item)).tolist(), history.timestamp.tolist()
     genres = {"genre": [0, *(row % 5 for row in range(len(model.items)))]}
-    events = zip(items, times, [0, *items[:-1]], strict=True)
+    actions = [log.actions[code] for code in history.action.tolist()]
+    events = zip(items, times, [0, *items[:-1]], actions, strict=True)
     rows, spec = [key_by_hand(field, *event, genres) for event in events], model.counter_spec
     values = counted_by_loop(spec, list(zip(rows, times, strict=True)))
     newest = {row: position for position, row in enumerate(rows)}
@@ -406,7 +407,7 @@ def test_no_counter_of_an_erased_user_survives(tmp_path, grow):
 
 def record_bytes(counters: tuple[CounterCodes, ...]) -> bytes:
     """The counters of one user, as its record holds them."""
-    layout = CounterLayout.of(counters[0].spec, [30, 4, 28, 2**31 - 1][: len(counters)])
+    layout = CounterLayout.of(counters[0].spec, [30, 4, 28, 2**31 - 1, 4, 4, 1, 1][: len(counters)])
     return encode_counters(counters, layout, 1)[0]
 
 

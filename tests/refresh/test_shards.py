@@ -123,7 +123,9 @@ features = st.sampled_from([None, 0, 1, 2])
 def test_merged_stores_equal_the_store_of_all_events(tmp_path_factory, grow, data, decay):
     folder, horizons = tmp_path_factory.mktemp("merge"), [20.0, 0.0] if decay is Decay.time else []
     options = {"decay": decay, "decay_horizons": horizons}
-    counted = {"counter_keys": ["item", "genre*month", "previous*item"]} if data.draw(st.booleans()) else {}
+    counted = (
+        {"counter_keys": ["item", "genre*month", "previous*item", "genre*action"]} if data.draw(st.booleans()) else {}
+    )
     model = grow.model(num_tail_features=data.draw(features), **options, **counted)
     frame = grow.events(data.draw(st.dictionaries(st.integers(1, 6), st.integers(1, 20), min_size=1)), spread=10**7)
     owner = np.array(data.draw(st.lists(st.integers(0, 2), min_size=len(frame["user"]), max_size=len(frame["user"]))))

@@ -38,7 +38,9 @@ KINDS = {
     "pointwise": POINTWISE | POOLED,
     "softmax of epoch 0": POOLED,
     "counters": POINTWISE | POOLED | {"counter_keys": ["item"], "transitions": 3},
-    "counters of a category and pairs, without transitions": {"counter_keys": ["item", "brand", "previous*item"]},
+    "counters of a category and pairs, without transitions": {
+        "counter_keys": ["item", "brand", "previous*item", "action"]
+    },
     "features, projected per request": POINTWISE | POOLED | {"counter_keys": ["item"]},
     "unified table, projected per request": POOLED | {"embedding_rows": 50, "num_heads": 4},
     "next alone": POINTWISE | POOLED | {"counter_keys": ["item"]},

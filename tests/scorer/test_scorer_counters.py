@@ -125,7 +125,7 @@ def model(request: pytest.FixtureRequest, impression_log: EventLog) -> VistaMode
     """Knows 36 of the log's 40 items."""
     changes: dict[str, Any] = {
         "items": {},
-        "products": {"model__counter_keys": ["item", "brand", "brand*month", "previous*item"]},
+        "products": {"model__counter_keys": ["item", "brand", "brand*month", "previous*item", "brand*action"]},
     }[request.param]
     items = Vocabulary.from_ids(impression_log.items.ids(np.arange(4, impression_log.num_items)))
     return untrained(impression_log, items, model__num_counters=8, **changes)
@@ -323,11 +323,26 @@ def test_parts_have_shares_of_the_score(opened: Opened, task: str, now: Any) -> 
 def circumstance(model: VistaModel, counts: NDArray[np.float32]) -> str | None:
     """What a reason says about the first product of keys that is counted, from the item's counters float32 [G * F]."""
     words = {"brand*month": "items of its brand {} before in the same month", "previous*item": "{} before right after"}
-    keys = model.config.counter_keys or []
+    assert model.counter_spec is not None
+    keys = model.counter_spec.fields
     for key, (number, *_) in zip(keys, np.split(counts, len(keys)), strict=True):
         if key in words and np.isfinite(number):
             return words[key].format(times(number))
     return None
+
+
+def of_actions(model: VistaModel, counts: NDArray[np.float32]) -> str | None:
+    """What a reason says about the actions of the events with the item's brand, as `circumstance`."""
+    assert model.counter_spec is not None
+    keys = model.counter_spec.fields
+    numbers = dict(zip(keys, counts.reshape(len(keys), -1)[:, 0].tolist(), strict=True))
+    names = model.schema.actions
+    own = [number for name in names if np.isfinite(number := numbers.get(f"brand*action:{name}", np.nan))]
+    if not own:
+        return None
+    best = next(name for name in names if numbers[f"brand*action:{name}"] == max(own))
+    total = max(sum(own), numbers["brand"] if np.isfinite(numbers["brand"]) else 0)
+    return f"{best} in {'' if total < 10 else 'about '}{max(own):,.0f} of {total:,.0f} events with items of its brand"
 
 
 def times(number: float) -> str:
@@ -342,6 +357,7 @@ def test_reasons_say_what_parts_with_positive_shares_hold(opened: Opened, task: 
     model, items = opened.scorer.model, opened.scorer.item_vectors()[0].tolist()
     told = opened.scorer.explain(user, items, task=task, tail=tail)
     space, texts, parts, products = model.item_space.double(), set[str](), set[str](), set[str]()
+    actions = set[str]()
     newest = [item for item in told.tail_items if item is not None]
     rows = dict(zip(items, range(1, 1 + len(items)), strict=True))
     for place, reasons in enumerate(told.reasons):
@@ -360,6 +376,9 @@ def test_reasons_say_what_parts_with_positive_shares_hold(opened: Opened, task: 
             if reason.part == "counters" and (said := circumstance(model, told.counts[place])):
                 assert said in reason.text
                 products.add(said.split(" before ")[1])
+            if reason.part == "counters" and (said := of_actions(model, told.counts[place])):
+                assert reason.text.endswith(said)
+                actions.add(said.split(" ")[0])
             if reason.part in ("recent", "tail", "transitions"):
                 assert set(reason.items) <= set(newest)
             if reason.part in ("history", "recent"):
@@ -374,7 +393,8 @@ def test_reasons_say_what_parts_with_positive_shares_hold(opened: Opened, task: 
                 odds = float(model.item_rates[1 + place, 0].exp())
                 assert reason.text == f"the odds of click are {odds:.1f} times those of all impressions"
     assert {"history", "recent", "popularity", "rate" if task == "click" else "transitions"} <= parts
-    assert bool(products) == (len(model.config.counter_keys or []) > 1)
+    # The drawn weights decide which counters raise scores.
+    assert bool(products if task == "next" else actions) == (len(model.config.counter_keys or []) > 1)
     assert "more events than " in texts and any(text.startswith("goes with the") for text in texts)
     reasons = next(found for found in told.reasons if found and found[0].items)
     assert f"item {reasons[0].items[0]}" in reasons[0].words(lambda ids: [f"item {one}" for one in ids])

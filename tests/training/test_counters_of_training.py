@@ -27,6 +27,7 @@ from vista.config import (
     TrainConfig,
 )
 from vista.config.checks import Architecture, Codec, Split, StateDtype
+from vista.counters.counters import CounterSpec
 from vista.counters.keys import UserCounters
 from vista.errors import CheckpointError, ConfigError
 from vista.evaluation.cases import NextItemCases
@@ -249,7 +250,7 @@ COLUMNS = SourceColumns(action="action", rating="rating", labels=["click"])
 ITEMS = np.unique(small_frame()["item"])
 BRANDS = np.where(np.arange(len(ITEMS)) % 7 > 0, np.arange(len(ITEMS)) % 7, 0)
 """Brand of each item, from 1 on; 0 is none."""
-KEYS = ["item", "brand", "brand*weekday", "previous*item"]
+KEYS = ["item", "brand", "brand*weekday", "previous*item", "brand*action:like", "action:click"]
 COUNTED = {"model__counter_keys": KEYS, "data__exclude_seen": False}
 
 
@@ -403,12 +404,24 @@ def test_a_category_must_be_one_of_the_log_with_one_value_per_item(brand_log: Ev
     assert not (tmp_path / "run" / "best").exists()
 
 
-def test_the_calendar_needs_times(tmp_path: Path) -> None:
+def test_the_calendar_needs_times_and_actions_need_several(tmp_path: Path) -> None:
     frame = {name: small_frame()[name] for name in ("user", "item")}
     log = EventLog.from_frame(frame, tmp_path / "log", columns=SourceColumns(timestamp=None))
     config = small_config(log, tmp_path / "run", model__counter_keys=["item", "previous*item", "weekday*item"])
     with pytest.raises(ConfigError, match=r"weekday\*item needs times, which .*log does not have"):
         schema_of(log, config)
+    config.model.counter_keys = ["item", "action"]
+    with pytest.raises(ConfigError, match=r"'action' needs a log with 2 to 16 actions, but .*log has"):
+        schema_of(log, config)
+
+
+def test_a_counted_action_must_be_one_of_the_log(brand_log: EventLog, tmp_path: Path) -> None:
+    config = config_of(brand_log, tmp_path / "run", model__counter_keys=["item", "action", "item*action:buy"])
+    with pytest.raises(ConfigError, match=r"'item\*action:buy' counts an action that the log does not have; .*'click'"):
+        schema_of(brand_log, config)
+    config.model.counter_keys = ["item", "action"]
+    spec = CounterSpec.of(config.model, has_time=True, actions=schema_of(brand_log, config).actions)
+    assert spec is not None and spec.fields == ("item", "action:click", "action:like")
 
 
 def test_a_model_without_its_category_is_refused(trained: Path, tmp_path: Path) -> None:
@@ -446,6 +459,8 @@ def test_the_page_names_the_values_of_a_category(trained: Path) -> None:
     parts = [row["value"].split(", ") for row in rows["brand*weekday"]]
     assert parts and all(brand in {row["value"] for row in rows["brand"]} for brand, _ in parts)
     assert {day for _, day in parts} <= {*calendar.day_name}
+    assert {row["value"] for row in rows["action:click"]} <= {"all items"}
+    assert {row["value"] for row in rows["brand*action:like"]} <= {row["value"] for row in rows["brand"]}
     assert rows["brand"] and all(row["value"].startswith("brand ") and row["count"] > 0 for row in rows["brand"])
 
 
@@ -463,3 +478,8 @@ def test_a_record_grows_by_the_counters_of_each_category() -> None:
     assert sizes[0].record < sizes[1].record < sizes[2].record and sizes[0].state < sizes[1].state
     assert sizes[2].record - sizes[1].record == sizes[1].record - sizes[0].record
     assert sizes[3].record - sizes[2].record == 64 * 2  # a pair of items takes 4 bytes
+    per_action = ModelConfig(counter_keys=["item", "brand*action"])
+    with pytest.raises(
+        ConfigError, match=r"'brand\*action' is a key per action; list them, such as item\*action:click"
+    ):
+        StoreSizes.of(per_action, Codec.int8, StateDtype.float32, num_items=1000, history_events=10)

@@ -35,7 +35,10 @@ ITEM, PREVIOUS = "item", "previous"
 """Parts of what counters count: the item of an event or of a candidate, and the item of the event before."""
 CALENDAR = {"month": 12, "weekday": 7}
 """Further parts, of the time in UTC, with the number of their values. All others are categories of items."""
-NOT_CATEGORIES = {ITEM, PREVIOUS, *CALENDAR}
+ACTION = "action"
+"""A part that stands for each action of the log, `action:NAME`, which only counts events with this action."""
+MOST_ACTIONS = 16
+"""Most actions that `ACTION` may stand for."""
 MAX_HORIZONS = 8
 """Most time constants of counters, so that the codes of an item fit into 64 bits."""
 MIN_COUNTER_DAYS = 1 / 24
@@ -227,12 +230,13 @@ class NextItemConfig(AttentionConfig):
     """What counters count, such as [item, brand, brand*month, previous*item]: how often and how recently the user had
     each item, items of the same brand, items of the same brand in the same month of any year, and each item right after
     the same item. The first key is item. The parts of the others are item, previous, month, weekday (both in UTC), and
-    features of items, which must be categories with at most one value per item. The store holds the highest counts with
-    each summary. Items that a user had before are scored by their counters. Other items are scored by how popular they
-    are and how many users discover them, too, by a learned amount per user. Labeled tasks read the counters of every
-    candidate. [] is a model without counters. null: [item] if items are ranked and users return to them
-    (`data.exclude_seen` is false); else []. Over a base (`base`), null takes this and the settings that follow from it
-    from the base."""
+    features of items, which must be categories with at most one value per item. brand*action counts the events of each
+    action apart, and brand*action:click those of one action. If actions tell the answers, such as right and wrong, that
+    is how often the user was right. The store holds the highest counts with each summary. Items that a user had before
+    are scored by their counters. Other items are scored by how popular they are and how many users discover them, too,
+    by a learned amount per user. Labeled tasks read the counters of every candidate. [] is a model without counters.
+    null: [item] if items are ranked and users return to them (`data.exclude_seen` is false); else []. Over a base
+    (`base`), null takes this and the settings that follow from it from the base."""
     num_counters: int = 64
     """Number of counted values stored per user for each of counter_keys: those with the highest counts."""
     counter_days: list[float] = field(default_factory=lambda: [7.0, 30.0])
@@ -274,9 +278,11 @@ class NextItemConfig(AttentionConfig):
         for name in names:
             parts = parts_of(name)
             require(all(parts) and len({*parts}) == len(parts), key, f"{name!r} must have distinct parts, such as a*b")
-            of_candidate = {*parts} - {PREVIOUS, *CALENDAR}
+            actions = [part for part in parts if is_action(part)]
+            require(len(actions) <= 1, key, f"{name!r} must have at most one action")
+            of_candidate = {*parts} - {PREVIOUS, *CALENDAR}  # counts per action tell rates, also of all candidates
             require(bool(of_candidate), key, f"{name!r} is the same for all candidates; add {ITEM} or a category")
-            need = {"item_features": of_candidate - {ITEM}, "times": CALENDAR.keys() & parts}
+            need = {"item_features": of_candidate - {ITEM, *actions}, "times": CALENDAR.keys() & parts}
             for part, needed in need.items():
                 require(not needed or self.reads(part), key, f"{name!r} needs {part}, which model.ignore leaves out")
         require_counts(self, "model.", ("num_counters",), most=MAX_COUNTERS)
@@ -397,9 +403,29 @@ def parts_of(key: str) -> list[str]:
     return key.split("*")
 
 
+def is_action(part: str) -> bool:
+    """Whether a part of a key is `ACTION` or one of the actions that it stands for."""
+    return part == ACTION or part.startswith(f"{ACTION}:")
+
+
+def is_category(part: str) -> bool:
+    """Whether a part of a key is a category of items."""
+    return part not in (ITEM, PREVIOUS, *CALENDAR) and not is_action(part)
+
+
 def counted_categories(keys: Iterable[str]) -> list[str]:
     """The categories of items that are parts of `counter_keys`, once each."""
-    return list(dict.fromkeys(part for key in keys for part in parts_of(key) if part not in NOT_CATEGORIES))
+    return list(dict.fromkeys(part for key in keys for part in parts_of(key) if is_category(part)))
+
+
+def counted_fields(keys: Iterable[str], actions: Iterable[str]) -> tuple[str, ...]:
+    """What counters count for `counter_keys` and the actions of a log: keys with `ACTION` once for each of them."""
+    fields = [
+        "*".join(f"{ACTION}:{action}" if part == ACTION else part for part in parts_of(key))
+        for key in keys
+        for action in (actions if ACTION in parts_of(key) else ("",))
+    ]
+    return tuple(dict.fromkeys(fields))
 
 
 CONFIGS: dict[Architecture, type[RankingConfig]] = {

@@ -23,6 +23,7 @@ from vista.config.model_config import (
     MAX_HORIZONS,
     MIN_COUNTER_DAYS,
     NextItemConfig,
+    counted_fields,
 )
 from vista.files import NUMBER, check_fields, list_of, one_of, text, whole
 from vista.log.histories import DAY_MS, NO_TIMESTAMP, ranges
@@ -84,16 +85,16 @@ class CounterSpec:
             raise ValueError(f"days: must be empty for a log without times, got {self.days}")
 
     @classmethod
-    def of(cls, config: NextItemConfig, *, has_time: bool) -> CounterSpec | None:
+    def of(cls, config: NextItemConfig, *, has_time: bool, actions: Sequence[str]) -> CounterSpec | None:
         """What a model counts; None for a model without counters.
 
         Args:
             config: with `counter_keys` null meaning none.
-            has_time: whether its log has times.
+            has_time: whether its log has times; actions: their names.
         """
         if not config.counter_keys:
             return None
-        fields, days = tuple(config.counter_keys), config.counter_days if has_time else []
+        fields, days = counted_fields(config.counter_keys, actions), config.counter_days if has_time else []
         horizons = tuple(map(float, days)), tuple(map(float, config.counter_events))
         return cls(fields, (config.num_counters,) * len(fields), *horizons, has_time)
 

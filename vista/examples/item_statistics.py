@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -395,6 +395,8 @@ class WholeHistories(NamedTuple):
 
     item: Int
     """int64 [T] model rows."""
+    action: NDArray[np.uint8]
+    """[T] codes."""
     time: Int
     """int64 [T] ms."""
     offsets: Int
@@ -417,28 +419,29 @@ class WholeHistories(NamedTuple):
         last = np.zeros(len(users), np.int64)
         np.maximum.at(last, history, stop)
         events = log.gather_ranges(users, np.zeros_like(last), last, features=False)
-        return cls(item_rows[events.item], np.asarray(events.timestamp), events.offsets, users, history)
+        times = np.asarray(events.timestamp)
+        return cls(item_rows[events.item], events.action, times, events.offsets, users, history)
 
 
 class HistoryCounters:
     """Counters of B histories, at any place."""
 
-    def __init__(self, keys: ItemKeys, item: Int, time: Int, offsets: Int) -> None:
+    def __init__(self, keys: ItemKeys, item: Int, action: NDArray[Any], time: Int, offsets: Int) -> None:
         """
         Args:
             keys: what records hold, and what the items are counted as.
-            item: int64 [T] model rows, from each history's first event on; time: int64 [T] ms.
+            item: int64 [T] model rows, from each history's first event on; action: int [T] codes; time: int64 [T] ms.
             offsets: int64 [B + 1].
         """
         self._keys, self._item, self._time, self._offsets = keys, item, time, offsets
-        self._events = keys.of_events(item, time, offsets)
+        self._events = keys.of_events(item, action, time, offsets)
         """int64 [T] keys of the events, per field."""
         self._indices = [OccurrenceIndex(keys.spec, key, time, offsets) for key in self._events]
 
     @classmethod
     def of(cls, keys: ItemKeys, histories: WholeHistories) -> HistoryCounters:
         """Counters of some users of a log."""
-        return cls(keys, histories.item, histories.time, histories.offsets)
+        return cls(keys, histories.item, histories.action, histories.time, histories.offsets)
 
     def at(self, requests: CounterRequests) -> UserCounters:
         """The counters of each request."""

@@ -130,6 +130,8 @@ def _names_of_keys(workspace: Workspace, scorer: Scorer, field: str, key: Int) -
     codes = values_of(field, key, len(model.items), model.item_keys.sizes)
     if codes is None:
         return [f"pair {number}" for number in key.tolist()]
+    if not codes:
+        return ["all items"] * len(key)
     names = []
     for part, own in codes.items():
         if part in (ITEM, PREVIOUS):

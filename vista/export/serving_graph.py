@@ -108,7 +108,7 @@ class ServingGraph(nn.Module):
         self.request_features = GraphFeatures.of(schema.request_features, model.request_encoder)
         self.counted = counted_names(model)
         self.counters = None if model.counter_spec is None else GraphCounters(model.counter_spec)
-        self.categories, self.sizes, table = list[str](), dict[str, int](), None
+        self.categories, self.sizes, self.actions, table = list[str](), dict[str, int](), schema.actions, None
         if (keys := model.item_keys) is not None and keys.categories:
             self.categories, self.sizes = [*keys.categories], dict(keys.sizes)
             table = torch.from_numpy(np.stack([*keys.categories.values()]))
@@ -177,7 +177,8 @@ class ServingGraph(nn.Module):
             newest = torch.maximum(clock, torch.where(is_new, times, NO_TIMESTAMP).amax(1))
             as_of = torch.where(now == NO_TIMESTAMP, newest, now)
             asked = self._keys(candidates, as_of[:, None], items[:, -1:])
-            new = self._keys(items, times, F.pad(items[:, :-1], (1, 0)))
+            actions = aligned("tail_actions") if "tail_actions" in given else None
+            new = self._keys(items, times, F.pad(items[:, :-1], (1, 0)), actions)
             fields = []
             for name, wanted, key in zip(self.counted, asked, new, strict=True):
                 own = given[f"{COUNTER_KEYS}{name}"], given[f"{COUNTER_CODES}{name}"]
@@ -223,12 +224,12 @@ class ServingGraph(nn.Module):
             out.append(score)
         return tuple(out)
 
-    def _keys(self, item: Tensor, time: Tensor, previous: Tensor) -> list[Tensor]:
+    def _keys(self, item: Tensor, time: Tensor, previous: Tensor, action: Tensor | None = None) -> list[Tensor]:
         """The keys of events or candidates in each field of the counters, int64 [B, n] (`ItemKeys.of`)."""
         assert self.counters is not None
         tables = [] if self.category_table is None else self.category_table.unbind()
         categories = dict(zip(self.categories, tables, strict=True))
-        return keys_of(self.counters.spec.fields, categories, self.sizes, item, time, previous)
+        return keys_of(self.counters.spec.fields, categories, self.sizes, item, time, previous, self.actions, action)
 
     def _pooled(self, given: dict[str, Tensor], found: Tensor, items: Tensor, is_new: Tensor) -> Tensor:
         """Pooled vectors [B, J, r] (`request_pooled`) with the tail's items int64 [B, L]; bool [B, L]: the new ones."""

@@ -477,7 +477,7 @@ def item_keys(spec: CounterSpec, schema: Schema, table: ItemFeatureTable | None,
         RuntimeError: the table has no such category.
     """
     sizes = {column.name: column.size for column in schema.item_features}
-    keys = ItemKeys.of_spec(spec, num_rows, sizes)
+    keys = ItemKeys.of_spec(spec, num_rows, sizes, schema.actions)
     if table is not None:
         for name, codes in keys.categories.items():
             codes[:] = table.category_keys(schema.item_features, name)

@@ -120,7 +120,7 @@ class ServingModel(Readings):
     item_keys: ItemKeys | None = field(init=False)
 
     def __post_init__(self) -> None:
-        spec = CounterSpec.of(self.config, has_time=self.schema.has_time)
+        spec = CounterSpec.of(self.config, has_time=self.schema.has_time, actions=self.schema.actions)
         count = 1 + len(self.items)
         self.item_keys = None if spec is None else item_keys(spec, self.schema, self.feature_table, count)
 

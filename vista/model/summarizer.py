@@ -82,7 +82,9 @@ class Stage1Config:
 
         Of a baseline, that is what its event embeddings depend on.
         """
-        counters = CounterSpec.of(config, has_time=schema.has_time) if isinstance(config, NextItemConfig) else None
+        counters = None
+        if isinstance(config, NextItemConfig):
+            counters = CounterSpec.of(config, has_time=schema.has_time, actions=schema.actions)
         if not isinstance(config, ModelConfig):
             kept = {name: getattr(config, name) for name in ("dim", "history_limit", "embedding_rows", "ignore")}
             config = ModelConfig(num_heads=1, num_seeds=0, pooled_dim=0, **kept)

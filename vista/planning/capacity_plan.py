@@ -10,7 +10,7 @@ from textwrap import fill
 import numpy as np
 
 from vista.config.checks import Codec, Mixing, StateDtype
-from vista.config.model_config import ModelConfig, counted_categories
+from vista.config.model_config import ACTION, ModelConfig, counted_categories, parts_of
 from vista.config.store_config import ACTIVE_SHARE, MachineConfig, PlanConfig
 from vista.counters.counters import CounterSpec
 from vista.counters.keys import largest_key
@@ -142,9 +142,13 @@ class StoreSizes:
             history_events: events per user, which are as many counted keys per field in a state at most.
 
         Raises:
-            ConfigError: a record would exceed the format's limit.
+            ConfigError: a record would exceed the format's limit, or it is unknown how many actions are counted.
         """
-        spec = CounterSpec.of(model, has_time=True)
+        if unnamed := [key for key in model.counter_keys or [] if ACTION in parts_of(key)]:
+            raise ConfigError(
+                f"model.counter_keys: {unnamed[0]!r} is a key per action; list them, such as item*action:click"
+            )
+        spec = CounterSpec.of(model, has_time=True, actions=[])
         layout = None
         if spec is not None:
             # Most categories have fewer values than there are items.

@@ -488,7 +488,8 @@ def _with_new_events(model: VistaModel, states: StateArrays, new: Histories, bef
     """
     tables: tuple[CounterTable, ...] = ()
     if (keys := model.item_keys) is not None:
-        of_fields = zip(states.counters, keys.of_events(new.item, new.timestamp, new.offsets, before), strict=True)
+        keys_of_new = keys.of_events(new.item, new.action, new.timestamp, new.offsets, before)
+        of_fields = zip(states.counters, keys_of_new, strict=True)
         tables = tuple(table.appended(key, new.timestamp, new.offsets) for table, key in of_fields)
     return HistorySums(tables, states.pooled + inference.pooled_sums(model, new.item, new.offsets))
 

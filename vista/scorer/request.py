@@ -121,7 +121,8 @@ class RequestCounters(UserCounters):
         """
         fresh = np.flatnonzero(is_fresh)
         offsets = np.searchsorted(fresh, tail.offsets)
-        of_fields = zip(stored.counters, keys.of_events(tail.items, tail.times, tail.offsets), strict=True)
+        keys_of_tail = keys.of_events(tail.items, tail.actions, tail.times, tail.offsets)
+        of_fields = zip(stored.counters, keys_of_tail, strict=True)
         codes, *others = [one.advanced(now, key[fresh], tail.times[fresh], offsets) for one, key in of_fields]
         num_events, newest = stored.event_count + np.diff(offsets), newest_items(tail.items, tail.offsets)
         return cls._made_of(codes, num_events, tuple(others), keys, newest)

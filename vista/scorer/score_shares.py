@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Floats, Int
-from vista.config.model_config import ITEM, NOT_CATEGORIES, PREVIOUS, parts_of
+from vista.config.model_config import ACTION, ITEM, PREVIOUS, is_action, is_category, parts_of
 from vista.counters.counters import CounterSpec
 from vista.errors import UnknownItemError
 from vista.examples.item_spaces import NUM_POOLED, Pooled
@@ -332,9 +332,11 @@ class _Words:
         counted = [(field, own) for field, own in zip(spec.fields, of_fields, strict=True) if np.isfinite(own[0])]
         if not counted:
             return "not one of the items that the user had most often", []
-        # The first key, and the first one that depends on the request.
-        said = counted[:1] + [one for one in counted[1:] if _CIRCUMSTANCES.keys() & parts_of(one[0])][:1]
-        return " and ".join(_counter_text(spec, field, own) for field, own in said), []
+        # The first key, the first one that depends on the request, and the first one of which actions are known.
+        plain = [(field, own) for field, own in counted if not any(map(is_action, parts_of(field)))]
+        said = plain[:1] + [one for one in plain[1:] if _CIRCUMSTANCES.keys() & parts_of(one[0])][:1]
+        texts = [_counter_text(spec, field, own) for field, own in said]
+        return " and ".join(texts + _action_texts({field: float(own[0]) for field, own in counted})[:1]), []
 
     def _history(self, place: int) -> tuple[str, list[Any]]:
         counters = self._request.counters
@@ -416,10 +418,34 @@ def _counter_text(spec: CounterSpec, field: str, values: NDArray[np.float32]) ->
     parts = parts_of(field)
     number = float(values[0])
     times = "once" if number < 1.5 else f"{'about ' * (number >= EXACT_COUNTS)}{number:,.0f} times"
-    names = [part for part in parts if part not in NOT_CATEGORIES]
-    what = [] if ITEM in parts else [f"items of its {' and '.join(names)}"]
+    what = [] if ITEM in parts else [f"items of its {' and '.join(filter(is_category, parts))}"]
     when = [words for part, words in _CIRCUMSTANCES.items() if part in parts]
     return " ".join([*what, times, "before", *when]) + f", last {_age(spec, float(values[-1]))} ago"
+
+
+def _action_texts(counts: dict[str, float]) -> list[str]:
+    """The most frequent action of each key that is counted per action: "right in 3 of 4 events with it".
+
+    Args:
+        counts: by field, of those that count the item.
+    """
+    by_key = dict[str, dict[str, float]]()
+    for field, number in counts.items():
+        parts = parts_of(field)
+        if actions := [part for part in parts if is_action(part)]:
+            key = "*".join(part for part in parts if part not in actions)
+            by_key.setdefault(key, {})[actions[0].removeprefix(f"{ACTION}:")] = number
+    texts = []
+    for key, of_actions in by_key.items():
+        parts, best = parts_of(key), max(of_actions, key=of_actions.__getitem__)
+        total = max(sum(of_actions.values()), counts.get(key, 0.0))
+        what = ["with it"] if ITEM in parts else []
+        if names := [*filter(is_category, filter(None, parts))]:
+            what = [f"with items of its {' and '.join(names)}"]
+        when = [words for part, words in _CIRCUMSTANCES.items() if part in parts]
+        about = "about " * (total >= EXACT_COUNTS)
+        texts.append(" ".join([f"{best} in {about}{of_actions[best]:,.0f} of {total:,.0f} events", *what, *when]))
+    return texts
 
 
 def _age(spec: CounterSpec, age: float) -> str:

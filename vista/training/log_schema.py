@@ -13,8 +13,16 @@ import torch
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, TrainConfig
 from vista.config.checks import Decay, require
-from vista.config.model_config import CALENDAR, EMBEDDING_HASHES, parts_of
-from vista.errors import ConfigError, DataError
+from vista.config.model_config import (
+    ACTION,
+    CALENDAR,
+    EMBEDDING_HASHES,
+    MOST_ACTIONS,
+    RankingConfig,
+    is_action,
+    parts_of,
+)
+from vista.errors import ConfigError, DataError, shown
 from vista.examples.batch_source import ModelReads, trained_tasks, visible_rows
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
@@ -223,6 +231,26 @@ def schema_of(log: EventLog, config: TrainConfig, since: int | None = None) -> S
     return schema_and_readers(log, config, since)[0]
 
 
+def _check_counted_actions(model: RankingConfig, log: EventLog) -> None:
+    """Check that a log has the actions that counters count.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    named = {part: key for key in model.counter_keys or [] for part in parts_of(key) if is_action(part)}
+    for part, key in named.items():
+        own = f"model.counter_keys: {key!r}", f"{log.path} has {shown(log.actions)}"
+        if part != ACTION and part.partition(":")[2] not in log.actions:
+            raise ConfigError(f"{own[0]} counts an action that the log does not have; {own[1]}")
+        if part == ACTION and not 1 < len(log.actions) <= MOST_ACTIONS:
+            raise ConfigError(
+                f"{own[0]} needs a log with 2 to {MOST_ACTIONS} actions, but {own[1]}; name one, such as "
+                "item*action:click"
+            )
+        if bad := [name for name in log.actions if "*" in name]:
+            raise ConfigError(f"{own[0]}: the action {bad[0]!r} has a *, which separates the parts of keys; rename it")
+
+
 def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = None) -> tuple[Schema, RowReaders]:
     """What a model may use of a log, and how it reads features of the rows that training may see.
 
@@ -267,6 +295,7 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
     timed = [key for key in model.counter_keys or [] if CALENDAR.keys() & parts_of(key)]
     lacks = f"{', '.join(timed)} needs times, which {log.path} does not have"
     require(log.has_time or not timed, "model.counter_keys", lacks)
+    _check_counted_actions(model, log)
     features = [
         FeatureSpec(name, "category", hashed[name], hashed=True) if name in hashed else FeatureSpec.of(name, column)
         for name, column in given.items()
