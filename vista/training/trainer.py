@@ -75,6 +75,8 @@ RESERVE = 0.03
 """Share of optim.minutes that checkpoints and the export take."""
 WIDE_STEPS, WIDE_PASSES = 200, 4
 """Most steps of epoch 0, and most passes over the training histories."""
+LABELS_ALONE = 3
+"""Factor of these where labels alone are trained: each step is short, and the network has more to learn."""
 NAMED_USERS = 20
 """Most users of a refused batch that the error names."""
 
@@ -298,6 +300,7 @@ class Trainer:
         began, progress = time.perf_counter(), self.progress
         optimizers = self._new_optimizers(trains_tables=False)
         total, step = min(WIDE_STEPS, WIDE_PASSES * self.source.num_batches(0)), 0
+        total *= 1 if self.config.ranks_items else LABELS_ALONE
         model.train()
         with progress_bar(total=total, desc="epoch 0", unit="batch") as bar:
             for epoch in count():
