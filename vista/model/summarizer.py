@@ -316,14 +316,17 @@ class Summarizer(nn.Module):
         age[1:] = segments.clock.diff()
         age[starts] = 0
         log_decay = -(age.unsqueeze(-1).double() * self.decay_rate).float()
-        layers, n = [], segments.n
-        for index in range(self.config.num_layers):
-            z, n = scan_states(segments.z[:, index].contiguous(), segments.n, log_decay, user_offsets)
-            layers.append(z)
+        # One scan for all layers: it costs a few operators per segment, however wide states are.
+        layers, heads = self.config.num_layers, self.config.num_heads
+        z, n = scan_states(
+            segments.z.flatten(1, 2), segments.n.repeat(1, layers), log_decay.repeat(1, layers), user_offsets
+        )
         total = segments.num_events.cumsum(0)
         before = (total - segments.num_events)[starts]
         num_events = total - before.repeat_interleave(user_offsets.diff()[user_offsets.diff() > 0])
-        return SummaryState(torch.stack(layers, 1), n, torch.zeros_like(n), segments.clock, num_events)
+        return SummaryState(
+            z.view_as(segments.z), n[:, :heads], torch.zeros_like(n[:, :heads]), segments.clock, num_events
+        )
 
     def read_at(self, states: SummaryState, index: Tensor) -> Tensor:
         """Summaries [NC, S, M] of the states at int64 [NC] indices; -1 is the empty history."""
