@@ -43,6 +43,7 @@ import pytest
 from scripts.experiments.results import hardware
 from tests.faults.nursery import Nursery, Say
 from vista.errors import VistaError, shortened
+from vista.evaluation import reference
 from vista.export.export import FORMAT_VERSION as EXPORT_VERSION
 from vista.installation import source_commit
 from vista.log import segment_files
@@ -273,6 +274,7 @@ def formats() -> dict[str, int]:
         "item index": item_index.FORMAT_VERSION,
         "export": EXPORT_VERSION,
         "tombstones": folder_files.FORMAT_VERSION,
+        "reference": reference.FORMAT_VERSION,
     }
 
 
