@@ -106,8 +106,11 @@ def yambda(folder: Path) -> None:
 
 
 def assist17(folder: Path) -> None:
-    """Students have one of two skills, and answer problems of that skill right."""
-    rows = [(user, item, item % 2, order, (user + item) % 2) for order, (user, item, _) in enumerate(draws())]
+    """Students have one of two skills, and answer most problems of that skill right, and few others."""
+    rows = [
+        (user, item, item % 2, order, (user + item + (order % 7 == 0)) % 2)
+        for order, (user, item, _) in enumerate(draws())
+    ]
     schema = ["student", "problem", "skill", "order", "correct"]
     pl.DataFrame(rows, schema=schema, orient="row").write_parquet(folder / "answers.parquet")
 
