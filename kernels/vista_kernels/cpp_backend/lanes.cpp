@@ -60,7 +60,8 @@ inline Lanes exp(Lanes x) {
     p = p * r + 2.4022242427e-01f;
     p = p * r + 6.9314700365e-01f;
     p = p * r + 1.0f;
-    return (Lanes)((Ints)p + ((Ints)shifted << 23));
+    const Lanes result = (Lanes)((Ints)p + ((Ints)shifted << 23));
+    return x == x ? result : x;
 }
 
 inline Lanes sigmoid(Lanes x) { return 1.0f / (1.0f + exp(-x)); }
