@@ -352,7 +352,7 @@ def _factorized(
     index, values = torch.from_numpy(np.stack([left, right])), torch.from_numpy(value)
     matrix = torch.sparse_coo_tensor(index, values, (size, size), is_coalesced=True, check_invariants=False)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed GPUs, too
         basis, scale, _ = torch.svd_lowrank(matrix, q=min(dim + OVERSAMPLING, size), niter=POWER_ITERATIONS)
     found = (basis * scale.sqrt())[:, :dim].double().numpy()
     return np.pad(found, ((0, 0), (0, dim - found.shape[1])))
