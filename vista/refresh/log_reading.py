@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.config.checks import Decay
+from vista.config.model_config import is_action, parts_of
 from vista.errors import ConfigError
 from vista.examples.item_spaces import ItemRates
 from vista.examples.item_statistics import ItemStatistics, num_statistics
@@ -82,7 +83,9 @@ def check_log(model: RankingModel, log: EventLog, *, requests: bool = False) -> 
             feature is of another kind than the model's.
     """
     known = model.schema.actions
-    if model.encoder.action is not None and log.actions != known[: len(log.actions)]:
+    spec = model.stage1.counters
+    counts_actions = spec is not None and any(is_action(part) for key in spec.fields for part in parts_of(key))
+    if (model.encoder.action is not None or counts_actions) and log.actions != known[: len(log.actions)]:
         raise ConfigError(
             f"{log.path}: its actions are {log.actions}, but the model was trained on {known}; train a model "
             "on this log"
