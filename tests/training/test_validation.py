@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import DAY, ROUNDING, START, Served, draw_counter_weights, small_config
+from vista.arrays import Int
 from vista.config import EvaluateConfig, SourceColumns
 from vista.config.checks import Codec, Split
 from vista.errors import NonFiniteLossError
@@ -31,6 +32,7 @@ from vista.log.event_log import EventLog
 from vista.log.histories import Histories
 from vista.log.splits import Until, split_until, visible_counts
 from vista.model import inference
+from vista.model.history_states import GrowingStates
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
 from vista.refresh.log_reading import item_values
@@ -310,7 +312,13 @@ def test_validation_summarizes_each_history_once(served_tasks: Served, monkeypat
         summarized.append(histories.num_users)
         return summarize(model, histories)
 
+    def grown(states: GrowingStates, users: Int, histories: Histories) -> torch.Tensor:
+        summarized.append(histories.num_users)
+        return add_events(states, users, histories)
+
+    add_events = GrowingStates.summarize
     monkeypatch.setattr(inference, "summarize", counted)
+    monkeypatch.setattr(GrowingStates, "summarize", grown)
     validation = Validation(log, rows, served_tasks.config, events_per_batch=100)
     assert validation(served_tasks.model) == pytest.approx(expected, rel=1e-5)
     assert len(summarized) > 2 and sum(summarized) <= log.num_users
