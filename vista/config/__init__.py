@@ -1,7 +1,7 @@
 """All configurations of vista: plain dataclasses with defaults and units. YAML files list only what differs.
 
-Only `vista.config.composition` uses Hydra: the command line turns its words into these objects once. A module of
-configurations is imported when one of its names is first used, so that a scorer does not import those of commands.
+Only `vista.config.composition` uses Hydra: the command line turns its words into these objects once. Their modules
+are imported one after the other until the name in use is found, so that a scorer does not import those of commands.
 """
 
 # ruff: noqa: F403, F405
