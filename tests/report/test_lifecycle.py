@@ -18,6 +18,7 @@ from vista.config.checks import Alias, Codec
 from vista.errors import ConfigError, PromotionError
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
+from vista.report import lifecycle
 from vista.report.lifecycle import AUDIT_FILE, Promotion, audit_lines, list_models, promote, roll_back
 from vista.scorer import Scorer
 
@@ -42,6 +43,7 @@ def test_promotion_gates_and_rollback(served_tasks: Served, tmp_path: Path) -> N
 
     with pytest.raises(ConfigError, match="data: name the EventLog"):
         asked(served_tasks.model_dir, name="first")
+    assert not (tmp_path / "registry").exists()
     first = asked(served_tasks.model_dir, name="first", data=data)
     assert first.before is None and all(gate.passed for gate in first.gates)
     assert [gate.name for gate in first.gates][-2:] == ["served against float32", "median ms for 200 candidates"]
@@ -78,10 +80,56 @@ def test_another_model_cannot_take_a_name(served: Served, served_tasks: Served, 
     with pytest.raises(ConfigError, match="names another model"):
         promote(ModelPromoteConfig(registry=registry, model=str(served_tasks.model_dir), name="a", force=True))
     with pytest.raises(ConfigError, match="no challenger"):
-        promote(ModelPromoteConfig(registry=registry))
-    (tmp_path / "registry" / AUDIT_FILE).write_text("{")
+        promote(ModelPromoteConfig(registry=registry, force=True))
+    (tmp_path / "registry" / AUDIT_FILE).write_text("{\n")
     with pytest.raises(ConfigError, match="restore it"):
         list_models(ModelListConfig(registry=registry))
+
+
+@pytest.fixture
+def registry(served: Served, tmp_path: Path) -> Path:
+    """A registry of a first and a second model, the champion."""
+    for name in ("first", "second"):
+        promote(
+            ModelPromoteConfig(registry=str(tmp_path / "registry"), model=str(served.model_dir), name=name, force=True)
+        )
+    return tmp_path / "registry"
+
+
+def test_a_rollback_does_not_wait_for_gates(served: Served, registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rolled_back(*_: object) -> list[lifecycle.Gate]:
+        roll_back(ModelRollbackConfig(registry=str(registry)))
+        return []
+
+    monkeypatch.setattr(lifecycle, "measured_gates", rolled_back)
+    asked = ModelPromoteConfig(
+        registry=str(registry), model=str(served.model_dir), name="third", data=str(served.log.path)
+    )
+    with pytest.raises(PromotionError, match="was second and became first"):
+        promote(asked)
+    assert os.readlink(registry / "champion") == "models/first"
+    assert [line["what"] for line in audit_lines(registry)] == ["force", "force", "rollback"]
+
+
+def test_an_alias_is_switched_after_its_line(registry: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> None:
+        raise OSError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lifecycle, "_audit", failing)
+        with pytest.raises(OSError, match="full"):
+            roll_back(ModelRollbackConfig(registry=str(registry)))
+    assert os.readlink(registry / "champion") == "models/second"
+
+
+@pytest.mark.parametrize("rest", ['{"at": "2026', ""])
+def test_a_line_that_was_not_written_whole_is_skipped(registry: Path, rest: str) -> None:
+    file = registry / AUDIT_FILE
+    file.write_text(file.read_text() + rest if rest else file.read_text().rstrip())
+    assert [line["model"] for line in audit_lines(registry)] == ["first", "second"]
+    roll_back(ModelRollbackConfig(registry=str(registry)))
+    assert [line["what"] for line in audit_lines(registry)] == ["force", "force", "rollback"]
+    assert file.read_text().endswith("\n")
 
 
 def test_a_scorer_follows_the_alias(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

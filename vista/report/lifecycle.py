@@ -108,37 +108,42 @@ def promote(config: ModelPromoteConfig) -> Promotion:
     """Point an alias to a model, which is copied into the registry first.
 
     Raises:
-        PromotionError: a gate failed, and `force` is not set; the audit file says so.
+        PromotionError: a gate failed, which the audit file says, or another process changed the alias.
         CheckpointError: the model cannot be read, or is not a vista model.
         ConfigError: no model or no data is named, a name is taken, or the registry cannot be written.
     """
-    registry = Path(config.registry)
+    registry, log = Path(config.registry), None
+    if config.alias is Alias.champion and not config.force:
+        if config.data is None:
+            raise ConfigError("data: name the EventLog on which the gates are measured, or set force=true")
+        log = EventLog.open(config.data)
     with _locked(registry):
         name = _registered(registry, config)
         before = _target(registry, config.alias)
-        gates: list[Gate] = []
-        if before == name:
-            return Promotion(config.alias.value, name, before, gates)
-        if config.alias is Alias.champion and not config.force:
-            if config.data is None:
-                raise ConfigError("data: name the EventLog on which the gates are measured, or set force=true")
-            with cpu_settings(config.num_threads):
-                gates = measured_gates(
-                    registry / MODELS / name,
-                    None if before is None else registry / MODELS / before,
-                    EventLog.open(config.data),
-                    config.max_latency_ms,
-                )
-        failed = [gate.name for gate in gates if not gate.passed]
-        what = "refuse" if failed else "force" if config.force else "promote"
+    gates: list[Gate] = []
+    if before == name:
+        return Promotion(config.alias.value, name, before, gates)
+    if log is not None:  # Not under the lock: this takes long, and a rollback must not wait for it.
+        champion = None if before is None else registry / MODELS / before
+        with cpu_settings(config.num_threads):
+            gates = measured_gates(registry / MODELS / name, champion, log, config.max_latency_ms)
+    failed = [gate.name for gate in gates if not gate.passed]
+    what = "refuse" if failed else "force" if config.force else "promote"
+    with _locked(registry):
+        current = _target(registry, config.alias)
+        if current != before:
+            raise PromotionError(
+                f"{config.alias.value} was {before or 'not set'} and became {current or 'not set'} during this "
+                "promotion; promote again"
+            )
+        _audit(registry, what, config.alias, name, before, gates)
         if not failed:
             _point(registry, config.alias, name)
-        _audit(registry, what, config.alias, name, before, gates)
-        if failed:
-            raise PromotionError(
-                f"{name} does not become the champion, because these gates failed: {', '.join(failed)}\n"
-                f"{_table(gates)}\ntrain a better model, or set force=true"
-            )
+    if failed:
+        raise PromotionError(
+            f"{name} does not become the champion, because these gates failed: {', '.join(failed)}\n"
+            f"{_table(gates)}\ntrain a better model, or set force=true"
+        )
     return Promotion(config.alias.value, name, before, gates)
 
 
@@ -161,8 +166,8 @@ def roll_back(config: ModelRollbackConfig) -> Promotion:
                 break
         if current is None or earlier is None or not (registry / MODELS / earlier).is_dir():
             raise PromotionError(f"registry={registry}: {config.alias.value} has no earlier model to go back to")
-        _point(registry, config.alias, earlier)
         _audit(registry, "rollback", config.alias, earlier, current, [])
+        _point(registry, config.alias, earlier)
     return Promotion(config.alias.value, earlier, current, [])
 
 
@@ -185,30 +190,39 @@ def list_models(config: ModelListConfig) -> ModelTable:
 
 
 def audit_lines(registry: Path) -> list[dict[str, Any]]:
-    """The lines of the audit file, oldest first.
+    """The lines of the audit file, oldest first, without a last one that was not written whole.
 
     Raises:
         ConfigError: it is damaged.
     """
     path = registry / AUDIT_FILE
     try:
-        return [json.loads(line) for line in read_limited(path, MAX_AUDIT_BYTES).splitlines()]
+        *lines, rest = read_limited(path, MAX_AUDIT_BYTES).split(b"\n")
+        return [json.loads(line) for line in [*lines, *([rest] if _whole(rest) else [])]]
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); restore it, or move it away") from error
 
 
+def _whole(line: bytes) -> bool:
+    """Whether a line without a line break, the last one, is not the start of one whose writing was interrupted."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
 @contextmanager
 def _locked(registry: Path) -> Iterator[None]:
     """One change at a time."""
-    try:
-        make_folders(registry / MODELS)
-        with (registry / AUDIT_FILE).open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
-    except OSError as error:
-        raise ConfigError(f"registry={registry}: cannot be written ({error}); correct its permissions") from error
+    with ExitStack() as stack:
+        try:
+            make_folders(registry / MODELS)
+            fcntl.flock(stack.enter_context((registry / AUDIT_FILE).open("a")), fcntl.LOCK_EX)
+        except OSError as error:
+            raise ConfigError(f"registry={registry}: cannot be written ({error}); correct its permissions") from error
+        yield
 
 
 def _registered(registry: Path, config: ModelPromoteConfig) -> str:
@@ -258,8 +272,13 @@ def _audit(registry: Path, what: str, alias: Alias, name: str, before: str | Non
         "before": before,
         "gates": [asdict(gate) for gate in gates],
     }
-    with (registry / AUDIT_FILE).open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with (registry / AUDIT_FILE).open("rb+") as file:
+        content = file.read()
+        rest = content[content.rfind(b"\n") + 1 :]
+        if rest and not _whole(rest):  # Its change was not made: an alias is switched after its line.
+            file.seek(len(content) - len(rest))
+            file.truncate()
+        file.write((b"\n" if _whole(rest) else b"") + json.dumps(line).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
