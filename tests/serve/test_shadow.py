@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,9 @@ from tests.serve.running_service import RunningService, running
 from vista.config import ServeConfig
 from vista.errors import ConfigError
 from vista.scorer import Scorer
+from vista.serve import shadow
 from vista.serve.scoring_service import JSON, ScoringService
-from vista.serve.shadow import compared
+from vista.serve.shadow import ShadowProcess, compared
 
 DEADLINE_S = 60
 RANKED = {"user": USERS[0], "top_k": 5, "now": NOW}
@@ -91,6 +93,47 @@ def test_an_error_of_the_challenger_is_a_line(served: Served) -> None:
         same = compared(ScoringService(scorer, ServeConfig()), "score", body, JSON, answer.body)
     assert "max_candidates" in line["error"] and "challenger" not in line
     assert same["difference"] == pytest.approx(0) and same["correlation"] == pytest.approx(1)
+
+
+def test_an_unexpected_error_costs_one_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    outcomes: list[Any] = [RuntimeError("no memory"), OSError("no disk"), {"at": "a"}, {"at": "b"}, {"at": "c"}]
+
+    def answered(*_: object) -> dict[str, Any]:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return dict(outcome)
+
+    class Opened:
+        scorer = socket.socket()
+
+    monkeypatch.setattr(shadow, "open_warm_scorer", lambda config: None)
+    monkeypatch.setattr(shadow, "ScoringService", lambda scorer, config: Opened)
+    monkeypatch.setattr(shadow, "compared", answered)
+    monkeypatch.setattr(shadow, "MOST_FILE_BYTES", 15)
+    file = tmp_path / "file"
+    config = ServeConfig(shadow_model="a", shadow_store="b", shadow_file=str(file))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        with ours:
+            for _ in range(5):
+                ours.send(msgspec.msgpack.encode(("score", b"", JSON, b"")))
+        shadow.run(theirs, config)
+    assert "no memory" in caplog.text and "no disk" in caplog.text
+    assert lines_of(tmp_path / "file.1") == [{"at": "a"}, {"at": "b"}] and lines_of(file) == [{"at": "c"}]
+
+
+def test_a_process_that_ended_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    offered: list[str] = []
+    process = ShadowProcess(ServeConfig(shadow_model="a", shadow_store="b"), offered.append)
+    process._process.kill()
+    process._process.wait()
+    for _ in range(3):
+        process.offer("score", b"", JSON, b"")
+    process.close()
+    assert offered == ["dropped"] * 3 and caplog.text.count("has ended") == 1
 
 
 def test_a_challenger_needs_a_store() -> None:

@@ -14,6 +14,7 @@ A line of `shadow_file` is a JSON object:
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -60,7 +61,7 @@ class ShadowProcess:
     """
 
     def __init__(self, config: ServeConfig, on_offer: Callable[[str], None]) -> None:
-        self._on_offer = on_offer
+        self._on_offer, self._broken = on_offer, False
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
@@ -77,7 +78,11 @@ class ShadowProcess:
             try:
                 self._socket.send(msgspec.msgpack.encode((endpoint, body, media_type, answer)))
                 outcome = "sent"
-            except OSError:  # The buffer is full, or the process has ended.
+            except ConnectionError as error:
+                if not self._broken:
+                    logger.warning("the process of the shadow model has ended (%s); requests are not compared", error)
+                self._broken = True
+            except OSError:  # The buffer is full.
                 pass
         self._on_offer(outcome)
 
@@ -145,25 +150,32 @@ def run(listening: socket.socket, config: ServeConfig) -> None:
     own = replace(config, model=model, store=store, index=None, shadow_model=None, shadow_store=None)
     service, tried, path = None, -own.reload_s, Path(config.shadow_file)
     while message := listening.recv(2 * MAX_MESSAGE):
-        if service is None and time.monotonic() - tried >= own.reload_s:
-            tried = time.monotonic()
-            try:
-                service = ScoringService(open_warm_scorer(own), own)
-                logger.info("shadow model %s is compared with the answers of the service", config.shadow_model)
-            except VistaError as error:
-                logger.warning("shadow model %s cannot be opened: %s", config.shadow_model, error)
-        if service is None:
-            continue
-        line = compared(service, *msgspec.msgpack.decode(message, type=tuple[str, bytes, str, bytes]))
         try:
-            if path.exists() and path.stat().st_size > MOST_FILE_BYTES:
-                path.replace(f"{path}.1")
-            with path.open("ab", buffering=0) as file:  # Workers share it, so each line is one write.
-                file.write(msgspec.json.encode(line) + b"\n")
-        except OSError as error:
-            logger.warning("%s: cannot be written (%s)", path, error)
+            if service is None and time.monotonic() - tried >= own.reload_s:
+                tried = time.monotonic()
+                try:
+                    service = ScoringService(open_warm_scorer(own), own)
+                    logger.info("shadow model %s is compared with the answers of the service", model)
+                except VistaError as error:
+                    logger.warning("shadow model %s cannot be opened: %s", model, error)
+            if service is not None:
+                _append(path, compared(service, *msgspec.msgpack.decode(message, type=tuple[str, bytes, str, bytes])))
+        except Exception:  # Of one request; the next one may succeed.
+            logger.exception("a request was not compared with shadow model %s", model)
     if service is not None:
         service.scorer.close()
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    try:
+        with path.open("ab", buffering=0) as file:  # Workers share it, so each line is one write.
+            file.write(msgspec.json.encode(line) + b"\n")
+            if os.fstat(file.fileno()).st_size > MOST_FILE_BYTES:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if path.exists() and path.stat().st_size > MOST_FILE_BYTES:  # Another worker did not replace it yet.
+                    path.replace(f"{path}.1")
+    except OSError as error:
+        logger.warning("%s: cannot be written (%s)", path, error)
 
 
 def main() -> None:
