@@ -289,7 +289,7 @@ COMMANDS: dict[str, Command] = {
     "model rollback": Command(
         config.ModelRollbackConfig,
         _handler("run_commands", "run_model_rollback"),
-        "Let the champion of a registry be the model that it was before.",
+        "Point the alias back to the previous model.",
         ("vista model rollback",),
     ),
     "model list": Command(

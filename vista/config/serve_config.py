@@ -451,7 +451,7 @@ class ModelPromoteConfig(Threads, UsesRegistry):
 
 @dataclass(kw_only=True, slots=True)
 class ModelRollbackConfig(UsesRegistry):
-    """Let an alias name the model again that it named before."""
+    """Point the alias back to the previous model."""
 
     alias: Alias = Alias.champion
     """champion or challenger."""
