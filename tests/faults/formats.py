@@ -276,7 +276,7 @@ PUBLIC_SETS = ("amazon-reviews-2023", "kuairand", "yambda", "assist17")
 
 def write_reference(folder: Path) -> None:
     (folder / "reference").mkdir()
-    check = Check("bins", 0.5, 0.1, 10.0, [3, 4], [1.5])
+    check = Check("bins", 0.5, 0.1, 10.0, 8, [3, 4], [1.5])
     Reference(DAY_MS, 8, 0, 8 * DAY_MS, [1, 2], 32, {"items": check}).write(folder / "reference")
 
 

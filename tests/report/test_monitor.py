@@ -6,7 +6,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import small_config, untrained
+from tests.store.conftest import damage_record
 from vista.cli.main import main
 from vista.config import MonitorConfig, SourceColumns
 from vista.errors import CheckpointError
@@ -23,6 +24,7 @@ from vista.evaluation.reference import (
     WindowRows,
     arcsine,
     make_reference,
+    scored_users,
     stability_index,
     student_quantile,
 )
@@ -187,6 +189,45 @@ def test_a_fault_is_found_in_one_window(shop: Shop, tmp_path: Path, name: str) -
     assert Action.source in report.due or check == "unknown items"
 
 
+@pytest.mark.parametrize(("trained", "windows"), [(TRAINED, 28), (9, 8)])
+def test_sources_that_stopped_are_found(shop: Shop, trained: int, windows: int) -> None:
+    reference = make_reference(shop.log, START + trained * DAY_MS, shop.log.items)
+    assert reference is not None
+    assert {check.num_windows for check in reference.checks.values()} == {windows}
+    report = read_monitor(reference, shop.log, shop.model, NOW + 30 * DAY_MS, None)  # It has 0 rows.
+    assert {"events", "users", "impressions"} <= {one.name for one in report.alarms}
+    healthy = counted(WindowRows.read(shop.log, NOW - 2 * DAY_MS, NOW - DAY_MS), reference, shop.log.items)
+    only = healthy | {"impressions": WindowNumber("amount")}
+    assert [one.name for one in judged(reference, [healthy, only]) if one.is_alarm] == ["impressions"]
+
+
+def test_limits_use_the_windows_that_have_a_check(shop: Shop) -> None:
+    check = shop.reference.checks["label click"]
+    fewer = replace(check, num_windows=8)
+    other = replace(shop.reference, checks=shop.reference.checks | {"label click": fewer})
+    assert other.limit("label click", check.size) > 1.5 * shop.reference.limit("label click", check.size)
+
+
+def test_a_backfill_raises_an_alarm_once(shop: Shop, tmp_path: Path) -> None:
+    shutil.copytree(shop.log.path, tmp_path / "log")
+    early = days(0, 3, seed=2)
+    early["timestamp"] = early["timestamp"] - 4 * DAY_MS
+    log = write(tmp_path / "log", early, impressions(0, 1), append=True)
+    name, today = "events before the training data", TRAINED + 7
+    assert name in {one.name for one in read_monitor(shop.reference, log, shop.model, NOW, None).alarms}
+    log = write(tmp_path / "log", days(today, today + 1), impressions(today, today + 1), append=True)
+    assert name not in {one.name for one in read_monitor(shop.reference, log, shop.model, NOW, None).alarms}
+
+
+def test_one_event_in_the_future_is_an_alarm(shop: Shop) -> None:
+    last = shop.log.time_range()
+    assert last is not None
+    report = read_monitor(shop.reference, shop.log, shop.model, last[1], None)
+    assert "events in the future" in {one.name for one in report.alarms}
+    report = read_monitor(shop.reference, shop.log, shop.model, last[1] + 1, None)
+    assert "events in the future" not in {one.name for one in report.alarms}
+
+
 def test_a_slow_change_asks_for_training(shop: Shop) -> None:
     healthy = counted(WindowRows.read(shop.log, NOW - 2 * DAY_MS, NOW - DAY_MS), shop.reference, shop.log.items)
     check = shop.reference.checks["label click"]
@@ -237,6 +278,12 @@ def test_page_gauges_and_records_of_a_trained_model(
     assert 'vista_monitor_due{action="vista refresh"} 0' in metrics
     assert 'check="mean score next"' in metrics
     assert all(re.fullmatch(r'#.*|\w+(\{\w+="[^"]*"\})? -?[\d.e+-]+', line) for line in metrics.splitlines())
+
+    user = log.users.ids(scored_users(WindowRows.read(log, NOW - 9 * DAY_MS, NOW - 8 * DAY_MS))[:1]).tolist()[0]
+    damage_record(tmp_path / "store", 1, user)
+    assert main(["monitor", *asked, f"now={START + TRAINED * DAY_MS}"]) == 0
+    assert "damaged records" in capsys.readouterr().out
+    assert 'check="mean score next"' in Path("monitor.prom").read_text()
 
     refresh(model, log, tmp_path / "old", until=START + 3 * DAY_MS)
     report = monitor(

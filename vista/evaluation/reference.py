@@ -93,6 +93,8 @@ class Check:
     """Its standard deviation over them."""
     size: float
     """Mean number of rows that it was computed from."""
+    num_windows: int
+    """Reference windows that have it."""
     counts: list[int] = field(default_factory=list)
     """Of bins: the rows of all reference windows by bin."""
     edges: list[float] | list[str] = field(default_factory=list)
@@ -147,10 +149,10 @@ class Reference:
         """How far the transformed number of a healthy window may lie from the mean."""
         check = self.checks[name]
         variance = max(check.deviation**2, _sampling_variance(check, check.size))
-        if size < check.size:  # A window with fewer rows has a larger sampling error.
+        if size < check.size and check.kind != "amount":  # A window with fewer rows has a larger sampling error.
             variance += _sampling_variance(check, size) - _sampling_variance(check, check.size)
         tail = FALSE_ALARMS / len(self.checks) / (1 if is_one_sided(name, check) else 2)
-        return student_quantile(tail, self.num_windows - 1) * math.sqrt(variance * (1 + 1 / self.num_windows))
+        return student_quantile(tail, check.num_windows - 1) * math.sqrt(variance * (1 + 1 / check.num_windows))
 
 
 def is_one_sided(name: str, check: Check) -> bool:
@@ -300,7 +302,7 @@ def count_window(
         first_ms: time of the first event of the training data.
     """
     log, events, n = window.log, window.events, window.events.num_events
-    early = int(log.counts_before(first_ms).sum())
+    early = _num_early(log, first_ms)
     rows, inverse = np.unique(np.asarray(events.item, np.int64), return_inverse=True)
     hashed = [xxhash.xxh3_64_intdigest(str(one).encode()) % NUM_BUCKETS for one in log.items.ids(rows).tolist()]
     gaps = history_gaps(events.timestamp, events.offsets)
@@ -333,6 +335,16 @@ def count_window(
         if column is not None and edges[name]:
             counts[name] = _bins(_binned(column, edges[name]))
     return counts
+
+
+def _num_early(log: EventLog, first_ms: int) -> int:
+    """Events before `first_ms` in the newest segment; older ones, such as a backfill, are no longer news."""
+    newest = log.segments[-1]
+    if len(log.segments) == 1 or newest.first < newest.last:  # The whole log, or compacted with older segments.
+        return 0
+    events, start = newest.events, newest.events.offsets[:-1]
+    first = events.first_since(start, events.offsets[1:], np.full(len(start), first_ms))
+    return int((first - start).sum())
 
 
 def _num_distinct(events: Histories) -> int:
@@ -496,9 +508,10 @@ def _check(name: str, windows: Sequence[WindowCounts], edges: list[float] | list
         total = np.sum(own, axis=0)
         values = np.cbrt([_scaled_index(one, total - one, size) for one in own])
     else:
-        blank = Check("", 0.0, 0.0, 1.0)
+        blank = Check("", 0.0, 0.0, 1.0, 1)
         values = np.array([number.transformed(blank) for number in numbers])
-    return Check(numbers[0].kind, float(values.mean()), float(values.std(ddof=1)), size, total.tolist(), edges)
+    mean, deviation = float(values.mean()), float(values.std(ddof=1))
+    return Check(numbers[0].kind, mean, deviation, size, len(numbers), total.tolist(), edges)
 
 
 def _first_times(log: EventLog, end: int) -> Int:

@@ -19,6 +19,7 @@ import numpy as np
 
 from vista.arrays import Floats, Int
 from vista.config import MonitorConfig
+from vista.config.checks import OnMissing
 from vista.device import cpu_settings
 from vista.errors import ConfigError, RecordError
 from vista.evaluation.reference import (
@@ -154,7 +155,7 @@ def monitor(config: MonitorConfig) -> MonitorReport:
         scorer = None
         if config.store is not None:
             secret = read_key(config.authentication_key_file)
-            scorer = stack.enter_context(Scorer.open(config.model, config.store, key=secret))
+            scorer = stack.enter_context(Scorer.open(config.model, config.store, key=secret, on_missing=OnMissing.nan))
         report = read_monitor(reference, log, Path(config.model), now, scorer, is_live=config.now is None)
     if config.out is not None:
         replace_text(Path(config.out), _page(report, reference, config))
@@ -170,7 +171,8 @@ def read_monitor(
 
     Args:
         model: folder of the model.
-        scorer: of the model and its store; None leaves out records and scores.
+        scorer: of the model and its store, with `OnMissing.nan`, which leaves out damaged records; None leaves out
+            records and scores.
         is_live: whether events after `now` are errors.
     """
     description = ModelDescription.read(model)
@@ -253,7 +255,9 @@ def _normal(check: Check, limit: float) -> str:
 
 
 def _share_reading(name: str, k: int, n: int, usual: float, action: Action) -> Reading:
-    """A share that should be at most `usual`, with the sampling error of n rows."""
+    """A share that should be at most `usual`, with the sampling error of n rows. One error of a source is an alarm."""
+    if usual == 0 and action is Action.source:
+        return Reading(name, k / max(n, 1), "0", 2.0 * k, action)
     mean, value = arcsine(usual * n, n), arcsine(k, n)
     limit = student_quantile(FALSE_ALARMS / 100, 1000) / math.sqrt(4 * n + 2)
     most = math.sin(min(mean + limit, math.pi / 2)) ** 2
@@ -353,7 +357,7 @@ def _page(report: MonitorReport, reference: Reference, config: MonitorConfig) ->
     parts.append(
         PageSection(
             "All checks",
-            f"A healthy window raises an alarm in one of {1 / FALSE_ALARMS:,.0f} cases.",
+            f"Limits are designed for one false alarm in {1 / FALSE_ALARMS:,.0f} healthy windows.",
             [table(["check", "value", "normal", "of limit", "due"], map(_cells, rows), is_text=True)],
         )
     )
