@@ -34,7 +34,7 @@ from vista.device import cpu_settings
 from vista.errors import ConfigError, PromotionError
 from vista.evaluation.comparison import Comparison, PerUserMetrics
 from vista.evaluation.evaluate import EvaluationReport, evaluate_scorer
-from vista.evaluation.metrics import mean_and_error
+from vista.evaluation.metrics import log_losses, mean_and_error
 from vista.files import make_folders, read_limited, replaced_folder, sync
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
@@ -371,8 +371,7 @@ def _log_losses(report: EvaluationReport) -> Floats | None:
     if cases is None or answers is None or not cases.tasks:
         return None
     known = cases.mask[:, 0]
-    p = np.clip(answers[known, 0].astype(np.float64), 1e-7, 1 - 1e-7)
-    loss = -np.where(cases.label[known, 0] > 0, np.log(p), np.log1p(-p))
+    loss = log_losses(cases.label[known, 0], answers[known, 0])
     _, owner = np.unique(cases.user[known], return_inverse=True)
     return None if not len(loss) else np.bincount(owner, loss) / np.bincount(owner)
 
