@@ -66,9 +66,7 @@ SETS = {
     # Labels of impressions, at the times of `vista.log.ingest.public.public_sets`.
     "assist17": DataSet(words=("experiment=assist17",), prepare=("set=assist17",)),
     **{
-        f"{name}-liked": DataSet(
-            words=("experiment=assist17", "model.counter_keys=[item,action]"), folder=name, liked=True
-        )
+        f"{name}-liked": DataSet(words=("experiment=assist17",), folder=name, liked=True)
         for name in ("ml-1m-half", "ml-latest-small")
     },
 }

@@ -15,7 +15,7 @@ import torch
 
 from tests.conftest import Served, small_config
 from tests.training.test_trainer import metrics
-from vista.config import DataConfig, DinConfig, ModelConfig, OptimConfig, SimConfig, TrainConfig
+from vista.config import DataConfig, DinConfig, ModelConfig, OptimConfig, SimConfig, SourceColumns, TrainConfig
 from vista.config.checks import Mixing, Split, TableKind, planned
 from vista.config.composition import compose_config
 from vista.errors import ConfigError, MissingDependencyError
@@ -53,6 +53,7 @@ def log_with(num_events: int) -> EventLog:
         lengths = np.full(num_events // 98, 100)
         num_items = 5000
         has_time = False
+        impressions = None
 
     return Sized()  # type: ignore[return-value]
 
@@ -111,7 +112,39 @@ def test_counters_are_for_logs_with_returns(event_log: EventLog, served_tasks: S
         served_tasks.config, model=ModelConfig(), data=replace(served_tasks.config.data, exclude_seen=False)
     )
     assert plan(tasks, served_tasks.log)[:2] == on[:2]  # labeled impressions, and items
-    assert plan(replace(tasks, optim=OptimConfig(next_weight=0)), served_tasks.log) == off  # labels alone
+    labels_alone = replace(tasks, optim=OptimConfig(next_weight=0))
+    assert plan(labels_alone, served_tasks.log) == (["item", "action"], 0.3, 0.0)
+
+
+def test_categories_and_actions_are_counted_where_labels_are_trained(tmp_path: Path) -> None:
+    n = np.arange(400)
+    events = {"user": n % 10, "item": n % 40, "timestamp": n, "action": np.array(["right", "wrong"])[n // 7 % 2]}
+    shown = {"user": n % 10, "item": n % 40, "timestamp": n, "correct": n // 7 % 2 == 0}
+    of_items = np.arange(40)
+    items = {
+        "item": of_items,
+        "name": [f"problem {i}" for i in of_items],  # as many values as items
+        "topics": [["a"], ["a", "b"]] * 20,  # several per item
+        "skill": [f"skill {i % 5}" for i in of_items],
+        "difficulty": of_items / 40,
+    }
+    log = EventLog.from_frame(
+        events,
+        tmp_path / "log",
+        time_unit="s",
+        columns=SourceColumns(action="action", labels=["correct"]),
+        impressions=shown,
+        items=items,
+    )
+
+    def keys(*, ignore: tuple[str, ...] = (), **weights: float) -> list[str] | None:
+        config = TrainConfig(model=ModelConfig(ignore=[*ignore]), optim=OptimConfig(**weights))
+        return plan_run(config, log).model.counter_keys
+
+    assert keys() == ["item", "skill"]
+    assert keys(next_weight=0) == keys(next_weight=0, window_weight=0) == ["item", "skill", "action", "skill*action"]
+    assert keys(next_weight=0, ignore=("item_features",)) == ["item", "action"]
+    assert keys(task_weight=0) == ["item"]
 
 
 def test_next_items_are_trained_where_validation_asks_for_them(event_log: EventLog) -> None:

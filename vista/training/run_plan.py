@@ -8,12 +8,13 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from vista.config import OptimConfig, TrainConfig
 from vista.config.checks import TableKind, planned, require
 from vista.config.composition import flat_settings, value_text
-from vista.config.model_config import ITEM, NextItemConfig, RankingConfig
+from vista.config.model_config import ACTION, ITEM, MOST_ACTIONS, NextItemConfig, RankingConfig
 from vista.examples.batch_source import trained_tasks
 from vista.files import NUMBER, TABLE, FieldRule, check_fields, either, list_of, one_of, whole
 from vista.log.event_log import EventLog
@@ -30,6 +31,9 @@ RARE_EVENTS, RARE_TABLE_RATE = 50, 0.1
 """Training events per item below which item vectors that start from the item space learn at this rate from labels
 alone. With the full rate they learn the labels by heart in two epochs (research log)."""
 MOST_NEGATIVES = 4096
+MOST_CATEGORIES, ITEMS_PER_VALUE = 2, 4
+"""Categories of items that are counted where labels are trained: at most, and how many items share a value on average.
+Counts of items alone do not tell how much a user likes a topic, or how often the user was right (research log)."""
 MOST_WARMUP, WARMUP_SHARE = 100, 0.25
 """Steps of the warm-up: at most, and as a share of an epoch."""
 FEW_STEPS = 20
@@ -49,9 +53,7 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     data, optim, model = replace(config.data), replace(config.optim), replace(config.model)
 
     data.exclude_seen = leaves_out_seen(log, data)
-    tasks_alone = optim.next_weight == 0 and optim.window_weight is None and trained_tasks(log, optim)
-    returns = not data.exclude_seen and not tasks_alone
-    reasons += _plan_counters(config, model, optim, returns=returns)
+    reasons += _plan_counters(config, log, model, optim, returns=not data.exclude_seen)
     batches_per_epoch = BATCHES_WITH_COUNTERS if model.counter_keys else BATCHES_PER_EPOCH
     if data.tokens_per_batch is None:
         least, most = TOKENS_PER_BATCH
@@ -84,8 +86,10 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     return replace(config, data=data, optim=optim, model=model)
 
 
-def _plan_counters(config: TrainConfig, model: RankingConfig, optim: OptimConfig, *, returns: bool) -> list[str]:
-    """Resolve whether a model has counters, and the settings that follow; what to log about them.
+def _plan_counters(
+    config: TrainConfig, log: EventLog, model: RankingConfig, optim: OptimConfig, *, returns: bool
+) -> list[str]:
+    """Resolve what a model counts, and the settings that follow; what to log about them.
 
     Args:
         config: as given.
@@ -93,17 +97,26 @@ def _plan_counters(config: TrainConfig, model: RankingConfig, optim: OptimConfig
         optim: likewise.
         returns: whether items that users may have had before are ranked.
     """
+    has_labels = bool(trained_tasks(log, optim))
+    labels_alone = has_labels and optim.next_weight == 0 and not optim.window_weight
+    if labels_alone:
+        optim.window_weight = 0.0
     if isinstance(model, NextItemConfig):
         if model.counter_keys is None:
-            ranks_items = optim.next_weight != 0 or optim.window_weight != 0
-            model.counter_keys = [ITEM] if returns and ranks_items and config.base is None else []
+            counts_items = returns and (optim.next_weight != 0 or optim.window_weight != 0)
+            if config.base is not None or not (counts_items or labels_alone):
+                model.counter_keys = []
+            elif has_labels:
+                model.counter_keys = _keys_of_labels(model, log, by_action=labels_alone)
+            else:
+                model.counter_keys = [ITEM]
         model.temperature = model.softmax_temperature
     resolved = replace(config, model=model, optim=optim)
     optim.window_weight, optim.next_weight = resolved.window_weight, resolved.next_weight
     if not model.counter_keys:
         return []
     why = {
-        "model.counter_keys": " (data.exclude_seen=false)",
+        "model.counter_keys": " (labels)" if has_labels else " (data.exclude_seen=false)",
         "optim.next_weight": f" (data.split={config.data.split.value})",
     }
     asked, chosen = flat_settings(config), flat_settings(resolved)
@@ -113,6 +126,18 @@ def _plan_counters(config: TrainConfig, model: RankingConfig, optim: OptimConfig
     )
     nulls = [key for key in keys if asked.get(key, "absent") is None]
     return [f"{key}={value_text(chosen[key]).removesuffix('.0')}{why.get(key, '')}" for key in nulls]
+
+
+def _keys_of_labels(model: RankingConfig, log: EventLog, *, by_action: bool) -> list[str]:
+    """What to count where labels are trained: items and categories of items, and all events and these by action."""
+    categories = [
+        name
+        for name, column in (log.item_features if model.reads("item_features") else {}).items()
+        if column.kind == "category" and column.size * ITEMS_PER_VALUE <= log.num_items
+        if column.offsets is None or np.diff(column.offsets).max(initial=0) <= 1
+    ][:MOST_CATEGORIES]
+    by_action &= 1 < len(log.actions) <= MOST_ACTIONS and not any("*" in name for name in log.actions)
+    return [ITEM, *categories, *([ACTION, *(f"{name}*{ACTION}" for name in categories)] if by_action else [])]
 
 
 def warn_of_few_steps(optim: OptimConfig, steps: int) -> None:
