@@ -21,7 +21,7 @@ NO_UNIT_IN_OPTIM = (
     *("learning_rate", "table_rate", "logq_strength"),
     *("next_weight", "window_weight", "task_weight", "reconstruction_weight"),
 )
-NO_UNIT_IN_PLAN = ("replicas", "burst")
+NO_UNIT_IN_PLAN = ("replicas",)
 
 
 def test_the_pages_can_be_read_without_the_site(tmp_path: Path) -> None:

@@ -238,11 +238,11 @@ COMMANDS: dict[str, Command] = {
         (
             "vista plan users=1e6 events_per_day=5e7 requests_per_s=1000",
             "vista plan users=1e9 events_per_day=5e10 requests_per_s=1e5 model.dim=256 model.num_seeds=128",
-            "vista plan users=1e8 events_per_day=5e9 remote_store=true burst=3 failures_per_day=2 out=plan.json",
+            "vista plan users=1e8 events_per_day=5e9 remote_store=true out=plan.json",
         ),
         first=(
             *("users", "events_per_day", "history_events", "requests_per_s", "candidates", "items", "codec", "state"),
-            *("refresh_every_s", "remote_store", "replicas", "burst", "failures_per_day", "out", "machine.cores"),
+            *("refresh_every_s", "remote_store", "replicas", "out", "machine.cores"),
             *("machine.memory_gb", "machine.disk_tb", "model.dim", "model.num_seeds", "model.num_layers"),
             *("model.num_target_layers", "model.tail_len", "model.counter_keys", "model.mixing"),
         ),

@@ -273,10 +273,6 @@ class PlanConfig(WritesJson, SummaryFormat):
     """Number of copies of each summary."""
     machine: MachineConfig = field(default_factory=MachineConfig)
     """Resources of each machine."""
-    burst: float = 1.0
-    """Events during a burst in the busiest hour, divided by those without it. Above 1, the plan simulates the lag."""
-    failures_per_day: float = 0.0
-    """Failures of refresh workers per day, in the whole fleet. Above 0, the plan simulates the lag."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -286,13 +282,11 @@ class PlanConfig(WritesJson, SummaryFormat):
         require_counts(self, "", ("candidates",), most=2**24)
         require_counts(self, "", ("replicas",), most=100)
         require(self.users >= 1, "users", f"must be at least 1, got {self.users}")
-        require(1 <= self.burst <= 1000, "burst", f"must lie in [1, 1000], got {self.burst}")
         require(
             1 <= self.refresh_every_s <= 86_400,
             "refresh_every_s",
             f"must lie in [1, 86400], got {self.refresh_every_s}; for less frequent refreshes, plan full ones",
         )
-        require_finite(self, "", ("failures_per_day",), most=1440)
         per_user = self.events_per_day / (self.users * ACTIVE_SHARE)
         require(
             per_user <= 100_000,

@@ -16,7 +16,6 @@ from vista.counters.counters import CounterSpec
 from vista.counters.keys import largest_key
 from vista.errors import ConfigError
 from vista.log.segment_files import EVENT_COLUMNS
-from vista.planning.lag_simulation import DAY_S, NUM_DAYS, ArrivalRate, Fleet, LagReport, simulate_lag
 from vista.store.folder_files import MAP_SIZE_BYTES
 from vista.store.record import HEADER_BYTES, CounterLayout, RecordSpec, event_bytes
 from vista.store.record_encoding import most_bytes
@@ -25,6 +24,7 @@ from vista.text_table import cores, count, duration, hours, size
 
 # What every plan assumes.
 
+DAY_S = 86_400
 PEAK = 1.5
 """Events in the busiest hour of a day, divided by those of an average hour."""
 UTILIZATION = 0.6
@@ -33,10 +33,6 @@ FULL_REFRESH_HOURS = 8.0
 """Time that a full refresh may take."""
 HOT_SHARE = 0.2
 """Without a remote store: share of the summaries that stays in the page cache, because their users return soon."""
-BURST_S = 3600.0
-"""Length of a simulated burst."""
-RESTART_S = 600.0
-"""Time from a worker's failure to its restart."""
 NETWORK_GBIT_PER_S = 25.0
 """Of each machine."""
 
@@ -296,8 +292,6 @@ class CapacityPlan:
     """Records that are sent to all copies, in the busiest hour during a full refresh: those that changed if refreshes
     write to a remote store, and otherwise a complete generation per refresh, as `vista store copy` does."""
     groups: tuple[MachineGroup, ...]
-    lag: LagReport | None
-    """The simulated lag, with a burst or failures."""
 
     @property
     def writes_to_server(self) -> bool:
@@ -315,7 +309,7 @@ class CapacityPlan:
 
     @property
     def mean_lag_s(self) -> float:
-        """Mean time from an event in the busiest hour until it is in the store, without a burst or failures."""
+        """Mean time from an event in the busiest hour until it is in the store."""
         return max(self.config.refresh_every_s, self.refresh_s) / 2 + self.refresh_s
 
     @property
@@ -331,7 +325,6 @@ class CapacityPlan:
             *_section("Disk", _disk(self)),
             *_section("Refresh", _refresh(self)),
             *_section("Serving", _serving(self)),
-            *(_section("Simulated lag of an event", _lag(self)) if self.lag is not None else ()),
             *_section(
                 _machine_title(self), [(one.name, f"{count(one.machines)}, by {one.bound_by}") for one in self.groups]
             ),
@@ -342,12 +335,8 @@ class CapacityPlan:
 
 
 def plan_capacity(config: PlanConfig) -> CapacityPlan:
-    """Plan a deployment.
-
-    Raises:
-        ConfigError: a refresh takes longer than the time between two even without events, a record is too large, or
-            the items do not fit a machine.
-    """
+    """Plan a deployment. Raises ConfigError if a refresh takes longer than the time between two even without events, a
+    record is too large, or the items do not fit a machine."""
     history = round(config.history_events)
     # Without a choice, refreshes write to a folder, from which a remote store is copied.
     state = config.state or StateDtype.float32
@@ -393,7 +382,6 @@ def plan_capacity(config: PlanConfig) -> CapacityPlan:
         * (6 * config.model.dim * 4 + 8 * config.model.space_dim + 8 * config.model.num_transitions),
         copied_bytes_per_s=records_per_s * sizes.record * config.replicas,
         groups=(),
-        lag=_simulated(config, cost, workers) if config.burst > 1 or config.failures_per_day else None,
     )
     return replace(plan, groups=_groups(plan))
 
@@ -444,20 +432,6 @@ def _groups(plan: CapacityPlan) -> tuple[MachineGroup, ...]:
         network_bytes_per_s=config.requests_per_s * plan.sizes.record + plan.copied_bytes_per_s,
     )
     return refresh, serving, store
-
-
-def _simulated(config: PlanConfig, cost: RefreshCost, workers: int) -> LagReport:
-    """The lag of the plan's workers with the configuration's burst and failures."""
-    active = config.users * ACTIVE_SHARE / workers
-    fleet = Fleet(
-        workers,
-        lambda num_events: cost.batch_s + cost.seconds(num_events, active),
-        config.refresh_every_s,
-        config.failures_per_day,
-        RESTART_S,
-    )
-    rate = ArrivalRate(config.events_per_day / DAY_S, PEAK)
-    return simulate_lag(rate, fleet, burst=config.burst, burst_s=BURST_S)
 
 
 # The plan as text.
@@ -512,20 +486,6 @@ def _serving(plan: CapacityPlan) -> list[tuple[str, str]]:
     ]
 
 
-def _lag(plan: CapacityPlan) -> list[tuple[str, str]]:
-    lag, config = plan.lag, plan.config
-    assert lag is not None
-    rows = [
-        ("median, 95 %, 99 %, longest", ", ".join(map(duration, (lag.median_s, lag.p95_s, lag.p99_s, lag.longest_s)))),
-    ]
-    if config.burst > 1:
-        rows.append(("normal again after the burst", duration(lag.caught_up_s)))
-    if config.failures_per_day:
-        rows.append(("longest of a worker that fails", duration(lag.failed_longest_s)))
-        rows.append(("normal again after its failure", duration(lag.failed_caught_up_s)))
-    return rows
-
-
 def _machine_title(plan: CapacityPlan) -> str:
     machine = plan.config.machine
     return (
@@ -566,12 +526,5 @@ def assumptions(plan: CapacityPlan) -> list[str]:
     if not plan.sizes.state:
         why = "bidirectional mixing has none" if model.mixing is Mixing.bidirectional else "state=none"
         lines.append(f"without states ({why}), a changed user's whole history is summarized again")
-    if plan.lag is not None:
-        lines.append(
-            f"simulation: {NUM_DAYS} days, {plan.lag.num_simulated} of {count(plan.refresh_workers)} workers, events "
-            f"at random times; burst of {config.burst:g} for {duration(BURST_S)}, "
-            f"{config.failures_per_day:g} failures per day with a restart after "
-            f"{duration(RESTART_S)}"
-        )
     lines.append("training, the machines' own software, and protocol overhead are not counted")
     return lines
