@@ -142,11 +142,8 @@ def map_file(path: Path, remedy: str, size: int | None = None) -> Content:
 
 
 def array_in(content: Content, path: Path, remedy: str) -> NDArray[Any]:
-    """The array in a mapped `.npy` file, as a read-only view.
-
-    Raises:
-        LogFormatError: if the header does not describe the rest of the file.
-    """
+    """The array in a mapped `.npy` file, as a read-only view. Raises LogFormatError if the header does not describe the
+    rest of the file."""
     header = _HEADER.match(content)
     if header is None or int.from_bytes(header["size"], "little") != header.end() - 10:
         raise LogFormatError(f"{path}: not a .npy file with numbers; {remedy}")
@@ -160,11 +157,7 @@ def array_in(content: Content, path: Path, remedy: str) -> NDArray[Any]:
 
 
 def map_array(path: Path, remedy: str) -> NDArray[Any]:
-    """The array of a `.npy` file, mapped into memory, read-only.
-
-    Raises:
-        LogFormatError: as `map_file` and `array_in`.
-    """
+    """The array of a `.npy` file, mapped into memory, read-only. Raises LogFormatError as `map_file` and `array_in`."""
     return array_in(map_file(path, remedy), path, remedy)
 
 
@@ -182,11 +175,8 @@ _TENSOR_DTYPES = {
 
 
 def mapped_tensors(path: Path) -> dict[str, NDArray[Any]]:
-    """Map the arrays of a safetensors file, by name. They may be written to, which does not change the file.
-
-    Raises:
-        OSError, ValueError, SafetensorError: the file cannot be read, is damaged, or has a type that NumPy lacks.
-    """
+    """Map the arrays of a safetensors file, by name. They may be written to, which does not change the file. Raises
+    OSError or ValueError or SafetensorError if the file cannot be read, is damaged, or has a type that NumPy lacks."""
     with safe_open(path, "numpy"):  # checks the header
         pass
     with open(path, "rb") as file:

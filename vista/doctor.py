@@ -269,11 +269,8 @@ def log_size_finding(num_bytes: int, memory_bytes: int | None) -> Finding:
 
 
 def check_model(config: DoctorConfig) -> Iterator[Finding]:
-    """Format, sizes, and summarizer of the model if one is given, without reading its weights.
-
-    Raises:
-        CheckpointError: the model is missing or damaged, has another format, or lacks a file.
-    """
+    """Format, sizes, and summarizer of the model if one is given, without reading its weights. Raises CheckpointError
+    if the model is missing or damaged, has another format, or lacks a file."""
     from vista.model.saved_model import FORMAT_VERSION, ModelDescription
 
     if config.model is None:
@@ -310,10 +307,7 @@ def check_model(config: DoctorConfig) -> Iterator[Finding]:
 
 def check_store(config: DoctorConfig) -> Iterator[Finding]:
     """Every shard of the store if one is given, or the store itself; compared with the model and the log if given.
-
-    Raises:
-        StoreError, ConfigError: the store is missing, damaged, or cannot be reached.
-    """
+    Raises StoreError or ConfigError if the store is missing, damaged, or cannot be reached."""
     from vista.store.layout import stores_in
 
     for root in [] if config.store is None else stores_in(config.store):
@@ -430,11 +424,8 @@ def file_system_of(folder: Path, mounts: Path = _MOUNTS) -> str | None:
 
 
 def sync_seconds(folder: Path) -> list[float]:
-    """Times of writes of 4 KiB with fsync, one after another, to a file without a name.
-
-    Raises:
-        OSError: nothing can be written there.
-    """
+    """Times of writes of 4 KiB with fsync, one after another, to a file without a name. Raises OSError if nothing can
+    be written there."""
     times: list[float] = []
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
         while len(times) < NUM_WRITES and sum(times) < MOST_S:

@@ -14,10 +14,7 @@ MAX_MESSAGE = 4_000
 
 def shortened(text: str, limit: int, size: int | None = None) -> str:
     """The text, or `limit` characters of its start and end, if these with a note of what is missing are shorter.
-
-    Args:
-        size: characters of the text before it was shortened for the first time; None if it was not.
-    """
+    `size`: characters of the text before it was shortened for the first time; None if it was not."""
     left_out = (len(text) if size is None else size) - 2 * (limit // 2)
     ends = f"{text[: limit // 2]} … [{left_out} characters left out] … {text[-(limit // 2) :]}"
     return ends if len(ends) < len(text) else text
@@ -101,11 +98,7 @@ class LogFormatter(logging.Formatter):
         return _lines_without_password(super().format(record))
 
     def formatException(self, ei: Any) -> str:
-        """A traceback as text.
-
-        Args:
-            ei: as of `sys.exc_info`.
-        """
+        """A traceback as text. `ei`: as of `sys.exc_info`."""
         return _lines_without_password(super().formatException(ei))
 
 

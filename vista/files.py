@@ -77,11 +77,8 @@ def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600, *, follow
 
 
 def read_limited(path: Path, limit: int, *, follow: bool = True) -> bytes:
-    """Read a regular file of at most `limit` bytes.
-
-    Raises:
-        OSError: as for `open_file`; with EFBIG if the file is larger.
-    """
+    """Read a regular file of at most `limit` bytes. Raises OSError as for `open_file`; with EFBIG if the file is
+    larger."""
     with open(open_file(path, follow=follow), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(size + 1) if size <= limit else b""  # Python allocates up front what it is asked to read
@@ -103,10 +100,7 @@ def sync(path: Path) -> None:
 
 def check_replaceable(path: Path) -> None:
     """Require that a path names a regular file, or nothing yet. To replace /dev/null by a file would break the system.
-
-    Raises:
-        OSError: it is, or leads to, a device, a pipe, a socket or a folder.
-    """
+    Raises OSError if it is, or leads to, a device, a pipe, a socket or a folder."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -246,12 +240,8 @@ class HashedFile:
 
 
 def writable_folder(folder: Path, key: str) -> None:
-    """Make a folder durably if it does not exist, and check that files can be written in it.
-
-    Raises:
-        ConfigError: they cannot, or it lies in an EventLog; the message names `key` (the setting of the folder) and the
-            reason.
-    """
+    """Make a folder durably if it does not exist, and check that files can be written in it. Raises ConfigError if they
+    cannot, or it lies in an EventLog; the message names `key` (the setting of the folder) and the reason."""
     folder = checked_path(folder, ConfigError)
     probe = folder / f".probe.{os.getpid()}.tmp"
     for parent in Path(os.path.realpath(probe)).parents:
@@ -273,10 +263,8 @@ _OF_RUNS = (*RUN_FILES, "config.yaml", "best", "checkpoints")
 
 
 def writable_file(path: Path, key: str) -> None:
-    """As `writable_folder` for the folder of a file that will be written.
-
-    It must not be a device, a folder, or one of the files that a run keeps for itself.
-    """
+    """As `writable_folder` for the folder of a file that will be written. It must not be a device, a folder, or one of
+    the files that a run keeps for itself."""
     writable_folder(checked_path(path, ConfigError).absolute().parent, key)
     place = Path(os.path.realpath(path.parent), path.name)
     for folder in place.parents:
@@ -341,10 +329,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 def recover_folder(folder: Path) -> None:
-    """Finish or undo a `replaced_folder` that was killed: the folder has its name again, and nothing is left over.
-
-    No other process may be replacing the folder by two renames.
-    """
+    """Finish or undo a `replaced_folder` that was killed: the folder has its name again, and nothing is left over. No
+    other process may be replacing the folder by two renames."""
     old = old_name(folder)
     if not os.path.lexists(folder) and old.is_dir():
         old.rename(folder)
@@ -381,11 +367,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 @contextmanager
 def _locked_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder that is being written, which ends with the process.
-
-    Raises:
-        BlockingIOError: another process holds it.
-    """
+    """Hold the lock of a folder that is being written, which ends with the process."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -463,11 +445,8 @@ def list_of(rule: FieldRule, least: int = 0, most: int | None = None) -> FieldRu
 
 
 def check_fields(fields: object, rules: Mapping[str, FieldRule]) -> None:
-    """Require a mapping with exactly the fields of `rules`, each of which satisfies its rule.
-
-    Raises:
-        ValueError: the message names the field, what is expected, and the value.
-    """
+    """Require a mapping with exactly the fields of `rules`, each of which satisfies its rule. Raises ValueError if the
+    message names the field, what is expected, and the value."""
     if not isinstance(fields, dict):
         raise ValueError(f"expected a mapping of fields, got {shown(fields)}")
     for name in rules:

@@ -33,11 +33,8 @@ _NEXT_COMMAND = {"torchrec": " && pip install --no-deps torchrec==1.8.0"}
 
 
 def require_module(module: str, extra: str) -> Any:
-    """Import a module that one of vista's extras installs.
-
-    Raises:
-        MissingDependencyError: it cannot be imported; the message says what needs it, and how to install it.
-    """
+    """Import a module that one of vista's extras installs. Raises MissingDependencyError if it cannot be imported; the
+    message says what needs it, and how to install it."""
     try:
         return importlib.import_module(module)
     except (ImportError, OSError) as error:  # OSError: a library of another version, or for GPUs
@@ -80,11 +77,8 @@ _SOURCES = ("vista", "kernels", "conf", "scripts", "pyproject.toml")
 
 
 def source_commit() -> str:
-    """Short hash of this file's checkout, with "+dirty" if its sources were changed.
-
-    Sources are the package, kernels, conf and scripts, including untracked files. Outside a checkout: "v" and the
-    version of the installed package.
-    """
+    """Short hash of this file's checkout, with "+dirty" if its sources were changed. Sources are the package, kernels,
+    conf and scripts, including untracked files. Outside a checkout: "v" and the version of the installed package."""
     file = Path(__file__).resolve()
     root = file.parents[1]
     # This file may lie inside another repository, so it counts only if it is tracked.

@@ -42,9 +42,7 @@ def _newton(
     tolerance: float,
 ) -> NDArray[np.float64]:
     """Weights [F] of a logistic regression of probabilities [N] on features [N, F], with a ridge around `center` [F].
-
-    They start at 0, because Newton's method may diverge from large weights.
-    """
+    They start at 0, because Newton's method may diverge from large weights."""
     target, weights, penalty = probability.astype(np.float64), np.zeros(len(center)), ridge * np.eye(len(center))
     for _ in range(most_steps):
         estimate = predict_probability(features, weights)

@@ -32,10 +32,8 @@ PIECE_BYTES = 1 << 26
 
 
 class Ranks:
-    """The processes that work together. This class is a process alone; `JobRanks` is one of several.
-
-    All methods except the properties are called by all ranks in one order.
-    """
+    """The processes that work together. This class is a process alone; `JobRanks` is one of several. All methods except
+    the properties are called by all ranks in one order."""
 
     rank, size = 0, 1
     _current: ClassVar[JobRanks | None] = None
@@ -92,11 +90,8 @@ class Ranks:
         return True
 
     def agree(self, facts: Mapping[str, Any]) -> None:
-        """Check that all ranks have the same configuration, log, and versions.
-
-        Raises:
-            ConfigError: on every rank, if the facts of a rank differ from those of rank 0.
-        """
+        """Check that all ranks have the same configuration, log, and versions. Raises ConfigError on every rank if
+        the facts of a rank differ from those of rank 0."""
         all_facts = self.gather(dict(facts))
         first = all_facts[0]
         for rank, own in enumerate(all_facts):
@@ -112,22 +107,16 @@ class Ranks:
         return [value]
 
     def part_of(self, work: Int) -> slice:
-        """This rank's cases among all cases of an evaluation: consecutive ones, with its share of the work.
-
-        Args:
-            work: int64 [N] of each case, at least 1.
-        """
+        """This rank's cases among all cases of an evaluation: consecutive ones, with its share of the work. `work`:
+        int64 [N] of each case, at least 1."""
         done = np.cumsum(work)
         rank_of_case = (done - work) * self.size // done[-1] if len(work) else work
         low, high = np.searchsorted(rank_of_case, [self.rank, self.rank + 1]).tolist()
         return slice(low, high)
 
     def of_all_cases(self, own: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-        """Arrays with one row per case, by name: combine those of each rank's `part_of` the cases.
-
-        Args:
-            own: by name. A rank without cases may pass no arrays.
-        """
+        """Arrays with one row per case, by name: combine those of each rank's `part_of` the cases. `own`: by name. A
+        rank without cases may pass no arrays."""
         parts = [part for part in self.gather(dict(own)) if part]
         return {name: np.concatenate([part[name] for part in parts]) for name in (parts[0] if parts else ())}
 
@@ -321,11 +310,8 @@ def _own_gpu(device: torch.device) -> torch.device:
 
 @contextmanager
 def talking() -> Iterator[None]:
-    """In a `with` block of communication, errors are those of other ranks.
-
-    Raises:
-        RankError: in place of RuntimeError.
-    """
+    """In a `with` block of communication, errors are those of other ranks. Raises RankError in place of
+    RuntimeError."""
     try:
         yield
     except torch.OutOfMemoryError:  # of this rank

@@ -123,11 +123,7 @@ def _own(setting: Mapping[str, str], seed: str | None) -> dict[str, str]:
 
 
 def trial_config(words: Sequence[str], own: Mapping[str, str], train_file: str | None) -> TrainConfig:
-    """The configuration of a trial, without its run_dir.
-
-    Raises:
-        ConfigError: as for `compose_config`.
-    """
+    """The configuration of a trial, without its run_dir. Raises ConfigError as for `compose_config`."""
     every = [*words, *(f"{key}={value}" for key, value in own.items())]
     config = compose_config(TrainConfig, every, config_file=train_file)
     if any(word.startswith("run_dir=") for word in every):
@@ -145,10 +141,8 @@ def folder_name(own: Mapping[str, str]) -> str:
 
 
 def _is_finished(config: TrainConfig, run: RunSummary) -> bool:
-    """Whether a run of these settings is finished, and sent to its tracker.
-
-    If not, training resumes it, sends what is missing, or says how its settings differ.
-    """
+    """Whether a run of these settings is finished, and sent to its tracker. If not, training resumes it, sends what is
+    missing, or says how its settings differ."""
     if run.state != "finished" or not config.resume or not TrackedRun(run.path, config.tracking).is_complete():
         return False
     wanted = {key: value for key, value in flattened(to_dict(config)).items() if key.startswith(DECIDING)}
@@ -375,11 +369,7 @@ class SampledSettings:
             yield {key: _word(stored[number].params[key]) for key in self._distributions}
 
     def tell(self, badness: float | None) -> None:
-        """Report the setting that was yielded last.
-
-        Args:
-            badness: smaller is better; None if it failed.
-        """
+        """Report the setting that was yielded last. `badness`: smaller is better; None if it failed."""
         if not self._study.get_trials(deepcopy=False)[self._number].state.is_finished():
             state = self._optuna.trial.TrialState.FAIL if badness is None else None
             self._study.tell(self._number, badness, state=state)

@@ -62,13 +62,7 @@ class ItemsAdded:
 
 
 def run_items_add(config: ItemsAddConfig) -> ItemsAdded:
-    """`vista items add`: extend a model in place, atomically. Its stores stay valid; scorers follow with `reload`.
-
-    Raises:
-        CheckpointError: the folder holds no readable model, or cannot be written, or another process extends it.
-        ConfigError: the model was trained without features of items.
-        DataError: the table is invalid.
-    """
+    """`vista items add`: extend a model in place, atomically. Its stores stay valid; scorers follow with `reload`."""
     from vista.log.features import selected
     from vista.log.ingest.new_features import read_items, with_columns
     from vista.log.vocabulary import Vocabulary
@@ -141,10 +135,8 @@ def _unseen_values(features: Columns, model: VistaModel) -> dict[str, str]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from extending the model. The lock ends with the process.
-
-    It is on the parent folder, because an export replaces the model's own folder.
-    """
+    """Keep other processes from extending the model. The lock ends with the process. It is on the parent folder,
+    because an export replaces the model's own folder."""
     with ExitStack() as stack:
         try:
             handle = os.open(folder.parent, os.O_RDONLY)
@@ -227,16 +219,8 @@ class ItemsEmbedded:
 
 
 def run_items_embed(config: ItemsEmbedConfig, encoder: TextEncoder | None = None) -> ItemsEmbedded:
-    """`vista items embed`: write vectors of the texts of items, and null for items without a text.
-
-    Args:
-        encoder: None for the one of the extra `text`.
-
-    Raises:
-        ConfigError: if a file or column is not named, or `out` cannot be written.
-        DataError: if a table is invalid.
-        MissingDependencyError: if the extra is not installed.
-    """
+    """`vista items embed`: write vectors of the texts of items, and null for items without a text. `encoder`: None for
+    the one of the extra `text`."""
     pl = require_module("polars", "data")
     from vista.device import cpu_settings, resolve_device
     from vista.log.ingest.feature_sources import read_texts, write_values
@@ -306,15 +290,7 @@ class ItemsTokenized:
 
 def run_items_tokenize(config: ItemsTokenizeConfig) -> ItemsTokenized:
     """`vista items tokenize`: write the codes of items, as prefixes in text, and null for items without a vector.
-
-    Codebooks are learned and written too, unless the configuration names some.
-
-    Raises:
-        CheckpointError: if the model cannot be read.
-        ConfigError: if `vectors` is not set, or `out` cannot be written.
-        DataError: if the file of vectors or of codebooks is invalid, or the two have vectors of different lengths.
-        MissingDependencyError: if faiss is not installed.
-    """
+    Codebooks are learned and written too, unless the configuration names some."""
     pl = require_module("polars", "data")
     from vista.log.ingest.feature_sources import check_not_a_source, read_vectors, write_values
     from vista.log.ingest.source_parser import SourceParser
@@ -374,11 +350,8 @@ def _vectors_of_model(folder: str) -> tuple[pl.Series, Float32s]:
 
 
 def _prefixes(codes: NDArray[np.int32], is_known: NDArray[np.bool_]) -> pl.Series:
-    """Lists of the prefixes of each code, such as 17, 17-203, 17-203-5; null for items without one.
-
-    Args:
-        codes: int32 [N, L] of the items with a vector; is_known: bool [V], which of all items these are.
-    """
+    """Lists of the prefixes of each code, such as 17, 17-203, 17-203-5; null for items without one. `codes`: int32 [N,
+    L] of the items with a vector; is_known: bool [V], which of all items these are."""
     import polars as pl
 
     names = [f"level {level}" for level in range(1, codes.shape[1] + 1)]
@@ -417,14 +390,7 @@ class ItemsIndexed:
 
 
 def run_index(config: IndexConfig) -> ItemsIndexed:
-    """`vista index`: write an index over a model's item vectors, atomically. Scorers follow with `reload`.
-
-    Raises:
-        CheckpointError: the folder holds no readable model.
-        ConfigError: the model was trained without a retrieval head.
-        ItemIndexError: the index cannot be written.
-        MissingDependencyError: faiss is not installed, and the kind is not flat.
-    """
+    """`vista index`: write an index over a model's item vectors, atomically. Scorers follow with `reload`."""
     from vista.device import cpu_settings
     from vista.model.item_index import ItemIndex, ItemIndexManifest
     from vista.model.item_projections import ItemProjections

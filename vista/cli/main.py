@@ -133,11 +133,7 @@ def _rank() -> int | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line and return its exit code.
-
-    Args:
-        argv: words after `vista`; None uses those of the process.
-    """
+    """Run one command line and return its exit code. `argv`: words after `vista`; None uses those of the process."""
     sys.excepthook = _show_unexpected
     words = sys.argv[1:] if argv is None else list(argv)
     try:

@@ -67,11 +67,7 @@ def run_compare(config: CompareConfig) -> Comparison:
 
 
 def run_sweep(config: SweepConfig) -> SweepReport:
-    """`vista sweep`; errors as of `sweep`.
-
-    Raises:
-        SweepError: trials have failed, or are not complete in their tracker; the results of all are printed first.
-    """
+    """`vista sweep`; errors as of `sweep`."""
     from vista.device import keep_freed_memory
     from vista.sweep import sweep
 
@@ -90,11 +86,7 @@ def run_sweep(config: SweepConfig) -> SweepReport:
 
 
 def run_runs(config: RunsConfig) -> RunList:
-    """`vista runs`; errors as of `RunList.of`.
-
-    Raises:
-        ConfigError: `out` cannot be written.
-    """
+    """`vista runs`; errors as of `RunList.of`."""
     from vista.runs.run_list import RunList
 
     listed = RunList.of(Path(config.folder), config.sort, config.metric)
@@ -103,11 +95,7 @@ def run_runs(config: RunsConfig) -> RunList:
 
 
 def run_runs_compare(config: RunsCompareConfig) -> RunComparison:
-    """`vista runs compare`; errors as of `RunComparison.of`.
-
-    Raises:
-        ConfigError: `out` cannot be written.
-    """
+    """`vista runs compare`; errors as of `RunComparison.of`."""
     from vista.runs.run_list import RunComparison
 
     comparison = RunComparison.of(config.runs)
@@ -129,13 +117,7 @@ def run_report(config: ReportConfig) -> WrittenReport:
 
 
 def run_export(config: ExportConfig) -> ExportReport:
-    """`vista export`: an ONNX or AOTInductor export of stage 2, which was compared with the scorer.
-
-    Raises:
-        ExportError: the export cannot be written, or differs from the scorer; nothing was written.
-        MissingDependencyError: a package that the format needs is not installed.
-        CheckpointError, StoreError: the model or the store cannot be read.
-    """
+    """`vista export`: an ONNX or AOTInductor export of stage 2, which was compared with the scorer."""
     from vista.device import cpu_settings
     from vista.export.export import export
     from vista.store.record_encoding import read_key
@@ -179,23 +161,14 @@ def run_model_list(config: ModelListConfig) -> ModelTable:
 
 
 def run_explore(config: ExploreConfig) -> None:
-    """`vista explore`: show a page in the browser until Ctrl-C.
-
-    Raises:
-        MissingDependencyError: the extra `explore` is not installed.
-        ConfigError: the port cannot be used, or the authentication key cannot be read.
-    """
+    """`vista explore`: show a page in the browser until Ctrl-C."""
     from vista.explore.explore_server import run_page  # needs the extra `explore`
 
     run_page(config)
 
 
 def run_plan(config: PlanConfig) -> CapacityPlan:
-    """`vista plan`; errors as of `plan_capacity`.
-
-    Raises:
-        ConfigError: `out` cannot be written.
-    """
+    """`vista plan`; errors as of `plan_capacity`."""
     from vista.planning.capacity_plan import assumptions, plan_capacity
 
     if config.out is not None:
@@ -213,12 +186,7 @@ def run_plan(config: PlanConfig) -> CapacityPlan:
 
 
 def run_doctor(config: DoctorConfig) -> None:
-    """`vista doctor`: print the diagnosis, and write it to `out`.
-
-    Raises:
-        ConfigError: `out` cannot be written.
-        UnfitSetupError: something is broken.
-    """
+    """`vista doctor`: print the diagnosis, and write it to `out`."""
     from vista.doctor import Verdict, diagnose
 
     if config.out is not None:

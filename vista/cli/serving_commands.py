@@ -66,13 +66,7 @@ def _engine(config: RefreshConfig, device: torch.device) -> RayEngine | None:
 
 
 def run_watch(config: WatchConfig) -> WatchReport:
-    """`vista watch`: check every `poll_s` seconds until interrupted, or once. While messages wait, it does not pause.
-
-    Raises:
-        ConfigError, CheckpointError: the folder or the model does not exist.
-        StreamOffsetError, DataError: the topics do not fit the log, or with on_bad_rows=raise a message is invalid.
-        VistaError: with `once`, a check failed. Without it, other errors are logged and the watch continues.
-    """
+    """`vista watch`: check every `poll_s` seconds until interrupted, or once; while messages wait, without pauses."""
     from vista.device import announce, cpu_settings, keep_freed_memory, resolve_device
     from vista.refresh.watch import Watch
 
@@ -108,15 +102,7 @@ def _is_lasting(error: Exception) -> bool:
 
 
 def run_score(config: ScoreConfig) -> str:
-    """`vista score`: a line of items and scores per user, or with `explain` a line per item, as text.
-
-    Raises:
-        ItemIndexError: with `retrieve`, the index is missing, damaged, or of another model.
-        ConfigError: no user is named, `now` is not a time in milliseconds, an id is text although the store's or the
-            model's ids are integers, the model does not read a feature of `request` as it is given, or the log lacks
-            the column `item_name`.
-        LogFormatError: the log that `data` names is damaged.
-    """
+    """`vista score`: a line of items and scores per user, or with `explain` a line per item, as text."""
     from vista.cli.item_commands import INDEX_SUFFIX
     from vista.log.splits import parse_time
     from vista.log.vocabulary import ids_of_words
@@ -178,11 +164,8 @@ def run_score(config: ScoreConfig) -> str:
 
 
 def _item_names(config: ScoreConfig, kind: str) -> Callable[[Sequence[Any]], list[str]]:
-    """Names of items, from the log if it was named or if items are explained, or else their ids.
-
-    Args:
-        kind: of the model's item ids; the ids of the log must have it too.
-    """
+    """Names of items, from the log if it was named or if items are explained, or else their ids. `kind`: of the model's
+    item ids; the ids of the log must have it too."""
     from vista.log.event_log import EventLog
     from vista.log.inspection import ItemNames
     from vista.runs.run_list import log_of_run
@@ -228,9 +211,7 @@ def _problem(scorer: Scorer, user: Any) -> str:
 
 def _remarks(problem: str, scorer: Scorer | None) -> str:
     """What a user's line says in parentheses: the problem, and the time of the scorer's last request, if one is given.
-
-    The lines say it if no time was asked for, because it differs between users (`current_times`).
-    """
+    The lines say it if no time was asked for, because it differs between users (`current_times`)."""
     source = None if scorer is None else scorer.answered_from
     time_ms = None if source is None or source.now is None else int(source.now[0])
     remarks = [problem] * bool(problem) + (
@@ -240,13 +221,7 @@ def _remarks(problem: str, scorer: Scorer | None) -> str:
 
 
 def run_serve(config: ServeConfig) -> None:
-    """`vista serve`: answer requests until SIGTERM or Ctrl-C.
-
-    Raises:
-        MissingDependencyError: the extra `serve` is not installed.
-        ConfigError: the address cannot be used, or the token cannot be read.
-        StoreError, CheckpointError: the model or the store cannot be served.
-    """
+    """`vista serve`: answer requests until SIGTERM or Ctrl-C."""
     from vista.serve.worker_pool import run_server  # needs the extra `serve`
 
     run_server(config)

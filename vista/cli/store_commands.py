@@ -52,11 +52,7 @@ def run_store_stats(config: StoreStatsConfig) -> str:
 
 
 def run_store_verify(config: StoreVerifyConfig) -> str:
-    """`vista store verify`.
-
-    Raises:
-        StoreError: there are problems; the message lists the first ones.
-    """
+    """`vista store verify`."""
     from vista.store.admin import verify_store
     from vista.store.layout import stores_in
     from vista.store.record_encoding import read_key
@@ -114,11 +110,7 @@ def run_store_import(config: StoreImportConfig) -> PublishReport:
 
 
 def run_store_copy(config: StoreCopyConfig) -> str:
-    """`vista store copy`; shards are published once all are copied. Errors as of `copy_generation`.
-
-    Raises:
-        ConfigError: no target folder is named.
-    """
+    """`vista store copy`; shards are published once all are copied. Errors as of `copy_generation`."""
     from vista.store.admin import copy_generation
     from vista.store.layout import shards_in, stores_in
     from vista.store.record_encoding import read_key
@@ -147,11 +139,7 @@ def run_store_copy(config: StoreCopyConfig) -> str:
 
 
 def run_store_merge(config: StoreMergeConfig) -> RefreshReport:
-    """`vista store merge`; errors as of `merge`.
-
-    Raises:
-        ConfigError: no part is named, or the number of logs is neither 1 nor that of the parts.
-    """
+    """`vista store merge`; errors as of `merge`."""
     from vista.device import announce, cpu_settings, keep_freed_memory, resolve_device
     from vista.log.event_log import EventLog
     from vista.model.vista_model import VistaModel
@@ -176,12 +164,7 @@ def run_store_merge(config: StoreMergeConfig) -> RefreshReport:
 
 
 def run_store_erase(config: StoreEraseConfig) -> str:
-    """`vista store erase`: from the store, from each user's shard if it is sharded, and from the log if one is named.
-
-    Raises:
-        ConfigError: no user is named, or an id is text although the store's ids are integers.
-        StoreError, DataError: as of `erase` and `erase_users`.
-    """
+    """`vista store erase`: from the store or each user's shard, and from the log if one is named."""
     from vista.log.deletions import erase_users, rows_to_erase
     from vista.log.event_log import EventLog
     from vista.log.vocabulary import ids_of_words
@@ -212,13 +195,7 @@ def run_store_erase(config: StoreEraseConfig) -> str:
 
 
 def run_store_get(config: StoreGetConfig) -> str:
-    """`vista store get`: header fields, the tail, and the summary's shape and norms, as text.
-
-    Raises:
-        ConfigError: no user is named, or the id is text although the store's ids are integers.
-        UnknownUserError: the user has no record.
-        StoreError, RecordError: the store or the record is damaged, or of another key.
-    """
+    """`vista store get`: header fields, the tail, and the summary's shape and norms, as text."""
     from vista.log.vocabulary import ids_of_words
     from vista.store.backend import open_backend
     from vista.store.keys import user_key
@@ -336,11 +313,7 @@ def run_log_forget(config: LogForgetConfig) -> DeletionReport:
 
 
 def run_log_erase(config: LogEraseConfig) -> DeletionReport:
-    """`vista log erase`; errors as of `erase_users`.
-
-    Raises:
-        ConfigError: if no user is named, or an id is text but the log's ids are integers.
-    """
+    """`vista log erase`; errors as of `erase_users`."""
     from vista.log.deletions import erase_users
     from vista.log.event_log import EventLog
     from vista.log.vocabulary import ids_of_words
@@ -357,11 +330,7 @@ def run_log_compact(config: LogCompactConfig) -> CompactionReport:
 
 
 def run_log_verify(config: LogVerifyConfig) -> LogVerification:
-    """`vista log verify`.
-
-    Raises:
-        LogFormatError: naming every damaged file.
-    """
+    """`vista log verify`."""
     from vista.log.inspection import verify_log
 
     report = verify_log(config.data)
@@ -371,11 +340,7 @@ def run_log_verify(config: LogVerifyConfig) -> LogVerification:
 
 
 def run_log_stats(config: LogStatsConfig) -> LogStats:
-    """`vista log stats`.
-
-    Raises:
-        LogFormatError: if it is missing or damaged.
-    """
+    """`vista log stats`."""
     from vista.log.event_log import EventLog
     from vista.log.inspection import LogStats
 

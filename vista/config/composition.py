@@ -393,9 +393,6 @@ def _choose_model(
     """Give the section `model` the keys of its architecture.
 
     Keys of an experiment that another architecture would read are left out of `composed`.
-
-    Raises:
-        ConfigError: one of the user's `values` is for another architecture, or the command is only for vista.
     """
     chosen = Architecture.__members__.get(architecture, Architecture.vista)  # other text is refused where it is set
     schema = keys.sections["model"].schema

@@ -64,11 +64,7 @@ class CounterSpec:
     """Whether the log has times. If not, ages are numbers of events, and `days` is empty."""
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ValueError: naming the field.
-        """
+        """Check the values. Raises ValueError naming the field."""
         if not self.fields or len(set(self.fields)) < len(self.fields):
             raise ValueError(f"fields: must be distinct names, at least one, got {self.fields}")
         if len(self.keys) != len(self.fields):
@@ -116,9 +112,7 @@ class CounterSpec:
     @property
     def half_lives(self) -> Int:
         """Half-lives τ·ln 2 of the horizons: int64 [len(days) + len(events)], in ms and in millionths of an event.
-
-        Whole numbers, so that the half-life that an event lies in is exact.
-        """
+        Whole numbers, so that the half-life that an event lies in is exact."""
         scales = [days * DAY_MS for days in self.days] + [events * STEPS_PER_EVENT for events in self.events]
         return np.array([round(scale * math.log(2)) for scale in scales], np.int64)
 
@@ -146,11 +140,8 @@ class CounterSpec:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> CounterSpec:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: a field is missing, unknown, or invalid; the message names it.
-        """
+        """The inverse of `to_dict`. Raises ValueError if a field is missing, unknown, or invalid; the message names
+        it."""
         check_fields(fields, _RULES)
         days, events = (tuple(map(float, fields[name])) for name in ("days", "events"))
         return cls(tuple(fields["fields"]), tuple(fields["keys"]), days, events, fields["has_time"])
@@ -221,10 +212,8 @@ def _codes(values: NDArray[Any], resolution: NDArray[np.float64] | float, larges
 
 
 def decode_values(spec: CounterSpec, codes: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Values of codes [E, F]: float64 [E, F]; counts are rounded to whole numbers.
-
-    Encoding the result gives the codes again, so advancing by no time and no events changes nothing.
-    """
+    """Values of codes [E, F]: float64 [E, F]; counts are rounded to whole numbers. Encoding the result gives the codes
+    again, so advancing by no time and no events changes nothing."""
     values: NDArray[np.float64] = _levels(spec)[codes, np.arange(spec.num_columns)]
     return values
 
@@ -468,10 +457,8 @@ def _add_up(sums: NDArray[np.float64], factor: NDArray[np.float64], starts: Int,
 
 @dataclass(frozen=True, slots=True)
 class CounterTable:
-    """Exact counters of N users for one field, packed: users end to end, keys ascending per user.
-
-    Events can be appended, but not removed: after a deletion or a late event, count the history again with `of`.
-    """
+    """Exact counters of N users for one field, packed: users end to end, keys ascending per user. Events can be
+    appended, but not removed: after a deletion or a late event, count the history again with `of`."""
 
     spec: CounterSpec
     rows: CounterRows
@@ -586,10 +573,8 @@ def offsets_of_owners(owner: Int, num_users: int) -> Int:
 
 
 class OccurrenceIndex:
-    """Counters of N histories for one field, after each of their events.
-
-    `table` is bit-identical to `CounterTable.of` on the events before the cut, but costs one pass of comparisons.
-    """
+    """Counters of N histories for one field, after each of their events. `table` is bit-identical to `CounterTable.of`
+    on the events before the cut, but costs one pass of comparisons."""
 
     def __init__(self, spec: CounterSpec, key: Int, time: Int, offsets: Int) -> None:
         """Index N histories; arguments as in `CounterTable.of`."""

@@ -58,10 +58,8 @@ def keys_of(
 
 
 def key_of(field: str, codes: Mapping[str, Any], sizes: Mapping[str, int]) -> Any:
-    """`keys_of` for one field, from codes int64 [n] of its parts, from 1 on; 0 for no value.
-
-    Codes of an action are 1 for events with it, and 0 for others; without codes, all have it.
-    """
+    """`keys_of` for one field, from codes int64 [n] of its parts, from 1 on; 0 for no value. Codes of an action are 1
+    for events with it, and 0 for others; without codes, all have it."""
     first, *others = _numbered(field)
     key = codes[first] if first else codes[ITEM] * 0 + 1
     for part in parts_of(field):

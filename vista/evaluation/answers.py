@@ -41,11 +41,8 @@ class ScorerAnswers:
         self._scorer, self._log, self._requests_per_batch = scorer, log, requests_per_batch
 
     def catalog_scores(self, cases: NextItemCases | WindowCases) -> Float32s:
-        """Scores float32 [N, V] of all items for the users of some cases, at the times of the questions.
-
-        Raises:
-            LeakageError: if a record covers an event after the question.
-        """
+        """Scores float32 [N, V] of all items for the users of some cases, at the times of the questions. Raises
+        LeakageError if a record covers an event after the question."""
         # The store holds the events until the refresh; the caller brings newer ones (none with leave-last-out). A next
         # item may have the time of the event before it, so its time does not tell whether a record covers it.
         label_time = cases.now if isinstance(cases, WindowCases) else None
@@ -53,11 +50,8 @@ class ScorerAnswers:
         return self._scorer.catalog_scores(self._log.users.ids(cases.user), tail=tail, now=cases.now)
 
     def probabilities(self, cases: ImpressionCases) -> Float32s:
-        """float32 [N, len(cases.tasks)]; the impressions of one user at one time are one request.
-
-        Raises:
-            LeakageError: if a record covers a label.
-        """
+        """float32 [N, len(cases.tasks)]; the impressions of one user at one time are one request. Raises LeakageError
+        if a record covers a label."""
         log, out = self._log, np.zeros(cases.label.shape, np.float32)
         starts = request_starts(cases)
         stops = np.append(starts, len(cases.user))
@@ -103,10 +97,6 @@ class ScorerAnswers:
             user: int64 [n] rows of the log.
             seen: int64 [n] events before the label.
             label_time: int64 [n] of the labels of a split by time, else None.
-
-        Raises:
-            LeakageError: if a record covers a label, by event_count for leave-last-out (equal times are common), and
-                else by time too.
         """
         log, store = self._log, self._scorer.store
         ids = log.users.ids(user)

@@ -64,11 +64,8 @@ class PerUserMetrics:
 
     @classmethod
     def load(cls, path: Path) -> PerUserMetrics:
-        """Read what `save` wrote.
-
-        Raises:
-            ConfigError: the file is missing, damaged, or of another kind, or its arrays would take too much memory.
-        """
+        """Read what `save` wrote. Raises ConfigError if the file is missing, damaged, or of another kind, or its arrays
+        would take too much memory."""
         try:
             content = read_limited(path, MAX_FILE_BYTES)
         except OSError as error:
@@ -143,11 +140,8 @@ class Comparison:
 
     @classmethod
     def of(cls, a: Sequence[PerUserMetrics], b: Sequence[PerUserMetrics], *, seed: int = 0) -> Comparison:
-        """Compare two models. The runs of one model (its seeds) are averaged per user first.
-
-        Raises:
-            ConfigError: the runs differ in their question, users or labels, or have no metric in common.
-        """
+        """Compare two models. The runs of one model (its seeds) are averaged per user first. Raises ConfigError if the
+        runs differ in their question, users or labels, or have no metric in common."""
         runs = [*a, *b]
         for run in runs[1:]:
             _require_same_question(runs[0], run)
@@ -204,12 +198,8 @@ def _sign_flip_p(difference: Floats, seed: int) -> list[float]:
 
 
 def compare(config: CompareConfig) -> Comparison:
-    """Read the metrics of each user and compare them.
-
-    Raises:
-        ConfigError: no file is named for a side, a file is missing or damaged, or the evaluations differ in their
-            question, users or labels.
-    """
+    """Read the metrics of each user and compare them. Raises ConfigError if no file is named for a side, a file is
+    missing or damaged, or the evaluations differ in their question, users or labels."""
     for key in ("a", "b"):
         if not getattr(config, key):
             raise ConfigError(

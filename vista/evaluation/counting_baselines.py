@@ -168,11 +168,8 @@ def transition_counts(log: EventLog, counts: Int) -> SparseRows:
 
 
 def co_occurrences(log: EventLog, counts: Int, rng: np.random.Generator) -> SparseRows:
-    """How often two different items lie within REACH visible events of each other in one history; symmetric.
-
-    Args:
-        rng: chooses users if the log has more than MOST_EVENTS visible events.
-    """
+    """How often two different items lie within REACH visible events of each other in one history; symmetric. `rng`:
+    chooses users if the log has more than MOST_EVENTS visible events."""
     low, high, times = pair_counts(log, np.arange(log.num_items) + 1, counts, most_events=MOST_EVENTS, rng=rng)
     # In the order of its rows, each half has ascending columns, and those of the first half come first.
     row = np.concatenate([high, low])
@@ -213,9 +210,7 @@ class Transitions:
 
 class TransitionsAndOwn:
     """Own frequency as a share of the user's events, plus `weight` times the share of transitions from the newest item.
-
-    Items that have neither rank by popularity.
-    """
+    Items that have neither rank by popularity."""
 
     name = "transitions and own frequency"
 
@@ -247,10 +242,8 @@ def _add_followers(out: Floats, pairs: SparseRows, weight: float, newest: Histor
 
 
 class ItemNeighbors:
-    """Sum over the user's events j of c_ij / sqrt(n_i n_j): c_ij pairs within REACH events, n_i events of item i.
-
-    An item is not its own neighbor. Items that tie rank by popularity.
-    """
+    """Sum over the user's events j of c_ij / sqrt(n_i n_j): c_ij pairs within REACH events, n_i events of item i. An
+    item is not its own neighbor. Items that tie rank by popularity."""
 
     def __init__(self, *, last: int | None = None) -> None:
         """
@@ -453,10 +446,8 @@ _USERS_PER_BLOCK = 1024
 
 
 class Ease:
-    """x B of the user's items x (0 or 1), with B_ij = -P_ij / P_jj, B_jj = 0, P = (Xᵀ X + ridge)⁻¹.
-
-    All other items rank below, by popularity.
-    """
+    """x B of the user's items x (0 or 1), with B_ij = -P_ij / P_jj, B_jj = 0, P = (Xᵀ X + ridge)⁻¹. All other items
+    rank below, by popularity."""
 
     name = "EASE"
 
@@ -534,10 +525,8 @@ Value = TypeVar("Value")
 
 
 class Tuned(Generic[Value]):
-    """A baseline with the best of several values for the last visible events, fitted to all visible events.
-
-    The best value has the largest NDCG@10, or for horizons above SHORT_EVENTS the largest recall@50 of new items.
-    """
+    """A baseline with the best of several values for the last visible events, fitted to all visible events. The best
+    value has the largest NDCG@10, or for horizons above SHORT_EVENTS the largest recall@50 of new items."""
 
     def __init__(self, baseline: TunableBaseline[Value], values: Sequence[Value], *, horizon_events: int) -> None:
         """
@@ -608,12 +597,8 @@ def counting_baselines(
 
 
 def scores_in_columns(baseline: CountingBaseline, columns: Int, cases: NextItemCases | WindowCases) -> Floats:
-    """Scores float64 [n, V] of a fitted baseline, at the times of the questions.
-
-    Args:
-        columns: int64 [log.num_items], the column of each of the log's items; -1 for items without one. A column that
-            no item of the log has scores -inf.
-    """
+    """Scores float64 [n, V] of a fitted baseline, at the times of the questions. `columns`: int64 [log.num_items], the
+    column of each of the log's items; -1 for items without one. A column that no item of the log has scores -inf."""
     scores = baseline.scores(cases.user, cases.seen, cases.now)
     known = np.flatnonzero(columns >= 0)
     out = np.full((len(scores), columns.max(initial=0) + 1), -np.inf)

@@ -298,11 +298,8 @@ class LabelFeatures:
 
 
 def grown_trees(inputs: Floats, label: NDArray[np.floating]) -> Callable[[Floats], Floats]:
-    """Fit boosted trees to labels [N] of inputs [N, R]; returns what predicts probabilities.
-
-    Raises:
-        MissingDependencyError: if scikit-learn is not installed.
-    """
+    """Fit boosted trees to labels [N] of inputs [N, R]; returns what predicts probabilities. Raises
+    MissingDependencyError if scikit-learn is not installed."""
     trees: Any = require_module("sklearn.ensemble", "baselines").HistGradientBoostingClassifier(
         **_TREES, random_state=0
     )

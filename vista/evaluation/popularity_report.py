@@ -19,11 +19,8 @@ NUM_DECILES = 10
 
 @dataclass(frozen=True, slots=True)
 class PopularityReport:
-    """How popularity enters the lists of length k.
-
-    Deciles have equal mass: `popularity_deciles`. Arrays have NUM_DECILES entries, from the rarest items to the most
-    popular; a decile without labels has NaN quality.
-    """
+    """How popularity enters the lists of length k. Deciles have equal mass: `popularity_deciles`. Arrays have
+    NUM_DECILES entries, from the rarest items to the most popular; a decile without labels has NaN quality."""
 
     k: int
     gini: float

@@ -297,10 +297,7 @@ def impression_metrics(cases: ImpressionCases, probability: Float32s) -> dict[st
 
 def entropy_of_users(cases: ImpressionCases, probability: Float32s, task: str) -> Floats:
     """Values float64 [U] per user with labels of a task, whose mean is the NE of the task (see `log_loss_values`).
-
-    Args:
-        probability: float32 [N, num_tasks].
-    """
+    `probability`: float32 [N, num_tasks]."""
     index = cases.tasks.index(task)
     known = cases.mask[:, index]
     label, predicted = cases.label[known, index], probability[known, index]
@@ -450,10 +447,8 @@ def window_lengths(config: EvaluateConfig) -> dict[str, dict[str, Any]]:
 
 
 def _check_days(log: EventLog, data: DataConfig, config: EvaluateConfig) -> None:
-    """Refuse windows of days in a log without times, or that the events of a split by time do not span.
-
-    They may lack a tenth: the newest event is older than the end of the period in which events were recorded.
-    """
+    """Refuse windows of days in a log without times, or that the events of a split by time do not span. They may lack a
+    tenth: the newest event is older than the end of the period in which events were recorded."""
     if not log.has_time:
         raise ConfigError(f"horizon_days={config.horizon_days:g}: {log.path} has no times; set horizon_events")
     (begin, end), newest = part_times(data, config.split), log.time_range()

@@ -124,11 +124,7 @@ class Reference:
 
     @classmethod
     def read(cls, folder: Path) -> Reference:
-        """Read that of a model.
-
-        Raises:
-            CheckpointError: the model has none, or it is damaged or of another format.
-        """
+        """Read that of a model. Raises CheckpointError if the model has none, or it is damaged or of another format."""
         path = folder / REFERENCE_FILE
         try:
             fields = json.loads(read_limited(path, MAX_BYTES))
@@ -399,11 +395,8 @@ def count_scores(counts: WindowCounts, scores: Scores, edges: Edges) -> None:
 
 
 def scored_users(window: WindowRows, most: int = NUM_SCORED_USERS, taken: NDArray[np.bool_] | None = None) -> Int:
-    """Rows of the log of users whose scores are recorded: random ones who have events before the window.
-
-    Args:
-        taken: bool [num_users], True for users to leave out.
-    """
+    """Rows of the log of users whose scores are recorded: random ones who have events before the window. `taken`: bool
+    [num_users], True for users to leave out."""
     users = window.users[window.starts > 0]
     if taken is not None:
         users = users[~taken[users]]

@@ -65,11 +65,8 @@ def training_questions(
 
 
 def in_windows(cases: WindowCases, row: Int, item: Int, num_items: int) -> NDArray[np.bool_]:
-    """Whether items are in the windows of cases.
-
-    Args:
-        row: int64 places in `cases`; item: int64 rows of the log. The two broadcast.
-    """
+    """Whether items are in the windows of cases. `row`: int64 places in `cases`; item: int64 rows of the log. The two
+    broadcast."""
     label = np.repeat(np.arange(len(cases)), np.diff(cases.offsets)) * num_items + cases.item
     return np.isin(row * num_items + item, label)
 
@@ -162,10 +159,8 @@ class _WindowTrees:
 
 
 class CounterTrees(_WindowTrees):
-    """Probability that an item of the history occurs in the next events, by scikit-learn's HistGradientBoosting.
-
-    Other items rank below, by popularity.
-    """
+    """Probability that an item of the history occurs in the next events, by scikit-learn's HistGradientBoosting. Other
+    items rank below, by popularity."""
 
     name = "counter trees"
 
@@ -208,10 +203,8 @@ def mean_weights(age: Int) -> Floats:
 
 
 def pooled_means(log: EventLog, vectors: Floats, user: Int, seen: Int) -> Floats:
-    """Means of `vectors` float64 [V, M] over the first `seen` events of users [n]: float64 [K, n, M] of length 1.
-
-    Users without events have 0.
-    """
+    """Means of `vectors` float64 [V, M] over the first `seen` events of users [n]: float64 [K, n, M] of length 1. Users
+    without events have 0."""
     events = log.gather(user, seen, features=False)
     # One more row, because reduceat needs an event after the last offset.
     of_events = np.append(vectors[events.item], np.zeros((1, vectors.shape[1])), axis=0)
@@ -226,10 +219,8 @@ def pooled_means(log: EventLog, vectors: Floats, user: Int, seen: Int) -> Floats
 
 
 def factor_vectors(log: EventLog, counts: Int, dim: int, seed: int) -> Floats:
-    """`item_factors` of all items from their first `counts` events: float64 [V, dim] of length 1.
-
-    Items without factors have 0.
-    """
+    """`item_factors` of all items from their first `counts` events: float64 [V, dim] of length 1. Items without factors
+    have 0."""
     rows, factors = item_factors(log, np.arange(log.num_items) + 1, counts, dim, seed=seed)
     vectors = np.zeros((log.num_items, dim))
     vectors[rows - 1] = _unit(factors.astype(np.float64))

@@ -75,10 +75,8 @@ class ChunkImpressions:
 
 @dataclass(frozen=True, slots=True)
 class ChunkTimeline:
-    """The events of each chunk and, as its trail, those after it that training may see. Only anchors read it.
-
-    The trail holds labels only: it is never part of a chunk's own events.
-    """
+    """The events of each chunk and, as its trail, those after it that training may see. Only anchors read it. The trail
+    holds labels only: it is never part of a chunk's own events."""
 
     item: Int
     """int64 [N] model item rows; 0 is the unknown item."""
@@ -400,11 +398,8 @@ def balanced_parts(work: Int, num_parts: int) -> list[Int]:
 
 
 def batch_part(batch: Batch, chunks: Int) -> Batch:
-    """The part of a batch with some of its chunks, sorted, at least one.
-
-    `rows`, `user`, and the negatives stay those of the whole batch: its items share one sparse gradient, and its users
-    are left out of the factors that it reads.
-    """
+    """The part of a batch with some of its chunks, sorted, at least one. `rows`, `user`, and the negatives stay those
+    of the whole batch: its items share one sparse gradient, and its users are left out of the factors that it reads."""
     own, events = torch.from_numpy(chunks), batch.events
     new_chunk = _new_index(own, len(batch.user))
     event, offsets = _ranges(events.offsets, own)
@@ -451,9 +446,7 @@ def _rows(part: Part, index: Tensor, **others: Any) -> Part:
 
 def _cuts(batch: Batch, own: Tensor, window: Tensor, chunk: Tensor, shift: Tensor) -> tuple[BatchCuts, Tensor, Tensor]:
     """Cuts of the part; int64 [NC'] which of the batch's cuts they are; and the chunks of the part that they lie in.
-
-    window: int64 [NW'] windows of the batch; chunk: their chunks of the part.
-    """
+    window: int64 [NW'] windows of the batch; chunk: their chunks of the part."""
     cuts = batch.cuts
     segment, chunk_offsets = _ranges(cuts.chunk_offsets, own)
     lengths = cuts.segment_offsets.diff()[segment]

@@ -506,11 +506,8 @@ def events_before(log: EventLog, user: int, times: Int, count: int) -> Int:
 
 
 def trained_tasks(log: EventLog, optim: OptimConfig) -> list[str]:
-    """The labeled tasks that a run trains, in the log's order.
-
-    Raises:
-        ConfigError: if `optim.tasks` names one that the log lacks.
-    """
+    """The labeled tasks that a run trains, in the log's order. Raises ConfigError if `optim.tasks` names one that the
+    log lacks."""
     offered = log.impressions.tasks if log.impressions is not None else []
     for name in optim.tasks:
         if name not in offered:

@@ -289,10 +289,8 @@ def _window_requests(
     time: Int,
     is_timed: NDArray[np.bool_],
 ) -> CounterRequests:
-    """n requests at `position` int64 [n] (events of the chunk before the request) of windows int64 [n].
-
-    covered: from `_covered`; time: int64 [n] ms; is_timed: bool [n], False where the scorer would not get the time.
-    """
+    """n requests at `position` int64 [n] (events of the chunk before the request) of windows int64 [n]. covered: from
+    `_covered`; time: int64 [n] ms; is_timed: bool [n], False where the scorer would not get the time."""
     chunk = windows.chunk[window]
     start = histories.start[chunk]
     seen = start + position
@@ -453,10 +451,8 @@ def _no_cuts(chunks: Chunks) -> BatchCuts:
 
 
 def _segments(offsets: Int, phase: Int, W: int) -> tuple[Int, Int]:
-    """Packed events between boundaries: offsets of the segments, and the segments' offsets by chunk.
-
-    Segments end at the boundaries inside (0, length), and at the chunk's length.
-    """
+    """Packed events between boundaries: offsets of the segments, and the segments' offsets by chunk. Segments end at
+    the boundaries inside (0, length), and at the chunk's length."""
     lengths = np.diff(offsets)
     num_segments = np.maximum(1, -(-(lengths - phase) // W) + 1)
     num_segments[lengths == 0] = 0

@@ -63,10 +63,8 @@ class Pooled(IntEnum):
 
 
 def fold_of(user: Int) -> Int:
-    """int64 [n] the fold of users int64 [n] (rows of the log), by a multiplicative hash (Knuth).
-
-    Every other user may have something in common, so a fold must not be every other user.
-    """
+    """int64 [n] the fold of users int64 [n] (rows of the log), by a multiplicative hash (Knuth). Every other user may
+    have something in common, so a fold must not be every other user."""
     product = user.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     fold: Int = (product >> np.uint64(40)).astype(np.int64) % FOLDS
     return fold
@@ -124,10 +122,7 @@ class PooledHistories:
 
     def at(self, requests: CounterRequests, tail_len: int) -> Float32s:
         """The pooled vectors of requests, float32 [n, J, F * r]: in the columns of the space that is read; 0 in others.
-
-        Args:
-            tail_len: events of a tail. Those of a training window may be fewer, but its older events are read too.
-        """
+        `tail_len`: events of a tail. Those of a training window may be fewer, but its older events are read too."""
         num_spaces, _, dim = self._spaces.shape
         out = np.zeros((len(requests.seen), len(Pooled), num_spaces, dim), np.float32)
         out[np.arange(len(out)), :, self._fold[requests.history]] = self._vectors(requests, tail_len)
@@ -149,10 +144,8 @@ class PooledHistories:
 
 
 class ItemRates:
-    """How often items have each label: log-odds relative to those of all impressions.
-
-    As with spaces, a training question reads the rates of the users of the other folds, and the model those of all.
-    """
+    """How often items have each label: log-odds relative to those of all impressions. As with spaces, a training
+    question reads the rates of the users of the other folds, and the model those of all."""
 
     def __init__(self, item: Int, label: Float32s, mask: NDArray[np.bool_], user: Int, num_rows: int) -> None:
         """

@@ -455,10 +455,8 @@ class HistoryCounters:
         return UserCounters(codes, num_events, tuple(others), self._keys, newest)
 
     def of_items(self, requests: CounterRequests, item: Int) -> NDArray[np.uint8]:
-        """Codes uint8 [n, G * F + 1] of one item int64 [n] per request (`UserCounters.of_pairs`).
-
-        Those of `at`, but in half the time, and in memory for one item per request.
-        """
+        """Codes uint8 [n, G * F + 1] of one item int64 [n] per request (`UserCounters.of_pairs`). Those of `at`, but in
+        half the time, and in memory for one item per request."""
         stored, record = self._stored(requests)
         index, offsets, now = self._added(requests, stored[0].clock[record])
         own, newest = [], self._newest(requests)
@@ -498,10 +496,7 @@ class HistoryCounters:
 
     def _added(self, requests: CounterRequests, clock: Int) -> tuple[Int, Int, Int]:
         """The events that are added, int64 [N], their offsets int64 [n + 1], and the times of the requests int64 [n].
-
-        Args:
-            clock: int64 [n] of the records.
-        """
+        `clock`: int64 [n] of the records."""
         first = requests.first
         index = ranges(self._offsets[requests.history] + first, requests.seen - first)
         offsets = offsets_of(requests.seen - first)

@@ -68,11 +68,7 @@ class TransitionTable:
         self.weight.copy_(other.weight)
 
     def check(self) -> None:
-        """Check a table that was read from a file.
-
-        Raises:
-            RuntimeError: it names rows that it does not have.
-        """
+        """Check a table that was read from a file. Raises RuntimeError if it names rows that it does not have."""
         low, high = (int(bound) for bound in self.item.aminmax()) if self.item.numel() else (0, 0)
         if self.item.dtype is not torch.int32 or low < 0 or high >= len(self.item):
             raise RuntimeError(f"transitions must be rows below {len(self.item)}, as int32")

@@ -32,10 +32,8 @@ TOP_K = 10
 
 
 class EmptySummaryScorer(Scorer):
-    """A scorer that answers every user with the summary of an empty history; the tail and the counters stay.
-
-    Its model was trained with summaries, so a model that was trained without them can do better.
-    """
+    """A scorer that answers every user with the summary of an empty history; the tail and the counters stay. Its model
+    was trained with summaries, so a model that was trained without them can do better."""
 
     @contextmanager
     def _call(self, users: Any, tail: Any, now: Any) -> Iterator[Call]:

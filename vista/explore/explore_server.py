@@ -48,10 +48,7 @@ START_S = 60.0
 
 def run_page(config: ExploreConfig) -> None:
     """Serve the page until Ctrl-C. It opens in a browser if this is a terminal of a machine with one and a display.
-
-    Raises:
-        ConfigError: the port cannot be used, or the authentication key cannot be read.
-    """
+    Raises ConfigError if the port cannot be used, or the authentication key cannot be read."""
     for package in ("altair", "pandas", "streamlit"):
         require_module(package, "explore")
     import streamlit

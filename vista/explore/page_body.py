@@ -67,11 +67,8 @@ def show_page(config: ExploreConfig) -> None:
 
 @st.fragment(run_every=STATUS_EVERY_S)
 def show_status(places: Places, drawn: int | None) -> None:
-    """Show the generation in service and whether it is fresh; rerun every few seconds.
-
-    Args:
-        drawn: the generation that the page shows; None if the model or the store could not be opened.
-    """
+    """Show the generation in service and whether it is fresh; rerun every few seconds. `drawn`: the generation that the
+    page shows; None if the model or the store could not be opened."""
     with SCORERS.lending():
         workspace = workspace_of(places)
         if workspace.scorer is None:

@@ -66,11 +66,8 @@ class ExplainedRanking:
 def explained_ranking(
     workspace: Workspace, scorer: Scorer, user: int | str, *, top_k: int, now: int | None, exclude_tail: bool = False
 ) -> ExplainedRanking | None:
-    """Rank the catalog for a user and explain the best items; None if no item has a finite score.
-
-    Raises:
-        StoreError, ValueError: as in `Scorer.rank`.
-    """
+    """Rank the catalog for a user and explain the best items; None if no item has a finite score. Raises StoreError or
+    ValueError as in `Scorer.rank`."""
     ranking = scorer.rank(user, top_k=top_k, exclude_tail=exclude_tail, now=now)
     if not len(ranking.items):
         return None
@@ -85,9 +82,7 @@ def explained_ranking(
 
 def request_time(user: int | str, *scorers: Scorer) -> int | None:
     """Time of a request to some scorers in ms, for which none is given (`current_times`); None if no model reads times.
-
-    The newest of the events in their records counts.
-    """
+    The newest of the events in their records counts."""
     timed = [scorer for scorer in scorers if scorer.model.schema.has_time]
     if not timed:
         return None
@@ -251,11 +246,7 @@ def compare_users(a: Scorer, b: Scorer, users: list[int | str], *, top_k: int) -
 
 
 def common_task(a: Scorer, b: Scorer) -> str:
-    """The first task of A that B has too.
-
-    Raises:
-        ConfigError: they have none in common.
-    """
+    """The first task of A that B has too. Raises ConfigError if they have none in common."""
     for task in a.tasks:
         if task in b.tasks:
             return task
@@ -265,11 +256,8 @@ def common_task(a: Scorer, b: Scorer) -> str:
 
 
 def earlier_generations(scorer: Scorer) -> list[int]:
-    """Numbers of the other complete generations of the same model, newest first; none for a sharded store.
-
-    Raises:
-        StoreError: a generation is damaged.
-    """
+    """Numbers of the other complete generations of the same model, newest first; none for a sharded store. Raises
+    StoreError if a generation is damaged."""
     served, generations = scorer.store.generation, open_backend(str(scorer.store.path))
     found = []
     try:

@@ -64,12 +64,8 @@ class UserFacts:
 
 
 def user_facts(workspace: Workspace, scorer: Scorer, user: int | str) -> UserFacts:
-    """Read a user's record and the length of the history.
-
-    Raises:
-        StoreError: the record is damaged.
-        TypeError: the user's id is of another type than those of the log.
-    """
+    """Read a user's record and the length of the history. Raises StoreError if the record is damaged, and TypeError if
+    the user's id is of another type than those of the log."""
     log = workspace.log
     stored = record_of(scorer, user)
     row = -1 if log is None else int(log.users.rows(cast(list[str], [user]))[0])
@@ -296,11 +292,8 @@ def store_freshness(manifest: Manifest, log: EventLog | None, now_ms: int | None
 
 
 def generation_rows(store: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row per generation of a store and its shards, and the problems found.
-
-    Raises:
-        StoreError: there is no store.
-    """
+    """A row per generation of a store and its shards, and the problems found. Raises StoreError if there is no
+    store."""
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
     for root in stores_in(store):
@@ -345,11 +338,8 @@ class RecordSample:
 
 
 def record_sample(scorer: Scorer, log: EventLog | None, users: UserSearch) -> RecordSample:
-    """Read the records of up to SAMPLE_USERS users, the same ones at every call.
-
-    Raises:
-        StoreError: a record is damaged.
-    """
+    """Read the records of up to SAMPLE_USERS users, the same ones at every call. Raises StoreError if a record is
+    damaged."""
     rows = users.sample(SAMPLE_USERS)
     if not len(rows):
         return RecordSample(0, 0, 0, [])

@@ -53,11 +53,8 @@ class Places:
 
     @classmethod
     def of(cls, config: ExploreConfig) -> Places:
-        """The places that a configuration names; what is null is looked for.
-
-        Raises:
-            ConfigError: config.yaml of the model's run cannot be read.
-        """
+        """The places that a configuration names; what is null is looked for. Raises ConfigError if config.yaml of the
+        model's run cannot be read."""
         model, store, data, other_store = config.model, config.store, config.data, config.other_store
         is_demo = model is None
         if model is None or store is None:
@@ -160,11 +157,7 @@ def record_of(scorer: Scorer, user: int | str) -> StoredBatch:
 
 
 def log_version(path: Path) -> tuple[str, ...]:
-    """Names of the log's segments, which change when events are appended.
-
-    Raises:
-        LogFormatError: there is no log.
-    """
+    """Names of the log's segments, which change when events are appended. Raises LogFormatError if there is no log."""
     return tuple(folder.name for folder in find_segments(path))
 
 
@@ -225,11 +218,8 @@ class ScorerPool:
             self._close_spare()
 
     def borrow(self, key: Hashable, opener: Callable[[], Scorer]) -> Scorer:
-        """The scorer of a key, which is opened if needed. Call it inside a `lending` block.
-
-        Raises:
-            VistaError: from `opener`; within `retry_s` after a failure, raised again without another try.
-        """
+        """The scorer of a key, which is opened if needed. Call it inside a `lending` block. Raises VistaError from
+        `opener`; within `retry_s` after a failure, raised again without another try."""
         borrowed = self._borrowed.get()
         assert borrowed is not None, "scorers are borrowed within `lending`"
         with self._lock:

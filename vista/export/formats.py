@@ -76,11 +76,8 @@ def _quiet() -> Iterator[None]:
 
 
 def write_onnx(graph: ServingGraph, inputs: list[GraphInput], folder: Path) -> ExportRunner:
-    """Write a graph into a folder, and load it in onnxruntime. Tables are in a file of their own, of any size.
-
-    Raises:
-        OSError: the files cannot be written.
-    """
+    """Write a graph into a folder, and load it in onnxruntime. Tables are in a file of their own, of any size. Raises
+    OSError if the files cannot be written."""
     for package in ("onnx", "onnxruntime", "onnxscript"):
         require_module(package, "onnx")
     program = traced(graph, inputs)
@@ -106,12 +103,8 @@ def write_onnx(graph: ServingGraph, inputs: list[GraphInput], folder: Path) -> E
 
 
 def write_aotinductor(graph: ServingGraph, inputs: list[GraphInput], folder: Path) -> ExportRunner:
-    """Compile a graph for this processor into a folder, and load it.
-
-    Raises:
-        ExportError: there is no C++ compiler.
-        OSError: the file cannot be written.
-    """
+    """Compile a graph for this processor into a folder, and load it. Raises ExportError if there is no C++ compiler,
+    and OSError if the file cannot be written."""
     from torch._inductor import aoti_compile_and_package, aoti_load_package, config
 
     compilers = (config.cpp.cxx,) if isinstance(config.cpp.cxx, str) else config.cpp.cxx

@@ -116,11 +116,7 @@ def forget_file(
 
 
 def rows_to_erase(log: EventLog, user_ids: Sequence[int] | Sequence[str]) -> Int:
-    """Rows of the users to erase.
-
-    Raises:
-        UnknownUserError: naming ids that are not in the log.
-    """
+    """Rows of the users to erase. Raises UnknownUserError naming ids that are not in the log."""
     rows = log.users.rows(user_ids)
     if (rows < 0).any():
         unknown = [user_ids[i] for i in np.flatnonzero(rows < 0).tolist()]
@@ -204,11 +200,7 @@ def _event_keys(log: EventLog, frame: pl.DataFrame) -> EventKeys:
 
 
 def _matches(log: EventLog, keys: EventKeys, frame: pl.DataFrame, source: Source) -> EventKeys:
-    """The distinct events of the log that match the keys, sorted by user, time, item, and action.
-
-    Raises:
-        DataError: if a key matches no event.
-    """
+    """The distinct events of the log that match the keys, sorted by user, time, item, and action."""
     pairs = []
     met = np.zeros(len(keys), np.bool_)
     known = np.flatnonzero((keys.user >= 0) & (keys.item >= 0))

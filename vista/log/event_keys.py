@@ -21,10 +21,8 @@ ROWS_AT_ONCE = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class EventKeys:
-    """Keys of events: user and item rows, time (ms, or ordinal), and action code, int64 [N] each.
-
-    action: None matches every action.
-    """
+    """Keys of events: user and item rows, time (ms, or ordinal), and action code, int64 [N] each. action: None matches
+    every action."""
 
     user: Int
     item: Int

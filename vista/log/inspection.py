@@ -123,11 +123,8 @@ def _topics(offsets: Mapping[StreamPartition, StreamOffset]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class LogVerification:
-    """What a check of a log found.
-
-    num_files, num_bytes: of the intact files that manifests list; damaged: the other listed files, and damaged
-    manifests, relative to the log's folder.
-    """
+    """What a check of a log found. num_files, num_bytes: of the intact files that manifests list; damaged: the other
+    listed files, and damaged manifests, relative to the log's folder."""
 
     path: Path
     num_files: int
@@ -144,11 +141,8 @@ class LogVerification:
 
 
 def verify_log(path: str | os.PathLike[str]) -> LogVerification:
-    """Compare every file of a log with its manifest, even if they are too damaged to open the log.
-
-    Raises:
-        LogFormatError: there is no log, a segment is missing, or manifests contradict each other.
-    """
+    """Compare every file of a log with its manifest, even if they are too damaged to open the log. Raises
+    LogFormatError if there is no log, a segment is missing, or manifests contradict each other."""
     place = checked_path(path, LogFormatError)
     while True:
         folders, damaged, num_bytes = find_segments(place), list[str](), list[int]()

@@ -108,11 +108,8 @@ class Segment:
 
 
 def read_segment(path: Path) -> Segment:
-    """Open one segment and check the size and the type of every file against its manifest.
-
-    Raises:
-        LogFormatError: naming the file, the expected and actual content, and the remedy.
-    """
+    """Open one segment and check the size and the type of every file against its manifest. Raises LogFormatError naming
+    the file, the expected and actual content, and the remedy."""
     manifest = read_segment_manifest(path)
     files = SegmentFiles(path, manifest["files"])
     try:
@@ -167,11 +164,8 @@ def _segment(path: Path, manifest: dict[str, Any], files: SegmentFiles) -> Segme
 
 
 def read_segments(path: Path, last_segment: int | None = None) -> list[Segment]:
-    """Open the current segments, oldest first, up to number `last_segment`.
-
-    Raises:
-        LogFormatError: if one is missing or damaged, or none ends at `last_segment`.
-    """
+    """Open the current segments, oldest first, up to number `last_segment`. Raises LogFormatError if one is missing or
+    damaged, or none ends at `last_segment`."""
     while True:
         present = _segment_folders(path)
         try:
@@ -194,11 +188,8 @@ def read_segments(path: Path, last_segment: int | None = None) -> list[Segment]:
 
 
 def read_vocabularies(segments: Sequence[Segment]) -> tuple[Vocabulary, Vocabulary]:
-    """The user and item vocabularies of a log with these segments: the concatenation of their new ids.
-
-    Raises:
-        LogFormatError: if the numbers of ids differ from the newest manifest.
-    """
+    """The user and item vocabularies of a log with these segments: the concatenation of their new ids. Raises
+    LogFormatError if the numbers of ids differ from the newest manifest."""
     users = Vocabulary.concatenated([segment.new_users for segment in segments])
     items = Vocabulary.concatenated([segment.new_items for segment in segments])
     newest = segments[-1]
@@ -250,11 +241,8 @@ def _completed(table: PackedTable, columns: Declared) -> PackedTable:
 
 
 def find_segments(path: Path) -> list[Path]:
-    """Folders of the current segments, oldest first. A compacted range replaces the segments inside it.
-
-    Raises:
-        LogFormatError: if `path` is not a log, or a segment is missing.
-    """
+    """Folders of the current segments, oldest first. A compacted range replaces the segments inside it. Raises
+    LogFormatError if `path` is not a log, or a segment is missing."""
     chosen: list[Path] = []
     last = 0
     for first, end, entry in _segment_folders(path):

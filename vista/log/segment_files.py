@@ -123,11 +123,8 @@ def manifest_bytes(fields: Mapping[str, Any]) -> bytes:
 
 
 def read_segment_manifest(folder: Path) -> dict[str, Any]:
-    """Read and check the manifest of a segment.
-
-    Raises:
-        LogFormatError: it is missing, damaged, or of another format; the message names the file and the remedy.
-    """
+    """Read and check the manifest of a segment. Raises LogFormatError if it is missing, damaged, or of another format;
+    the message names the file and the remedy."""
     file = folder / MANIFEST_FILE
     try:
         content = read_limited(file, _MAX_BYTES)
@@ -251,19 +248,13 @@ class SegmentFile:
 
     @classmethod
     def open(cls, path: Path, entry: Mapping[str, Any]) -> SegmentFile:
-        """Map a file.
-
-        Raises:
-            LogFormatError: if it is missing, is not a regular file, or does not have the size in the manifest.
-        """
+        """Map a file. Raises LogFormatError if it is missing, is not a regular file, or does not have the size in the
+        manifest."""
         return cls(path, entry, map_file(path, REMEDY, entry["bytes"]))
 
     def array(self, dtype: DTypeLike, num_dims: int) -> NDArray[Any]:
-        """The array of a `.npy` file, as a read-only view.
-
-        Raises:
-            LogFormatError: if it has another type or shape than expected, or than the manifest says.
-        """
+        """The array of a `.npy` file, as a read-only view. Raises LogFormatError if it has another type or shape than
+        expected, or than the manifest says."""
         array = array_in(self.content, self.path, REMEDY)
         if array.dtype != dtype or array.ndim != num_dims:
             raise LogFormatError(
@@ -275,11 +266,8 @@ class SegmentFile:
         return array
 
     def verify(self) -> int:
-        """Compare the content with the manifest; returns the number of bytes that were read.
-
-        Raises:
-            LogFormatError: if a byte has changed.
-        """
+        """Compare the content with the manifest; returns the number of bytes that were read. Raises LogFormatError if a
+        byte has changed."""
         digest = xxhash.xxh3_64_hexdigest(self.content)
         if digest != self.entry["xxh3"]:
             raise LogFormatError(
@@ -306,11 +294,8 @@ class SegmentFiles:
         return name in self._files
 
     def array(self, name: str, dtype: DTypeLike, num_dims: int = 1) -> NDArray[Any]:
-        """An array, as a read-only view.
-
-        Raises:
-            LogFormatError: if the manifest does not list it, or as `SegmentFile.array`.
-        """
+        """An array, as a read-only view. Raises LogFormatError if the manifest does not list it, or as
+        `SegmentFile.array`."""
         if name not in self._files:
             raise LogFormatError(f"{self._folder / MANIFEST_FILE}: does not list {name}; {REMEDY}")
         return self._files[name].array(dtype, num_dims)
@@ -321,11 +306,8 @@ class SegmentFiles:
         return next((dtype for dtype in allowed if np.dtype(dtype).str == entry.get("dtype")), allowed[0])
 
     def table(self, prefix: str, columns: Mapping[str, DTypeLike]) -> PackedTable:
-        """A table, with these columns. Ratings and probabilities may be missing.
-
-        Raises:
-            LogFormatError: as `array`, or if the arrays do not match.
-        """
+        """A table, with these columns. Ratings and probabilities may be missing. Raises LogFormatError as `array` does,
+        or if the arrays do not match."""
         users, offsets = (self.array(f"{prefix}{name}.npy", np.int64) for name in ("users", "offsets"))
         values = {
             name: self.array(f"{prefix}{name}.npy", dtype, 2 if name in _PER_TASK else 1)
@@ -346,11 +328,8 @@ class SegmentFiles:
         return self.array(name, np.int64) if name in self._files else None
 
     def vocabulary(self, name: str, kind: str) -> Vocabulary:
-        """The vocabulary `name`, with ids of the given kind ("int" or "str").
-
-        Raises:
-            LogFormatError: as `array`, or if the arrays do not match.
-        """
+        """The vocabulary `name`, with ids of the given kind ("int" or "str"). Raises LogFormatError as `array`
+        does, or if the arrays do not match."""
         ids = self.array(f"{name}.ids.npy", np.int64 if kind == "int" else np.uint8)
         offsets = None if kind == "int" else self.array(f"{name}.offsets.npy", np.int64)
         return Vocabulary.of_arrays(ids, offsets, self.rows(f"{name}.blank.npy"), self._folder / name, REMEDY)
@@ -376,11 +355,8 @@ class SegmentFiles:
         return total
 
     def verify_folder(self, folder: str) -> None:
-        """Compare the content of the files in a folder of the segment with the manifest.
-
-        Raises:
-            LogFormatError: naming the first file with a byte that has changed.
-        """
+        """Compare the content of the files in a folder of the segment with the manifest. Raises LogFormatError naming
+        the first file with a byte that has changed."""
         for name, file in self._files.items():
             if name.startswith(folder):
                 file.verify()
@@ -419,10 +395,7 @@ def sources_of_events(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def stream_offsets(manifests: Iterable[Mapping[str, Any]]) -> dict[StreamPartition, StreamOffset]:
     """The offsets after all messages of a log. The newest segment with a topic replaces all offsets of that topic.
-
-    Args:
-        manifests: of the log's segments, oldest first.
-    """
+    `manifests`: of the log's segments, oldest first."""
     offsets: dict[StreamPartition, StreamOffset] = {}
     for manifest in manifests:
         topics = {entry["topic"] for entry in manifest["offsets"]}

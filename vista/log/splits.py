@@ -53,10 +53,7 @@ def _percent(share: float) -> str:
 
 def parse_time(text: str | int) -> int:
     """Convert an ISO 8601 date or time (UTC unless it has an offset), or an integer (ms), to milliseconds since 1970.
-
-    Raises:
-        ConfigError: if `text` is neither.
-    """
+    Raises ConfigError if `text` is neither."""
     if isinstance(text, int):
         if abs(text) > MAX_MS:
             raise ConfigError(f"time {shown(text)}: has more than 18 digits; write milliseconds since 1970")
@@ -211,11 +208,7 @@ def split_until(data: DataConfig, part: str) -> Until:
 
 
 def _label_starts(data: DataConfig) -> tuple[int, int]:
-    """When the validation and the test labels of a split by time begin (ms).
-
-    Raises:
-        ConfigError: if test labels begin before validation labels, because training would then use them.
-    """
+    """When the validation and the test labels of a split by time begin (ms)."""
     assert data.validation_from is not None and data.test_from is not None  # DataConfig has checked
     validation, test = parse_time(data.validation_from), parse_time(data.test_from)
     if test < validation:
@@ -247,10 +240,7 @@ def part_counts(log: EventLog, data: DataConfig, part: str) -> tuple[Int, Int, I
 
 def part_times(data: DataConfig, part: str) -> tuple[int | None, int | None]:
     """Begin and end (ms) of the labels of a part; None for the end of the log. Both are None in a split by counts.
-
-    Raises:
-        ConfigError: as `split_until`.
-    """
+    Raises ConfigError as `split_until` does."""
     if data.split is not Split.time:
         return None, None
     begin = _label_starts(data)[part == "test"]
@@ -299,11 +289,8 @@ seen once each, have hardly any."""
 
 
 def repeat_share(log: EventLog, counts: Int) -> float:
-    """Share of events whose item is in an earlier event of the same user; 0 without events.
-
-    Args:
-        counts: int64 [num_users], the number of leading events of each user that are read.
-    """
+    """Share of events whose item is in an earlier event of the same user; 0 without events. `counts`: int64
+    [num_users], the number of leading events of each user that are read."""
     distinct = 0
     for block in visible_blocks(log, counts, EVENTS_PER_BLOCK):
         distinct += len(np.unique(block.owner * log.num_items + block.item))

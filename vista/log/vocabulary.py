@@ -114,12 +114,8 @@ class Vocabulary:
         return self._int_rows(_as_int_ids(ids)) if self.kind == "int" else self._str_rows(_as_str_ids(ids))
 
     def ids(self, rows: Any) -> NDArray[Any]:
-        """Raw ids of rows: int64 [N], or an object array [N] of str.
-
-        Raises:
-            IndexError: if a row is outside [0, N).
-            LookupError: if the id of a row was removed (`has_ids`).
-        """
+        """Raw ids of rows: int64 [N], or an object array [N] of str. Raises IndexError if a row is outside [0, N), and
+        LookupError if the id of a row was removed (`has_ids`)."""
         index = np.atleast_1d(np.asarray(rows, dtype=np.int64))
         if index.size and (index.min() < 0 or index.max() >= len(self)):
             raise IndexError(f"row {int(index.min() if index.min() < 0 else index.max())} is outside [0, {len(self)})")
@@ -141,10 +137,8 @@ class Vocabulary:
         return out
 
     def extended(self, new_ids: Ids) -> Vocabulary:
-        """This vocabulary with the new ones of `new_ids` appended in sorted order. Existing rows stay.
-
-        Strings are sorted by their UTF-8 bytes.
-        """
+        """This vocabulary with the new ones of `new_ids` appended in sorted order. Existing rows stay. Strings are
+        sorted by their UTF-8 bytes."""
         if self.kind == "int":
             ids = np.unique(_as_int_ids(new_ids))
             fresh = ids[self._int_rows(ids) < 0]
@@ -228,11 +222,8 @@ class Vocabulary:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], name: str) -> Vocabulary:
-        """Open a saved vocabulary, memory-mapped.
-
-        Raises:
-            LogFormatError: if a file is missing, truncated or of another type.
-        """
+        """Open a saved vocabulary, memory-mapped. Raises LogFormatError if a file is missing, truncated or of another
+        type."""
         path, remedy = Path(folder) / name, "write the folder again"
         paths = [path.with_name(f"{name}.{ending}.npy") for ending in ("ids", "offsets", "blank")]
         ids = map_array(paths[0], remedy)

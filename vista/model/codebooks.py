@@ -38,11 +38,8 @@ _NEVER = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Codebooks:
-    """The centroids of L levels.
-
-    centroids: by level, float32 [K_l, D], divided by 2^exponent; num_codes: the most codes per level that were asked
-    for.
-    """
+    """The centroids of L levels. centroids: by level, float32 [K_l, D], divided by 2^exponent; num_codes: the most
+    codes per level that were asked for."""
 
     centroids: list[Float32s]
     exponent: int
@@ -107,11 +104,7 @@ class Codebooks:
 
     @classmethod
     def load(cls, file: str) -> Codebooks:
-        """Read a file of `save`.
-
-        Raises:
-            DataError: if it is missing, damaged, or not a file of codebooks.
-        """
+        """Read a file of `save`. Raises DataError if it is missing, damaged, or not a file of codebooks."""
         path = checked_path(file, DataError)
         try:
             tensors = load(read_limited(path, MAX_BYTES))
@@ -150,21 +143,15 @@ def _fit(centroids: list[NDArray[Any]], exponent: int, num_codes: int) -> bool:
 
 
 def load_faiss() -> Any:
-    """The package faiss.
-
-    Raises:
-        MissingDependencyError: it is not installed.
-    """
+    """The package faiss. Raises MissingDependencyError if it is not installed."""
     logging.getLogger("faiss").setLevel(logging.WARNING)
     return require_module("faiss", "faiss")
 
 
 @contextmanager
 def one_thread(faiss: Any) -> Iterator[None]:
-    """Let faiss use one thread in this block, so that its results do not depend on the number of threads.
-
-    The setting belongs to the calling thread, so other threads may call faiss meanwhile.
-    """
+    """Let faiss use one thread in this block, so that its results do not depend on the number of threads. The setting
+    belongs to the calling thread, so other threads may call faiss meanwhile."""
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
@@ -221,11 +208,8 @@ class ResidualCodes:
 
     @classmethod
     def of(cls, vectors: Float32s, codebooks: Codebooks) -> ResidualCodes:
-        """The codes of vectors [N, D], finite, N at least 1.
-
-        Raises:
-            MissingDependencyError: if faiss is not installed.
-        """
+        """The codes of vectors [N, D], finite, N at least 1. Raises MissingDependencyError if faiss is not
+        installed."""
         codes, squares = [], []
         scaled = codebooks.scaled(vectors)
         variance = _mean_square(scaled - scaled.mean(axis=0))

@@ -26,10 +26,8 @@ ROWS_AT_ONCE = 8192
 
 
 class FeatureEncoder(nn.Module):
-    """Sum over columns: the mean embedding of a row's values, and a linear map of its numbers and vectors.
-
-    All weights start at 0, so features change nothing before training.
-    """
+    """Sum over columns: the mean embedding of a row's values, and a linear map of its numbers and vectors. All weights
+    start at 0, so features change nothing before training."""
 
     def __init__(self, columns: Sequence[FeatureSpec], dim: int) -> None:
         """
@@ -60,11 +58,8 @@ class RowFeatureEncoder(FeatureEncoder):
 
 
 class ItemFeatureEncoder(FeatureEncoder):
-    """Of the items of a model, whose features are encoded once.
-
-    A row of the item table is learned from the item's own events. Features are shared by many items, so an item with
-    few events, or none, still has a vector.
-    """
+    """Of the items of a model, whose features are encoded once. A row of the item table is learned from the item's own
+    events. Features are shared by many items, so an item with few events, or none, still has a vector."""
 
     entry: Tensor
     """The arrays of the table, on the device of the weights. They are not saved with the weights."""
@@ -82,11 +77,8 @@ class ItemFeatureEncoder(FeatureEncoder):
         """What `forward` gives for all rows, and the state of the weights that it was computed from."""
 
     def set_table(self, table: ItemFeatureTable, num_rows: int) -> None:
-        """Set the encoded features of `num_rows` model rows.
-
-        Raises:
-            RuntimeError: if they are of other columns, or of another number of rows.
-        """
+        """Set the encoded features of `num_rows` model rows. Raises RuntimeError if they are of other columns, or of
+        another number of rows."""
         if not table.fits(num_rows, len(self.values), 0 if self.dense is None else len(self.dense)):
             raise RuntimeError("the features of the items do not fit the model")
         self.table, self._of_rows = table, None

@@ -240,12 +240,8 @@ class HashedVocabulary(Vocabulary):
 
 
 def load_values(folder: Path, name: str, column: FeatureSpec) -> Vocabulary:
-    """The values of a category that were saved under `name`.
-
-    Raises:
-        LogFormatError: if a file is missing or damaged.
-        ValueError: if they do not fit the column.
-    """
+    """The values of a category that were saved under `name`. Raises LogFormatError if a file is missing or damaged, and
+    ValueError if they do not fit the column."""
     if column.hashed:
         return HashedVocabulary(column.size)
     values = Vocabulary.load(folder, name)
@@ -265,10 +261,8 @@ _VALUES_FILE = "{}_values_{}"
 
 @dataclass(frozen=True, slots=True)
 class EncodedRows:
-    """What a `RowFeatureEncoder` reads of N rows: NumPy arrays, or in a batch of training, tensors.
-
-    N may be several axes.
-    """
+    """What a `RowFeatureEncoder` reads of N rows: NumPy arrays, or in a batch of training, tensors. N may be several
+    axes."""
 
     entry: Any
     """int64 [N, C] rows of the encoder's embedding, one per column."""
@@ -303,10 +297,8 @@ def require_known(names: Iterable[str], known: Collection[str], where: str = "")
 
 
 class RowFeatureReader:
-    """The columns that a model reads, and the values that it knows.
-
-    Its codes are rows of its own values, because a log may have more. Values that it does not know are missing.
-    """
+    """The columns that a model reads, and the values that it knows. Its codes are rows of its own values, because a log
+    may have more. Values that it does not know are missing."""
 
     def __init__(self, columns: Sequence[FeatureSpec], values: ColumnValues) -> None:
         """
@@ -334,9 +326,7 @@ class RowFeatureReader:
 
     def _codes_of(self, values: ColumnValues) -> dict[str, NDArray[np.int32]]:
         """By category: the model's code of each of a log's values, int32 [V + 1]; -1 if it is unknown, and at the end.
-
-        Columns that the log lacks are left out.
-        """
+        Columns that the log lacks are left out."""
         codes = {}
         for name, known in self.values.items():
             given = values.get(name)
@@ -385,9 +375,7 @@ class RowFeatureReader:
 
     def digests(self) -> list[tuple[str, int | None, str]]:
         """Per column: its name, and the size of a category with the digest of its values, or None and "" for a number.
-
-        Readers with the same digests have the same codes.
-        """
+        Readers with the same digests have the same codes."""
         return [
             (column.name, None if known is None else column.size, "" if known is None else known.digest())
             for column, known in zip(self.columns, self.values.values(), strict=True)
@@ -434,12 +422,8 @@ class RowFeatureReader:
 
     @classmethod
     def load(cls, folder: Path, name: str, columns: Sequence[FeatureSpec]) -> RowFeatureReader | None:
-        """Read the files of `save`; None without columns.
-
-        Raises:
-            OSError, LogFormatError: a file is missing or damaged.
-            ValueError: the values do not fit the columns.
-        """
+        """Read the files of `save`; None without columns. Raises OSError or LogFormatError if a file is missing or
+        damaged, and ValueError if the values do not fit the columns."""
         values: dict[str, Vocabulary | None] = {}
         for number, column in enumerate(columns):
             file = _VALUES_FILE.format(name, number)
@@ -454,11 +438,8 @@ RowReaders: TypeAlias = Mapping[str, RowFeatureReader]
 def log_encoder(
     reader: RowFeatureReader | None, values: ColumnValues
 ) -> Callable[[RowFeatures, int], EncodedRows | None]:
-    """`encode` for N rows of a log, whose codes may differ from the model's; without a reader, it gives None.
-
-    Args:
-        values: of the log.
-    """
+    """`encode` for N rows of a log, whose codes may differ from the model's; without a reader, it gives None. `values`:
+    of the log."""
     if reader is None:
         return lambda features, num_rows: None
     recode = reader.recoder(values)

@@ -51,11 +51,7 @@ def default_slice_len(model: VistaModel) -> int:
 
 
 def separable_summarizer(model: VistaModel) -> Summarizer:
-    """The model's summarizer.
-
-    Raises:
-        ConfigError: if the model's mixing is not separable, or it has no summaries.
-    """
+    """The model's summarizer. Raises ConfigError if the model's mixing is not separable, or it has no summaries."""
     if model.summarizer is None or model.stage1.mixing is not Mixing.separable:
         raise ConfigError(
             "model.mixing: only separable mixing has states; recompute bidirectional summaries from whole histories"
@@ -140,9 +136,7 @@ def appended_states(
 
 class GrowingStates:
     """States of users whose summaries are asked for at one time after the other: each call reads the new events alone.
-
-    Users whose states exceed MOST_STATE_BYTES are computed from all their events in each call.
-    """
+    Users whose states exceed MOST_STATE_BYTES are computed from all their events in each call."""
 
     def __init__(self, model: VistaModel, num_users: int) -> None:
         """

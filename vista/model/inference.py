@@ -290,11 +290,7 @@ class UserTransitions:
 
     @classmethod
     def of(cls, model: RankingModel, tail: Int) -> UserTransitions | None:
-        """Those of requests; None for a model that reads no transitions.
-
-        Args:
-            tail: as of `catalog_scores`.
-        """
+        """Those of requests; None for a model that reads no transitions. `tail`: as of `catalog_scores`."""
         if (table := model.transitions) is None:
             return None
         recent, num_rows = torch.from_numpy(newest_first(tail)).to(model.device), len(table.item)
@@ -380,17 +376,13 @@ def counted_scores(
 
 def pooled_cosines(pooled: Tensor, items: Tensor) -> Tensor:
     """Cosines float32 [..., J] of pooled vectors [..., J, r] with vectors [..., r] of the item space, one pair a row.
-
-    In float64, so that the bits do not depend on the other rows.
-    """
+    In float64, so that the bits do not depend on the other rows."""
     return (pooled.double() * items.double().unsqueeze(-2)).sum(-1).float()
 
 
 def counter_logits(model: VistaModel, codes: NDArray[np.uint8]) -> Tensor:
-    """Terms that counters uint8 [n, G * F + 1] of candidates add to their logits, float32 [n, num_tasks], by row.
-
-    Of a model without pooled vectors, whose head reads nothing else.
-    """
+    """Terms that counters uint8 [n, G * F + 1] of candidates add to their logits, float32 [n, num_tasks], by row. Of a
+    model without pooled vectors, whose head reads nothing else."""
     assert model.candidate_head is not None
     rows = torch.from_numpy(_whole_tiles(codes)).to(model.device)
     logits: Tensor = model.candidate_head.logits(rows)[: len(codes)]

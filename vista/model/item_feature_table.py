@@ -32,10 +32,8 @@ _DTYPES = {"entry": np.int64, "weight": np.float32, "offsets": np.int64, "dense"
 
 @dataclass(eq=False, slots=True)
 class ItemFeatureTable:
-    """Rows in the order of a model's item table. Row 0, the unknown item, has no entries and a dense input of 0.
-
-    The arrays are not weights: they are saved in a file of their own.
-    """
+    """Rows in the order of a model's item table. Row 0, the unknown item, has no entries and a dense input of 0. The
+    arrays are not weights: they are saved in a file of their own."""
 
     entry: Int
     """int64 [E] rows of the encoder's embedding, in the order of the model rows that have them."""
@@ -371,11 +369,8 @@ def _check(known: Sequence[FeatureSpec], given: Mapping[str, FeatureSpec]) -> No
 
 
 def _rows(new: Sequence[int], old: Sequence[int]) -> Int:
-    """Rows of a table of columns [sum(new)]: the row of the same column and place in the old table, or -1.
-
-    Args:
-        new: rows per column; old: likewise, of the first len(old) columns.
-    """
+    """Rows of a table of columns [sum(new)]: the row of the same column and place in the old table, or -1. `new`: rows
+    per column; old: likewise, of the first len(old) columns."""
     rows = np.full(sum(new), -1, np.int64)
     first = np.cumsum([0, *new[:-1]])
     for start, before, size in zip(first, np.cumsum([0, *old[:-1]]), old, strict=False):
@@ -491,11 +486,8 @@ def largest_keys(spec: CounterSpec, schema: Schema, num_items: int) -> list[int]
 
 
 def category_codes(features: Columns, name: str, key: str) -> Int:
-    """Codes int64 [1 + V] of a category of the log's items, from 1; 0 for items without a value.
-
-    Raises:
-        ConfigError: naming the key of the configuration that names the category.
-    """
+    """Codes int64 [1 + V] of a category of the log's items, from 1; 0 for items without a value. Raises ConfigError
+    naming the key of the configuration that names the category."""
     column = features.get(name)
     if column is None or column.offsets is None:
         known = ", ".join(each for each, own in features.items() if own.kind == "category")

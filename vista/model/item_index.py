@@ -79,11 +79,8 @@ class ItemIndexManifest:
 
     @classmethod
     def read(cls, folder: Path) -> ItemIndexManifest:
-        """Read index.json from a folder, and compare the other files with their digests.
-
-        Raises:
-            ItemIndexError: a file is missing or damaged, or the index is of another format.
-        """
+        """Read index.json from a folder, and compare the other files with their digests. Raises ItemIndexError if a
+        file is missing or damaged, or the index is of another format."""
         try:
             fields = json.loads(read_limited(folder / MANIFEST_FILE, MAX_BYTES))
         except (OSError, ValueError, RecursionError) as error:
@@ -112,11 +109,8 @@ class ItemIndexManifest:
 
     @staticmethod
     def require_replaceable(folder: Path) -> None:
-        """Require that a folder is an index, is empty, or does not exist.
-
-        Raises:
-            ItemIndexError: it holds something else, or is a file.
-        """
+        """Require that a folder is an index, is empty, or does not exist. Raises ItemIndexError if it holds something
+        else, or is a file."""
         if not folder.exists():
             return
         if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST_FILE).is_file()):
@@ -190,11 +184,8 @@ class ItemIndex:
         return cls(manifest, check, (_hnsw if kind is IndexKind.hnsw else _ivfpq)(vectors))
 
     def save(self, folder: str | Path) -> None:
-        """Write the index atomically; an index in the folder is replaced.
-
-        Raises:
-            ItemIndexError: it cannot be written, or the folder holds something other than an index.
-        """
+        """Write the index atomically; an index in the folder is replaced. Raises ItemIndexError if it cannot be
+        written, or the folder holds something other than an index."""
         folder = checked_path(folder, ItemIndexError)
         ItemIndexManifest.require_replaceable(folder)
         try:
@@ -295,10 +286,8 @@ class ItemIndex:
         return _best(table, user, torch.from_numpy(np.concatenate([found, later])), count)
 
     def _least_searched(self) -> int:
-        """Number of allowed items up to which comparing all of them costs less than a search.
-
-        A search must look at num_items / allowed times as many items as without a filter, to find as many allowed ones.
-        """
+        """Number of allowed items up to which comparing all of them costs less than a search. A search must look at
+        num_items / allowed times as many items as without a filter, to find as many allowed ones."""
         return int(math.sqrt(SEARCH_EFFORT * 20 * self.num_items))
 
     def _search(self, query: Float32s, count: int, allowed: NDArray[np.bool_] | None) -> Int:
@@ -347,9 +336,7 @@ def _best(table: Tensor, user: Tensor, rows: Tensor, count: int) -> Int:
 
 def _check_values(vectors: Tensor) -> Tensor:
     """float32 [N]: the products of vectors [N, M'] with a fixed vector of length 1, in which no two entries are alike.
-
-    They tell vectors of different models apart, but not those that two processors compute.
-    """
+    They tell vectors of different models apart, but not those that two processors compute."""
     direction = torch.arange(1, vectors.shape[1] + 1, dtype=torch.float64).sqrt().frac() - 0.5
     direction = (direction / direction.norm()).float().to(vectors.device)
     return torch.mv(vectors, direction)

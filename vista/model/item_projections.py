@@ -46,11 +46,7 @@ class ItemProjections:
 
     @classmethod
     def of(cls, model: VistaModel, *, with_candidate: bool = True) -> ItemProjections:
-        """Computed in memory.
-
-        Args:
-            with_candidate: whether to compute `candidate`.
-        """
+        """Computed in memory. `with_candidate`: whether to compute `candidate`."""
         blocks = ((retrieval, candidate if with_candidate else None) for retrieval, candidate in _blocks(model))
         return cls(*(None if parts[0] is None else np.concatenate(parts) for parts in zip(*blocks, strict=True)))
 
@@ -129,10 +125,8 @@ def retrieval_dim(config: RankingConfig, weights: Mapping[str, NDArray[Any]]) ->
 
 
 def save_item_projections(model: VistaModel, folder: Path) -> None:
-    """Write the tables, some rows at a time.
-
-    They are not filled through a memory map, because the system ends a process that writes to one on a full disk.
-    """
+    """Write the tables, some rows at a time. They are not filled through a memory map, because the system ends a
+    process that writes to one on a full disk."""
     with ExitStack() as files:
         tables: list[IO[bytes] | None] = []
         for name, width in zip((RETRIEVAL_FILE, CANDIDATE_FILE), _widths(model), strict=True):

@@ -258,10 +258,8 @@ HIDDEN = 64
 
 
 class CountedItemHead(nn.Module):
-    """A network over the counters of each item, and a gate over the user vector. It is called without autocast.
-
-    Before training, all counted items of a user have the same logit, the gate's bias.
-    """
+    """A network over the counters of each item, and a gate over the user vector. It is called without autocast. Before
+    training, all counted items of a user have the same logit, the gate's bias."""
 
     def __init__(self, num_values: int, dim: int, num_statistics: int, dropout: float = 0.0) -> None:
         """
@@ -504,10 +502,8 @@ _FROM_FILE = ContextVar("tables_from_file", default=False)
 
 @contextmanager
 def tables_from_file() -> Iterator[None]:
-    """Models that are built in this block get their tables by `load_state_dict(…, assign=True)`.
-
-    So a large model opens in little more memory than it needs afterwards.
-    """
+    """Models that are built in this block get their tables by `load_state_dict(…, assign=True)`. So a large model opens
+    in little more memory than it needs afterwards."""
     token = _FROM_FILE.set(True)
     try:
         yield
@@ -585,10 +581,8 @@ class EmbeddingFeature(IntEnum):
 
 
 def mix64(x: Tensor) -> Tensor:
-    """SplitMix64 of states int64 [...] (Steele, Lea and Flood, OOPSLA 2014): a bijection of 64-bit words.
-
-    The definition uses unsigned words. int64 has the same bits, since sums and products wrap around.
-    """
+    """SplitMix64 of states int64 [...] (Steele, Lea and Flood, OOPSLA 2014): a bijection of 64-bit words. The
+    definition uses unsigned words. int64 has the same bits, since sums and products wrap around."""
     x = x + _GAMMA
     x = (x ^ _shift_right(x, 30)) * _FIRST
     x = (x ^ _shift_right(x, 27)) * _SECOND
@@ -596,19 +590,15 @@ def mix64(x: Tensor) -> Tensor:
 
 
 def hashed_rows(values: Tensor, feature: EmbeddingFeature, num_hashes: int, num_rows: int) -> Tensor:
-    """Rows int64 [..., P] in 1 … num_rows of a feature's values int64 [...]; no value hashes to row 0.
-
-    Hash function i of feature f maps the value v to 1 + (mix64(v XOR mix64(2^32 f + i)) >> 1) mod num_rows.
-    """
+    """Rows int64 [..., P] in 1 … num_rows of a feature's values int64 [...]; no value hashes to row 0. Hash function i
+    of feature f maps the value v to 1 + (mix64(v XOR mix64(2^32 f + i)) >> 1) mod num_rows."""
     keys = mix64((int(feature) << 32) + torch.arange(num_hashes, device=values.device))
     return 1 + _shift_right(mix64(values.unsqueeze(-1) ^ keys), 1) % num_rows
 
 
 def gather(table: Tensor, rows: Tensor) -> Tensor:
-    """[..., M] vectors of rows int64 [..., P] of a table [1 + N, M / P], whose gradient is sparse.
-
-    Row 0 belongs to no value. It has no gradient, so it stays 0.
-    """
+    """[..., M] vectors of rows int64 [..., P] of a table [1 + N, M / P], whose gradient is sparse. Row 0 belongs to no
+    value. It has no gradient, so it stays 0."""
     return F.embedding(rows, table, padding_idx=0, sparse=True).flatten(-2)
 
 
@@ -644,10 +634,7 @@ class HashedEmbedding(nn.Module):
 
 def read_together(read: Callable[[Tensor], Tensor], rows: Tensor, embeddings: Sequence[HashedEmbedding]) -> Tensor:
     """[..., M] vectors of rows int64 [..., P], and those of all values of `embeddings`, from one read of a table.
-
-    Args:
-        read: vectors [K, M / P] of rows int64 [K].
-    """
+    `read`: vectors [K, M / P] of rows int64 [K]."""
     asked = [rows, *(embedding.rows for embedding in embeddings)]
     read_rows = torch.split(read(torch.cat([each.flatten() for each in asked])), [each.numel() for each in asked])
     vectors = [part.view(*each.shape, part.shape[1]).flatten(-2) for part, each in zip(read_rows, asked, strict=True)]

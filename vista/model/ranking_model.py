@@ -63,10 +63,8 @@ _SPARE_VALUES = 1 << 22
 
 
 class EventEncoder(nn.Module):
-    """Sum of the embeddings of an event's fields. Fields that the log lacks are left out.
-
-    Actions and gaps have tables of their own, or read `shared`, the table [1 + N, M / P] of all features.
-    """
+    """Sum of the embeddings of an event's fields. Fields that the log lacks are left out. Actions and gaps have tables
+    of their own, or read `shared`, the table [1 + N, M / P] of all features."""
 
     def __init__(self, config: Stage1Config, shared: nn.Parameter | None = None) -> None:
         super().__init__()
@@ -147,10 +145,8 @@ class EventEncoder(nn.Module):
 
 
 class RankingModel(nn.Module, Readings):
-    """Base of VISTA and its baselines: all that the trainer knows about a model.
-
-    `vista.model.registry` loads saved models of any architecture.
-    """
+    """Base of VISTA and its baselines: all that the trainer knows about a model. `vista.model.registry` loads saved
+    models of any architecture."""
 
     architecture: ClassVar[Architecture]
     """Of the models that the class builds."""
@@ -249,10 +245,8 @@ class RankingModel(nn.Module, Readings):
         return vectors if self.features is None else vectors + self.features(rows)
 
     def id_vectors(self, rows: Tensor) -> Tensor:
-        """[..., M] of model rows int64 [...], without their features; 0, with no gradient, for the unknown item.
-
-        The table's gradient is sparse. A sharded table is read by all ranks together, in the same order.
-        """
+        """[..., M] of model rows int64 [...], without their features; 0, with no gradient, for the unknown item. The
+        table's gradient is sparse. A sharded table is read by all ranks together, in the same order."""
         config, sharded = self.config, self.sharded_table
         if not config.embedding_rows:
             if sharded is None:
@@ -363,11 +357,8 @@ class RankingModel(nn.Module, Readings):
         self.num_trained_items = other.num_trained_items
 
     def set_item_features(self, table: ItemFeatureTable | None) -> None:
-        """Set the encoded features of the items of the vocabulary; None for a model without features.
-
-        Raises:
-            RuntimeError: if they do not fit the model.
-        """
+        """Set the encoded features of the items of the vocabulary; None for a model without features. Raises
+        RuntimeError if they do not fit the model."""
         if self.features is not None:
             assert table is not None
             self.features.set_table(table, 1 + len(self.items))
@@ -415,10 +406,7 @@ class RankingModel(nn.Module, Readings):
 
     def read_item_table(self, features: Columns) -> None:
         """Read item properties from the features of the model's items when training starts. Most models need none.
-
-        Raises:
-            ConfigError: the features lack them.
-        """
+        Raises ConfigError if the features lack them."""
 
     def description(self) -> ModelDescription:
         """What config.json says about the model."""
@@ -452,11 +440,8 @@ class RankingModel(nn.Module, Readings):
 
     @contextmanager
     def calibrated(self, calibration: Floats) -> Iterator[None]:
-        """In this block, the logits of labeled tasks are scaled and shifted.
-
-        Args:
-            calibration: float64 [num_tasks, 2] slope and shift of each task (`fit_calibration`); empty changes nothing.
-        """
+        """In this block, the logits of labeled tasks are scaled and shifted. `calibration`: float64 [num_tasks, 2]
+        slope and shift of each task (`fit_calibration`); empty changes nothing."""
         layers = self.task_outputs() if len(calibration) else []
         slope, shift = torch.from_numpy(calibration).to(self.device).unbind(1)
         with restored(weight for layer in layers for weight in layer.parameters()):
@@ -483,11 +468,8 @@ class RankingModel(nn.Module, Readings):
 
     @classmethod
     def built(cls, saved: SavedModel) -> Self:
-        """A model of what was read from its folder, whose arrays are its weights.
-
-        Raises:
-            CheckpointError: its config.json asks for another model than its weights are, or for a larger one.
-        """
+        """A model of what was read from its folder, whose arrays are its weights. Raises CheckpointError if its
+        config.json asks for another model than its weights are, or for a larger one."""
         num_values = sum(weight.size for weight in saved.weights.values())
         described = saved.description
         too_large = CheckpointError(
@@ -511,11 +493,8 @@ class RankingModel(nn.Module, Readings):
         return model
 
     def take_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take all weights by name, as they are: a table stays mapped from its file, shared by all processes.
-
-        Raises:
-            RuntimeError: if they do not fit the model.
-        """
+        """Take all weights by name, as they are: a table stays mapped from its file, shared by all processes. Raises
+        RuntimeError if they do not fit the model."""
         self.load_state_dict(weights, assign=True)
         for embedding in self.encoder.hashed:
             embedding.set_table(self.item_table)
@@ -525,11 +504,8 @@ class RankingModel(nn.Module, Readings):
         return self.item_rows(items.ids(np.arange(len(items))))
 
     def event_recoder(self, values: ColumnValues) -> Recode:
-        """Features of a log's events with the model's codes; empty for a model that reads none.
-
-        Args:
-            values: `EventLog.event_features` of the log.
-        """
+        """Features of a log's events with the model's codes; empty for a model that reads none. `values`:
+        `EventLog.event_features` of the log."""
         if self.event_features is None:
             return lambda features, num_rows: RowFeatures({})
         return self.event_features.recoder(values)

@@ -22,11 +22,8 @@ ARCHITECTURES: dict[Architecture, type[RankingModel]] = {
 
 
 def load_model(folder: str | Path, device: torch.device | str = "cpu") -> RankingModel:
-    """Read a model of any architecture from a folder of `save_pretrained`, in eval mode.
-
-    Raises:
-        CheckpointError: if the folder is missing, truncated or of another format.
-    """
+    """Read a model of any architecture from a folder of `save_pretrained`, in eval mode. Raises CheckpointError if the
+    folder is missing, truncated or of another format."""
     architecture = ModelDescription.read(Path(folder)).config.architecture
     return ARCHITECTURES[architecture].from_pretrained(folder, device)
 

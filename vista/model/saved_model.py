@@ -128,11 +128,8 @@ class ModelDescription:
 
     @classmethod
     def read(cls, folder: Path) -> ModelDescription:
-        """Read config.json from a folder of `save_pretrained`.
-
-        Raises:
-            CheckpointError: if the folder has no config.json, or one that is damaged or of another format.
-        """
+        """Read config.json from a folder of `save_pretrained`. Raises CheckpointError if the folder has no config.json,
+        or one that is damaged or of another format."""
         path = checked_path(folder, CheckpointError) / CONFIG_FILE
         if not path.exists() and (folder / "best" / CONFIG_FILE).exists():
             raise CheckpointError(f"{folder}: is a run folder; its model is {folder / 'best'}")
@@ -171,11 +168,8 @@ class ModelDescription:
             )
 
     def check_files(self, folder: Path, *patterns: str) -> None:
-        """Compare the files of a folder whose names match a pattern, such as `items.*`, with their entries.
-
-        Raises:
-            CheckpointError: if a file is missing, was not saved with the model, or has other content.
-        """
+        """Compare the files of a folder whose names match a pattern, such as `items.*`, with their entries. Raises
+        CheckpointError if a file is missing, was not saved with the model, or has other content."""
         names = {*self.files, *(path.name for path in folder.iterdir())}
         for name in sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)):
             path = folder / name
@@ -345,12 +339,7 @@ ROW_FEATURES = "event_features", "request_features", "user_features"
 
 
 def _read_weights(file: Path, tables: SharedTables | None) -> dict[str, NDArray[Any]]:
-    """Map the weights of a file by name, float32, and rows as they are.
-
-    Raises:
-        OSError, ValueError, SafetensorError: it cannot be read.
-        CheckpointError: a weight is not finite.
-    """
+    """Map the weights of a file by name, float32, and rows as they are."""
     weights = _full_precision(mapped_tensors(file))
     for name, weight in weights.items():
         if weight.dtype == np.float32 and weight.size and not (np.isfinite(weight.min()) and np.isfinite(weight.max())):

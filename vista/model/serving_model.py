@@ -59,10 +59,8 @@ class Readings:
         return self.items.rows(ids) + 1
 
     def history_rows(self, rows: Int) -> Int:
-        """Model rows [N] as histories have them: items that stage 1 was not trained on are unknown there.
-
-        So what a store holds depends only on what `summarizer_id` covers.
-        """
+        """Model rows [N] as histories have them: items that stage 1 was not trained on are unknown there. So what a
+        store holds depends only on what `summarizer_id` covers."""
         return np.where(rows > self.num_trained_items, UNKNOWN_ITEM, rows)
 
     @property
@@ -126,11 +124,7 @@ class ServingModel(Readings):
 
     @classmethod
     def of(cls, model: VistaModel, empty: Float32s) -> ServingModel:
-        """A model in memory, whose weights are views if it is on the CPU.
-
-        Args:
-            empty: as the field.
-        """
+        """A model in memory, whose weights are views if it is on the CPU. `empty`: as the field."""
         # On another device, the C++ library does not compute scores, and requests read some tables of items alone.
         state, read = model.state_dict(), ("item_space", "item_statistics", "item_rates", "transition_items")
         weights = {n: w.detach().cpu().numpy() for n, w in state.items() if w.device.type == "cpu" or n in read}
@@ -322,11 +316,8 @@ def pad_tail(
 
 
 def gap_buckets(model: VistaModel | ServingModel, now: Int | None, tail: PaddedTail) -> Int | None:
-    """int64 [B] log buckets of the time from the tail's newest event to the request; None if times are not used.
-
-    Args:
-        now: int64 [B] ms of the requests. The bucket is UNKNOWN_GAP without it, and for an empty tail.
-    """
+    """int64 [B] log buckets of the time from the tail's newest event to the request; None if times are not used. `now`:
+    int64 [B] ms of the requests. The bucket is UNKNOWN_GAP without it, and for an empty tail."""
     if not model.has_gap:
         return None
     if now is None:
@@ -340,11 +331,8 @@ def newest_first(tail: Int) -> Int:
 
 
 def follower_rows(model: ServingModel, tail: Int) -> list[Int]:
-    """Sorted model rows of the followers of each user's newest items; none for a model without transitions.
-
-    Args:
-        tail: int64 [B, L] model rows of the newest events, right-aligned; 0 pads.
-    """
+    """Sorted model rows of the followers of each user's newest items; none for a model without transitions. `tail`:
+    int64 [B, L] model rows of the newest events, right-aligned; 0 pads."""
     if (table := model.weights.get("transition_items")) is None:
         return [np.zeros(0, np.int64)] * len(tail)
     return [np.setdiff1d(of_user, [UNKNOWN_ITEM]) for of_user in table[newest_first(tail)].astype(np.int64)]

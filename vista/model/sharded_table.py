@@ -150,10 +150,8 @@ class ShardedTable:
         self.weight[rows[is_own]] = vectors.to(self.weight)[is_own]
 
     def read(self, rows: Tensor) -> Tensor:
-        """[R, W] float32 of rows int64 [R] of the table. Ranks may read different numbers of rows.
-
-        Where gradients are recorded, `take_gradient` continues the backward pass from the last read.
-        """
+        """[R, W] float32 of rows int64 [R] of the table. Ranks may read different numbers of rows. Where gradients are
+        recorded, `take_gradient` continues the backward pass from the last read."""
         trains = torch.is_grad_enabled() and self.weight.requires_grad
         length = torch.tensor([len(rows)], device=rows.device)
         asked = KeyedJaggedTensor(keys=[FEATURE], values=rows, lengths=length)
@@ -170,11 +168,8 @@ class ShardedTable:
         return vectors
 
     def take_gradient(self) -> Tensor | None:
-        """After a backward pass, send the gradient of the last read to the ranks of its rows.
-
-        Returns:
-            The sum over ranks of the gradient of `weight`, float32, sparse and coalesced; None if nothing was read.
-        """
+        """After a backward pass, send the gradient of the last read to the ranks of its rows. Returns the sum over
+        ranks of the gradient of `weight`, float32, sparse and coalesced; None if nothing was read."""
         read = self._read
         if read is None:
             return None
@@ -199,11 +194,7 @@ class ShardedTable:
         optimizer.step()  # only takes the rate: the backward pass updates
 
     def step_by_row(self, scale: float) -> None:
-        """Update the rows of the last read by FBGEMM's row-wise Adagrad.
-
-        Args:
-            scale: multiplies the gradient.
-        """
+        """Update the rows of the last read by FBGEMM's row-wise Adagrad. `scale`: multiplies the gradient."""
         assert self._read is not None and self._read.sent.grad is not None
         torch.autograd.backward(self._read.looked_up, [self._read.sent.grad * scale])
         self._read = None
@@ -224,11 +215,8 @@ class ShardedTable:
         return math.sqrt(float(square))
 
     def pieces(self, own: Tensor) -> Iterator[Tensor]:
-        """All N rows of what has a row per row of the table, in pieces at rank 0: `Ranks.rows_at_first`.
-
-        Args:
-            own: [n, ...] of this rank.
-        """
+        """All N rows of what has a row per row of the table, in pieces at rank 0: `Ranks.rows_at_first`. `own`: [n,
+        ...] of this rank."""
         return self._ranks.rows_at_first(own.detach())
 
 

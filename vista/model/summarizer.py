@@ -78,10 +78,8 @@ class Stage1Config:
 
     @classmethod
     def of(cls, config: RankingConfig, schema: Schema) -> Stage1Config:
-        """The part of a model's settings, and of what it reads of a log, that summaries depend on.
-
-        Of a baseline, that is what its event embeddings depend on.
-        """
+        """The part of a model's settings, and of what it reads of a log, that summaries depend on. Of a baseline, that
+        is what its event embeddings depend on."""
         counters = None
         if isinstance(config, NextItemConfig):
             counters = CounterSpec.of(config, has_time=schema.has_time, actions=schema.actions)
@@ -192,10 +190,8 @@ class SummaryState:
 
 
 def merge_states(a: SummaryState, b: SummaryState, decay_rate: Tensor) -> SummaryState:
-    """State of the union of disjoint events, seen from the later of the two times.
-
-    With a reach r > 0 (convolution, gaps), the terms of `b` must have been computed with the r events before them.
-    """
+    """State of the union of disjoint events, seen from the later of the two times. With a reach r > 0 (convolution,
+    gaps), the terms of `b` must have been computed with the r events before them."""
     clock = torch.where(
         a.num_events == 0, b.clock, torch.where(b.num_events == 0, a.clock, torch.maximum(a.clock, b.clock))
     )

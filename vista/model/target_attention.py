@@ -236,10 +236,8 @@ class TargetAttention(nn.Module):
         self.distance: Tensor
 
     def encode_summary(self, summary: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """summary [B, S, M] -> keys and values [B, H, S, D] of its tokens, for each layer.
-
-        Other rows of a record may follow, which are not read.
-        """
+        """summary [B, S, M] -> keys and values [B, H, S, D] of its tokens, for each layer. Other rows of a record may
+        follow, which are not read."""
         x = self.dropout(self.summary_norm(summary[:, : self.num_seeds]) + self.summary_kind)
         encoded = []
         for layer in self.layers[:-1]:

@@ -63,10 +63,8 @@ class ActorResult:
 
 
 class RefreshActor:
-    """Loads the model and maps the log once, then encodes batches of users.
-
-    A restarted actor opens model and log again, up to the same segment.
-    """
+    """Loads the model and maps the log once, then encodes batches of users. A restarted actor opens model and log
+    again, up to the same segment."""
 
     def __init__(self, job: ActorJob) -> None:
         self._job = job

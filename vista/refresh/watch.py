@@ -425,11 +425,8 @@ class FileVersion:
 
     @classmethod
     def of(cls, path: Path) -> FileVersion:
-        """The current version of a file; of a link that cannot be followed, that of the link.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-        """
+        """The current version of a file; of a link that cannot be followed, that of the link. Raises FileNotFoundError
+        if there is no such file."""
         try:
             status = path.stat()
         except FileNotFoundError:

@@ -69,10 +69,7 @@ def age_parts(age: Int) -> list[CasePart]:
 
 def category_ages(measure: Measure, log: EventLog, category: str) -> Int:
     """Events since the user's newest event whose item has the category of the label, int64 [N]; -1 if there is none.
-
-    Raises:
-        ConfigError: as `category_codes`.
-    """
+    Raises ConfigError as `category_codes` does."""
     codes = category_codes(log.item_features, category, "category")[1:]
     return _newest_ages(measure, log, np.where(codes > 0, codes, -1))
 
@@ -88,20 +85,15 @@ def _newest_ages(measure: Measure, log: EventLog, group: Int) -> Int:
 
 
 def similar_ages(measure: Measure, log: EventLog, model: RankingModel) -> Int:
-    """Events since the one whose item vector is most similar to the label's (cosine), int64 [N].
-
-    -1 for users without events, and for labels that the model does not know.
-    """
+    """Events since the one whose item vector is most similar to the label's (cosine), int64 [N]. -1 for users without
+    events, and for labels that the model does not know."""
     vectors = item_vectors(model).detach().float().cpu().numpy()
     return ages_by_vectors(measure, log, vectors, model.rows_of(log.items) - 1)
 
 
 def ages_by_vectors(measure: Measure, log: EventLog, vectors: Float32s, columns: Int) -> Int:
-    """`similar_ages` for item vectors float32 [V, M].
-
-    Args:
-        columns: int64 [log.num_items], the row in `vectors` of each of the log's items; -1 for unknown items.
-    """
+    """`similar_ages` for item vectors float32 [V, M]. `columns`: int64 [log.num_items], the row in `vectors` of each of
+    the log's items; -1 for unknown items."""
     assert measure.item is not None
     age = np.full(len(measure.user), -1, np.int64)
     for row, chosen in questions_by_user(measure.user, "similar events"):

@@ -148,11 +148,8 @@ def promote(config: ModelPromoteConfig) -> Promotion:
 
 
 def roll_back(config: ModelRollbackConfig) -> Promotion:
-    """Point an alias to the model that it named before the current one.
-
-    Raises:
-        PromotionError: there is no earlier model.
-    """
+    """Point an alias to the model that it named before the current one. Raises PromotionError if there is no earlier
+    model."""
     registry = Path(config.registry)
     with _locked(registry):
         current, earlier = _target(registry, config.alias), None
@@ -190,11 +187,8 @@ def list_models(config: ModelListConfig) -> ModelTable:
 
 
 def audit_lines(registry: Path) -> list[dict[str, Any]]:
-    """The lines of the audit file, oldest first, without a last one that was not written whole.
-
-    Raises:
-        ConfigError: it is damaged.
-    """
+    """The lines of the audit file, oldest first, without a last one that was not written whole. Raises ConfigError if
+    it is damaged."""
     path = registry / AUDIT_FILE
     try:
         *lines, rest = read_limited(path, MAX_AUDIT_BYTES).split(b"\n")

@@ -196,11 +196,8 @@ def read_monitor(
 
 
 def judged(reference: Reference, counts: Sequence[WindowCounts], unknown: Action = Action.retrain) -> list[Reading]:
-    """The checks of the last of some consecutive windows; those for which it has no rows are left out.
-
-    Args:
-        unknown: what to do about unknown items.
-    """
+    """The checks of the last of some consecutive windows; those for which it has no rows are left out. `unknown`: what
+    to do about unknown items."""
     readings = [_reading(name, check, counts, reference, unknown) for name, check in reference.checks.items()]
     return [one for one in readings if one is not None]
 

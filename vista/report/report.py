@@ -198,11 +198,7 @@ def _age_section(data: ComparisonData, own: MeasuredRun, log: EventLog, config: 
 
 
 def _latency(run: MeasuredRun, log: EventLog, split: str) -> Latency:
-    """Latency for users of the log, from the shortest history to the longest.
-
-    Raises:
-        ConfigError: no user of the log has an event before the split.
-    """
+    """Latency for users of the log, from the shortest history to the longest."""
     assert run.scorer is not None
     counts = visible_counts(log, split_until(run.model.data, split))
     order = np.argsort(counts, kind="stable")

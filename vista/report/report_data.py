@@ -122,11 +122,7 @@ class TrainedRun:
 
 
 def _text(path: Path, limit: int) -> str:
-    """Text of a file; empty if there is none.
-
-    Raises:
-        ConfigError: it cannot be read.
-    """
+    """Text of a file; empty if there is none."""
     try:
         return read_limited(path, limit).decode("utf-8", "replace")
     except FileNotFoundError:

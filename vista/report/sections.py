@@ -61,10 +61,7 @@ MIN_CASES = 30
 
 def verdict(data: ComparisonData, own: MeasuredRun, without: str | None, log: EventLog, split: str) -> list[str]:
     """Three lines: whether the run is better than the best baseline, what its summary adds, and whether it is fresh.
-
-    Args:
-        without: the run whose model has no summary; None without one.
-    """
+    `without`: the run whose model has no summary; None without one."""
     lines = [" ".join(["Better than simple baselines?", *(_against_baselines(data, each) for each in data.measures)])]
     if without is None:
         lines.append(
@@ -134,10 +131,8 @@ def quality_text(data: ComparisonData) -> str:
 
 
 def quality_section(data: ComparisonData, split: str) -> PageSection:
-    """What each part of the model adds, and quality next to other runs and to baselines that need no training.
-
-    One chart and table for the labels of impressions, and one for the ranking of items.
-    """
+    """What each part of the model adds, and quality next to other runs and to baselines that need no training. One
+    chart and table for the labels of impressions, and one for the ranking of items."""
     findings, charts, tables = [], [], []
     for measure in data.measures:
         estimates, gains = measure.estimates(), measure.gains()
@@ -394,11 +389,8 @@ def latency_section(latency: Latency) -> PageSection:
 
 
 def popularity_section(run: MeasuredRun, log: EventLog, category: str | None) -> PageSection | str:
-    """How much the lists follow popularity, and the exposure of groups of items.
-
-    Args:
-        category: of items, whose values are the groups; None takes the first one with few values.
-    """
+    """How much the lists follow popularity, and the exposure of groups of items. `category`: of items, whose values are
+    the groups; None takes the first one with few values."""
     report = run.evaluation.popularity
     if report is None:
         return "popularity and exposure, because the model does not rank next items here"
@@ -443,11 +435,7 @@ def _exposure(run: MeasuredRun, log: EventLog, category: str, events: Int, place
 
 
 def limits_section(reasons: Sequence[str]) -> PageSection:
-    """A list of what is missing.
-
-    Args:
-        reasons: what is missing from this report in particular, each with its reason.
-    """
+    """A list of what is missing. `reasons`: what is missing from this report in particular, each with its reason."""
     entries = "".join(f"<li>{escape(each)}</li>" for each in (*reasons, *ALWAYS))
     return PageSection("What was not measured", "This report does not cover:", [f"<ul>{entries}</ul>"])
 

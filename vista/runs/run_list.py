@@ -298,11 +298,8 @@ class RunList:
 
     @classmethod
     def of(cls, folder: Path, order: RunOrder, metric: str | None = None) -> RunList:
-        """Read all runs in a folder and in the folders in it.
-
-        Raises:
-            ConfigError: the folder does not exist, or no run has the metric.
-        """
+        """Read all runs in a folder and in the folders in it. Raises ConfigError if the folder does not exist, or no
+        run has the metric."""
         if not folder.is_dir():
             raise ConfigError(f"folder={folder}: is not a folder; name the folder that contains the run folders")
         runs = [RunSummary.of(path, str(path.relative_to(folder))) for path in run_folders(folder)]
@@ -397,11 +394,8 @@ class RunComparison:
 
     @classmethod
     def of(cls, paths: Sequence[str]) -> RunComparison:
-        """Read the folders of runs.
-
-        Raises:
-            ConfigError: there are fewer than two, or one is not the folder of a run.
-        """
+        """Read the folders of runs. Raises ConfigError if there are fewer than two, or one is not the folder of a
+        run."""
         if len(paths) < 2:
             raise ConfigError("runs: name two or more run folders, such as runs=[runs/a,runs/b]")
         for path in paths:

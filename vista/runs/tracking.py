@@ -106,21 +106,15 @@ class MetricsWriter:
         return kept
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows. What follows a line that a crash cut off, or that is not a row, is left out.
-
-        Raises:
-            ConfigError: as for `open_to_append`.
-        """
+        """All rows. What follows a line that a crash cut off, or that is not a row, is left out. Raises ConfigError as
+        for `open_to_append`."""
         with open_to_append(self.path) as file:
             file.seek(0)
             return rows_of(file.read())
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one row, which holds `step` and `epoch`.
-
-        Raises:
-            ConfigError: as for `open_to_append` and `typed_errors`.
-        """
+        """Append one row, which holds `step` and `epoch`. Raises ConfigError as for `open_to_append` and
+        `typed_errors`."""
         with typed_errors(self.path), open_to_append(self.path) as file:
             file.write(_json_line(_defined(row)))
 
@@ -164,11 +158,8 @@ class Tracker(Protocol):
         """Send the numbers of a step. Steps never decrease."""
 
     def close(self, files: Sequence[Path] | None) -> None:
-        """End the run.
-
-        Args:
-            files: of a finished run, to show with it: Markdown, YAML, and PNG. None if the run has only stopped.
-        """
+        """End the run. `files`: of a finished run, to show with it: Markdown, YAML, and PNG. None if the run has only
+        stopped."""
 
 
 LIMITS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
@@ -326,11 +317,7 @@ _TRACKERS: dict[TrackerKind, tuple[Callable[[TrackedFolder, str | None], Tracker
 
 
 def tracker_class(kind: TrackerKind) -> Callable[[TrackedFolder, str | None], Tracker]:
-    """The class of a tracker.
-
-    Raises:
-        MissingDependencyError: its extra is not installed.
-    """
+    """The class of a tracker. Raises MissingDependencyError if its extra is not installed."""
     tracker, modules = _TRACKERS[kind]
     require_module("matplotlib.figure", "plots")
     for module in modules:
@@ -359,11 +346,8 @@ class TrackedRun:
         return self._tracker is not None
 
     def is_complete(self) -> bool:
-        """Whether the tracker has all of a finished run, or there is no tracker.
-
-        Raises:
-            TrackingError: tracking.json cannot be read.
-        """
+        """Whether the tracker has all of a finished run, or there is no tracker. Raises TrackingError if tracking.json
+        cannot be read."""
         return self._make is None or bool(self._read_state()["complete"])
 
     def start(

@@ -41,9 +41,7 @@ REPEAT_S = 1.0
 
 class Unrepeated(logging.Filter):
     """Writes one line per kind and interval: clients that ask for damaged records again and again could fill the disk.
-
-    A kind is a message before its values are filled in, and the type of the error, so that there are few.
-    """
+    A kind is a message before its values are filled in, and the type of the error, so that there are few."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,10 +130,8 @@ def answer_of(error: Exception, stores: Iterable[str]) -> ErrorAnswer:
 
 
 def has_few_values(body: bytes, most: int, *, packed: bool) -> bool:
-    """Whether a body, as MessagePack or JSON, has at most so many values, without building them.
-
-    In JSON, punctuation is counted instead, also in texts.
-    """
+    """Whether a body, as MessagePack or JSON, has at most so many values, without building them. In JSON, punctuation
+    is counted instead, also in texts."""
     if not packed:
         return sum(map(body.count, (b"[", b"{", b",", b":"))) <= most
     place, end = 0, len(body)

@@ -191,11 +191,7 @@ def parsed(body: bytes, kind: type[Body], media_type: str) -> Body:
 
 
 def item_ids(given: Sequence[Id] | bytes, name: str) -> Any:
-    """Ids [C] as a scorer takes them.
-
-    Raises:
-        ValueError: the bytes are not int64.
-    """
+    """Ids [C] as a scorer takes them. Raises ValueError if the bytes are not int64."""
     if not isinstance(given, bytes):
         return given
     if len(given) % 8:
@@ -204,11 +200,8 @@ def item_ids(given: Sequence[Id] | bytes, name: str) -> Any:
 
 
 def candidate_ids(given: Sequence[Any] | bytes) -> Any:
-    """Candidates as a scorer takes them: ids [C], or (values [N], offsets [B + 1]) of one list per user.
-
-    Raises:
-        ValueError: the list mixes ids and lists, or its bytes are not int64.
-    """
+    """Candidates as a scorer takes them: ids [C], or (values [N], offsets [B + 1]) of one list per user. Raises
+    ValueError if the list mixes ids and lists, or its bytes are not int64."""
     if isinstance(given, bytes):
         return item_ids(given, "candidates")
     rows = [one for one in given if isinstance(one, list)]
@@ -367,11 +360,7 @@ class ScoringService:
         return _answer(held, media_type, None, len(asked.items))
 
     def user(self, word: str) -> Answer:
-        """The record of a user in readable form.
-
-        Args:
-            word: the id, as it is written in the path.
-        """
+        """The record of a user in readable form. `word`: the id, as it is written in the path."""
         with self.scorer.in_service() as snapshot:
             store = snapshot.store
             try:
@@ -384,11 +373,7 @@ class ScoringService:
             return Answer(msgspec.json.encode(self._named(record)))
 
     def model(self, more: Mapping[str, Any] | None = None) -> Answer:
-        """What is in service.
-
-        Args:
-            more: fields that are added.
-        """
+        """What is in service. `more`: fields that are added."""
         scorer = self.scorer
         with scorer.in_service() as snapshot:
             model, manifest = snapshot.served, snapshot.store.manifest
@@ -511,10 +496,8 @@ def _ranking(ranking: Ranking) -> dict[str, Any]:
 
 
 def _answer(held: dict[str, Any], media_type: str, candidates: Any, num_candidates: int) -> Answer:
-    """An answer with arrays: as lists in JSON, and in MessagePack as the bytes of float32 numbers, row by row.
-
-    With candidates (values, offsets), an array of scores becomes one list per user.
-    """
+    """An answer with arrays: as lists in JSON, and in MessagePack as the bytes of float32 numbers, row by row. With
+    candidates (values, offsets), an array of scores becomes one list per user."""
     if media_type == MSGPACK:
         body = msgspec.msgpack.encode(held, enc_hook=lambda array: array.astype("<f4", copy=False).tobytes())
     elif isinstance(candidates, tuple):

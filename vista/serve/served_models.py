@@ -207,11 +207,7 @@ class ServedModels:
         return {"models": {name: {"share": shares.get(name, 0.0), "open": self.is_open(name)} for name in self.configs}}
 
     def update_metrics(self, depth: int) -> None:
-        """Let the metrics take over what the open models have counted.
-
-        Args:
-            depth: requests that wait or are computed.
-        """
+        """Let the metrics take over what the open models have counted. `depth`: requests that wait or are computed."""
         self._metrics.update({name: service.scorer for name, service in self.open_services().items()}, depth)
 
     def problem(self, name: str) -> str | None:
@@ -297,11 +293,8 @@ class UserSplit:
 
 
 def open_warm_scorer(config: ServeConfig) -> Scorer:
-    """A scorer of a configuration, which follows its store and has answered once.
-
-    Raises:
-        VistaError: the model or the store cannot be used.
-    """
+    """A scorer of a configuration, which follows its store and has answered once. Raises VistaError if the model or the
+    store cannot be used."""
     try:
         scorer = Scorer.open(
             config.model,
@@ -329,10 +322,8 @@ def open_warm_scorer(config: ServeConfig) -> Scorer:
 
 
 def _warm_up(scorer: Scorer, *, retrieves: bool) -> None:
-    """Pay for page faults and for torch's initialization before the first request: rank all items for any user.
-
-    A user whose record cannot be used fails requests for this user, but must not keep the service from starting.
-    """
+    """Pay for page faults and for torch's initialization before the first request: rank all items for any user. A user
+    whose record cannot be used fails requests for this user, but must not keep the service from starting."""
     try:
         users = list(islice(scorer.store.keys(), MOST_USERS))
     except RecordError as error:  # of one of the first users, whose key does not belong to the record

@@ -244,11 +244,8 @@ def _allow_connections(number: int) -> None:
 
 
 def read_models(path: str) -> ModelsFile:
-    """The file of `models=`, whose models exist. All workers serve what it says now.
-
-    Raises:
-        ConfigError: it is wrong, or names a folder without a model.
-    """
+    """The file of `models=`, whose models exist. All workers serve what it says now. Raises ConfigError if it is wrong,
+    or names a folder without a model."""
     from vista.model.saved_model import ModelDescription  # most services do not need it
 
     file = ModelsFile.read(path)

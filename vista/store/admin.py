@@ -193,10 +193,8 @@ def _take_held(builder: GenerationBuilder, source: Generation, erased_users: Tom
 
 
 def _is_equal(source: Generation, target: StoreBackend, number: int, key: bytes | None) -> bool:
-    """Whether a generation of the target is complete and holds the source's records, apart from the number.
-
-    One that holds users who were erased in the target, as an interrupted erasure leaves it, is of no use.
-    """
+    """Whether a generation of the target is complete and holds the source's records, apart from the number. One that
+    holds users who were erased in the target, as an interrupted erasure leaves it, is of no use."""
     try:
         with target.open(number, key) as held:
             remaining = (batch for batch in held.batches() if not any(target.erased_users.erased(batch[0])))
@@ -607,11 +605,7 @@ class StoreStats:
 
 
 def store_stats(root: str | Path | StoreUrl) -> StoreStats:
-    """Describe a store; nothing is changed, and no key is needed.
-
-    Raises:
-        StoreError: there is no store.
-    """
+    """Describe a store; nothing is changed, and no key is needed. Raises StoreError if there is no store."""
     store = open_backend(root)
     published, problem = None, ""
     try:

@@ -76,12 +76,8 @@ T = TypeVar("T")
 
 
 def open_backend(store: str | Path | StoreUrl) -> StoreBackend:
-    """The store in a folder, whether it exists or not, or on a server.
-
-    Raises:
-        MissingDependencyError: the store is on a server, and the extra `redis` is not installed.
-        StoreError: the server cannot be used.
-    """
+    """The store in a folder, whether it exists or not, or on a server. Raises MissingDependencyError if the store is on
+    a server, and the extra `redis` is not installed, and StoreError if the server cannot be used."""
     address = store_address(store)
     if isinstance(address, StoreUrl):
         from vista.store.server import Server
@@ -122,11 +118,7 @@ class Folder:
         self._writer: FolderWriter | None = None
 
     def current(self) -> int:
-        """Number of the published generation.
-
-        Raises:
-            StoreError: nothing is published, or CURRENT is damaged.
-        """
+        """Number of the published generation. Raises StoreError if nothing is published, or CURRENT is damaged."""
         return read_current(self.address)
 
     def published_or_none(self) -> int | None:
@@ -134,11 +126,8 @@ class Folder:
         return published_or_none(self.address)
 
     def last_complete(self) -> int:
-        """The highest generation number that was ever complete; 0 if there was none.
-
-        Raises:
-            StoreWriteError: LAST cannot be read, or is damaged.
-        """
+        """The highest generation number that was ever complete; 0 if there was none. Raises StoreWriteError if LAST
+        cannot be read, or is damaged."""
         return last_complete(self.address)
 
     def numbers(self) -> list[int]:
@@ -152,11 +141,7 @@ class Folder:
             return environment.read(lambda transaction: read_manifest(transaction, self.address))
 
     def open(self, number: int, key: bytes | None) -> FolderGeneration:
-        """Open a complete generation.
-
-        Raises:
-            StoreError: missing, unfinished, damaged, or of another key.
-        """
+        """Open a complete generation. Raises StoreError if it is missing, unfinished, damaged, or of another key."""
         self._require(number)
         return FolderGeneration.open(self.address, number, key)
 
@@ -242,11 +227,7 @@ class Folder:
             raise cannot_write(self.address, error) from error
 
     def published(self) -> FolderWriter:
-        """Open the published generation, to write it in place.
-
-        Raises:
-            StoreError: it, or its states, are missing.
-        """
+        """Open the published generation, to write it in place. Raises StoreError if it, or its states, are missing."""
         generation = read_current(self.address)
         try:
             remove_store_leftovers(self.address)
@@ -452,10 +433,8 @@ def _is_complete(root: Path, generation: int) -> bool:
 
 
 def _resume_or_create(root: Path, wanted: Manifest, published: int, permissions: Permissions) -> FolderWriter:
-    """The newest generation after the published one if it has the wanted identity; otherwise a new generation.
-
-    All others after the published one are removed. A number that was ever complete is not used again.
-    """
+    """The newest generation after the published one if it has the wanted identity; otherwise a new generation. All
+    others after the published one are removed. A number that was ever complete is not used again."""
     for generation in reversed([number for number in list_generations(root) if number > published]):
         try:
             files = FolderWriter.open(root, generation)

@@ -117,24 +117,15 @@ def open_environment(path: Path, *, readonly: bool, map_size_bytes: int = MAP_SI
 
 
 def _require_regular(path: Path) -> None:
-    """Refuse a named pipe, for which LMDB would wait without end, and a link, which may lead out of the store.
-
-    Raises:
-        StoreError: the path exists and is not a regular file.
-    """
+    """Refuse a named pipe, for which LMDB would wait without end, and a link, which may lead out of the store."""
     with suppress(OSError):  # It is missing, or LMDB meets the same error and reports it.
         if not stat.S_ISREG(path.lstat().st_mode):
             raise StoreError(f"{path} is not a regular file; {REMEDY}")
 
 
 def _make_reader_table(path: Path) -> None:
-    """Make lock.mdb with all its blocks, unless it exists.
-
-    LMDB would make a sparse file and write to it through a map, which kills the process (SIGBUS) if the disk is full.
-
-    Raises:
-        StoreError: the disk is full.
-    """
+    """Make lock.mdb with all its blocks, unless it exists. LMDB would make a sparse file and write to it through a map,
+    which kills the process (SIGBUS) if the disk is full."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.exists():
@@ -169,11 +160,8 @@ def check_data_file(path: Path) -> None:
 
 
 def committed_size(path: Path) -> tuple[int, int]:
-    """Size of a data file, and the size according to its last committed transaction, in bytes.
-
-    Raises:
-        StoreError: missing, or not of LMDB.
-    """
+    """Size of a data file, and the size according to its last committed transaction, in bytes. Raises StoreError if
+    missing, or not of LMDB."""
     size, expected, _ = _committed(path)
     return size, expected
 
@@ -197,10 +185,8 @@ def _committed(path: Path) -> tuple[int, int, int]:
 
 
 def complete_size(folder: Path) -> None:
-    """Extend an environment's file to the size in its meta page, so that readers can recognize a truncated file.
-
-    LMDB does not write pages at the end that a transaction allocated and freed. Nobody else may write at the same time.
-    """
+    """Extend an environment's file to the size in its meta page, so that readers can recognize a truncated file. LMDB
+    does not write pages at the end that a transaction allocated and freed. Nobody else may write at the same time."""
     path = folder / "data.mdb"
     size, expected = committed_size(path)
     if size < expected:
@@ -438,10 +424,8 @@ DIGEST = np.dtype(f"S{_DIGEST_BYTES}")
 
 
 class Tombstones:
-    """The erased users of one store; the file is read again whenever it has changed.
-
-    Every method raises a StoreWriteError if the file is damaged or cannot be read.
-    """
+    """The erased users of one store; the file is read again whenever it has changed. Every method raises a
+    StoreWriteError if the file is damaged or cannot be read."""
 
     def __init__(self, root: Path) -> None:
         self._path = root / TOMBSTONES
@@ -468,11 +452,8 @@ class Tombstones:
         self.add_digests(digests_of(keys))
 
     def add_digests(self, digests: NDArray[Any]) -> None:
-        """Record erasures durably; only under `erasure_lock`.
-
-        Raises:
-            StoreWriteError: the disk failed, or does not hold what was written.
-        """
+        """Record erasures durably; only under `erasure_lock`. Raises StoreWriteError if the disk failed, or does not
+        hold what was written."""
         self._reread()
         asked = np.unique(digests)
         new = asked[~self._holds(asked)]

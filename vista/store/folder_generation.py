@@ -180,11 +180,7 @@ class SharedEnvironment:
             return shared
 
     def retain(self) -> None:
-        """Add a reference.
-
-        Raises:
-            StoreClosedError: the last reference was released meanwhile.
-        """
+        """Add a reference. Raises StoreClosedError if the last reference was released meanwhile."""
         with _gate.exclusive():
             if self._references == 0:
                 raise StoreClosedError(f"{self._path} is closed; open the store again")
@@ -209,11 +205,8 @@ class SharedEnvironment:
         return _identity(path) == self._identity
 
     def read(self, function: Callable[[lmdb.Transaction[memoryview]], T]) -> T:
-        """Call a short function inside a read transaction; values are views that it must copy.
-
-        Raises:
-            StoreError: the environment cannot be read; the message has the remedy.
-        """
+        """Call a short function inside a read transaction; values are views that it must copy. Raises StoreError if the
+        environment cannot be read; the message has the remedy."""
         if self.inherited:
             self.reopen()
         while True:
@@ -279,11 +272,8 @@ class SharedEnvironment:
         return self._pid != os.getpid()
 
     def reopen(self) -> None:
-        """Open a handle of this process after a fork.
-
-        Raises:
-            StoreError: see `open_environment`; the generation may have been removed since the fork.
-        """
+        """Open a handle of this process after a fork. Raises StoreError as `open_environment` does; the generation may
+        have been removed since the fork."""
         with _gate.exclusive():
             if self.inherited:
                 self._close()  # LMDB refuses a second handle while the inherited one is open.
@@ -391,11 +381,8 @@ class FolderGeneration:
             raise
 
     def read(self, keys: list[bytes]) -> list[tuple[NDArray[np.int64], RawRecords]]:
-        """Positions of the keys that have a record, ascending, and the records, in a part per transaction.
-
-        Raises:
-            StoreClosedError: the generation was closed.
-        """
+        """Positions of the keys that have a record, ascending, and the records, in a part per transaction. Raises
+        StoreClosedError if the generation was closed."""
         return [self._read_part(keys, first) for first in range(0, max(len(keys), 1), _READ_RECORDS)]
 
     def key_batches(self) -> Iterator[list[bytes]]:
@@ -428,11 +415,7 @@ class FolderGeneration:
         return dataclasses.replace(self, manifest=manifest)
 
     def reopen(self) -> None:
-        """Open the files again in a forked process.
-
-        Raises:
-            StoreError: the generation was removed meanwhile.
-        """
+        """Open the files again in a forked process. Raises StoreError if the generation was removed meanwhile."""
         if self.environment.inherited:
             self.environment.reopen()
 
@@ -467,21 +450,15 @@ class FolderGeneration:
                 bar.update(len(keys))
 
     def batches(self, after: bytes = b"u") -> Iterator[Batch]:
-        """As `raw_batches`, with every record checked.
-
-        Raises:
-            RecordError: a record is corrupt; the message names the first one's user.
-        """
+        """As `raw_batches`, with every record checked. Raises RecordError if a record is corrupt; the message names the
+        first one's user."""
         for keys, records in self.raw_batches(after):
             check_records(records, keys, self.spec)
             yield keys, records
 
     def state_batches(self) -> Iterator[Batch]:
-        """Keys and states, ascending, with every state checked; nothing if the generation keeps no states.
-
-        Raises:
-            RecordError: a state is corrupt; the message names the first one's user.
-        """
+        """Keys and states, ascending, with every state checked; nothing if the generation keeps no states. Raises
+        RecordError if a state is corrupt; the message names the first one's user."""
         spec, folder = self.manifest.state_spec(), state_path(self.root, self.manifest.generation)
         if spec is None or not folder.is_dir():
             return
@@ -512,11 +489,8 @@ class FolderGeneration:
 
 
 def read_states(environment: SharedEnvironment, keys: Sequence[bytes], spec: StateSpec) -> FoundStates:
-    """Rows of the keys that have a state, and these states, read in one transaction.
-
-    Raises:
-        RecordError: a state is damaged; the message names the user.
-    """
+    """Rows of the keys that have a state, and these states, read in one transaction. Raises RecordError if a state is
+    damaged; the message names the user."""
 
     def read(transaction: lmdb.Transaction[memoryview]) -> FoundStates:
         values = [transaction.get(key) for key in keys]

@@ -64,11 +64,8 @@ class FolderWriter:
 
     @classmethod
     def open(cls, root: Path, generation: int, *, wait_s: float = WAIT_S) -> FolderWriter:
-        """Open an existing generation; its transactions wait up to `wait_s` seconds for one of another process.
-
-        Raises:
-            StoreError: missing, truncated, or not of LMDB; the message has the remedy.
-        """
+        """Open an existing generation; its transactions wait up to `wait_s` seconds for one of another process. Raises
+        StoreError if missing, truncated, or not of LMDB; the message has the remedy."""
         summary = SharedEnvironment.acquire(environment_path(root, generation), writable=True)
         state = None
         try:
@@ -102,11 +99,8 @@ class FolderWriter:
         return cls(root, opened[0], opened[1] if has_states else None)
 
     def require_states(self) -> None:
-        """Refuse a generation that lost its states; to erase users from it, it may stay open.
-
-        Raises:
-            StoreError: its manifest names states, but there are none.
-        """
+        """Refuse a generation that lost its states; to erase users from it, it may stay open. Raises StoreError if its
+        manifest names states, but there are none."""
         if self.state is None and self.manifest.state_spec() is not None:
             path = state_path(self.path, self.manifest.generation)
             raise StoreError(f"{path}: the states that its manifest names are missing; run a full refresh")
@@ -252,11 +246,7 @@ class FolderWriter:
         return self.summary.read(self._manifest_in)
 
     def read_cursor(self) -> int:
-        """Users done, in the run's fixed order.
-
-        Raises:
-            StoreError: it is not a number up to the users of the run.
-        """
+        """Users done, in the run's fixed order. Raises StoreError if it is not a number up to the users of the run."""
         return self.summary.read(lambda transaction: read_cursor(transaction, self.manifest, self.path))
 
     def close(self) -> None:
@@ -319,11 +309,8 @@ class FolderBuilder:
         """Until `finish` or `close`: the environment of the records and, if the generation keeps states, theirs."""
 
     def put(self, keys: Sequence[bytes], records: Sequence[bytes]) -> None:
-        """Append checked records of this generation in one durable transaction.
-
-        Raises:
-            StoreError: a key is not larger than the last one, or a user belongs to another shard.
-        """
+        """Append checked records of this generation in one durable transaction. Raises StoreError if a key is not
+        larger than the last one, or a user belongs to another shard."""
         _check_shard(self.root, keys)
         for before, key in pairwise([self.last_key, *keys]):
             if key <= before:
@@ -343,10 +330,7 @@ class FolderBuilder:
 
     def finish(self) -> Manifest:
         """Read all records back, check the files' structure, remove users erased meanwhile, and name the generation.
-
-        Raises:
-            StoreError: the file does not hold what was put; call `discard`.
-        """
+        Raises StoreError if the file does not hold what was put; call `discard`."""
         self.manifest = dataclasses.replace(
             self.manifest,
             count=self.tally.count,
@@ -419,11 +403,8 @@ def _other_headers(transaction: lmdb.Transaction[memoryview], keys: Collection[b
 def _put(
     transaction: lmdb.Transaction[memoryview], keys: Sequence[bytes], values: Sequence[bytes]
 ) -> list[bytes | memoryview]:
-    """Put values and return those that they replace.
-
-    Keys after the last one are appended. Otherwise LMDB would split the last page in half each time it is full, and
-    ascending records of half a page would take a page each.
-    """
+    """Put values and return those that they replace. Keys after the last one are appended. Otherwise LMDB would split
+    the last page in half each time it is full, and ascending records of half a page would take a page each."""
     cursor = transaction.cursor()
     replaced: list[bytes | memoryview] = []
     last = bytes(cursor.key()) if cursor.last() else b""

@@ -59,11 +59,8 @@ class ItemValues:
 
     @classmethod
     def from_bytes(cls, value: bytes, where: object) -> ItemValues:
-        """Parse and check the bytes of `to_bytes`; `where` names the store in errors.
-
-        Raises:
-            StoreError: they are damaged, or of another version of vista.
-        """
+        """Parse and check the bytes of `to_bytes`; `where` names the store in errors. Raises StoreError if they are
+        damaged, or of another version of vista."""
         checksum, content = value[:CHECKSUM_DIGITS], value[CHECKSUM_DIGITS + 1 :]
         line, _, tables = content.partition(b"\n")
         try:

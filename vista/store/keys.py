@@ -85,11 +85,7 @@ def user_key(user_id: int | str) -> bytes:
 
 
 def user_id(key: bytes) -> int | str:
-    """User id of a key.
-
-    Raises:
-        UserKeyError: the bytes are not a user key.
-    """
+    """User id of a key. Raises UserKeyError if the bytes are not a user key."""
     if key[:2] == INT_PREFIX and len(key) == 10:
         return int.from_bytes(key[2:], "big") - (1 << 63)
     if key[:2] == STR_PREFIX:

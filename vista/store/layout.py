@@ -71,9 +71,7 @@ _STORE_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 @dataclass(frozen=True, slots=True)
 class StoreUrl:
     """The URL of a store on a Valkey or Redis server. Its text, unlike what was parsed, never holds credentials.
-
-    redis://[user[:password]@]host[:port]/[database/]name[?timeout_s=…]
-    """
+    redis://[user[:password]@]host[:port]/[database/]name[?timeout_s=…]"""
 
     host: str
     name: str
@@ -142,11 +140,8 @@ class StoreUrl:
 
 
 def store_path(path: str | os.PathLike[str] | StoreUrl) -> Path:
-    """Absolute path of a store, whether it exists or not.
-
-    Raises:
-        StoreError: the system accepts no such path, or it is the URL of a remote store.
-    """
+    """Absolute path of a store, whether it exists or not. Raises StoreError if the system accepts no such path, or it
+    is the URL of a remote store."""
     if isinstance(path, StoreUrl) or StoreUrl.matches(path):
         raise StoreError(
             f"{StoreUrl.parse(path)} is a remote store, but this works on a folder; copy the store to one with "
@@ -158,12 +153,8 @@ def store_path(path: str | os.PathLike[str] | StoreUrl) -> Path:
 
 
 def store_address(store: str | os.PathLike[str] | StoreUrl) -> Path | StoreUrl:
-    """A store's URL, parsed, or the absolute path of its folder.
-
-    Raises:
-        ConfigError: the URL has another form than those of stores.
-        StoreError: the system accepts no such path.
-    """
+    """A store's URL, parsed, or the absolute path of its folder. Raises ConfigError if the URL has another form than
+    those of stores, and StoreError if the system accepts no such path."""
     if isinstance(store, StoreUrl) or StoreUrl.matches(store):
         return StoreUrl.parse(store)
     return store_path(store)
@@ -211,11 +202,8 @@ def entries_like_generations(root: Path) -> list[str]:
 
 
 def next_number(root: Path, least: int = 1) -> int:
-    """A generation number above all existing ones, above all that were ever complete, and not below `least`.
-
-    Raises:
-        StoreError: a folder already has the highest number.
-    """
+    """A generation number above all existing ones, above all that were ever complete, and not below `least`. Raises
+    StoreError if a folder already has the highest number."""
     number = max(least, *(number + 1 for number in (last_complete(root), *list_generations(root))))
     while os.path.lexists(generation_path(root, number)):  # by something that is not a generation
         number += 1
@@ -230,11 +218,7 @@ def _number_of(entry: Path) -> int | None:
 
 
 def read_current(root: Path) -> int:
-    """Number of the published generation.
-
-    Raises:
-        StoreError: nothing is published there, or CURRENT is damaged.
-    """
+    """Number of the published generation. Raises StoreError if nothing is published there, or CURRENT is damaged."""
     try:
         return _read_pointer(root / CURRENT)
     except FileNotFoundError as error:
@@ -268,11 +252,8 @@ def write_current(root: Path, generation: int) -> None:
 
 
 def last_complete(root: Path) -> int:
-    """The highest generation number that was ever complete; 0 if there was none.
-
-    Raises:
-        StoreWriteError: LAST cannot be read, or is damaged.
-    """
+    """The highest generation number that was ever complete; 0 if there was none. Raises StoreWriteError if LAST cannot
+    be read, or is damaged."""
     try:
         return _read_pointer(root / LAST)
     except FileNotFoundError:
@@ -295,10 +276,7 @@ def record_complete(root: Path, generation: int) -> None:
 
 def remove_store_leftovers(root: Path, except_for: str = "") -> None:
     """Remove the folders that killed processes left of generations being removed or copied; only under the lock.
-
-    Args:
-        except_for: a name to keep.
-    """
+    `except_for`: a name to keep."""
     for prefix in (REMOVED_PREFIX, PARTIAL_PREFIX):
         for entry in root.glob(f"{prefix}*"):
             if entry.name != except_for:
@@ -322,11 +300,8 @@ def _read_pointer(path: Path) -> int:
 
 
 def parse_pointer(content: bytes) -> int:
-    """The generation that the bytes of `pointer_to` name.
-
-    Raises:
-        ValueError: they are damaged; the message says what they hold.
-    """
+    """The generation that the bytes of `pointer_to` name. Raises ValueError if they are damaged; the message says what
+    they hold."""
     match = _NAME.fullmatch(content.partition(b" ")[0].decode("ascii", errors="replace"))
     if match is None or content != pointer_to(int(match[1])):
         text = shown(content.decode("ascii", errors="replace").strip(), 40)
@@ -391,11 +366,8 @@ def _is_store(folder: Path) -> bool:
 
 
 def set_store_permissions(root: Path, permissions: Permissions) -> None:
-    """Give all files of a store their modes; only under the lock.
-
-    Raises:
-        OSError: a file belongs to another account.
-    """
+    """Give all files of a store their modes; only under the lock. Raises OSError if a file belongs to another
+    account."""
     for path in (root / CURRENT, root / LAST):
         if path.exists() and not path.is_symlink():
             set_mode(path, permissions.file)
@@ -404,10 +376,8 @@ def set_store_permissions(root: Path, permissions: Permissions) -> None:
 
 
 def remove_generation(root: Path, generation: int) -> None:
-    """Remove a generation's folder. A crash leaves all of it, or a name that does not look like a generation.
-
-    Readers that have it open keep their files until they close them.
-    """
+    """Remove a generation's folder. A crash leaves all of it, or a name that does not look like a generation. Readers
+    that have it open keep their files until they close them."""
     remove_folder(generation_path(root, generation), root / f"{REMOVED_PREFIX}{generation}")
 
 
@@ -422,10 +392,8 @@ _SETGID = 0o2000
 
 @dataclass(frozen=True, slots=True)
 class Permissions:
-    """Modes of folders and files, whatever the umask: for the owner alone, or for a group too.
-
-    A folder's own mode decides, so that a file created in it later, by any command, gets the matching mode.
-    """
+    """Modes of folders and files, whatever the umask: for the owner alone, or for a group too. A folder's own mode
+    decides, so that a file created in it later, by any command, gets the matching mode."""
 
     folder: int
     file: int
@@ -448,11 +416,8 @@ def permissions_of(folder: Path) -> Permissions:
 
 
 def set_mode(path: Path, mode: int) -> None:
-    """Give a file or folder a mode unless it has it already.
-
-    Raises:
-        OSError: it has another mode and belongs to another account.
-    """
+    """Give a file or folder a mode unless it has it already. Raises OSError if it has another mode and belongs to
+    another account."""
     if stat.S_IMODE(path.stat().st_mode) != mode:
         path.chmod(mode)
 
@@ -477,11 +442,8 @@ def open_private(path: Path, flags: int) -> int:
 
 
 def make_folder(path: Path, permissions: Permissions) -> None:
-    """Make one folder; its mode is never wider than the final one.
-
-    Raises:
-        OSError: it exists already, or cannot be made.
-    """
+    """Make one folder; its mode is never wider than the final one. Raises OSError if it exists already, or cannot be
+    made."""
     path.mkdir(mode=PRIVATE.folder)
     set_mode(path, permissions.folder)
 
@@ -520,11 +482,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """Parse "2/8", the third of eight shards.
-
-        Raises:
-            ConfigError: the text has another form.
-        """
+        """Parse "2/8", the third of eight shards. Raises ConfigError if the text has another form."""
         shard = cls._matching(f"{_NUMBER}/{_NUMBER}", text.strip())
         if shard is None:
             raise ConfigError(
@@ -555,11 +513,8 @@ class Shard:
 
 
 def shards_in(store: str | Path | StoreUrl) -> list[Shard]:
-    """The shards in a store's folder, ascending; none if the store is not sharded, as no store on a server is.
-
-    Raises:
-        StoreError: there are shards of different counts.
-    """
+    """The shards in a store's folder, ascending; none if the store is not sharded, as no store on a server is. Raises
+    StoreError if there are shards of different counts."""
     root = store_address(store)
     if isinstance(root, StoreUrl) or (root / CURRENT).exists() or not root.is_dir():
         return []
@@ -573,11 +528,8 @@ def shards_in(store: str | Path | StoreUrl) -> list[Shard]:
 
 
 def complete_shards(store: str | Path | StoreUrl) -> list[Shard]:
-    """As `shards_in`, for a reader of all users.
-
-    Raises:
-        StoreError: a shard is missing, or there are shards of different counts.
-    """
+    """As `shards_in`, for a reader of all users. Raises StoreError if a shard is missing, or there are shards of
+    different counts."""
     shards = shards_in(store)
     count = shards[0].count if shards else 0
     if missing := sorted(set(range(count)) - {shard.index for shard in shards}):
@@ -621,11 +573,8 @@ def shard_to_write(store: str | Path | StoreUrl, shard: Shard | None) -> tuple[P
 
 
 def check_place(path: str | Path) -> None:
-    """Refuse to write a store or shard where it would hide another one, or be hidden by it.
-
-    Raises:
-        ConfigError: an unsharded store and shards, or shards of different counts, would share a folder.
-    """
+    """Refuse to write a store or shard where it would hide another one, or be hidden by it. Raises ConfigError if an
+    unsharded store and shards, or shards of different counts, would share a folder."""
     path = store_path(path)
     named = Shard.named(path)
     root = path.parent if named else path
@@ -645,11 +594,8 @@ def check_place(path: str | Path) -> None:
 
 
 def users_by_store(store: str | Path, users: Sequence[int] | Sequence[str]) -> list[tuple[Path | StoreUrl, list[Any]]]:
-    """Group users by the shard of a store that they belong to, or by the store itself if it is not sharded.
-
-    Raises:
-        StoreError: the shard of a user is missing; the message names it.
-    """
+    """Group users by the shard of a store that they belong to, or by the store itself if it is not sharded. Raises
+    StoreError if the shard of a user is missing; the message names it."""
     root, shards = store_address(store), shards_in(store)
     if isinstance(root, StoreUrl):
         return [(root, list(users))]

@@ -149,10 +149,8 @@ class RecordSpec:
 
 @dataclass(frozen=True, slots=True)
 class TailColumn:
-    """A category, whose values the model numbers, or a number.
-
-    The first is stored as 0 for a missing value, else the value's code plus 1; the second as float32, NaN if missing.
-    """
+    """A category, whose values the model numbers, or a number. The first is stored as 0 for a missing value, else the
+    value's code plus 1; the second as float32, NaN if missing."""
 
     name: str
     size: int | None
@@ -218,11 +216,8 @@ class CounterLayout:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> CounterLayout:
-        """The inverse of `to_dict`.
-
-        Raises:
-            ValueError: a field is missing, unknown, or invalid; the message names it.
-        """
+        """The inverse of `to_dict`. Raises ValueError if a field is missing, unknown, or invalid; the message names
+        it."""
         check_fields(fields, {"spec": TABLE, "key_bytes": list_of(whole(1, MAX_KEY_BYTES))})
         return cls(CounterSpec.from_dict(fields["spec"]), tuple(fields["key_bytes"]))
 
@@ -360,10 +355,8 @@ def read_features(
 
 
 def dequantize_rows(packed: NDArray[np.uint8], codec: Codec, dim: int) -> NDArray[np.float32]:
-    """Decode stored rows: [N, row_bytes(codec, d)] uint8, contiguous -> [N, d] float32.
-
-    For int8 and int4 (FBGEMM's layouts), value = q * scale + bias, rounded once.
-    """
+    """Decode stored rows: [N, row_bytes(codec, d)] uint8, contiguous -> [N, d] float32. For int8 and int4 (FBGEMM's
+    layouts), value = q * scale + bias, rounded once."""
     match codec:
         case Codec.float32:
             return packed.view("<f4")
@@ -457,11 +450,8 @@ class JoinedRecords:
         return [view[start:stop] for start, stop in zip(self.starts.tolist(), self.stops.tolist(), strict=True)]
 
     def cut(self, first: NDArray[np.int64] | int, last: NDArray[np.int64] | int) -> NDArray[np.uint8]:
-        """Bytes first to last of each record, which may differ by record [B].
-
-        Returns:
-            [B, bytes], a view, if the records are of one length and the bytes are at one place; otherwise flat.
-        """
+        """Bytes first to last of each record, which may differ by record [B]. Returns [B, bytes], a view, if the
+        records are of one length and the bytes are at one place; otherwise flat."""
         if self.one_length:
             begin, end = _common(first), _common(last)
             if begin is not None and end is not None:
@@ -556,11 +546,8 @@ def _check_codes(views: Sequence[memoryview], keys: Sequence[bytes], key: bytes)
 
 
 def check_keys(keys: Sequence[bytes], values: Sequence[memoryview]) -> None:
-    """Check keys against the hashes in their records; a key has no checksum of its own.
-
-    Raises:
-        RecordError: a record was written under another key.
-    """
+    """Check keys against the hashes in their records; a key has no checksum of its own. Raises RecordError if a record
+    was written under another key."""
     stored = np.array([int.from_bytes(value[_KEY_HASH_BYTES], "little") for value in values], dtype=np.uint64)
     expected = key_hashes(keys)
     check_field(stored == expected, keys, stored, "key_hash", expected)

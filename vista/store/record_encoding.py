@@ -165,11 +165,8 @@ def _require_finite(values: NDArray[np.floating], reason: str) -> None:
 
 
 def key_id(key: bytes) -> str:
-    """Fingerprint of a key, 16 hex digits, which does not reveal the key.
-
-    Raises:
-        ValueError: the key is not 32 bytes long.
-    """
+    """Fingerprint of a key, 16 hex digits, which does not reveal the key. Raises ValueError if the key is not 32 bytes
+    long."""
     if not isinstance(key, bytes) or len(key) != KEY_BYTES:
         raise ValueError(f"key: an authentication key must be {KEY_BYTES} bytes")
     return hashlib.blake2b(digest_size=8, key=key, person=_KEY_ID).hexdigest()

@@ -57,11 +57,7 @@ class Server:
         self._writer: ServerWriter | None = None
 
     def current(self) -> int:
-        """Number of the published generation.
-
-        Raises:
-            StoreError: nothing is published, or CURRENT is damaged.
-        """
+        """Number of the published generation. Raises StoreError if nothing is published, or CURRENT is damaged."""
         value = self.connection.command("GET", self.names.current)
         if value is None:
             raise StoreError(
@@ -95,11 +91,7 @@ class Server:
         return self._complete(number)[0]
 
     def open(self, number: int, key: bytes | None) -> ServerGeneration:
-        """Open a complete generation.
-
-        Raises:
-            StoreError: missing, unfinished, damaged, or of another key.
-        """
+        """Open a complete generation. Raises StoreError if it is missing, unfinished, damaged, or of another key."""
         manifest, stamp = self._complete(number)
         names, spec = self.names.generation(number), manifest.spec(key)
         return ServerGeneration(self.connection, names, manifest, spec, stamp, self._read_current)
@@ -230,10 +222,7 @@ class Server:
 
     def publish(self, number: int, keep: Collection[int]) -> None:
         """Publish a complete generation without the users who were erased since, and remove all others except `keep`.
-
-        Raises:
-            StoreBusyError: erasures follow one another without a pause.
-        """
+        Raises StoreBusyError if erasures follow one another without a pause."""
         writer = self.open_writer(number)
         for _ in range(_CHECKS_BESIDE_ERASURES):
             num_erased = len(self.erased_users)
@@ -269,11 +258,8 @@ class Server:
         return count
 
     def last_complete(self) -> int:
-        """The highest generation number that was ever complete; 0 if there was none.
-
-        Raises:
-            StoreWriteError: LAST is damaged.
-        """
+        """The highest generation number that was ever complete; 0 if there was none. Raises StoreWriteError if LAST is
+        damaged."""
         value = self.connection.command("GET", self.names.last)
         try:
             return 0 if value is None else parse_pointer(value)
@@ -288,11 +274,7 @@ class Server:
         return max(least, 1 + max([self.last_complete(), *self.numbers()]))
 
     def whole_number(self, value: bytes, name: bytes) -> int:
-        """The number above 0 in a key of this name.
-
-        Raises:
-            StoreError: there is none.
-        """
+        """The number above 0 in a key of this name. Raises StoreError if there is none."""
         if not 0 < len(value) < 19 or not value.isdigit() or not int(value):
             raise StoreError(
                 f"{self.address}: the key {name.decode()} holds {shown(value, 40)}; check whether other programs write "
@@ -301,11 +283,7 @@ class Server:
         return int(value)
 
     def parsed(self, value: bytes, number: int) -> Manifest:
-        """A generation's manifest from its bytes.
-
-        Raises:
-            StoreError: it is damaged.
-        """
+        """A generation's manifest from its bytes. Raises StoreError if it is damaged."""
         manifest = Manifest.from_bytes(value, self.address)
         if manifest.generation != number:
             raise StoreError(
@@ -327,11 +305,8 @@ class Server:
         return ServerWriter(self, number, self._require_lock())
 
     def finish(self, generation: ServerWriter, spec: RecordSpec, *, publish: bool) -> Manifest:
-        """Check every record of a generation and mark it as complete; with `publish`, CURRENT then names it.
-
-        Raises:
-            StoreError: as of `publish_written`.
-        """
+        """Check every record of a generation and mark it as complete; with `publish`, CURRENT then names it. Raises
+        StoreError as of `publish_written`."""
         for _ in range(_CHECKS_BESIDE_ERASURES):
             num_erased = len(self.erased_users)
             generation.remove_erased()
@@ -480,11 +455,7 @@ class ServerBuilder:
             )
 
     def put(self, keys: Sequence[bytes], records: Sequence[bytes]) -> None:
-        """Append checked records of this generation.
-
-        Raises:
-            StoreError: a key is not larger than the last one.
-        """
+        """Append checked records of this generation. Raises StoreError if a key is not larger than the last one."""
         if keys and not self.last_key < keys[0]:
             raise StoreError(f"{self._server.address}: keys must ascend, but {keys[0]!r} follows {self.last_key!r}")
         self._writer.put(keys, records, [], {})

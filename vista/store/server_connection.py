@@ -71,11 +71,8 @@ class ServerConnection:
         self._client: Any = redis.Redis.from_pool(pool)
 
     def check(self) -> None:
-        """Check that the server answers, and that it never removes records to save memory.
-
-        Raises:
-            StoreError: it would evict records, which readers would take for missing users; or as of `command`.
-        """
+        """Check that the server answers, and that it never removes records to save memory. Raises StoreError if it
+        would evict records, which readers would take for missing users; or as of `command`."""
         memory = self.command("INFO", "memory")
         policy = str(memory.get("maxmemory_policy", "")) if isinstance(memory, dict) else ""
         if memory and int(memory.get("maxmemory", 0)) and policy.startswith("allkeys"):
@@ -297,12 +294,8 @@ class ServerLock:
         self._thread.start()
 
     def require(self, value: bytes | None) -> None:
-        """Check that the lock's value, as just read, is what the last write left.
-
-        Raises:
-            StoreLockedError: another writer has taken the lock.
-            StoreWriteError: it expired, or the server has lost writes.
-        """
+        """Check that the lock's value, as just read, is what the last write left. Raises StoreLockedError if another
+        writer has taken the lock, and StoreWriteError if it expired, or the server has lost writes."""
         if value == self._value():
             return
         if value is not None and not value.startswith(self._token.encode()):
@@ -389,10 +382,8 @@ class GenerationKeys:
 
 
 class KeyNames:
-    """Names of the keys of one store (docs/reference/file-formats.md, "Store on a server").
-
-    They have its name in braces, so that a cluster keeps them on one node.
-    """
+    """Names of the keys of one store (docs/reference/file-formats.md, "Store on a server"). They have its name in
+    braces, so that a cluster keeps them on one node."""
 
     def __init__(self, name: str) -> None:
         self._prefix = b"{%s}:" % name.encode()

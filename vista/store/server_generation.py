@@ -77,11 +77,8 @@ class ServerGeneration:
         """Records that are checked and copied at once."""
 
     def read(self, keys: list[bytes]) -> list[tuple[Int, RawRecords]]:
-        """Positions of the keys that have a record, ascending, and the records.
-
-        Raises:
-            StoreClosedError: the generation was removed.
-        """
+        """Positions of the keys that have a record, ascending, and the records. Raises StoreClosedError if the
+        generation was removed."""
         parts = []
         for first in range(0, max(len(keys), 1), self.batch_size):
             batch = keys[first : first + self.batch_size]
@@ -111,11 +108,8 @@ class ServerGeneration:
             yield keys
 
     def raw_batches(self, after: bytes = b"u") -> Iterator[Batch]:
-        """Keys beyond `after` and their unchecked records, ascending.
-
-        Raises:
-            RecordError: the server has lost a record.
-        """
+        """Keys beyond `after` and their unchecked records, ascending. Raises RecordError if the server has lost a
+        record."""
         for keys in self.key_batches(after):
             values = self._get(keys)
             missing = [key for key, value in zip(keys, values, strict=True) if value is None]
@@ -132,11 +126,8 @@ class ServerGeneration:
                 yield [key for key, _ in present], [value for _, value in present]
 
     def batches(self, after: bytes = b"u") -> Iterator[Batch]:
-        """As `raw_batches`, with every record checked.
-
-        Raises:
-            RecordError: a record is corrupt or lost; the message names the user.
-        """
+        """As `raw_batches`, with every record checked. Raises RecordError if a record is corrupt or lost; the message
+        names the user."""
         for keys, records in self.raw_batches(after):
             check_records(records, keys, self.spec)
             yield keys, records
@@ -375,11 +366,8 @@ class ServerWriter:
         )
 
     def tally(self, spec: RecordSpec) -> Tally:
-        """Check and count all records.
-
-        Raises:
-            RecordError: a record is corrupt or lost; the message names the user.
-        """
+        """Check and count all records. Raises RecordError if a record is corrupt or lost; the message names the
+        user."""
         tally = Tally()
         for keys, records in self.records.raw_batches():
             check_records(records, keys, spec)

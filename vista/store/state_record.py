@@ -32,11 +32,8 @@ def tables_bytes(spec: CounterSpec, num_keys: Sequence[int]) -> int:
 
 
 def encode_tables(tables: Sequence[CounterTable], num_users: int) -> list[bytes]:
-    """The counters of each of N users: per field a head, then the entries.
-
-    Raises:
-        ValueError: the tables are of another number of users.
-    """
+    """The counters of each of N users: per field a head, then the entries. Raises ValueError if the tables are of
+    another number of users."""
     if any(len(table.clock) != num_users for table in tables):
         raise ValueError(f"counters: expected tables of {num_users} users")
     blocks = [b""] * num_users
@@ -238,11 +235,8 @@ def rounded(states: StateArrays, spec: StateSpec) -> StateArrays:
 
 
 def decode_states(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: StateSpec) -> StateArrays:
-    """Check and decode stored states; the values need not stay valid afterwards.
-
-    Raises:
-        RecordError: a state is truncated, corrupt, or of another model or generation; the message names the user.
-    """
+    """Check and decode stored states; the values need not stay valid afterwards. Raises RecordError if a state is
+    truncated, corrupt, or of another model or generation; the message names the user."""
     lengths = np.fromiter(map(len, values), np.int64, len(values))
     _check(lengths >= spec.least_bytes, keys, "length")
     records = JoinedRecords(values, lengths, HEADER)

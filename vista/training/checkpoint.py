@@ -97,10 +97,8 @@ class RowShards:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor | RowShards]) -> None:
-    """Write a safetensors file at rank 0, while the other ranks call `send_rows` with the same names.
-
-    Only pieces of sharded tensors are in memory at once.
-    """
+    """Write a safetensors file at rank 0, while the other ranks call `send_rows` with the same names. Only pieces of
+    sharded tensors are in memory at once."""
     header, end = {}, 0
     for name, tensor in _in_order(tensors):
         begin, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
@@ -242,10 +240,8 @@ def load_checkpoint(
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
-    """The complete checkpoint of the highest step, or None. Also removes what a killed save left behind.
-
-    No process may save to the folder at the same time.
-    """
+    """The complete checkpoint of the highest step, or None. Also removes what a killed save left behind. No process may
+    save to the folder at the same time."""
     root = Path(folder)
     if not root.is_dir():
         return None
@@ -309,11 +305,8 @@ def pack_state(tree: Any, prefix: str) -> tuple[dict[str, Tensor | RowShards], A
 
 
 def unpack_state(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Rebuild nested state from the skeleton of `pack_state` (after JSON) and the tensors by name.
-
-    Raises:
-        CheckpointError: if a tensor that the skeleton names is missing.
-    """
+    """Rebuild nested state from the skeleton of `pack_state` (after JSON) and the tensors by name. Raises
+    CheckpointError if a tensor that the skeleton names is missing."""
     if isinstance(skeleton, list):
         return [unpack_state(item, tensors) for item in skeleton]
     if not isinstance(skeleton, dict):
@@ -434,10 +427,7 @@ def save_run(
     run_dir: Path, model: RankingModel, optimizers: Optimizers, progress: Progress, identity: dict[str, Any]
 ) -> None:
     """Write a checkpoint of a run. With a sharded table, all ranks call this; else only the one that writes.
-
-    Args:
-        identity: `run_identity`.
-    """
+    `identity`: `run_identity`."""
     weights, moments, sums = model.state_dict(), optimizers.table.state_dict(), None
     average = dict(optimizers.average.values)
     if (table := model.sharded_table) is not None:
@@ -526,11 +516,7 @@ def _checked_state(path: Path) -> Iterator[None]:
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Load moments, and the settings of groups, which must be those of the optimizer except for learning rates.
-
-    Raises:
-        ValueError, TypeError, LookupError, AttributeError: if they are not.
-    """
+    """Load moments, and the settings of groups, which must be those of the optimizer except for learning rates."""
     own, groups = optimizer.state_dict()["param_groups"], saved["param_groups"]
     if [group | {"lr": None} for group in groups] != [group | {"lr": None} for group in own]:
         raise ValueError("its optimizer has other groups of parameters, or other settings")
@@ -540,11 +526,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) 
 
 
 def _check_moments(moments: Mapping[str, Any], shape: torch.Size) -> None:
-    """Check an optimizer's state of a parameter with this shape.
-
-    Raises:
-        ValueError, TypeError, LookupError, AttributeError: if it is another one's, or is not finite.
-    """
+    """Check an optimizer's state of a parameter with this shape."""
     shapes = {name: value.shape for name, value in moments.items() if name != "step"}
     if shapes != dict.fromkeys(("exp_avg", "exp_avg_sq"), shape):
         raise ValueError(f"its optimizer has moments of other shapes than its parameters: {shapes}")

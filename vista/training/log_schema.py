@@ -111,11 +111,8 @@ def event_reader(log: EventLog, config: TrainConfig) -> tuple[RowFeatureReader |
 
 
 def request_reader(log: EventLog, config: TrainConfig, since: int | None) -> RowFeatureReader | None:
-    """How a model reads features of requests; None if it reads none.
-
-    Args:
-        since: leave out the impressions before this time (ms).
-    """
+    """How a model reads features of requests; None if it reads none. `since`: leave out the impressions before this
+    time (ms)."""
     table, values = log.impressions, log.request_features
     if (
         table is None
@@ -209,10 +206,8 @@ def frequent_items(log: EventLog, data: DataConfig) -> Vocabulary:
 
 
 def features_of(items: Vocabulary, log: EventLog, first: int = 0) -> Columns:
-    """A log's features of a model's items, from the row `first` of their vocabulary on.
-
-    Items that the log lacks have none.
-    """
+    """A log's features of a model's items, from the row `first` of their vocabulary on. Items that the log lacks have
+    none."""
     if not log.item_features or (items is log.items and not first):
         return log.item_features
     return selected(log.item_features, log.items.rows(items.ids(np.arange(first, len(items)))))
@@ -232,11 +227,7 @@ def schema_of(log: EventLog, config: TrainConfig, since: int | None = None) -> S
 
 
 def _check_counted_actions(model: RankingConfig, log: EventLog) -> None:
-    """Check that a log has the actions that counters count.
-
-    Raises:
-        ConfigError: naming the key.
-    """
+    """Check that a log has the actions that counters count."""
     named = {part: key for key in model.counter_keys or [] for part in parts_of(key) if is_action(part)}
     for part, key in named.items():
         own = f"model.counter_keys: {key!r}", f"{log.path} has {shown(log.actions)}"
@@ -376,11 +367,8 @@ class HashCollisions:
 
     @classmethod
     def of(cls, feature: str, rows: Int, uses: Int, num_rows: int) -> HashCollisions:
-        """Count collisions.
-
-        Args:
-            rows: int64 [V, P] that each value reads; uses: int64 [V] of each value, of which those with 0 are ignored.
-        """
+        """Count collisions. `rows`: int64 [V, P] that each value reads; uses: int64 [V] of each value, of which those
+        with 0 are ignored."""
         rows, uses = rows[uses > 0], uses[uses > 0]
         per_value = np.sort(rows, axis=1)
         is_first = np.diff(per_value, axis=1, prepend=-1) != 0  # a value that reads a row twice does not share it

@@ -77,11 +77,8 @@ class WeightAverage:
             self._weights[name].copy_(value)
 
     def restore(self, count: int, values: Mapping[str, Tensor]) -> None:
-        """Continue from a checkpoint.
-
-        Raises:
-            ValueError, TypeError, AttributeError: if it is the average of other weights, or is not finite.
-        """
+        """Continue from a checkpoint. Raises ValueError, TypeError, or AttributeError if it is the average of other
+        weights, or is not finite."""
         own = {name: weight.shape for name, weight in self._weights.items()} if count else {}
         if type(count) is not int or count < 0 or {name: value.shape for name, value in values.items()} != own:
             raise ValueError("its average has other weights than the model")
@@ -250,21 +247,15 @@ class DataParallel:
         self._names = loss_names(tasks)
 
     def part(self, batch: Batch, step: int) -> Batch | None:
-        """This rank's part of a batch; None if it has none. Also seeds what the model draws in this step.
-
-        There is a seed per step and rank, so a resumed run is bit-identical without storing each rank's random state.
-        """
+        """This rank's part of a batch; None if it has none. Also seeds what the model draws in this step. There is a
+        seed per step and rank, so a resumed run is bit-identical without storing each rank's random state."""
         drawn = np.random.SeedSequence([self._seed, step, self._ranks.rank]).generate_state(1, np.uint64)
         torch.manual_seed(int(drawn[0]))
         chunks = balanced_parts(chunk_work(batch), self._ranks.size)[self._ranks.rank]
         return batch_part(batch, chunks) if len(chunks) else None
 
     def combined(self, own: Losses) -> tuple[Losses, Tensor]:
-        """The losses of all ranks, and what this rank minimizes.
-
-        Args:
-            own: losses of this rank's part.
-        """
+        """The losses of all ranks, and what this rank minimizes. `own`: losses of this rank's part."""
         # By name: whether the loss exists, its labels, and its sum over them.
         table = torch.zeros(3, len(self._names), dtype=torch.float64, device=self._ranks.device)
         for column, name in enumerate(self._names):

@@ -52,11 +52,8 @@ def claimed_folder(config: TrainConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def log_file(path: Path) -> Iterator[None]:
-    """Copy vista's log records to a file of the run, which is locked meanwhile.
-
-    Raises:
-        ConfigError: as for `open_to_append`, or another process is training in this folder.
-    """
+    """Copy vista's log records to a file of the run, which is locked meanwhile. Raises ConfigError as for
+    `open_to_append`, or another process is training in this folder."""
     file = open_to_append(path)
     if not _locked(file):
         file.close()
@@ -118,9 +115,7 @@ def clean_folder(run_dir: Path, *, starts_over: bool) -> None:
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[list[bool]]:
     """Make Ctrl-C fill the list, so that the current step ends and a checkpoint is written; a second one stops at once.
-
-    Outside the main thread signals cannot be handled, and the list stays empty.
-    """
+    Outside the main thread signals cannot be handled, and the list stays empty."""
     mark: list[bool] = []
 
     def note(signum: int, frame: Any) -> None:
@@ -173,11 +168,7 @@ class RunRecord(MetricsWriter):
         return self
 
     def rewind(self, step: int, validated: Collection[int]) -> list[dict[str, Any]]:
-        """As in `MetricsWriter`, and begin to record the run.
-
-        Raises:
-            TrackingError: the tracker does not answer.
-        """
+        """As in `MetricsWriter`, and begin to record the run. Raises TrackingError if the tracker does not answer."""
         rows = super().rewind(step, validated)
         self._facts |= {"commit": _loaded_commit(), "began": _now()}
         self._save()
@@ -197,11 +188,8 @@ class RunRecord(MetricsWriter):
             self._tracked.log(row)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Record how the run ended.
-
-        Raises:
-            TrackingError: the run has finished, but the tracker lacks a part of it.
-        """
+        """Record how the run ended. Raises TrackingError if the run has finished, but the tracker lacks a part of
+        it."""
         if self._facts["began"] is None:
             return  # another rank, or an error before the run
         state = "finished" if kind is None else "stopped" if kind is KeyboardInterrupt else "failed"

@@ -41,11 +41,8 @@ FEW_STEPS = 20
 
 
 def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> TrainConfig:
-    """The configuration with its null settings resolved from the log. Explicit settings stay.
-
-    Args:
-        since: over a base, the time (ms) at which labels begin.
-    """
+    """The configuration with its null settings resolved from the log. Explicit settings stay. `since`: over a base, the
+    time (ms) at which labels begin."""
     counts = visible_counts(log, split_until(config.data, "train"))
     if since is not None:
         counts = counts - visible_counts(log, Until(before=since))
@@ -141,11 +138,7 @@ def _keys_of_labels(model: RankingConfig, log: EventLog, *, by_action: bool) -> 
 
 
 def warn_of_few_steps(optim: OptimConfig, steps: int) -> None:
-    """Warn if a run was too short.
-
-    Args:
-        steps: of the whole run.
-    """
+    """Warn if a run was too short. `steps`: of the whole run."""
     limits = [name for name in ("epochs", "minutes") if getattr(optim, name) is not None]
     if 0 < steps < max(2 * planned(optim.warmup_steps, "optim.warmup_steps"), FEW_STEPS):
         logger.warning(
@@ -230,11 +223,7 @@ class Progress:
         return progress
 
     def finished(self, epochs: int | None) -> bool:
-        """Whether training ends here.
-
-        Args:
-            epochs: optim.epochs.
-        """
+        """Whether training ends here. `epochs`: optim.epochs."""
         return self.stopped or (epochs is not None and self.epoch >= epochs)
 
 
@@ -271,11 +260,8 @@ class RunClock:
         return self._waited_s / self._steps_s if self._steps_s else None
 
     def left(self, share_done: float) -> dict[str, str]:
-        """{"run": "1:02:03 left"}, extrapolated from the first call; empty where it cannot be known yet.
-
-        Args:
-            share_done: of the run; 0 if it is unknown.
-        """
+        """{"run": "1:02:03 left"}, extrapolated from the first call; empty where it cannot be known yet. `share_done`:
+        of the run; 0 if it is unknown."""
         now = time.monotonic()
         if self._began is None:
             self._began = (now, share_done) if share_done > 0 else None

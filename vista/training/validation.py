@@ -79,10 +79,8 @@ CASES_PER_BATCH = 512
 
 
 def _calibrated(cases: ImpressionCases, predicted: Float32s) -> tuple[Float32s, Floats]:
-    """Probabilities float32 [N, num_tasks] after calibration, and the calibration, float64 [num_tasks, 2].
-
-    Both are fitted to the same labels, which hardly matters: two numbers per task from thousands of labels.
-    """
+    """Probabilities float32 [N, num_tasks] after calibration, and the calibration, float64 [num_tasks, 2]. Both are
+    fitted to the same labels, which hardly matters: two numbers per task from thousands of labels."""
     exact = np.clip(predicted.astype(np.float64), 1e-9, 1 - 1e-9)
     logit = np.log(exact) - np.log1p(-exact)
     found = [fit_calibration(logit[known, task], cases.label[known, task]) for task, known in enumerate(cases.mask.T)]
@@ -359,10 +357,7 @@ class Validation:
 
     def since_best(self, history: Sequence[Mapping[str, float]]) -> int:
         """Validations after the best one of a training, without epoch 0: attention may need some epochs to add to it.
-
-        Args:
-            history: metrics, with "epoch".
-        """
+        `history`: metrics, with "epoch"."""
         values = [row[self.metric] for row in history if row["epoch"]]
         place, best = 0, None
         for place_of_value, value in enumerate(values):
@@ -416,11 +411,8 @@ class Validation:
         return {k: v for k, v in report.metrics().items() if k.startswith("ndcg@10") and not math.isnan(v)}
 
     def __call__(self, model: RankingModel, *, calibrates: bool = False) -> dict[str, float]:
-        """All metrics of the validation split.
-
-        Args:
-            calibrates: whether to set `calibration`, and measure what the model answers with it.
-        """
+        """All metrics of the validation split. `calibrates`: whether to set `calibration`, and measure what the model
+        answers with it."""
         was_training = model.training
         model.eval()
         metrics: dict[str, float] = {}
@@ -489,11 +481,8 @@ class Validation:
     def _answers(
         self, model: RankingModel, users: Int, covered: Int | None = None, growing: GrowingStates | None = None
     ) -> RawHistoryAnswers | SummaryAnswers | None:
-        """None without users.
-
-        Args:
-            covered: int64 [num_users] events that summaries cover; None for those before the validation labels.
-        """
+        """None without users. `covered`: int64 [num_users] events that summaries cover; None for those before the
+        validation labels."""
         if not len(users):
             return None
         if isinstance(model, HistoryModel):

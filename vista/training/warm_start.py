@@ -186,11 +186,7 @@ class WarmStart:
         return np.flatnonzero(self._rows[self._items_in].numpy() < 0)
 
     def model(self, schema: Schema, readers: RowReaders) -> RankingModel:
-        """The model to train.
-
-        Args:
-            schema: of the log, and readers: of its features.
-        """
+        """The model to train. `schema`: of the log, and readers: of its features."""
         base, config = self.base, self.config
         has_task_rows = config.model.architecture in (Architecture.vista, Architecture.hstu)
         if base.schema.tasks != schema.tasks and not has_task_rows:
@@ -307,11 +303,8 @@ class WarmStart:
         return replace(schema, actions=actions, rating_range=known.rating_range or schema.rating_range, **features)
 
     def _item_features(self, grown: GrownColumns | None) -> ItemFeatureTable | None:
-        """Encoded features of the items of the model to train.
-
-        Args:
-            grown: its columns; None if they are those of the earlier model, whose items then keep their features.
-        """
+        """Encoded features of the items of the model to train. `grown`: its columns; None if they are those of the
+        earlier model, whose items then keep their features."""
         table, known, columns = self.base.feature_table, len(self.base.items), self.base.schema.item_features
         if grown is not None:
             return joined_features(grown, table, features_of(self._items, self._log))
@@ -354,10 +347,8 @@ def start_from_space(model: RankingModel, new_rows: Int | None = None) -> None:
 
 
 def _fitted(model: RankingModel, rows: Tensor, vectors: Tensor, is_new: Tensor) -> Tensor:
-    """ID embeddings [n, M] of the new ones among `rows`: orthogonal Procrustes with a scale (Schönemann, 1966).
-
-    Vectors of items include their features, so these are subtracted.
-    """
+    """ID embeddings [n, M] of the new ones among `rows`: orthogonal Procrustes with a scale (Schönemann, 1966). Vectors
+    of items include their features, so these are subtracted."""
     places = rows.to(model.device)
     target = model.item_vectors(places).cpu().double()
     vectors = vectors.double()
@@ -375,10 +366,8 @@ in for them."""
 
 
 def training_vectors(model: RankingModel, batch: Batch) -> Tensor:
-    """[R, M] vectors of the items `batch.rows` as training reads them.
-
-    With features, these stand alone at random, unless model.dropout is 0.
-    """
+    """[R, M] vectors of the items `batch.rows` as training reads them. With features, these stand alone at random,
+    unless model.dropout is 0."""
     vectors = model.id_vectors(batch.rows)
     if model.features is not None and model.training and model.config.dropout > 0:
         dropped = torch.rand(len(vectors), 1, device=vectors.device) < ID_DROPOUT
@@ -408,10 +397,7 @@ def start_model(
     warm: WarmStart | None,
 ) -> None:
     """Give a model what it takes from the training part: statistics and transitions of items, their vectors, its gate.
-
-    Args:
-        warm: the warm start, if there is one; only its new items and heads are initialized.
-    """
+    `warm`: the warm start, if there is one; only its new items and heads are initialized."""
     if source.statistics is not None:
         model.item_statistics.copy_(torch.from_numpy(source.statistics.latest(1 + len(model.items))))
     if source.rates is not None:

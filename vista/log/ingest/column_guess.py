@@ -51,11 +51,8 @@ _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 
 
 def settings_of(config: SourceConfig | None, time_form: str | None = None) -> dict[str, Any]:
-    """The keys and values with which files of events were read; empty if they were not files of a table.
-
-    Args:
-        time_form: what the times are, if the configuration leaves that open.
-    """
+    """The keys and values with which files of events were read; empty if they were not files of a table. `time_form`:
+    what the times are, if the configuration leaves that open."""
     if config is None or not config.paths or config.kind != _DEFAULT.kind:
         return {}
     if config.time_form is None and time_form is not None:
@@ -269,11 +266,7 @@ def _id_candidates(role: str, left: Sequence[str], times: Mapping[str, str], row
 
 
 def _doubt(role: str, candidates: Sequence[str], left: pl.DataFrame) -> str:
-    """What is uncertain about a role, with the words that decide.
-
-    Args:
-        left: the columns without a role.
-    """
+    """What is uncertain about a role, with the words that decide. `left`: the columns without a role."""
     plural = {"user": "users", "item": "items", "timestamp": "times"}[role]
     if candidates:
         words = " or ".join(shell_word(f"events.{role}", name) for name in candidates)

@@ -135,11 +135,7 @@ def _scan(file: Path, config: FeatureTableConfig, kind: str) -> FileScan:
 
 
 def features_of_frame(frame: pl.DataFrame, config: FeatureTableConfig) -> ScannedSource:
-    """A frame of features from `to_polars` as a source.
-
-    Raises:
-        DataError: as `scan_features`.
-    """
+    """A frame of features from `to_polars` as a source. Raises DataError as `scan_features` does."""
     path, ids = f"<{config.table} frame>", config.id_column
     if ids not in frame.columns:
         raise DataError(
@@ -317,22 +313,16 @@ def _rows(sources: Sequence[FileSource]) -> pl.DataFrame:
 
 
 def check_not_a_source(out: Path, paths: Sequence[str]) -> None:
-    """Refuse a new file that is one of the files that are read, or lies in a folder that is read.
-
-    Raises:
-        ConfigError: naming the file.
-    """
+    """Refuse a new file that is one of the files that are read, or lies in a folder that is read. Raises ConfigError
+    naming the file."""
     read = [checked_path(path, DataError).resolve() for path in paths]
     if not {out.resolve(), out.resolve().parent}.isdisjoint(read):
         raise ConfigError(f"out={out}: is one of the files that are read, or in their folder; name another file")
 
 
 def write_values(frame: pl.DataFrame, out: Path) -> None:
-    """Write a Parquet file atomically and durably, replacing an older one.
-
-    Raises:
-        ConfigError: if it cannot be written, for example because the disk is full.
-    """
+    """Write a Parquet file atomically and durably, replacing an older one. Raises ConfigError if it cannot be written,
+    for example because the disk is full."""
     try:
         with replaced_file(out) as file:
             frame.write_parquet(file)

@@ -96,11 +96,8 @@ class KafkaAddress:
 
     @classmethod
     def parse(cls, source: str) -> KafkaAddress:
-        """Parse the setting `source`.
-
-        Raises:
-            ConfigError: it has another form, or holds a password, which the message does not repeat.
-        """
+        """Parse the setting `source`. Raises ConfigError if it has another form, or holds a password, which the message
+        does not repeat."""
         if not source.startswith(SCHEME):
             raise ConfigError(f"source: {shown(source)} does not begin with {SCHEME}; write {_FORM}")
         if "@" in source:
@@ -354,10 +351,8 @@ class KafkaReader:
     def _consume(
         self, begin: Mapping[StreamPartition, int], ranges: Mapping[StreamPartition, OffsetRange]
     ) -> tuple[list[StreamMessage], dict[StreamPartition, int]]:
-        """Messages from `begin` on, and the offsets after them.
-
-        Offsets without a message, such as those of transactions, are skipped when the client reports the end.
-        """
+        """Messages from `begin` on, and the offsets after them. Offsets without a message, such as those of
+        transactions, are skipped when the client reports the end."""
         config, positions = self._config, dict(begin)
         messages: list[StreamMessage] = []
         num_bytes, deadline = 0, time.monotonic() + config.max_s

@@ -55,11 +55,7 @@ def check_labels(config: FromEventsConfig, events: Sequence[Source], tasks: Sequ
 
 
 def check_actions(config: FromEventsConfig, events: Source, actions: Sequence[str]) -> None:
-    """Refuse actions that no event has.
-
-    Raises:
-        DataError: naming the key, and the actions of the events.
-    """
+    """Refuse actions that no event has. Raises DataError naming the key, and the actions of the events."""
     again = [] if config.again_action is None else [config.again_action]
     for key, names in (("actions", config.actions), ("again_action", again)):
         for name in names:
@@ -138,11 +134,7 @@ class MadeImpressions:
         self.num_rows += made.height
 
     def write(self, writer: SegmentWriter) -> int:
-        """Write the table; returns the number of users with impressions.
-
-        Raises:
-            ConfigError: if no label is known.
-        """
+        """Write the table; returns the number of users with impressions. Raises ConfigError if no label is known."""
         if not self.num_rows:
             raise ConfigError(
                 f"impressions.from_events.again_days={self._config.again_days:g}: the log ends less than so many days "

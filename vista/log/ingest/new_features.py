@@ -55,11 +55,8 @@ _LOG = logging.getLogger("vista.prepare")
 
 @dataclass(frozen=True, slots=True)
 class NewFeatures:
-    """What was written.
-
-    columns: names and kinds, for the manifest; lines: a description of each column; warnings: what is allowed, but is
-    probably a mistake.
-    """
+    """What was written. columns: names and kinds, for the manifest; lines: a description of each column; warnings: what
+    is allowed, but is probably a mistake."""
 
     columns: list[dict[str, str]] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
@@ -465,10 +462,6 @@ def read_items(table: ItemTableConfig, kind: str, dims: Mapping[str, int]) -> tu
 
 
 def with_columns(table: ItemTableConfig, kinds: Mapping[str, str]) -> ItemTableConfig:
-    """The table with these columns in place of its own.
-
-    Args:
-        kinds: name of each column -> category, number, or vector.
-    """
+    """The table with these columns in place of its own. `kinds`: name of each column -> category, number, or vector."""
     named = {kind: [name for name, its in kinds.items() if its == kind] for kind in ("category", "number", "vector")}
     return replace(table, categories=named["category"], numbers=named["number"], vectors=named["vector"])

@@ -37,10 +37,8 @@ _Version = tuple[int, int, int]
 
 
 class ParserProcess:
-    """The tasks, and the files that stay open between them.
-
-    Each task is a method that takes a path and JSON arguments, and returns a JSON result or bytes.
-    """
+    """The tasks, and the files that stay open between them. Each task is a method that takes a path and JSON arguments,
+    and returns a JSON result or bytes."""
 
     def __init__(self) -> None:
         self._sources: dict[tuple[str, str], tuple[ScannedSource, _Version]] = {}

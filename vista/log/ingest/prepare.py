@@ -383,12 +383,7 @@ class _Ingest:
         return report
 
     def _open_log(self) -> None:
-        """Open the log to extend, which is locked.
-
-        Raises:
-            LogFormatError: if it is damaged.
-            LogBusyError: if another process has appended the messages since they were read.
-        """
+        """Open the log to extend, which is locked."""
         segments = read_segments(self.target)
         for segment in segments:
             segment.files.verify(large=False)  # A damaged id would be added to the log as a new one.
@@ -403,11 +398,7 @@ class _Ingest:
         self.actions, self.tasks = (list(segments[-1].manifest[name]) for name in ("actions", "tasks"))
 
     def _fix_id_kinds(self) -> None:
-        """Check the configured kinds of ids, which, or else those in the events, are the kinds of a new log.
-
-        Raises:
-            ConfigError: if the configured kind is not that of the log.
-        """
+        """Check the configured kinds of ids, which, or else those in the events, are the kinds of a new log."""
         if self.events is None or "events" not in self.sources:
             return
         wanted = str(self.events.ids.value)
@@ -422,11 +413,7 @@ class _Ingest:
                 )
 
     def _fix_times(self) -> None:
-        """Infer the form of times that are text and have none.
-
-        Raises:
-            ConfigError: if day and month cannot be told apart.
-        """
+        """Infer the form of times that are text and have none."""
         for table, files in self.sources.items():
             if table in OWNERS or "timestamp" not in files[0].columns or files[0].time_form is not None:
                 continue
@@ -508,10 +495,7 @@ class _Ingest:
         self, ids: Mapping[str, DistinctIds], writer: SegmentWriter, scratch: Path
     ) -> tuple[dict[str, Any], list[NewFeatures]]:
         """Write the packed tables; returns the manifest's entries (segment.py), except for features of items and users.
-
-        Args:
-            ids: by table, its `distinct_ids`.
-        """
+        `ids`: by table, its `distinct_ids`."""
         active_users, of_rows = {}, {}
         num_rows = sum(self.num_rows(table) for table in ids)
         if self.from_events is not None:
@@ -615,10 +599,6 @@ def _check_sources(sources: Mapping[str, Sequence[Source]], log: Sequence[Segmen
     Args:
         sources: by table: "events", "impressions", "items", "users".
         log: segments of the log to extend, oldest first; none for a new one.
-
-    Raises:
-        ConfigError: if there are impressions, but a table has no times, or a table has too many columns of features.
-        DataError: naming the file.
     """
     for table, files in sources.items():
         # Features may be given again: they replace what came in between.

@@ -63,10 +63,7 @@ class RowRule:
 
 def id_kind(source: Source, column: str, wanted: str) -> str:
     """The kind of a source's ids, "int" or "str": as configured, or from the column's type or the first text value.
-
-    Args:
-        wanted: auto | int | str.
-    """
+    `wanted`: auto | int | str."""
     if wanted != "auto":
         return wanted
     if isinstance(source, FileSource):
@@ -218,11 +215,7 @@ def _timestamp(column: str, dtype: pl.DataType, source: Source, table: str) -> t
 
 
 def _time_form(column: str, dtype: pl.DataType, source: Source, table: str) -> str:
-    """What a column of times is: a unit, iso, or a strptime format; dates and datetimes have "iso".
-
-    Raises:
-        ConfigError: if nothing is set or it does not fit the column's type.
-    """
+    """What a column of times is: a unit, iso, or a strptime format; dates and datetimes have "iso"."""
     key, unit, name = f"{table}.time_unit", source.time_form, source.columns[column]
     if unit is not None and "%" in unit:
         key = f"{table}.time_format"
@@ -554,11 +547,8 @@ def _as_text(cell: pl.Expr) -> pl.Expr:
 
 @dataclass(frozen=True, slots=True)
 class PartCodes:
-    """The codes of all parts, end to end.
-
-    offsets: by the file of a part, where its codes begin; row_of_code: the row of each code in the values of the log,
-    and at the end -1, for rows without a value.
-    """
+    """The codes of all parts, end to end. offsets: by the file of a part, where its codes begin; row_of_code: the row
+    of each code in the values of the log, and at the end -1, for rows without a value."""
 
     offsets: Mapping[Path, int]
     row_of_code: NDArray[np.signedinteger[Any]]

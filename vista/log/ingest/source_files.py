@@ -89,10 +89,7 @@ _QUOTED = re.compile(rb'(.?)"[^"]*(?:""[^"]*)*"(.?)', re.DOTALL)
 
 def text_fault(file: Path, reason: str) -> str | None:
     """The first line that is not UTF-8, or with a quote within a field or not closed, and what to do; None without.
-
-    Args:
-        reason: why Polars cannot read the file. If it is about neither, nothing is read.
-    """
+    `reason`: why Polars cannot read the file. If it is about neither, nothing is read."""
     has_bad_quote = "not properly escaped" in reason or "CSV malformed" in reason
     if not has_bad_quote and "utf-8" not in reason:
         return None

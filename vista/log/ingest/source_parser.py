@@ -149,12 +149,7 @@ class SourceParser:
         return reply["result"], payload
 
     def _exchange(self, request: bytes, timeout_s: float) -> tuple[dict[str, Any], bytes]:
-        """Send a request and receive the reply, with the bytes that follow it.
-
-        Raises:
-            EOFError: the child has ended.
-            TimeoutError: the time is up; the child was killed.
-        """
+        """Send a request and receive the reply, with the bytes that follow it."""
         child, is_late = self._child, threading.Event()
         assert child is not None and child.stdin is not None and child.stdout is not None
 

@@ -75,10 +75,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileSource(Source):
-    """A source file that is open in a parser.
-
-    parser: the parser; table: events | impressions | items | users.
-    """
+    """A source file that is open in a parser. parser: the parser; table: events | impressions | items | users."""
 
     parser: SourceParser
     table: str
@@ -187,11 +184,8 @@ def _folders(config: SourceConfig) -> list[Path]:
 
 
 def with_kind(config: SourceConfig) -> SourceConfig:
-    """The config with the detected kind in place of `auto`, and with the types of ids that its kind has.
-
-    Raises:
-        DataError: as `detect_kind`.
-    """
+    """The config with the detected kind in place of `auto`, and with the types of ids that its kind has. Raises
+    DataError as `detect_kind`."""
     if config.kind == "auto" and config.paths:
         config = replace(config, kind=detect_kind(config.paths[0]))
     if config.kind in PUBLIC_SETS and PUBLIC_SETS[config.kind].has_text_ids:
@@ -200,11 +194,8 @@ def with_kind(config: SourceConfig) -> SourceConfig:
 
 
 def detect_kind(path: str | Path) -> str:
-    """Detect the kind of source at a path, which is a file or the folder of a data set.
-
-    Raises:
-        DataError: if no known file is there.
-    """
+    """Detect the kind of source at a path, which is a file or the folder of a data set. Raises DataError if no known
+    file is there."""
     path = checked_path(path, DataError)
     for kind, known in PUBLIC_SETS.items():
         if path.exists() and known.is_at(path):
@@ -270,10 +261,8 @@ def feature_columns(config: SourceConfig) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScannedSource(Source):
-    """A source with its rows: a frame in memory or, in the parser process, a file.
-
-    frame: canonical columns with raw values, and the columns ROW and (of a text file) EXTRA.
-    """
+    """A source with its rows: a frame in memory or, in the parser process, a file. frame: canonical columns with raw
+    values, and the columns ROW and (of a text file) EXTRA."""
 
     frame: pl.LazyFrame
 
@@ -290,11 +279,8 @@ def frame_source(frame: pl.DataFrame, config: SourceConfig, table: str) -> Scann
 
 
 def file_source(file: Path, scan: FileScan) -> ScannedSource:
-    """A file as a source; its digest and its lines are checked by `digest_of`.
-
-    Args:
-        scan: its rows, with canonical columns.
-    """
+    """A file as a source; its digest and its lines are checked by `digest_of`. `scan`: its rows, with canonical
+    columns."""
     size, digest = digest_of(file, check_lines=scan.is_text and file.suffix != ".gz")
     return ScannedSource(
         path=str(file),
@@ -311,11 +297,7 @@ def file_source(file: Path, scan: FileScan) -> ScannedSource:
 def source_of_frame(
     frame: pl.DataFrame, columns: dict[str, str], table: str, time_form: str | None = None
 ) -> ScannedSource:
-    """A frame of canonical columns as a source.
-
-    Args:
-        columns: canonical names to those that the columns had.
-    """
+    """A frame of canonical columns as a source. `columns`: canonical names to those that the columns had."""
     name, used = f"<{table} frame>", frame.rechunk()
     hasher = _Hasher()
     used.write_ipc(cast(IO[bytes], hasher))
@@ -347,11 +329,7 @@ def unreadable(source: Source, error: Exception) -> DataError:
 
 
 def collected(source: Source, rows: pl.LazyFrame) -> pl.DataFrame:
-    """Rows that are read from a source.
-
-    Raises:
-        DataError: if they cannot be read.
-    """
+    """Rows that are read from a source. Raises DataError if they cannot be read."""
     try:
         return rows.collect(engine="streaming")
     except (pl.exceptions.PolarsError, OSError) as error:
@@ -448,11 +426,8 @@ def is_parquet(file: Path) -> bool:
 
 
 def text_separator(file: Path, configured: str, table: str) -> str:
-    """The character that separates the columns of a text file; by default a comma, or a tab in a TSV file.
-
-    Raises:
-        ConfigError: if it is not one character.
-    """
+    """The character that separates the columns of a text file; by default a comma, or a tab in a TSV file. Raises
+    ConfigError if it is not one character."""
     separator = {"\\t": "\t", "tab": "\t"}.get(configured, configured)
     if separator == _DEFAULT.separator and file.name.removesuffix(".gz").endswith(".tsv"):
         separator = "\t"

@@ -29,11 +29,8 @@ _SAMPLE = 1_000
 
 
 def ms_of_text(text: pl.Expr, form: str) -> pl.Expr:
-    """Times as int64 milliseconds since 1970, null where the text is not in the form.
-
-    Args:
-        form: "iso", or a strptime format. Times are UTC unless they have an offset (%z).
-    """
+    """Times as int64 milliseconds since 1970, null where the text is not in the form. `form`: "iso", or a strptime
+    format. Times are UTC unless they have an offset (%z)."""
     if form == "iso":
         text = text.str.replace(" ", "T", literal=True)
         zoned = text.str.to_datetime("%+", strict=False, time_unit="ms", time_zone="UTC").dt.timestamp("ms")
@@ -58,10 +55,8 @@ def swapped(form: str) -> str | None:
 
 
 class FormCount(NamedTuple):
-    """How many values of a column are in a form, with the first one that is not also in the `swapped` form.
-
-    row: its 1-based row; 0 if there is none, and value is then the column's first one in this form.
-    """
+    """How many values of a column are in a form, with the first one that is not also in the `swapped` form. row: its
+    1-based row; 0 if there is none, and value is then the column's first one in this form."""
 
     form: str
     num_rows: int
@@ -70,11 +65,7 @@ class FormCount(NamedTuple):
 
 
 def count_forms(source: ScannedSource) -> list[FormCount] | None:
-    """The forms that the column of times is in; None if it is not text.
-
-    Raises:
-        DataError: if the file cannot be read.
-    """
+    """The forms that the column of times is in; None if it is not text. Raises DataError if the file cannot be read."""
     if source.frame.collect_schema()["timestamp"] != pl.String:
         return None
     text = pl.col("timestamp")

@@ -372,11 +372,8 @@ def newest_of_highest(score: Tensor, count: int) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, valid: Tensor, num_heads: int) -> Tensor:
-    """Multi-head target attention [N, M]; 0 if a query found no events.
-
-    Args:
-        query: [N, M]; key, value: [N, K, M]; bias: [N, K, H], added to the scores; valid: bool [N, K].
-    """
+    """Multi-head target attention [N, M]; 0 if a query found no events. `query`: [N, M]; key, value: [N, K, M]; bias:
+    [N, K, H], added to the scores; valid: bool [N, K]."""
     query, key, value = (split_heads(each, num_heads) for each in (query, key, value))
     score = torch.einsum("nhd,nkhd->nkh", query, key) * query.shape[-1] ** -0.5
     score = (score if bias is None else score + bias).masked_fill(~valid[..., None], torch.finfo(score.dtype).min)
@@ -395,11 +392,8 @@ SIMMemory = tuple[Tensor, Tensor]
 
 
 class SIM(SearchModel):
-    """A search, then multi-head target attention over the events that it found.
-
-    Soft search: by inner products of projected items, trained by its own loss. Hard search: events of the candidate's
-    category.
-    """
+    """A search, then multi-head target attention over the events that it found. Soft search: by inner products of
+    projected items, trained by its own loss. Hard search: events of the candidate's category."""
 
     config: SimConfig
     architecture = Architecture.sim

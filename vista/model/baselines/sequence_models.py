@@ -223,10 +223,8 @@ class SequenceModel(HistoryModel):
         return tile.valid
 
     def _encode(self, events: EmbeddedSequences, tile: PaddedTile) -> tuple[Tensor, Any]:
-        """States [n, L+1, M] before each event and after the last, and the histories' memory (None without events).
-
-        L is at most `history_limit`. An event beyond it is only a label.
-        """
+        """States [n, L+1, M] before each event and after the last, and the histories' memory (None without events). L
+        is at most `history_limit`. An event beyond it is only a label."""
         index = tile.index[:, : self.config.history_limit]
         n, length = index.shape
         start, vectors = self.start.expand(n, 1, -1), events.vectors[index]
@@ -302,10 +300,8 @@ LONGEST_HELD = 1024
 
 
 class SASRec(SequenceModel):
-    """Blocks of causal softmax attention and a point-wise network of two layers.
-
-    The publication ranks candidates by their inner product with the state.
-    """
+    """Blocks of causal softmax attention and a point-wise network of two layers. The publication ranks candidates by
+    their inner product with the state."""
 
     architecture = Architecture.sasrec
 

@@ -56,11 +56,8 @@ def _ratings(file: Path, layout: list[str | None] | list[str], separator: str) -
 
 
 def read_movies_dat(file: Path) -> FileScan:
-    """The movies of ml-1m and ml-10m, `movie::title::genres`.
-
-    Raises:
-        DataError: if the first line has another number of fields.
-    """
+    """The movies of ml-1m and ml-10m, `movie::title::genres`. Raises DataError if the first line has another number of
+    fields."""
     _check_fields(file, "::", 3, ML_1M.remedy)
     # Titles contain colons, so `:` cannot separate the columns.
     rows, line = scan_text(as_utf8(file), ["line"], "\x1f", None, 0), pl.col("line")
@@ -69,11 +66,8 @@ def read_movies_dat(file: Path) -> FileScan:
 
 
 def read_movies_csv(file: Path) -> FileScan:
-    """The movies of ml-latest-small, ml-20m, ml-25m, and ml-32m, with a header `movieId,title,genres`.
-
-    Raises:
-        DataError: if the file lacks a column.
-    """
+    """The movies of ml-latest-small, ml-20m, ml-25m, and ml-32m, with a header `movieId,title,genres`. Raises DataError
+    if the file lacks a column."""
     header = read_header(file, ",")
     check_columns(str(file), {name: name for name in MOVIE_COLUMNS}, header, "items", ML_LATEST_SMALL.remedy)
     layout = [name if name in MOVIE_COLUMNS else "" for name in header]
@@ -81,11 +75,8 @@ def read_movies_csv(file: Path) -> FileScan:
 
 
 def read_u_item(file: Path) -> FileScan:
-    """The movies of ml-100k: 24 columns that are separated by `|`, of which the last 18 are genres.
-
-    Raises:
-        DataError: if the first line has another number of fields.
-    """
+    """The movies of ml-100k: 24 columns that are separated by `|`, of which the last 18 are genres. Raises DataError if
+    the first line has another number of fields."""
     _check_fields(file, "|", 6 + len(GENRES), ML_100K.remedy)
     rows = scan_text(as_utf8(file), ["movieId", "title", *[""] * 4, *GENRES], "|", None, 0)
     genres = pl.concat_list(pl.when(pl.col(genre) == "1").then(pl.lit(genre)) for genre in GENRES)
@@ -95,21 +86,15 @@ def read_u_item(file: Path) -> FileScan:
 
 
 def read_users_dat(file: Path) -> FileScan:
-    """The users of ml-1m, `user::gender::age::occupation::zip`. Age and occupation are codes.
-
-    Raises:
-        DataError: if the first line has another number of fields.
-    """
+    """The users of ml-1m, `user::gender::age::occupation::zip`. Age and occupation are codes. Raises DataError if the
+    first line has another number of fields."""
     _check_fields(file, "::", 5, ML_1M.remedy)
     return _users(file, ["user", None, "gender", None, "age", None, "occupation", None, ""], ":")
 
 
 def read_u_user(file: Path) -> FileScan:
-    """The users of ml-100k, `user|age|gender|occupation|zip`.
-
-    Raises:
-        DataError: if the first line has another number of fields.
-    """
+    """The users of ml-100k, `user|age|gender|occupation|zip`. Raises DataError if the first line has another number of
+    fields."""
     _check_fields(file, "|", 5, ML_100K.remedy)
     return _users(file, ["user", "age", "gender", "occupation", ""], "|")
 

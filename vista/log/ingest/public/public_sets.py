@@ -26,11 +26,7 @@ _REVIEWS = {**_REVIEW_FIELDS, "time_unit": "ms"}
 
 
 def read_reviews(file: Path) -> FileScan:
-    """The reviews of a file of JSON Lines.
-
-    Raises:
-        DataError: as `scan_json_lines`.
-    """
+    """The reviews of a file of JSON Lines. Raises DataError as `scan_json_lines` does."""
     rows = scan_json_lines(file, list(_REVIEW_FIELDS.values()), "events", AMAZON_REVIEWS.remedy)
     frame = rows.rename({own: canonical for canonical, own in _REVIEW_FIELDS.items()})
     return FileScan(frame, _REVIEW_FIELDS, is_text=False, time_form="ms")
@@ -263,11 +259,7 @@ _ANSWERS = {"user": "student", "item": "problem", "timestamp": "order"}
 
 
 def read_answers(file: Path) -> FileScan:
-    """The answers as events, whose action says whether they are right.
-
-    Raises:
-        DataError: if the file lacks a column.
-    """
+    """The answers as events, whose action says whether they are right. Raises DataError if the file lacks a column."""
     rows = _timed_answers(file, "events")
     is_right = pl.col("correct") == 1
     action = pl.when(is_right).then(pl.lit(RIGHT)).when(is_right.not_()).then(pl.lit(WRONG)).alias("action")
@@ -276,11 +268,7 @@ def read_answers(file: Path) -> FileScan:
 
 
 def read_asked(file: Path) -> FileScan:
-    """The answers as impressions with the label `correct`.
-
-    Raises:
-        DataError: if the file lacks a column.
-    """
+    """The answers as impressions with the label `correct`. Raises DataError if the file lacks a column."""
     asked = pl.col("timestamp") - BEFORE_ANSWER_MS
     frame = _timed_answers(file, "impressions").select(
         ROW, "user", "item", asked, pl.col("correct").alias("label:correct")
@@ -289,11 +277,8 @@ def read_asked(file: Path) -> FileScan:
 
 
 def read_skills(file: Path) -> FileScan:
-    """The problems and their skill, which is that of the problem's first row.
-
-    Raises:
-        DataError: if the file lacks a column.
-    """
+    """The problems and their skill, which is that of the problem's first row. Raises DataError if the file lacks a
+    column."""
     rows = pl.scan_parquet(file, glob=False)
     names = {"item": "problem", "category:skill": "skill"}
     check_columns(str(file), names, rows.collect_schema(), "items", ASSIST17.remedy)
