@@ -1,9 +1,15 @@
-"""Configurations made in Python: names of choices are accepted; wrong types are refused, naming the key."""
+"""Configurations made in Python: names of choices are accepted; wrong types are refused, naming the key. Huge,
+nested and self-referring configurations are refused with a typed error, in little time and memory. The file of
+`vista serve models=…`, and what is refused in it."""
 
 from __future__ import annotations
 
 import math
+import os
 import re
+import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +26,9 @@ from vista.config import (
     PrepareConfig,
     RefreshConfig,
     ScoreConfig,
+    ServeConfig,
     SimulateConfig,
+    StoreStatsConfig,
     TrainConfig,
     TwinConfig,
 )
@@ -39,8 +47,10 @@ from vista.config.checks import (
 )
 from vista.config.composition import ConfigKeys, compose_config, to_yaml, value_text
 from vista.config.model_config import CONFIGS, model_config_of
+from vista.config.serve_config import ModelsFile, ServedModel
 from vista.counters.counters import CounterSpec
 from vista.errors import ConfigError, VistaError, shortened, shown, without_password
+from vista.log.splits import parse_time, parse_until
 
 
 def test_words_are_choices() -> None:
@@ -274,3 +284,175 @@ def test_each_architecture_has_keys_of_its_own(architecture: Architecture) -> No
 
 ANSWERED = ("model.counter_keys", "model.mixing", "model.decay")
 """Keys that code reads of any architecture."""
+
+
+MOST_SECONDS = 2.0
+"""CPU time of a refusal. Most take a few milliseconds."""
+
+
+@pytest.fixture
+def refused() -> Callable[[Callable[[], object], str], None]:
+    """Call, and require a ConfigError of few characters with a text in it, in little time."""
+    compose_config(StoreStatsConfig)  # loads Hydra
+
+    def check(call: Callable[[], object], message: str) -> None:
+        began = time.process_time()
+        with pytest.raises(ConfigError) as caught:
+            call()
+        assert time.process_time() - began < MOST_SECONDS
+        assert message in str(caught.value) and len(str(caught.value)) < 5_000
+
+    return check
+
+
+Refused = Callable[[Callable[[], object], str], None]
+NINE = ",".join(["1"] * 9)
+BOMB = f"a0: &a0 [{NINE}]\n" + "".join(
+    f"a{step}: &a{step} [{','.join([f'*a{step - 1}'] * 9)}]\n" for step in range(1, 9)
+)
+CHAIN = "a0: &a0 [1]\n" + "".join(f"a{step}: &a{step} [*a{step - 1}]\n" for step in range(1, 3000))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "line 5: more than 10000 values or 50 levels, counting each alias"),
+        (CHAIN, "line 48: more than 10000 values or 50 levels"),
+        ("model: &m\n  dim: *m\n", "line 2: *m contains itself"),
+        ("a: " + "[" * 20_000, "more than 10000 values or 50 levels"),
+        ("".join("  " * level + "a:\n" for level in range(400)), "line 49: more than 10000 values or 50 levels"),
+        ("a: [" + "1," * 300_000 + "]", "more than 10000 values"),
+        ("a: *b", "undefined alias"),
+        ("model: {dim: " + "1" * 10_000 + "}\n", "invalid YAML: Exceeds the limit (4300 digits)"),
+        ("model: {dim: 0x" + "f" * 10_000 + "}\n", "model.dim: holds an integer of more than 64 bits"),
+        ("seed: " + "1" + ":59" * 266_000 + "\n", "line 1: a number in base 60 has 798001 characters, but at most 100"),
+        ("run_dir: '" + "x" * (1 << 20) + "'\n", "bytes, but at most 1048576 are read"),
+        ("run_dir: ${oc.env:HOME}\n", "run_dir: configurations may not call the resolver oc.env; write the value"),
+        ("run_dir: ${data.path}${data.path}\n", "run_dir: at most one reference such as ${run_dir} is possible, got 2"),
+    ],
+)
+def test_files(tmp_path: Path, refused: Refused, text: str, message: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    refused(lambda: compose_config(TrainConfig, config_file=file), message)
+
+
+def test_files_that_are_no_regular_files(tmp_path: Path, refused: Refused) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("pipe", "."):
+        refused(lambda name=name: compose_config(TrainConfig, config_file=tmp_path / name), "is not a regular file")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    refused(lambda: compose_config(TrainConfig, config_file=tmp_path / "binary"), "invalid YAML")
+
+
+def test_a_file_of_the_largest_size_is_read(tmp_path: Path) -> None:
+    users = [str(number) for number in range(9_990)]
+    (tmp_path / "users.yaml").write_text(f"store: s\nusers: [{', '.join(users)}]\n")
+    assert compose_config(ScoreConfig, config_file=tmp_path / "users.yaml").users == users
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("store=${oc.env:HOME}", "store: configurations may not call the resolver oc.env"),
+        ("store='${a.${oc.env:HOME}}'", "store: configurations may not call the resolver oc.env"),
+        ("store=${store}", "Recursive interpolation"),
+        ("store=" + "[" * 20_000, "more than 4096 values or 50 levels; put them in a --config file"),
+        ("store=[" + "1," * 4_097 + "1]", "more than 4096 values or 50 levels"),
+        ("store=" + "1" * 5_000, "cannot read 'store=1"),
+        ("store=" + "x" * 200_000, "has 200006 characters, but at most 131072 are read"),
+    ],
+)
+def test_words(refused: Refused, word: str, message: str) -> None:
+    refused(lambda: compose_config(StoreStatsConfig, [word]), message)
+
+
+def test_a_reference_to_another_key_is_allowed() -> None:
+    assert compose_config(TrainConfig, ["run_dir=${data.path}/run", "data.path=here"]).run_dir == "here/run"
+    nested = ["events={paths: ['${oc.env:HOME}']}"]
+    with pytest.raises(ConfigError, match=r"events\.paths: configurations may not call the resolver oc\.env"):
+        compose_config(PrepareConfig, nested)
+
+
+@pytest.mark.parametrize(
+    ("key", "most"),
+    [
+        ("dim", 65_535),
+        ("num_seeds", 65_535),
+        ("conv_width", 1024),
+        ("history_limit", 2**31 - 1),
+    ],
+)
+def test_sizes_of_models(refused: Refused, key: str, most: int) -> None:
+    others = {"dim": {"num_heads": 1}, "num_seeds": {"pooled_dim": 0}}.get(key, {})
+    assert getattr(ModelConfig(**{key: most}, **others), key) == most  # type: ignore[arg-type]
+    for value in (most + 1, 10**18, 10**400):
+        refused(lambda value=value: ModelConfig(**{key: value}), f"model.{key}: must be at most {most}, got ")
+
+
+def test_threads_and_times(refused: Refused) -> None:
+    assert RefreshConfig(num_threads=1024).num_threads == 1024
+    refused(lambda: compose_config(RefreshConfig, ["num_threads=1000000000"]), "num_threads: must be at most 1024")
+    for text in ("1" * 19, "1" * 5_000, f"leave-last-{10**30}-out", f"2024-05-01-less-{10**30}", 10**30, -(10**18)):
+        refused(lambda text=text: parse_until(text), "until=" if isinstance(text, str) else "has more than 18 digits")
+    refused(lambda: parse_time("9" * 19), "milliseconds of at most 18 digits")
+    assert parse_time("9" * 18) == 10**18 - 1 and parse_until("leave-last-999-out").held_out == 999
+
+
+MODELS = "models:\n  control: {model: runs/a/best, store: stores/a}\n  larger: {model: runs/b/best, store: stores/b}\n"
+
+
+def read(folder: Path, text: str) -> ModelsFile:
+    path = folder / "models.yaml"
+    path.write_text(text)
+    return ModelsFile.read(str(path))
+
+
+def test_all_keys(tmp_path: Path) -> None:
+    file = read(
+        tmp_path,
+        """
+models:
+  control: {model: runs/a/best, store: stores/a}
+  larger: {model: runs/b/best, store: stores/b, index: runs/b/index, task: click}
+split: {control: 0.9, larger: 0.1}
+experiment: spring
+""",
+    )
+    assert list(file.models) == ["control", "larger"]
+    assert file.models["control"] == ServedModel(model="runs/a/best", store="stores/a")
+    assert file.models["larger"].task == "click" and file.models["larger"].index == "runs/b/index"
+    plain = read(tmp_path, MODELS)
+    assert plain.split == {}
+    # Without a name, an experiment is called after its variants.
+    assert read(tmp_path, MODELS + "split: {control: 1, larger: 0}").experiment == "control,larger"
+    assert (file.split, file.experiment) == ({"control": 0.9, "larger": 0.1}, "spring")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("models: {}", "must name 1 to 64 models"),
+        (MODELS + "experiment: 7", "experiment: must be text"),
+        (MODELS + "split: {control: 0.9, larger: 0.2}", "yaml: split: the shares must sum to 1, but sum to 1.1"),
+        (MODELS + "split: {control: 0.9, other: 0.1}", "split: 'other' is not one of the models, control, larger"),
+        (MODELS + "split: {control: 1.5, larger: -0.5}", r"split.control: must lie in \[0, 1\], got 1.5"),
+        (MODELS + "splits: {control: 1}", "unknown key splits; the keys are models, split, experiment"),
+        ("models: {a: {model: runs/a}}", "models.a: needs store"),
+        ("models: {a: {model: 7, store: stores/a}}", "models.a.model: expected str, got 7"),
+        ("models: {'a b': {model: runs/a, store: stores/a}}", "models.a b: a name has at most 64 letters"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read(tmp_path, text)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"models=.*nowhere.yaml: No such file"):
+        ModelsFile.read(str(tmp_path / "nowhere.yaml"))
+
+
+def test_keys_of_one_model_are_refused_with_a_file() -> None:
+    with pytest.raises(ConfigError, match=r"store: only applies without models=models.yaml"):
+        ServeConfig(models="models.yaml", store="stores/mine")

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import Served, small_config
 from tests.evaluation.conftest import evaluated
-from tests.evaluation.test_window_evaluation import ASKED
+from tests.evaluation.test_windows import ASKED
 from vista.arrays import Floats, Int
 from vista.cli.run_commands import run_compare
 from vista.config import CompareConfig, DataConfig, DinConfig, EvaluateConfig

@@ -30,11 +30,8 @@ START, NUM_ITEMS, DAYS = 1_600_000_000_000, 12, 150
 
 
 def drawn_log(folder: Path, *, days: float = DAYS, seed: int = 0, changed_after: int | None = None) -> EventLog:
-    """Nine users and NUM_ITEMS items, popular ones first; some events have the same time.
-
-    Args:
-        changed_after: events from this time on have other items.
-    """
+    """Nine users and NUM_ITEMS items, popular ones first; some events have the same time. `changed_after`: events from
+    this time on have other items."""
     rng = np.random.default_rng(seed)
     lengths = [40, 1, 3, 90, 0, 25, 60, 2, 80]
     user = np.repeat(np.arange(9), lengths)

@@ -31,11 +31,7 @@ SIZES = [1, 4, 50]
 
 
 def drawn_log(folder: Path, *, seed: int = 0, other_ends: bool = False) -> EventLog:
-    """Users with 0 to 40 events, popular items first.
-
-    Args:
-        other_ends: the last two items of all users are others.
-    """
+    """Users with 0 to 40 events, popular items first. `other_ends`: the last two items of all users are others."""
     rng = np.random.default_rng(seed)
     lengths = np.array([40, 1, 3, 25, 0, 25, 30, 2, 40, 17, 9, 33, 21])
     user = np.repeat(np.arange(NUM_USERS), lengths)
@@ -50,11 +46,8 @@ def drawn_log(folder: Path, *, seed: int = 0, other_ends: bool = False) -> Event
 
 
 def looped(log: EventLog, counts: Int, since: dict[int, int] | None = None) -> Floats:
-    """float64 [V1, V1]: how often the second item came right after the first one.
-
-    Args:
-        since: by user, the first position of a second item that does not count.
-    """
+    """float64 [V1, V1]: how often the second item came right after the first one. `since`: by user, the first position
+    of a second item that does not count."""
     found, rows = np.zeros((NUM_ITEMS + 1, NUM_ITEMS + 1)), rows_of(log)
     for user in range(log.num_users):
         had = rows[log.slice(user, 0, min(int(counts[user]), (since or {}).get(user, 1000))).item].tolist()

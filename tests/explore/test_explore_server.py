@@ -46,9 +46,7 @@ class Running:
 @contextmanager
 def running(folder: Path, **variables: str | None) -> Iterator[Running]:
     """`vista explore` in a process of its own, in a folder, with changes to its environment (None unsets a variable).
-
-    The block begins once its page answers over HTTP; at its end, the command is stopped as by Ctrl-C.
-    """
+    The block begins once its page answers over HTTP; at its end, the command is stopped as by Ctrl-C."""
     changed = {**environment(), **variables}
     command = [sys.executable, "-m", "vista.cli", "explore", "port=0"]
     controller, terminal = os.openpty()  # A browser opens only if the output is a terminal.

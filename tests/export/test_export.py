@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import draw_counter_weights, small_config
+from tests.conftest import draw_counter_weights, made_once, small_config
 from tests.counters.counter_histories import category
 from tests.required_program import require_compiler
 from vista.cli.main import main
@@ -258,27 +258,32 @@ def reads(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def folder(reads: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("export")
+    """Holds `model`, and a store of its summaries."""
+
+    def make(folder: Path) -> None:
+        changes: dict[str, Any] = LITTLE if reads == "little" else {}
+        made = drawn_model(kind=TargetAttentionKind.softmax, num_layers=1, counters=reads == "counters", **changes)
+        made.save_pretrained(folder / "model")
+        write_trial_store(made, folder / "store", seed=1)
+
+    return made_once(tmp_path_factory, f"export-{reads}", make)
 
 
 @pytest.fixture(scope="module")
-def model(reads: str, folder: Path) -> VistaModel:
-    """Saved as `model`, with a store of its summaries as `store`."""
-    changes: dict[str, Any] = LITTLE if reads == "little" else {}
-    made = drawn_model(kind=TargetAttentionKind.softmax, num_layers=1, counters=reads == "counters", **changes)
-    made.save_pretrained(folder / "model")
-    write_trial_store(made, folder / "store", seed=1)
-    return made
+def model(folder: Path) -> VistaModel:
+    return VistaModel.from_pretrained(folder / "model")
 
 
 @pytest.fixture(scope="module")
-def exported(model: VistaModel, folder: Path) -> Path:
+def exported(reads: str, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ONNX export of `model`, made by the command."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    words = [f"model={folder / 'model'}", f"store={folder / 'store'}", f"out={folder / 'onnx'}"]
-    assert main(["export", *words]) == 0
-    return folder / "onnx"
+
+    def make(out: Path) -> None:
+        assert main(["export", f"model={folder / 'model'}", f"store={folder / 'store'}", f"out={out / 'onnx'}"]) == 0
+
+    return made_once(tmp_path_factory, f"exported-{reads}", make) / "onnx"
 
 
 def run_blocked(script: Path, *arguments: object, blocked: str) -> subprocess.CompletedProcess[str]:
@@ -391,7 +396,7 @@ def test_an_export_that_differs_or_cannot_be_written_leaves_the_earlier_one(
     said = capsys.readouterr().err
     assert "the export could not be written" in said and "free space" in said
     assert written(exported) == before
-    assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in exported.parent.iterdir() if path.name.startswith(".")] == []
 
 
 @pytest.mark.parametrize("kind", ExportFormat)

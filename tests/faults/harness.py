@@ -389,11 +389,8 @@ def attempt(action: Callable[[], Any], *documented: type[BaseException]) -> tupl
 
 
 def judge(trial: Trial, nursery: Nursery, job: Callable[..., None], *arguments: Any, alone: bool = False) -> None:
-    """Count the `outcomes` of all numbers of a trial, and fail if any of them breaks a promise.
-
-    Args:
-        alone: whether each number has a child of its own.
-    """
+    """Count the `outcomes` of all numbers of a trial, and fail if any of them breaks a promise. `alone`: whether each
+    number has a child of its own."""
     failures = []
     for numbers in [[number] for number in trial.numbers] if alone else [list(trial.numbers)]:
         for number, outcome, text in outcomes(nursery, job, *arguments, numbers=numbers):

@@ -174,10 +174,8 @@ class Nursery:
 
 @cache
 def shared_nursery() -> Nursery:
-    """The nursery of all tests in this process, which ends with it: its imports take seconds.
-
-    If there is a C compiler, it has the library of `preload`.
-    """
+    """The nursery of all tests in this process, which ends with it: its imports take seconds. If there is a C compiler,
+    it has the library of `preload`."""
     environment = {}
     if shutil.which("cc") is not None:
         folder = Path(tempfile.mkdtemp(prefix="preload-"))

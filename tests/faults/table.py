@@ -92,10 +92,8 @@ def bars(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[int, int, int]]:
 
 
 def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What is missing: a line per promise that failed, is not complete or old, and per bar that is not met.
-
-    A skipped promise is not a problem by itself: its row says why it was skipped.
-    """
+    """What is missing: a line per promise that failed, is not complete or old, and per bar that is not met. A skipped
+    promise is not a problem by itself: its row says why it was skipped."""
     found = []
     for row in rows:
         name, outcome = f"{row['promise']}, {row['fault']}", row["outcome"]

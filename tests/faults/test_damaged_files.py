@@ -148,11 +148,8 @@ def stores_with_states(nursery: Nursery, tmp_path_factory: pytest.TempPathFactor
 
 
 def read_states(store: str) -> str:
-    """Read all states at once, and a few at a time; returns the worst outcome.
-
-    Raises:
-        AssertionError: if another state was read than was written.
-    """
+    """Read all states at once, and a few at a time; returns the worst outcome. Raises AssertionError if another state
+    was read than was written."""
     outcomes = {0: "unharmed"}
     users = range(updates.TOTAL)
     try:

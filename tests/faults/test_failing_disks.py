@@ -251,11 +251,8 @@ def meet_fault(trial: Trial, traced: Nursery, most_calls: dict[str, int], job: J
 
 
 def check_after_power_cut(say: Say, folder: str, runs: list[dict[str, Any]], turn: int, least: int) -> str:
-    """Check that a disk image of the end of the log holds everything acknowledged.
-
-    Args:
-        runs: of `endure`; empty after `endure_updates`.
-    """
+    """Check that a disk image of the end of the log holds everything acknowledged. `runs`: of `endure`; empty after
+    `endure_updates`."""
     store, log, image = (Path(folder, name) for name in ("store", "log", "image"))
     calls = list(preload.read_log(log))
     cut_power(Disk(store), calls, len(calls), image, random.Random(least))

@@ -253,10 +253,8 @@ def interrupt(*_: object) -> None:
 
 
 def call_commands(say: Say, world: str, scratch: str, numbers: list[int]) -> None:
-    """Run all commands in turn, each with one hostile word; says [outcome, text] of each.
-
-    In the first round, no word is hostile, and the commands must succeed.
-    """
+    """Run all commands in turn, each with one hostile word; says [outcome, text] of each. In the first round, no word
+    is hostile, and the commands must succeed."""
     signal.signal(signal.SIGALRM, interrupt)
 
     def use(number: int, folder: Path) -> tuple[str, str]:

@@ -203,11 +203,8 @@ def num_written(found: Contents, growth: Growth, kind: str) -> int:
 
 
 def read_until_the_end(trial: Trial, reader: StoreReader, child: Child, expected: Any) -> None:
-    """Read what was published before, as often as possible, until a child has ended.
-
-    Args:
-        expected: the users' summaries; None if they are being replaced.
-    """
+    """Read what was published before, as often as possible, until a child has ended. `expected`: the users' summaries;
+    None if they are being replaced."""
     while child.exit_code is None:
         child.nursery.listen()
         try:

@@ -195,7 +195,7 @@ def test_power_loss(trial: Trial, traced: Nursery) -> None:
     run_and_check(trial, traced, traced_writer, check_images, [run.words for run in runs_of(trial.number)])
 
 
-OPERATION_IMAGES, EXCHANGE_IMAGES = 2, 10
+OPERATION_IMAGES, EXCHANGE_IMAGES, CUTS = 2, 4, 10
 FULL = 150
 """Images per operation in the full form. The longest one makes 73 calls."""
 NOT_PROMISED = ("train.log", "metrics.jsonl", "refresh.jsonl", "writer.lock")
@@ -375,10 +375,8 @@ def test_power_loss_of_operations(trial: Trial, traced: Nursery, trace_of: Calla
 def check_images_after_exchange(
     say: Say, name: str, before: str, folder: str, log: str, scratch: str, numbers: list[int]
 ) -> None:
-    """As `check_operation_images`, after a kill right after two folders exchanged their names.
-
-    The numbers 0 … EXCHANGE_IMAGES - 1 cover the calls of the repeated command evenly.
-    """
+    """As `check_operation_images`, after a kill right after two folders exchanged their names. The first
+    EXCHANGE_IMAGES numbers cover the calls of the repeated command evenly, and so do the first CUTS."""
     logging.disable(logging.CRITICAL)
     calls, operation = list(preload.read_log(Path(log))), OPERATIONS[name]
     killed = 1 + next(place for place, call in enumerate(calls) if call.name == "x")
@@ -387,7 +385,7 @@ def check_images_after_exchange(
         kill(disk, calls, killed, image)
         again = repeat_traced(operation, image)
         shutil.rmtree(image)
-        cut = number % EXCHANGE_IMAGES * (len(again) + 1) // EXCHANGE_IMAGES
+        cut = 3 * number % CUTS * (len(again) + 1) // CUTS
         cut_power(disk, again, cut, image, random.Random(f"{name} {number}"))
         say_outcome(say, operation, image, f"call {cut} of {len(again)} of the repetition", acknowledged=False)
 
@@ -395,7 +393,7 @@ def check_images_after_exchange(
 @promise(
     "Operations survive a power cut",
     fault="power cut while {kind} is repeated after a kill that left an exchange of names not durable",
-    full=2 * EXCHANGE_IMAGES,
+    full=2 * CUTS,
     each=EXCHANGE_IMAGES,
     kinds=["an addition of items", "a training run"],
     smoke=True,

@@ -29,11 +29,8 @@ BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
 
 @dataclass(frozen=True)
 class Operator:
-    """One public operator.
-
-    `packed` and `per_segment` name the inputs whose first axis is tokens or segments; `results` says the same of the
-    outputs; `leaves` are the inputs that get gradients.
-    """
+    """One public operator. `packed` and `per_segment` name the inputs whose first axis is tokens or segments; `results`
+    says the same of the outputs; `leaves` are the inputs that get gradients."""
 
     name: str
     packed: tuple[str, ...]
@@ -204,9 +201,7 @@ def resized(module: ModuleType, **sizes: object) -> SimpleNamespace:
 @pytest.fixture
 def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shrink windows to 256 tokens (segments are long from 65 tokens on), so that small inputs cross every border.
-
-    Likewise the items of the Triton backend: segments of 49 tokens or more are cut into chunks of 32.
-    """
+    Likewise the items of the Triton backend: segments of 49 tokens or more are cut into chunks of 32."""
     monkeypatch.setitem(backends._LOADED, "torch", resized(torch_backend, window_elements=1024))
     if HAS_TRITON:
         from vista_kernels import triton_backend

@@ -27,10 +27,8 @@ EVERYTHING = {"logits": True, "scores": True, "user_vectors": True}
 
 @st.composite
 def plans(draw: st.DrawFn) -> dict[str, Any]:
-    """Arguments of `drawn_plan`. 4, 8 and 12 values per head need vectors of other widths.
-
-    Outputs have at least 16 values, because the norm of a few values that are nearly equal amplifies rounding.
-    """
+    """Arguments of `drawn_plan`. 4, 8 and 12 values per head need vectors of other widths. Outputs have at least 16
+    values, because the norm of a few values that are nearly equal amplifies rounding."""
     head_dim = draw(st.sampled_from([4, 8, 12, 16]))
     return {
         "softmax": draw(st.booleans()),

@@ -138,10 +138,8 @@ def test_constants_get_no_gradient(torch_operator: Operator) -> None:
 @pytest.mark.research
 @pytest.mark.parametrize("optional", [True, False], ids=["all-arguments", "fewest-arguments"])
 def test_opcheck(operator: Operator, optional: bool) -> None:
-    """Run opcheck on the operator and, through recorded calls, on its backward.
-
-    The Triton backend changes only the implementation: its outputs must have the fake ones' shapes, dtypes and strides.
-    """
+    """Run opcheck on the operator and, through recorded calls, on its backward. The Triton backend changes only the
+    implementation: its outputs must have the fake ones' shapes, dtypes and strides."""
     if operator.backend == "triton" and not optional:
         pytest.skip("slow in the interpreter, and the backend does not change an operator's registration")
     inputs = operator.make([0, 1, 4, 4, 9] if operator.backend == "torch" else [0, 3, 2], torch.float32)

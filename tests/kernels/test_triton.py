@@ -129,10 +129,8 @@ def test_widths_and_blocks(width: int, value_width: int, lengths: list[int], dty
 @operators("causal_linear_attention")
 @pytest.mark.usefixtures("small_windows")
 def test_chunks_repeat_bit_for_bit(triton_operator: Operator, poisoned_memory: Callable[[], None]) -> None:
-    """A segment of many chunks gives the same bits every time, whatever memory held.
-
-    Its result is compared with the oracle in test_operators.py.
-    """
+    """A segment of many chunks gives the same bits every time, whatever memory held. Its result is compared with the
+    oracle in test_operators.py."""
     inputs = triton_operator.make([50, 0, 2], torch.float32)
     first = triton_operator.gradients(triton_operator.fast, inputs)
     poisoned_memory()

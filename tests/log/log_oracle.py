@@ -104,10 +104,8 @@ class Oracle:
 
 
 def write(path: Path, steps: list[Step], present: int = 0) -> EventLog:
-    """Write the steps as segments of a log that already contains the first `present` of them.
-
-    The first one makes every user, item and action known.
-    """
+    """Write the steps as segments of a log that already contains the first `present` of them. The first one makes every
+    user, item and action known."""
     path.mkdir(exist_ok=True)
     log = EventLog.open(path) if present else None
     for number, step in enumerate(steps[present:], present + 1):

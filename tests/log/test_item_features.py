@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.log.feature_tables import add_items, features_of, table_of, user_features_of
 from tests.log.log_oracle import contents, replace_array
-from tests.log.test_verify import flip
+from tests.log.test_event_log import flip
 from vista.errors import LogFormatError
 from vista.log.compaction import compact_log
 from vista.log.deletions import erase_users

@@ -27,10 +27,8 @@ SHAPES = {
 
 
 def with_another_future(packed: Histories, label: int, owner: int, num_items: int, *, same_time: bool) -> Histories:
-    """Other items, actions, ratings and times for the packed event `label` and all later ones of its history.
-
-    The time of the label is also the time of the request, which the model may know: `same_time` keeps it.
-    """
+    """Other items, actions, ratings and times for the packed event `label` and all later ones of its history. The time
+    of the label is also the time of the request, which the model may know: `same_time` keeps it."""
     later = slice(label, packed.offsets[owner + 1])
     item, action = packed.item.copy(), packed.action.copy()
     rating, time = np.array(packed.rating), packed.timestamp.copy()

@@ -192,9 +192,7 @@ OPTIM = OptimConfig(next_weight=0.5, window_weight=1.0, task_weight=0.0, reconst
 @dataclass(frozen=True)
 class Request:
     """What a request sees of one history: events up to `covered` by the record, and from `first` to `seen` by the tail.
-
-    `gap_start` is the first event that stage 2 sees.
-    """
+    `gap_start` is the first event that stage 2 sees."""
 
     history: Histories
     covered: int

@@ -206,10 +206,8 @@ def test_neighbors_padding_and_other_candidates_change_nothing(make: SimpleNames
 def test_training_at_a_position_is_a_request_after_its_events(
     make: SimpleNamespace, name: str, unknown_share: float, tile_tokens: int
 ) -> None:
-    """Losses of a batch equal those of single requests, for every label and every labeled impression.
-
-    The first impression, whose index pads others, sees more events than the smaller tiles hold.
-    """
+    """Losses of a batch equal those of single requests, for every label and every labeled impression. The first
+    impression, whose index pads others, sees more events than the smaller tiles hold."""
     model = baseline(make, name, features=True)
     model.tile_tokens = tile_tokens
     packed = make.histories([11, 1, 8, 4], 5)

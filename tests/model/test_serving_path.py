@@ -70,11 +70,8 @@ def serve(
     features: EncodedRows | None = None,
     own: EncodedRows | None = None,
 ) -> Answers:
-    """Requests of the users of `packed`, one day after the tail's newest event, for candidates [B, C].
-
-    Args:
-        features: of the requests; own: of the users.
-    """
+    """Requests of the users of `packed`, one day after the tail's newest event, for candidates [B, C]. `features`: of
+    the requests; own: of the users."""
     context = inference.request_context(model, inference.summarize(model, packed), tail, users=own)
     now = tail.last_time + DAY
     users = inference.user_vectors(model, context, inference.request_gap(model, now, tail))
@@ -85,11 +82,8 @@ def serve(
 def served_context(
     make: SimpleNamespace, model: VistaModel, packed: Histories, batch: Batch, window: int, owner: int, position: int
 ) -> tuple[TargetContext, PaddedTail]:
-    """What a request reads that sees what a position of a training window sees.
-
-    It reads the summary of the events that the window's cut covers, and as its tail the events of the window's tail
-    that come before the position.
-    """
+    """What a request reads that sees what a position of a training window sees. It reads the summary of the events that
+    the window's cut covers, and as its tail the events of the window's tail that come before the position."""
     history, start = packed.slice(owner), packed.offsets[owner]
     cut = batch.windows.cut[window]
     covered = int(batch.cuts.stop[cut] - batch.cuts.start[cut])

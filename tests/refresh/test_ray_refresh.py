@@ -41,6 +41,7 @@ from vista.store import StoreReader
 from vista.store.folder_generation import SharedEnvironment
 from vista.store.layout import environment_path, state_path
 from vista.store.record import RecordSpec
+from vista.store.state_record import StateSpec
 
 ray: Any = None
 ray_engine: Any = None
@@ -132,6 +133,38 @@ class Kills:
         return result
 
 
+def actor_job(made: SimpleNamespace, spec: RecordSpec, state_spec: StateSpec | None = None) -> ray_engine.ActorJob:
+    return ray_engine.ActorJob(
+        model=str(made.folder / "model"),
+        device="cpu",
+        num_threads=1,
+        log=str(made.folder / "log"),
+        last_segment=2,
+        log_digest=ray_engine.log_digest(made.log),
+        precision=Precision.float32,
+        tokens_per_batch=64,
+        spec=spec,
+        state_spec=state_spec,
+    )
+
+
+def test_the_records_of_an_actor_are_those_of_the_local_refresh(made, tmp_path):
+    """Of one in this process, without Ray: it opens the model and the log by their paths."""
+
+    class InThisProcess:
+        def encode(self, encoder, batches, spec, state_spec, clock):
+            actor = ray_engine.RefreshActor(actor_job(made, spec, state_spec))
+            for users, counts in batches:
+                yield actor.encode(users, counts).records
+
+    with cpu_settings(1):
+        refresh(
+            made.model, made.log, tmp_path / "store", engine=InThisProcess(), options=OPTIONS, key=KEY, created_at=NOW
+        )
+    assert contents(tmp_path / "store") == contents(made.local)
+
+
+@pytest.mark.nightly
 def test_the_store_is_that_of_the_local_refresh_although_an_actor_is_killed(
     running_ray, made, tmp_path, monkeypatch, caplog
 ):
@@ -186,18 +219,7 @@ def test_an_error_of_an_actor_keeps_type_and_message(running_ray, made, tmp_path
     ],
 )
 def test_an_actor_refuses_another_log_or_model(made, change, error, message):
-    job = ray_engine.ActorJob(
-        model=str(made.folder / "model"),
-        device="cpu",
-        num_threads=1,
-        log=str(made.folder / "log"),
-        last_segment=2,
-        log_digest=ray_engine.log_digest(made.log),
-        precision=Precision.float32,
-        tokens_per_batch=64,
-        spec=RecordSpec(made.model.summarizer_id(), 1, 3, 16, Codec.int8),
-        state_spec=None,
-    )
+    job = actor_job(made, RecordSpec(made.model.summarizer_id(), 1, 3, 16, Codec.int8))
     users, counts = np.arange(2), np.array([1, 1])
     # An actor changes the settings of its process, which is this one here.
     with cpu_settings(1), pytest.raises(error, match=message):
@@ -206,6 +228,7 @@ def test_an_actor_refuses_another_log_or_model(made, change, error, message):
         raise result
 
 
+@pytest.mark.nightly
 def test_more_actors_than_the_cluster_has_room_for(running_ray, made, tmp_path):
     with pytest.raises(ConfigError, match=r"ray\.num_actors=9: Ray at local has room for 2 actors of 1 CPU"):
         refresh(made.model, made.log, tmp_path / "store", engine=engine(made, num_actors=9))

@@ -18,7 +18,7 @@ from vista.config.checks import Alias, Codec
 from vista.errors import ConfigError, PromotionError
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
-from vista.report import lifecycle
+from vista.report import lifecycle, report_data
 from vista.report.lifecycle import AUDIT_FILE, Promotion, audit_lines, list_models, promote, roll_back
 from vista.scorer import Scorer
 
@@ -34,7 +34,8 @@ def damaged(served: Served, folder: Path) -> Path:
     return folder
 
 
-def test_promotion_gates_and_rollback(served_tasks: Served, tmp_path: Path) -> None:
+def test_promotion_gates_and_rollback(served_tasks: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_data, "REQUESTS_PER_ROUND", 5)  # not 30, which take seconds
     registry, data = str(tmp_path / "registry"), str(served_tasks.log.path)
 
     def asked(model: Path | None, alias: Alias = Alias.champion, **more: object) -> Promotion:

@@ -47,10 +47,8 @@ NOW = START + (TRAINED + 8) * DAY_MS
 
 
 def days(first: int, last: int, seed: int = 0) -> dict[str, Any]:
-    """Events of a shop on some days: users differ in activity, days of a week and hours of a day in traffic.
-
-    A user comes for a session of several events, so that the rows of a window are not independent.
-    """
+    """Events of a shop on some days: users differ in activity, days of a week and hours of a day in traffic. A user
+    comes for a session of several events, so that the rows of a window are not independent."""
     rng = np.random.default_rng([seed, first])
     active = np.exp(np.random.default_rng(1).normal(0, 1, USERS))
     traffic = np.array([1.0, 0.95, 0.95, 1.0, 1.1, 1.25, 1.2])

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import Served, small_config
+from tests.conftest import Served, made_once, small_config
 from tests.required_program import require_chromium
 from vista import progress_bar
 from vista.cli.main import main
-from vista.config import EvaluateConfig, OptimConfig, ReportConfig
+from vista.config import EvaluateConfig, ReportConfig
 from vista.config.checks import Architecture, Split, Target
 from vista.errors import ConfigError, SummarizerMismatchError
 from vista.evaluation.evaluate import evaluate_scorer
@@ -45,19 +45,18 @@ class Reported:
 @pytest.fixture(scope="session")
 def without_summary(served_tasks: Served, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of the model of `served_tasks` with K = 0."""
-    folder = tmp_path_factory.mktemp("without-summary") / "k0"
     config = served_tasks.config
-    optim = {field.name: getattr(config.optim, field.name) for field in dataclasses.fields(config.optim)}
-    train(
-        dataclasses.replace(
+
+    def make(folder: Path) -> None:
+        smaller = dataclasses.replace(
             config,
             model=dataclasses.replace(config.model, num_seeds=0),
-            optim=OptimConfig(**optim | {"reconstruction_weight": 0.0, "epochs": 1}),
-            run_dir=str(folder),
-        ),
-        served_tasks.log,
-    )
-    return folder
+            optim=dataclasses.replace(config.optim, reconstruction_weight=0.0, epochs=1),
+            run_dir=str(folder / "k0"),
+        )
+        train(smaller, served_tasks.log)
+
+    return made_once(tmp_path_factory, "without-summary", make) / "k0"
 
 
 @pytest.fixture(scope="session")

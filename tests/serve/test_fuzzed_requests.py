@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import START, Served, small_config
+from tests.conftest import START, Served, made_once, small_config
 from tests.serve.conftest import models_file, save_other_stage_2
 from tests.serve.running_service import TIMEOUT_S, RunningService, peak_bytes, resident_bytes, running
 from vista.cli.item_commands import run_index
@@ -39,9 +39,18 @@ STATUSES = (200, 400, 404, 413, 422)
 LENIENT = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def save_detailed(folder: Path) -> tuple[str, ...]:
-    """Save a log, model, store, index, and token in a folder, and return the command line of a service that uses them.
-    Ids are strings, and items, events, requests, and users have features."""
+def detailed_command(factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """The command line of a service that uses what `save_detailed` makes."""
+    folder = made_once(factory, "detailed", save_detailed)
+    return tuple(f"{word}={folder / name}" for word, name in DETAILED.items())
+
+
+DETAILED = {"model": "run/best", "store": "store", "index": "index", "token_file": "token"}
+
+
+def save_detailed(folder: Path) -> None:
+    """Save a log, model, store, index, and token in a folder. Ids are strings, and items, events, requests, and users
+    have features."""
     rng, count = np.random.default_rng(0), 600
     events = {
         "user": rng.choice(NAMES, count),
@@ -82,16 +91,14 @@ def save_detailed(folder: Path) -> tuple[str, ...]:
         optim__epochs=1,
     )
     refresh(train(config, log), log, folder / "store")
-    exported, index, token = Path(config.run_dir) / "best", folder / "index", folder / "token"
-    run_index(IndexConfig(model=str(exported), out=str(index)))
-    token.write_text(TOKEN)
-    return f"model={exported}", f"store={folder / 'store'}", f"index={index}", f"token_file={token}"
+    run_index(IndexConfig(model=str(Path(config.run_dir) / "best"), out=str(folder / "index")))
+    (folder / "token").write_text(TOKEN)
 
 
 @pytest.fixture(scope="module")
 def detailed_words(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """The command line of `detailed`."""
-    return save_detailed(tmp_path_factory.mktemp("detailed"))
+    return detailed_command(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -53,10 +53,8 @@ NUMBERS = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.
 
 
 class Load:
-    """Clients that send requests until they are stopped, each on a connection that stays open.
-
-    A client whose connection breaks connects again and repeats the request, as the page of the service says.
-    """
+    """Clients that send requests until they are stopped, each on a connection that stays open. A client whose
+    connection breaks connects again and repeats the request, as the page of the service says."""
 
     def __init__(self, service: RunningService, expected: dict[int, list[Any]], **headers: str) -> None:
         self._service = service

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import select
 import socket
 import struct
@@ -120,6 +121,7 @@ def test_overload_and_deadline(strict: RunningService) -> None:
         for thread in threads:
             thread.join()
     assert statuses <= {200, 429, 504} and retry == {"1"}
+    until(lambda: strict.fetch("/v1/score", GOOD)[0] == 200)  # What got 504 keeps its place until it is computed.
     status, answer = strict.fetch("/v1/score", HEAVY, headers={"Vista-Timeout-Ms": "1"})
     # A client that is suspended between head and body exceeds the limit while it sends.
     assert (status == 504 and answer["error"]["message"].startswith("there was no result after 1 ms;")) or status == 408
@@ -516,7 +518,9 @@ def test_a_client_that_leaves_its_requests(patient: BoundedServer, caplog: pytes
     patient.server.server_state.total_requests = 0
     patient.application.free.set()
     until(lambda: patient.num_open == 0 and not patient.server.server_state.tasks)
-    assert patient.application.num_calls == 1 and not caplog.records
+    # Records of INFO depend on the tests before this one, some of which set the level of the process.
+    assert patient.application.num_calls == 1
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow
 import pytest
 
+from tests.conftest import made_once
 from tests.refresh import conftest as growing
 from tests.required_program import require_compiler, require_library
 from tests.store import test_counters_and_states as counted
@@ -42,7 +43,10 @@ KEYS = user_keys(plain.USERS)
 def program(tmp_path_factory):
     """docs/reference/record_to_json.cpp, compiled to stop at any access out of bounds and any undefined behavior."""
     require_compiler()
-    folder = tmp_path_factory.mktemp("record-decoder")
+    return made_once(tmp_path_factory, "record-decoder", compile_program) / "record_to_json"
+
+
+def compile_program(folder: Path) -> None:
     command = ["g++", "-std=c++17", "-O0", "-Wall", "-Wextra", "-Werror", *INCLUDES]
     source, out = str(SOURCES / "record_to_json.cpp"), folder / "record_to_json"
     (folder / "key_id.cpp").write_text(
@@ -55,7 +59,6 @@ def program(tmp_path_factory):
     if not has_sanitizers:
         subprocess.run(small, check=True)
     subprocess.run([*command, *(SANITIZERS if has_sanitizers else []), source, "-o", str(out)], check=True)
-    return out
 
 
 def decode(program: Path, records: Sequence[bytes], keys: Sequence[bytes], spec: RecordSpec) -> list[dict[str, Any]]:

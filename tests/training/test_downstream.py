@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import Served, serve, tasks_config
+from tests.conftest import Served, made_once, serve, served_in, tasks_config
 from tests.training.test_trainer import assert_same_result
 from vista.config import EvaluateConfig, OptimConfig, SasrecConfig, TrainConfig
 from vista.config.checks import Codec, Decay, Mixing
@@ -44,8 +44,14 @@ def past_of(served: Served) -> int:
 @pytest.fixture(scope="module")
 def served_tasks(impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> Served:
     """The base. It has pooled vectors, and is the model of the last epoch: the best may be epoch 0."""
-    folder, changes = tmp_path_factory.mktemp("base"), {"model__pooled_dim": 16, "optim__validate_every": 0}
-    return serve(impression_log, tasks_config(impression_log, folder, **changes), folder)
+
+    def config(folder: Path) -> TrainConfig:
+        return tasks_config(impression_log, folder, model__pooled_dim=16, optim__validate_every=0)
+
+    folder = made_once(
+        tmp_path_factory, "downstream-base", lambda folder: serve(impression_log, config(folder), folder)
+    )
+    return served_in(impression_log, config(folder), folder)
 
 
 @pytest.fixture(scope="module")

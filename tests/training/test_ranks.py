@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import Served, small_config, small_frame
+from tests.conftest import Served, made_once, small_config, small_frame
 from tests.thread_ranks import on_ranks
 from tests.training.ranks_of_run import start, torchrun
 from tests.training.test_trainer import assert_same_result, metrics
@@ -59,10 +59,12 @@ def curve(run_dir: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def runs(event_log: EventLog, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """By number of ranks: the folder of a finished run."""
-    folder = tmp_path_factory.mktemp("ranks")
-    train(config_of(event_log, folder / "1"), event_log, metrics_every=1)
-    done = start(config_of(event_log, folder / "2"), 2)
-    assert_trained(done, 2)
+
+    def make(folder: Path) -> None:
+        train(config_of(event_log, folder / "1"), event_log, metrics_every=1)
+        assert_trained(start(config_of(event_log, folder / "2"), 2), 2)
+
+    folder = made_once(tmp_path_factory, "ranks", make)
     return {num_ranks: folder / str(num_ranks) for num_ranks in (1, 2)}
 
 

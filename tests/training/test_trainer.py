@@ -74,10 +74,8 @@ LONG = {
 
 
 def kill_often(say: Say, log_path: str, run_dir: str, times: int) -> list[int]:
-    """Fork a trainer, kill it at a random time after some progress, several times, and then finish the run.
-
-    Returns the exit codes of those that were killed.
-    """
+    """Fork a trainer, kill it at a random time after some progress, several times, and then finish the run. Returns the
+    exit codes of those that were killed."""
     log, chance = EventLog.open(log_path), random.Random(1)
     config = small_config(log, run_dir, **LONG)
     train(small_config(log, f"{run_dir}-warm", optim__epochs=1), log)  # lazy imports, once for all forks

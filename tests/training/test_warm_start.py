@@ -205,10 +205,8 @@ def test_only_stage_2_and_new_items_train(earlier: Run, later: Run, grown_log: E
 def test_stores_stay_valid_and_exact(
     earlier: Run, later: Run, grown_log: EventLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a log with events of the new items, both models write the same records, bit for bit.
-
-    The stores are compared without statistics of items, as the earlier model knows fewer items.
-    """
+    """On a log with events of the new items, both models write the same records, bit for bit. The stores are compared
+    without statistics of items, as the earlier model knows fewer items."""
     monkeypatch.setattr("vista.refresh.full.item_values", lambda *_: None)
     assert digest_of(later[1], grown_log, tmp_path / "new") == digest_of(earlier[1], grown_log, tmp_path / "old")
     folders = [Path(config.run_dir) / "best" for config in (earlier[0], later[0])]

@@ -159,11 +159,8 @@ def feature_frame(items: np.ndarray) -> Frame:
 
 
 def frames() -> dict[str, Frame]:
-    """Tables of the things that have features, by the names of PARTS.
-
-    Mostly users in the north click, and mostly what is shown on a phone is liked. Impressions of one time have
-    different devices.
-    """
+    """Tables of the things that have features, by the names of PARTS. Mostly users in the north click, and mostly what
+    is shown on a phone is liked. Impressions of one time have different devices."""
     rng = np.random.default_rng(0)
     users = np.arange(NUM_USERS)
     user = rng.permutation(np.repeat(users, NUM_EVENTS // NUM_USERS))

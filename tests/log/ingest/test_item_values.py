@@ -12,7 +12,7 @@ import pytest
 
 from tests.log.conftest import PARSER
 from tests.log.feature_tables import table_of, text_file
-from tests.log.ingest.public.test_public_media import MOVIES, write_movielens
+from tests.log.ingest.public.test_public_sets import MOVIES, write_movielens
 from vista.config import ItemsEmbedConfig, ItemTableConfig
 from vista.errors import ConfigError, DataError
 from vista.log.ingest.feature_sources import check_not_a_source, read_texts, read_vectors, write_values

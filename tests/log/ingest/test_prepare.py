@@ -48,11 +48,8 @@ EVENTS = st.one_of(
 def test_any_frame_round_trips(
     rows: list[tuple], cut: int, bucket: int, named: tuple[bool, bool], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """One segment or two, any bucket size: histories equal a stable sort by time, then sequence.
-
-    Args:
-        named: whether the features of events are read, in each part.
-    """
+    """One segment or two, any bucket size: histories equal a stable sort by time, then sequence. `named`: whether the
+    features of events are read, in each part."""
     path = tmp_path_factory.mktemp("round") / "log"
     names = ["user", "item", "timestamp", "step", "kind", "stars", "device", "dwell"]
     parts = [part for part in (rows[:cut], rows[cut:]) if part]
@@ -116,7 +113,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.
     """With any number of threads, chunk size of the stream, and bucket size of the sort."""
     rng = np.random.default_rng(1)
     for name in ("one", "two"):
-        num = 20_000
+        num = 6_000
         frame = pl.DataFrame(
             {
                 "user": [f"u{n}" for n in rng.integers(0, 300, num)],
@@ -130,7 +127,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.
             }
         )
         frame.write_csv(tmp_path / f"{name}.csv")
-        frame.sample(num, shuffle=True, seed=1).write_parquet(tmp_path / f"{name}.parquet", row_group_size=3000)
+        frame.sample(num, shuffle=True, seed=1).write_parquet(tmp_path / f"{name}.parquet", row_group_size=1000)
     prints = []
     for threads, morsel, bucket in ((1, 100_000, 1 << 22), (2, 1000, 5000)):
         monkeypatch.setenv("POLARS_MAX_THREADS", str(threads))

@@ -11,14 +11,14 @@ from pathlib import Path
 import polars as pl
 
 from tests.log.conftest import write_csv
-from tests.log.ingest.public.test_public_media import (
+from tests.log.ingest.public.test_public_sets import (
+    HOUSEHOLDS,
     KUAIRAND_COLUMNS,
     KUAIRAND_USER_COLUMNS,
     VIDEO_COLUMNS,
     YAMBDA_ROWS,
     shown,
 )
-from tests.log.ingest.public.test_public_shops import HOUSEHOLDS
 
 USERS, ITEMS, EVENTS = range(1, 9), range(10, 22), 40
 HOUSEHOLD = HOUSEHOLDS.columns[1:]
