@@ -15,7 +15,6 @@ from tests.conftest import Served, small_config
 from tests.evaluation.conftest import evaluated
 from tests.evaluation.test_windows import ASKED
 from vista.arrays import Floats, Int
-from vista.cli.run_commands import run_compare
 from vista.config import CompareConfig, DataConfig, DinConfig, EvaluateConfig
 from vista.config.checks import AskedBaselines, Split, Target
 from vista.errors import ConfigError
@@ -130,7 +129,7 @@ class TestFiles:
     def test_the_table(self, tmp_path: Path) -> None:
         for name, values in (("a", [0.0, 0.5, 0.5]), ("b", [0.5, 0.5, 1.0])):
             run_of(x=values).save(per_user_path(tmp_path / name))
-        lines = str(run_compare(CompareConfig(a=[str(tmp_path / "a")], b=[str(tmp_path / "b")]))).splitlines()
+        lines = str(compare(CompareConfig(a=[str(tmp_path / "a")], b=[str(tmp_path / "b")]))).splitlines()
         assert lines[0].split() == ["metric", "users", "a", "b", "b", "-", "a", "95", "%", "interval", "p"]
         assert lines[1].split()[:6] == ["x", "3", "0.3333", "0.6667", "+0.3333", "+0.0067"]
 
@@ -165,7 +164,7 @@ class TestFiles:
 
     def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"gone\.json\.npz: cannot be read .*run `vista evaluate` with `out`"):
-            run_compare(CompareConfig(a=[str(tmp_path / "gone.json")], b=["x"]))
+            compare(CompareConfig(a=[str(tmp_path / "gone.json")], b=["x"]))
 
 
 @pytest.mark.parametrize("exclude_seen", [True, False])

@@ -30,14 +30,14 @@ class Command:
 
 
 def _handler(module: str, function: str) -> Callable[[Any], object]:
-    """A function of a module in vista.cli, which is imported when the command runs, so that help stays fast."""
-    return lambda settings: getattr(import_module(f"vista.cli.{module}"), function)(settings)
+    """A function of a module in vista, which is imported when the command runs, so that help stays fast."""
+    return lambda settings: getattr(import_module(f"vista.{module}"), function)(settings)
 
 
 COMMANDS: dict[str, Command] = {
     "simulate": Command(
         config.SimulateConfig,
-        _handler("store_commands", "run_simulate"),
+        _handler("simulation.simulate", "simulate"),
         "Simulate a log of long histories with labeled impressions, as source files for prepare.",
         (
             "vista simulate out=data/simulated",
@@ -48,7 +48,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "prepare": Command(
         config.PrepareConfig,
-        _handler("store_commands", "run_prepare"),
+        _handler("cli.store_commands", "run_prepare"),
         "Convert source tables (Parquet, CSV, MovieLens, ...) into an EventLog, or append them to one.",
         (
             "vista prepare clicks.csv out=data/mine",
@@ -74,7 +74,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "train": Command(
         config.TrainConfig,
-        _handler("run_commands", "run_train"),
+        _handler("cli.run_commands", "run_train"),
         "Train a model on an EventLog and export the best one to <run_dir>/best.",
         (
             "vista train data.path=data/mine run_dir=runs/mine",
@@ -94,7 +94,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "sweep": Command(
         config.SweepConfig,
-        _handler("run_commands", "run_sweep"),
+        _handler("cli.run_commands", "run_sweep"),
         "Train over several seeds and settings, and print a table of the results.",
         (
             "vista sweep data.path=data/mine folder=runs/dims seed=1,2,3 model.dim=64,128",
@@ -106,19 +106,19 @@ COMMANDS: dict[str, Command] = {
     ),
     "runs": Command(
         config.RunsConfig,
-        _handler("run_commands", "run_runs"),
+        _handler("cli.run_commands", "run_runs"),
         "List training runs with their state, best validation metric, and test metrics.",
         ("vista runs folder=runs", "vista runs folder=runs/dims sort=newest", "vista runs metric=hr@10 out=runs.json"),
     ),
     "runs compare": Command(
         config.RunsCompareConfig,
-        _handler("run_commands", "run_runs_compare"),
+        _handler("cli.run_commands", "run_runs_compare"),
         "Show the settings in which training runs differ, and their metrics side by side.",
         ("vista runs compare runs=[runs/first,runs/second]",),
     ),
     "refresh": Command(
         config.RefreshConfig,
-        _handler("serving_commands", "run_refresh"),
+        _handler("cli.serving_commands", "run_refresh"),
         "Write users' summaries into the store: all of them, or what is new.",
         (
             "vista refresh data=data/mine model=runs/mine/best store=stores/mine",
@@ -132,7 +132,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "watch": Command(
         config.WatchConfig,
-        _handler("serving_commands", "run_watch"),
+        _handler("cli.serving_commands", "run_watch"),
         "Append files or Kafka messages as they arrive, and keep the store up to date.",
         (
             "vista watch folder=incoming data=data/mine model=runs/mine/best store=stores/mine events.timestamp=time "
@@ -151,7 +151,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command(
         config.EvaluateConfig,
-        _handler("run_commands", "run_evaluate"),
+        _handler("evaluation.evaluate", "evaluate"),
         "Measure quality as served, with summaries from the store and scores from the scorer.",
         (
             "vista evaluate data=data/ml-1m model=runs/ml-1m/best store=stores/ml-1m",
@@ -161,7 +161,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "compare": Command(
         config.CompareConfig,
-        _handler("run_commands", "run_compare"),
+        _handler("evaluation.comparison", "compare"),
         "Compare two evaluated models, user by user, with a paired test.",
         (
             "vista compare a=[vista.json] b=[hstu.json]",
@@ -170,7 +170,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "report": Command(
         config.ReportConfig,
-        _handler("run_commands", "run_report"),
+        _handler("report.report", "write_report"),
         "Write one HTML page about a training run: curves, quality compared with baselines and other runs, latency.",
         (
             "vista report run=runs/mine",
@@ -180,7 +180,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "score": Command(
         config.ScoreConfig,
-        _handler("serving_commands", "run_score"),
+        _handler("cli.serving_commands", "run_score"),
         "Score candidates for users, rank the whole catalog, or retrieve from it.",
         (
             "vista score model=runs/ml-1m/best store=stores/ml-1m users=[1,2] top_k=20",
@@ -192,7 +192,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "serve": Command(
         config.ServeConfig,
-        _handler("serving_commands", "run_serve"),
+        _handler("cli.serving_commands", "run_serve"),
         "Answer requests over HTTP: score, predict, rank, retrieve, explain.",
         (
             "vista serve model=runs/mine/best store=stores/mine",
@@ -204,7 +204,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "explore": Command(
         config.ExploreConfig,
-        _handler("run_commands", "run_explore"),
+        _handler("explore.explore_server", "run_page"),
         "Show users, rankings with explanations, and the store in a browser.",
         (
             "vista explore",
@@ -215,7 +215,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "index": Command(
         config.IndexConfig,
-        _handler("item_commands", "run_index"),
+        _handler("cli.item_commands", "run_index"),
         "Index a model's item vectors, so that a scorer retrieves candidates from a large catalog.",
         (
             "vista index model=runs/mine/best",
@@ -224,7 +224,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "export": Command(
         config.ExportConfig,
-        _handler("run_commands", "run_export"),
+        _handler("cli.run_commands", "run_export"),
         "Export stage 2 with its tables as ONNX or AOTInductor, and compare it with the scorer.",
         (
             "vista export model=runs/mine/best out=exports/mine store=stores/mine",
@@ -233,7 +233,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "plan": Command(
         config.PlanConfig,
-        _handler("run_commands", "run_plan"),
+        _handler("cli.run_commands", "run_plan"),
         "Estimate the cores, machines, disk, memory, and network that a deployment needs.",
         (
             "vista plan users=1e6 events_per_day=5e7 requests_per_s=1000",
@@ -249,7 +249,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "doctor": Command(
         config.DoctorConfig,
-        _handler("run_commands", "run_doctor"),
+        _handler("cli.run_commands", "run_doctor"),
         "Check this machine, a model, a store, and a log: what is broken or slow, and how to fix it.",
         (
             "vista doctor",
@@ -259,7 +259,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "monitor": Command(
         config.MonitorConfig,
-        _handler("run_commands", "run_monitor"),
+        _handler("report.monitor", "monitor"),
         "Compare the newest window of a log, its store, and its scores with the training data: what is due.",
         (
             "vista monitor data=data/mine model=runs/mine/best store=stores/mine",
@@ -268,7 +268,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "completion": Command(
         config.CompletionConfig,
-        _handler("completion", "run_completion"),
+        _handler("cli.completion", "run_completion"),
         "Print a script that lets a shell complete commands, keys, and values.",
         (
             "vista completion bash",
@@ -279,7 +279,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "model promote": Command(
         config.ModelPromoteConfig,
-        _handler("run_commands", "run_model_promote"),
+        _handler("report.lifecycle", "promote"),
         "Copy a model into a registry as the challenger, or as the champion if it passes all gates.",
         (
             "vista model promote model=runs/february/best alias=challenger",
@@ -288,25 +288,25 @@ COMMANDS: dict[str, Command] = {
     ),
     "model rollback": Command(
         config.ModelRollbackConfig,
-        _handler("run_commands", "run_model_rollback"),
+        _handler("report.lifecycle", "roll_back"),
         "Point the alias back to the previous model.",
         ("vista model rollback",),
     ),
     "model list": Command(
         config.ModelListConfig,
-        _handler("run_commands", "run_model_list"),
+        _handler("report.lifecycle", "list_models"),
         "List the models of a registry with their aliases and their last change.",
         ("vista model list",),
     ),
     "items add": Command(
         config.ItemsAddConfig,
-        _handler("item_commands", "run_items_add"),
+        _handler("cli.item_commands", "run_items_add"),
         "Let a trained model rank new items by their features, without training.",
         ("vista items add model=runs/mine/best items.paths=[new.parquet] items.item=product",),
     ),
     "items embed": Command(
         config.ItemsEmbedConfig,
-        _handler("item_commands", "run_items_embed"),
+        _handler("cli.item_commands", "run_items_embed"),
         "Encode the texts of items as vectors, without a network, as a table that prepare reads.",
         (
             "vista items embed items.paths=[products.parquet] items.item=product columns=[title,brand]",
@@ -315,7 +315,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "items tokenize": Command(
         config.ItemsTokenizeConfig,
-        _handler("item_commands", "run_items_tokenize"),
+        _handler("cli.item_commands", "run_items_tokenize"),
         "Cluster the vectors of items into semantic ids, as a table that prepare reads.",
         (
             "vista items tokenize vectors=vectors.parquet item=product column=text",
@@ -324,13 +324,13 @@ COMMANDS: dict[str, Command] = {
     ),
     "store erase": Command(
         config.StoreEraseConfig,
-        _handler("store_commands", "run_store_erase"),
+        _handler("cli.store_commands", "run_store_erase"),
         "Erase users: readers miss them at once, and no later refresh brings them back.",
         ("vista store erase store=stores/mine users=[101] data=data/mine",),
     ),
     "log forget": Command(
         config.LogForgetConfig,
-        _handler("store_commands", "run_log_forget"),
+        _handler("cli.store_commands", "run_log_forget"),
         "Delete the events that a file names from an EventLog. If any is missing, nothing is deleted.",
         (
             "vista log forget data=data/mine events=deletions.csv time_unit=s",
@@ -339,61 +339,61 @@ COMMANDS: dict[str, Command] = {
     ),
     "log erase": Command(
         config.LogEraseConfig,
-        _handler("store_commands", "run_log_erase"),
+        _handler("cli.store_commands", "run_log_erase"),
         "Delete all events and impressions of the given users from an EventLog.",
         ("vista log erase data=data/mine users=[101,102]",),
     ),
     "log compact": Command(
         config.LogCompactConfig,
-        _handler("store_commands", "run_log_compact"),
+        _handler("cli.store_commands", "run_log_compact"),
         "Merge the segments of an EventLog into one and remove deleted data from the disk.",
         ("vista log compact data=data/mine",),
     ),
     "log verify": Command(
         config.LogVerifyConfig,
-        _handler("store_commands", "run_log_verify"),
+        _handler("cli.store_commands", "run_log_verify"),
         "Check every byte of an EventLog. Damaged files are listed, with exit code 1.",
         ("vista log verify data=data/mine",),
     ),
     "log stats": Command(
         config.LogStatsConfig,
-        _handler("store_commands", "run_log_stats"),
+        _handler("cli.store_commands", "run_log_stats"),
         "Print what an EventLog contains: segments, users, events, deletions, bytes, times.",
         ("vista log stats data=data/mine",),
     ),
     "store stats": Command(
         config.StoreStatsConfig,
-        _handler("store_commands", "run_store_stats"),
+        _handler("cli.store_commands", "run_store_stats"),
         "Print what a store contains: generations, the one in service, records, bytes, age, readers.",
         ("vista store stats store=stores/mine",),
     ),
     "store verify": Command(
         config.StoreVerifyConfig,
-        _handler("store_commands", "run_store_verify"),
+        _handler("cli.store_commands", "run_store_verify"),
         "Check the files and every record of a store. Problems are printed, with exit code 1.",
         ("vista store verify store=stores/mine",),
     ),
     "store get": Command(
         config.StoreGetConfig,
-        _handler("store_commands", "run_store_get"),
+        _handler("cli.store_commands", "run_store_get"),
         "Print one user's record: the events it covers, its tail, and the norms of its summary.",
         ("vista store get store=stores/mine user=42 model=runs/mine/best",),
     ),
     "store rollback": Command(
         config.StoreRollbackConfig,
-        _handler("store_commands", "run_store_rollback"),
+        _handler("cli.store_commands", "run_store_rollback"),
         "Verify an earlier generation and serve it again.",
         ("vista store rollback store=stores/mine", "vista store rollback store=stores/mine to=7"),
     ),
     "store compact": Command(
         config.StoreCompactConfig,
-        _handler("store_commands", "run_store_compact"),
+        _handler("cli.store_commands", "run_store_compact"),
         "Rewrite the served generation without removed data, and delete older generations.",
         ("vista store compact store=stores/mine",),
     ),
     "store copy": Command(
         config.StoreCopyConfig,
-        _handler("store_commands", "run_store_copy"),
+        _handler("cli.store_commands", "run_store_copy"),
         "Copy a generation to the store of a serving host, verify it there, and serve it.",
         (
             "vista store copy store=stores/mine to=/srv/stores/mine",
@@ -403,7 +403,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "store merge": Command(
         config.StoreMergeConfig,
-        _handler("store_commands", "run_store_merge"),
+        _handler("cli.store_commands", "run_store_merge"),
         "Combine stores of one model, from the logs of several machines or from shards, into one store.",
         (
             "vista store merge parts=[stores/a,stores/b] data=[data/a,data/b] model=runs/mine/best store=stores/all",
@@ -413,13 +413,13 @@ COMMANDS: dict[str, Command] = {
     ),
     "store export": Command(
         config.StoreExportConfig,
-        _handler("store_commands", "run_store_export"),
+        _handler("cli.store_commands", "run_store_export"),
         "Export the served generation to a Parquet file, as readable columns and exact records.",
         ("vista store export store=stores/mine out=summaries.parquet",),
     ),
     "store import": Command(
         config.StoreImportConfig,
-        _handler("store_commands", "run_store_import"),
+        _handler("cli.store_commands", "run_store_import"),
         "Import an exported Parquet file as a new generation of a store, and serve it.",
         ("vista store import file=summaries.parquet store=stores/other",),
     ),

@@ -1,4 +1,4 @@
-"""The commands on runs, such as `vista train`, `vista evaluate`, and `vista report`, and `vista plan` and `doctor`."""
+"""The commands `vista train`, `sweep`, `runs`, `export`, `plan`, and `doctor`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vista.config import (
-    CompareConfig,
-    DoctorConfig,
-    EvaluateConfig,
-    ExploreConfig,
-    ExportConfig,
-    ModelListConfig,
-    ModelPromoteConfig,
-    ModelRollbackConfig,
-    MonitorConfig,
-    PlanConfig,
-    ReportConfig,
-    SweepConfig,
-    TrainConfig,
-)
+from vista.config import DoctorConfig, ExportConfig, PlanConfig, SweepConfig, TrainConfig
 from vista.config.checks import to_dict
 from vista.config.train_config import RunsCompareConfig, RunsConfig
 from vista.errors import SweepError, UnfitSetupError
@@ -29,13 +15,8 @@ from vista.text_table import hanging, two_columns
 
 if TYPE_CHECKING:
     from vista.doctor import Diagnosis, Finding
-    from vista.evaluation.comparison import Comparison
-    from vista.evaluation.evaluate import EvaluationReport
     from vista.export.export import ExportReport
     from vista.planning.capacity_plan import CapacityPlan
-    from vista.report.lifecycle import ModelTable, Promotion
-    from vista.report.monitor import MonitorReport
-    from vista.report.report import WrittenReport
     from vista.runs.run_list import RunComparison, RunList
     from vista.sweep import SweepReport
 
@@ -50,20 +31,6 @@ def run_train(config: TrainConfig) -> None:
 
     keep_freed_memory()
     train_model(config, log)
-
-
-def run_evaluate(config: EvaluateConfig) -> EvaluationReport:
-    """`vista evaluate`; errors as of `evaluate`."""
-    from vista.evaluation.evaluate import evaluate
-
-    return evaluate(config)
-
-
-def run_compare(config: CompareConfig) -> Comparison:
-    """`vista compare`; errors as of `compare`."""
-    from vista.evaluation.comparison import compare
-
-    return compare(config)
 
 
 def run_sweep(config: SweepConfig) -> SweepReport:
@@ -109,13 +76,6 @@ def _write(out: str | None, values: Any) -> None:
         replace_text(Path(out), json.dumps(values, indent=2) + "\n")
 
 
-def run_report(config: ReportConfig) -> WrittenReport:
-    """`vista report`; errors as of `write_report`."""
-    from vista.report.report import write_report
-
-    return write_report(config)
-
-
 def run_export(config: ExportConfig) -> ExportReport:
     """`vista export`: an ONNX or AOTInductor export of stage 2, which was compared with the scorer."""
     from vista.device import cpu_settings
@@ -130,41 +90,6 @@ def run_export(config: ExportConfig) -> ExportReport:
             store=config.store,
             key=read_key(config.authentication_key_file),
         )
-
-
-def run_monitor(config: MonitorConfig) -> MonitorReport:
-    """`vista monitor`; errors as of `monitor`."""
-    from vista.report.monitor import monitor
-
-    return monitor(config)
-
-
-def run_model_promote(config: ModelPromoteConfig) -> Promotion:
-    """`vista model promote`; errors as of `promote`."""
-    from vista.report.lifecycle import promote
-
-    return promote(config)
-
-
-def run_model_rollback(config: ModelRollbackConfig) -> Promotion:
-    """`vista model rollback`; errors as of `roll_back`."""
-    from vista.report.lifecycle import roll_back
-
-    return roll_back(config)
-
-
-def run_model_list(config: ModelListConfig) -> ModelTable:
-    """`vista model list`; errors as of `list_models`."""
-    from vista.report.lifecycle import list_models
-
-    return list_models(config)
-
-
-def run_explore(config: ExploreConfig) -> None:
-    """`vista explore`: show a page in the browser until Ctrl-C."""
-    from vista.explore.explore_server import run_page  # needs the extra `explore`
-
-    run_page(config)
 
 
 def run_plan(config: PlanConfig) -> CapacityPlan:

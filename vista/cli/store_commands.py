@@ -17,7 +17,6 @@ from vista.config import (
     LogStatsConfig,
     LogVerifyConfig,
     PrepareConfig,
-    SimulateConfig,
     StoreCompactConfig,
     StoreCopyConfig,
     StoreEraseConfig,
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
     from vista.log.ingest.prepare import PrepareReport
     from vista.log.inspection import LogStats, LogVerification
     from vista.refresh import RefreshReport
-    from vista.simulation.simulate import SimulationReport
     from vista.store.admin import PublishReport
     from vista.store.backend import Generation
     from vista.store.record_reading import RawRecords
@@ -296,13 +294,6 @@ def _time(time_ms: int) -> str:
     if not YEAR_1971_MS <= time_ms < LATEST_MS:
         return str(time_ms)
     return f"{time_ms} ({datetime.fromtimestamp(time_ms / 1000, UTC):%Y-%m-%d %H:%M:%S} UTC)"
-
-
-def run_simulate(config: SimulateConfig) -> SimulationReport:
-    """`vista simulate`; errors as of `simulate`."""
-    from vista.simulation.simulate import simulate
-
-    return simulate(config)
 
 
 def run_log_forget(config: LogForgetConfig) -> DeletionReport:

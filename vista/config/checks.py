@@ -39,11 +39,8 @@ def without_none(hint: Any) -> tuple[Any, bool]:
 
 
 def planned(value: Value | None, key: str) -> Value:
-    """The value of a key that may be null in a configuration, but not where it is used.
-
-    Raises:
-        ConfigError: if it is null.
-    """
+    """The value of a key that may be null in a configuration, but not where it is used. Raises ConfigError if it is
+    null."""
     if value is None:
         raise ConfigError(f"{key}: is null, which training resolves from the log; call plan_run, or set a value")
     return value
@@ -102,11 +99,8 @@ def require_numbers(config: Any, prefix: str, key: str, least: float, most: floa
 
 
 def check_types(config: Any, prefix: str = "") -> None:
-    """Replace the names of choices by the choices, and plain numbers by those of the field's type.
-
-    Raises:
-        ConfigError: naming the key, if a value has another type than its field.
-    """
+    """Replace the names of choices by the choices, and plain numbers by those of the field's type. Raises ConfigError
+    naming the key, if a value has another type than its field."""
     for name, annotation in get_type_hints(type(config)).items():
         value, key = getattr(config, name), f"{prefix}{name}"
         hint, optional = without_none(annotation)
@@ -225,11 +219,7 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """The inverse of `to_dict`.
-
-    Raises:
-        ConfigError: if a key is missing or unknown, or a value is not allowed.
-    """
+    """The inverse of `to_dict`. Raises ConfigError if a key is missing or unknown, or a value is not allowed."""
     hints = get_type_hints(cls)
     if not isinstance(values, dict):
         raise ConfigError(f"{cls.__name__}: expected a table of keys, got {values!r}")
@@ -254,11 +244,8 @@ Choice = TypeVar("Choice", bound=Enum)
 
 
 def choice_of(kind: type[Choice], value: Choice | str, name: str) -> Choice:
-    """The choice itself, or the one with that value.
-
-    Raises:
-        ConfigError: naming the argument `name` and the allowed values, if the value is not one of them.
-    """
+    """The choice itself, or the one with that value. Raises ConfigError naming the argument `name` and the allowed
+    values, if the value is not one of them."""
     if isinstance(value, kind):
         return value
     values = sorted({choice.value for choice in kind})

@@ -236,10 +236,7 @@ def _without_passwords(value: Any) -> Any:
 
 def check_value(key: str, value: Any) -> None:
     """Require that a value calls no resolver, which could read the environment, and that its integers fit 64 bits.
-
-    Raises:
-        ConfigError: naming the key.
-    """
+    Raises ConfigError naming the key."""
     if isinstance(value, list | dict):
         for inner in value.values() if isinstance(value, dict) else value:
             check_value(key, inner)
@@ -304,11 +301,8 @@ def command_name(schema: type) -> str:
 
 
 def conf_dir() -> Path:
-    """The folder of YAML files: inside an installed package, or next to it in a checkout or an editable install.
-
-    Raises:
-        ConfigError: if neither exists.
-    """
+    """The folder of YAML files: inside an installed package, or next to it in a checkout or an editable install. Raises
+    ConfigError if neither exists."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "train.yaml").is_file():
@@ -390,10 +384,8 @@ def compose_config(
 def _choose_model(
     config: DictConfig, composed: dict[str, Any], architecture: str, values: dict[str, Any], keys: ConfigKeys
 ) -> None:
-    """Give the section `model` the keys of its architecture.
-
-    Keys of an experiment that another architecture would read are left out of `composed`.
-    """
+    """Give the section `model` the keys of its architecture. Keys of an experiment that another architecture would read
+    are left out of `composed`."""
     chosen = Architecture.__members__.get(architecture, Architecture.vista)  # other text is refused where it is set
     schema = keys.sections["model"].schema
     if schema is not RankingConfig and chosen is not Architecture.vista:

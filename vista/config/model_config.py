@@ -443,10 +443,7 @@ def readers_of(key: str) -> list[Architecture]:
 
 
 def model_config_of(values: dict[str, Any]) -> RankingConfig:
-    """The configuration of a saved model: the inverse of `to_dict`.
-
-    Raises:
-        ConfigError: a key is missing or unknown, or a value is not allowed.
-    """
+    """The configuration of a saved model: the inverse of `to_dict`. Raises ConfigError if a key is missing or unknown,
+    or a value is not allowed."""
     kind = values.get("architecture") if isinstance(values, dict) else None
     return from_dict(CONFIGS[choice_of(Architecture, kind, "model.architecture")], values)

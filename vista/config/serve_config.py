@@ -156,11 +156,8 @@ class ModelsFile:
 
     @classmethod
     def read(cls, path: str) -> ModelsFile:
-        """Read a file.
-
-        Raises:
-            ConfigError: it is missing or not YAML, or a key or a value is wrong; the message names the file and key.
-        """
+        """Read a file. Raises ConfigError if it is missing or not YAML, or a key or a value is wrong; the message names
+        the file and key."""
         content = _mapping(_content(path), path)
         _require_keys(content, ("models", "split", "experiment"), path)
         given = _mapping(content.get("models"), f"{path}: models")

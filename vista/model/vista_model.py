@@ -240,11 +240,8 @@ class VistaModel(RankingModel):
         askers: Callable[[], Tensor],
         logits: Callable[[], Tensor],
     ) -> dict[str, LossPart]:
-        """Losses of all heads, as far as they are trained.
-
-        Args:
-            users: gives the `window_users`; askers: the user vectors at the anchors; logits: the `window_logits`.
-        """
+        """Losses of all heads, as far as they are trained. `users`: gives the `window_users`; askers: the user vectors
+        at the anchors; logits: the `window_logits`."""
         shown, parts = batch.impressions, dict[str, LossPart]()
         if planned(optim.next_weight, "optim.next_weight") and self.counted is None:
             parts["next"] = self._next_loss(batch, item_vectors, users())
@@ -378,10 +375,8 @@ class VistaModel(RankingModel):
         return request + newest
 
     def request_parts(self, seen: Tensor, context: TargetContext) -> tuple[Tensor, Tensor]:
-        """What request tokens are the sum of: the token itself [M], and the newest event [B, Q, M].
-
-        The residual stream leads from these vectors to those of next items, in one space without a projection.
-        """
+        """What request tokens are the sum of: the token itself [M], and the newest event [B, Q, M]. The residual stream
+        leads from these vectors to those of next items, in one space without a projection."""
         return self.request, context.newest(seen)
 
     def candidate_logits(
@@ -420,10 +415,7 @@ class VistaModel(RankingModel):
 
     def candidate_inputs(self, cosines: Tensor, rows: Tensor) -> Tensor:
         """What labeled tasks read of users and items, float32 [..., I], with the statistics and rates of serving.
-
-        Args:
-            cosines: float32 [..., J] with the pooled vectors; rows: int64 [...] model rows.
-        """
+        `cosines`: float32 [..., J] with the pooled vectors; rows: int64 [...] model rows."""
         return torch.cat([cosines, self.item_statistics[rows], self.item_rates[rows]], -1)
 
     @torch.inference_mode()
@@ -477,10 +469,8 @@ class VistaModel(RankingModel):
         return shorter.to(self.device).train(self.training)
 
     def with_frozen(self, part: Literal["summarizer", "target_attention"], precision: Precision) -> VistaModel:
-        """The same model for inference. It shares everything except one stage, which is `frozen` in `precision`.
-
-        Later training does not change that stage.
-        """
+        """The same model for inference. It shares everything except one stage, which is `frozen` in `precision`. Later
+        training does not change that stage."""
         other = copy.copy(self)
         other._modules = dict(self._modules)
         dtype = torch.bfloat16 if precision is Precision.bfloat16 else torch.float32

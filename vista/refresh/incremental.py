@@ -143,12 +143,8 @@ def refresh_incremental(
 
 
 def check_updatable(manifest: Manifest, log: EventLog, store: Path | StoreUrl) -> int:
-    """The newest segment of a log that all records of a store cover.
-
-    Raises:
-        ConfigError: the store covers only a part of its log, because it was refreshed with `until`.
-        StoreError: it covers another log, or a longer one.
-    """
+    """The newest segment of a log that all records of a store cover. Raises ConfigError if the store covers only a part
+    of its log, because it was refreshed with `until`, and StoreError if it covers another log, or a longer one."""
     if manifest.until not in (None, "all"):
         raise ConfigError(
             f"{store}: was refreshed with until={manifest.until} and cannot be updated; run a full refresh instead"
@@ -214,9 +210,7 @@ def _newer_item_values(
     model: VistaModel, rows: NDArray[np.int32], log: EventLog, update: StoreUpdate, users: Int, covered: int
 ) -> ItemValues | None:
     """The values of items as of now, if those of the generation are due after changes of some users; None otherwise.
-
-    They are due after any deletion, also of users of other shards: they must not count what was erased.
-    """
+    They are due after any deletion, also of users of other shards: they must not count what was erased."""
     if not model.reads_item_values:
         return None
     if log.may_delete(covered):
@@ -481,11 +475,8 @@ class BatchRefresher:
 
 
 def _with_new_events(model: VistaModel, states: StateArrays, new: Histories, before: Int) -> HistorySums:
-    """Sums of states with the events `new` of the same users added, which follow all earlier ones.
-
-    Args:
-        before: int64 [N] items of the users' newest earlier events; 0 for none.
-    """
+    """Sums of states with the events `new` of the same users added, which follow all earlier ones. `before`: int64 [N]
+    items of the users' newest earlier events; 0 for none."""
     tables: tuple[CounterTable, ...] = ()
     if (keys := model.item_keys) is not None:
         keys_of_new = keys.of_events(new.item, new.action, new.timestamp, new.offsets, before)

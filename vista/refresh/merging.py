@@ -283,9 +283,7 @@ def _encode_batches(
 
 def _carry_erasures(sources: Sequence[_MergeSource], target: Folder, num_carried: int = 0) -> int:
     """Erase users who were erased from a part, unless these are `num_carried`, like before; returns how many they are.
-
-    They are erased from all generations of the merged store, so that it stops serving them before the merge ends.
-    """
+    They are erased from all generations of the merged store, so that it stops serving them before the merge ends."""
     digests = []
     for store in (store for source in sources for store in source.stores):
         with closing(open_backend(store.path)) as part:

@@ -228,10 +228,8 @@ class StoreUpdate:
         return np.array(self._store.erased_users.erased(keys), bool)
 
     def applied_segments(self, keys: Sequence[bytes]) -> NDArray[np.int64]:
-        """Newest segment that each user's record covers, [N]; -1 without a record.
-
-        Also -1 for a record that is shorter than a header, so that the user is summarized again; it is logged.
-        """
+        """Newest segment that each user's record covers, [N]; -1 without a record. Also -1 for a record that is shorter
+        than a header, so that the user is summarized again; it is logged."""
         applied = np.full(len(keys), -1, np.int64)
         for row, header in enumerate(self.writer.headers(keys)):
             if header is None:
@@ -248,11 +246,8 @@ class StoreUpdate:
         return applied
 
     def put_batch(self, keys: Sequence[bytes], records: Sequence[bytes], states: Sequence[bytes] = ()) -> None:
-        """Add or replace users durably, states first; erased users are left out.
-
-        Raises:
-            StoreError: the records are unchanged (disk full, input/output error); the message has the remedy.
-        """
+        """Add or replace users durably, states first; erased users are left out. Raises StoreError if the disk is
+        full or fails, with the records unchanged; the message has the remedy."""
         self.writer.put(keys, records, states, {})
 
     def item_values(self) -> ItemValues | None:

@@ -293,10 +293,8 @@ class Trainer:
         return newest is not None
 
     def _fit_wide(self, model: VistaModel, metrics: MetricsWriter, interrupted: list[bool]) -> None:
-        """Epoch 0: fit what scores read without attention, then validate and export the model that has nothing else.
-
-        An interrupted epoch 0 starts over.
-        """
+        """Epoch 0: fit what scores read without attention, then validate and export the model that has nothing else. An
+        interrupted epoch 0 starts over."""
         began, progress = time.perf_counter(), self.progress
         optimizers = self._new_optimizers(trains_tables=False)
         total, step = min(WIDE_STEPS, WIDE_PASSES * self.source.num_batches(0)), 0
@@ -416,10 +414,8 @@ class Trainer:
         return row
 
     def _losses(self, batch: Batch, *, wide: bool) -> Losses:
-        """The losses of a batch, or of this rank's part of it, which may be empty.
-
-        Only the rows of the batch take part. A trained table's gradient is sparse, so no pass reads the whole table.
-        """
+        """The losses of a batch, or of this rank's part of it, which may be empty. Only the rows of the batch take
+        part. A trained table's gradient is sparse, so no pass reads the whole table."""
         part = batch if self._parallel is None else self._parallel.part(batch, self.progress.step)
         if part is None:
             if self.model.sharded_table is not None and not wide:  # all ranks read together
