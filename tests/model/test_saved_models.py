@@ -276,6 +276,12 @@ def test_summarizer_id_follows_stage_1_and_nothing_else(make: SimpleNamespace, m
     model = make.model(mixing=mixing, has_decoder=True)
     before = model.summarizer_id()
     assert len(before) == 32 and model.summarizer_id() == before
+    with torch.no_grad():
+        model.item_table[1, 0] = -0.0
+        negative = model.summarizer_id()
+        model.item_table[1, 0] = 0.0
+        assert model.summarizer_id() == negative != before
+    before = negative
     packed = make.histories([12], 1)
     summary = inference.summarize(model, packed)
     stages = set()

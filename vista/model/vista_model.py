@@ -504,6 +504,8 @@ class VistaModel(RankingModel):
                 by_item = ("id_mask", "item_space", *(() if self.stage1.embedding_rows else ("item_table",)))
                 if name in by_item:
                     tensor = tensor[: 1 + count]
+                if tensor.is_floating_point():
+                    tensor = tensor + 0.0  # a step of an optimizer turns -0 into 0, and summaries do not change
                 parts.append(name.encode() + str(tuple(tensor.shape)).encode())
                 parts.append(tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data)
         if self.feature_table is not None:
