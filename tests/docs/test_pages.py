@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import shutil
 from pathlib import Path
 
 import pytest
 
+from docs.build_site import PAGES_ELSEWHERE, pages_of_nav
+from docs.check_links import lines_outside_code
+from docs.notebook_pages import notebook_pages
 from tests.docs.page import blocks_of, steps_of
 from tests.docs.run_page import ROOT, TIME_LIMIT_S, PageFailed, check_page
 from tests.required_program import required
@@ -85,3 +89,45 @@ def test_blocks_that_are_not_run_have_a_reason() -> None:
     """Also checks that every block is closed, and that console blocks begin with a command."""
     for page in [README, ROOT / "CONTRIBUTING.md", KERNELS, *PAGES]:
         steps_of(page)
+
+
+MOST_PAGES, MOST_WORDS = 25, 30_000
+"""Of the site. Words are those outside of code, without the specification of the file formats."""
+SPECIFICATION = "reference/file-formats.md"
+LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
+
+
+def written_pages() -> dict[str, str]:
+    """The text outside of code of README.md and of the site's pages, except those that are generated, by name."""
+    notebooks = notebook_pages(ROOT)
+    texts = {"README.md": README.read_text()}
+    for name in pages_of_nav(ROOT):
+        source = next((page for page, there in PAGES_ELSEWHERE.items() if there == name), f"docs/{name}")
+        if name in notebooks:
+            texts[name] = notebooks[name]
+        elif (ROOT / source).is_file():
+            texts[name] = (ROOT / source).read_text()
+    return {name: "\n".join(line for _, line in lines_outside_code(text)) for name, text in texts.items()}
+
+
+def test_the_site_and_the_readme_are_short() -> None:
+    words = {name: len(text.split()) for name, text in written_pages().items()}
+    assert len(pages_of_nav(ROOT)) <= MOST_PAGES and len(words) > 20
+    assert sum(words.values()) - words["README.md"] - words[SPECIFICATION] <= MOST_WORDS, words
+    readme = README.read_text()
+    assert len(readme.split()) <= 1200 and len(readme.splitlines()) <= 150
+    first = next(block for block in blocks_of(README) if block.language == "python")
+    assert len(first.lines) <= 12
+
+
+def test_sentences_and_cells_are_short() -> None:
+    long = []
+    for name, text in written_pages().items():
+        paragraphs = re.split(r"\n\s*\n|\n(?=\s*(?:[-*|#]|\d+\. ))", LINK.sub(r"\1", text))
+        for paragraph in map(str.strip, paragraphs):
+            if paragraph.startswith("|"):
+                parts, most = re.split(r"(?<!\\)\|", paragraph), 24
+            else:
+                parts, most = re.split(r"(?<=[.!?])[\"')*]*\s", paragraph.removeprefix("- ")), 29
+            long += [f"{name}: {part}" for part in parts if len(part.split()) > most]
+    assert not long, "\n\n".join(long)
