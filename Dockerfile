@@ -1,7 +1,7 @@
 # A service that answers from a model and a store (docs/guides/serve.md):
 #   docker build --tag vista .
 #   docker run --publish 8000:8000 --env VISTA_SERVE_TOKEN --volume ./models:/models --volume ./stores:/stores vista
-FROM python:3.12-slim
+FROM python:3.11-slim
 WORKDIR /source
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY conf conf
