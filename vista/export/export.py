@@ -102,7 +102,7 @@ def export(
     if architecture is not Architecture.vista:
         raise ExportError(
             f"model={model}: is a baseline ({architecture.value}), which reads raw histories; export a model with "
-            "model.architecture=vista"
+            "model.kind=vista"
         )
     check_replaceable(folder)
     write = write_onnx if kind is ExportFormat.onnx else write_aotinductor

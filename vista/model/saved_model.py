@@ -164,7 +164,7 @@ class ModelDescription:
         if self.config.architecture is not architecture:
             raise CheckpointError(
                 f"{folder}: holds a model of architecture {self.config.architecture.value}, but {kind} needs "
-                f"{architecture.value}; name a model that was trained with model.architecture={architecture.value}"
+                f"{architecture.value}; name a model that was trained with model.kind={architecture.value}"
             )
 
     def check_files(self, folder: Path, *patterns: str) -> None:
