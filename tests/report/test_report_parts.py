@@ -123,12 +123,13 @@ def test_a_section_says_where_a_run_is_ahead() -> None:
     assert section.finding.startswith("AUC of click: good is furthest ahead for ")
     behind = ComparisonData(["bad"], {}, None, {}, [measure], ["bad", "good"])
     section = split_section("By age", "", behind, [(measure, [CasePart("new", early), CasePart("old", ~early)])], "age")
-    assert isinstance(section, PageSection) and section.finding == "AUC of click: bad is not ahead in any group."
+    assert isinstance(section, PageSection)
+    assert section.finding == "AUC of click: bad is not clearly ahead in any group."
     runs = ComparisonData(["good", "bad"], {}, None, {}, [measure], ["good", "bad", "same"])
     section = split_section("By age", "", runs, [(measure, [CasePart("new", early), CasePart("old", ~early)])], "age")
     assert isinstance(section, PageSection)
     assert "good is furthest ahead of bad for " in section.finding
-    assert section.finding.endswith(", and not ahead of the baselines in any group.")
+    assert section.finding.endswith(", and not clearly ahead of the baselines in any group.")
     few = split_section(
         "By age", "", data, [(measure, [CasePart("new", early), CasePart("old", measure.seen > 28)])], "age"
     )

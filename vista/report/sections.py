@@ -316,10 +316,9 @@ def curves_section(files: RunFiles) -> PageSection | str:
 
 
 def _validation(validations: Sequence[dict[str, Any]]) -> tuple[list[str], str]:
-    """Charts of the most important metrics, and a table of all."""
+    """A chart of the most important metric, and a table of all."""
     names = list(validations[0]["validation"])
-    plotted = [name for name in names if name.partition("@")[0] == "ndcg" or name.startswith("auc/")]
-    plotted = plotted or names[:1]
+    plotted = [name for start in ("auc/", "ndcg@") for name in names if name.startswith(start)] or names
     epochs = [row["epoch"] for row in validations]
     is_long = len(epochs) > MAX_NAMED_EPOCHS
     charts = [
@@ -329,7 +328,7 @@ def _validation(validations: Sequence[dict[str, Any]]) -> tuple[list[str], str]:
             y_label=f"validation: {name}",
             x_names=None if is_long else [str(epoch) for epoch in epochs],
         )
-        for name in plotted[:2]
+        for name in plotted[:1]
     ]
     rows = [(name, *(f"{_metric(row, name):.4f}" for row in validations)) for name in names]
     return charts, table(["metric", *(f"epoch {row['epoch']}" for row in validations)], rows)
@@ -404,19 +403,21 @@ def popularity_section(run: MeasuredRun, log: EventLog, category: str | None) ->
         [str(d + 1), f"{items:,}", f"{labels:.1%}", f"{shown:.1%}", f"{hits:.4f}", f"{gain:.4f}"]
         for d, (items, labels, shown, hits, gain) in enumerate(zip(*shares, strict=True))
     ]
+    note = paragraph("Each decile has a tenth of the training events; the tenth has the most popular items.")
     body = [
-        paragraph("Each decile has a tenth of the training events; the tenth has the most popular items."),
-        table(["decile", "items", "labels", "places in lists", f"hr@{k}", f"ndcg@{k}"], rows),
+        folded(
+            "Popularity", note, table(["decile", "items", "labels", "places in lists", f"hr@{k}", f"ndcg@{k}"], rows)
+        )
     ]
     if category is None:
         few = (name for name, one in log.item_features.items() if one.values is not None and one.size <= MOST_VALUES)
         category = next(few, None)
     if category is not None:
-        body += _exposure(run, log, category, report.events, report.places)
+        body.append(_exposure(run, log, category, report.events, report.places))
     return PageSection("Popularity and exposure", finding, body)
 
 
-def _exposure(run: MeasuredRun, log: EventLog, category: str, events: Int, places: Int) -> list[str]:
+def _exposure(run: MeasuredRun, log: EventLog, category: str, events: Int, places: Int) -> str:
     """Shares of groups of items in the training events and in lists, largest groups first."""
     codes = category_codes(log.item_features, category, "category")[1:]
     of_model = run.model.rows_of(log.items) - 1
@@ -431,7 +432,7 @@ def _exposure(run: MeasuredRun, log: EventLog, category: str, events: Int, place
         if trained:
             rows.append([names[code], f"{trained:.1%}", f"{shown:.1%}", f"{shown / trained:.2f}"])
     note = f"Groups by {category}. Below 1, lists show a group less often than users chose it in training."
-    return [heading("Exposure"), paragraph(note), table(["group", "training events", "places in lists", "ratio"], rows)]
+    return folded("Exposure", paragraph(note), table(["group", "training events", "places in lists", "ratio"], rows))
 
 
 def limits_section(reasons: Sequence[str]) -> PageSection:
@@ -493,7 +494,7 @@ def _split_finding(
     estimates: Sequence[dict[str, Estimate]],
     shown: Sequence[str],
 ) -> str:
-    """Where the run is furthest ahead of each other run and of the best baseline, or that it is not ahead anywhere."""
+    """Where the run is furthest ahead of each other run and of the best baseline, or that it is nowhere clearly ahead."""
     runs = [name for name in shown if name in data.runs[1:]]
     baselines = [name for name in shown if name not in (*data.runs, ORACLE)]
     leads = [_lead(data.own, parts, estimates, [name], f"of {name} ") for name in runs]
@@ -511,17 +512,16 @@ def _lead(
     others: Sequence[str],
     whom: str,
 ) -> str:
-    """Where a run is furthest ahead of the best of some others; whom: what the text calls these."""
-    leads = [each[own].value - max(_or_low(each[name].value) for name in others) for each in estimates]
-    most = int(np.nanargmax(leads)) if np.isfinite(leads).any() else 0
-    if not leads[most] > 0:
-        return f"not ahead {whom}in any group"
-    best = max(others, key=lambda name: _or_low(estimates[most][name].value))
-    # The intervals of both, added in squares as if they were independent, are wider than that of a paired difference.
-    noise = np.hypot(estimates[most][own].half_width, estimates[most][best].half_width)
-    doubt = "" if leads[most] > noise else ", which is within the intervals"
-    by = f"{leads[most]:+.4f}" if len(others) == 1 else f"{leads[most]:+.4f} ahead of {best}"
-    return f"furthest ahead {whom}for {parts[most].name} ({by}{doubt})"
+    """Where a run is furthest ahead of the best of some others, beyond the intervals; whom: these in the text."""
+    found: tuple[float, str] | None = None
+    for part, each in zip(parts, estimates, strict=True):
+        best = max(others, key=lambda name: _or_low(each[name].value))
+        lead = each[own].value - each[best].value
+        # The intervals of both, added in squares as if independent, are wider than that of a paired difference.
+        noise = np.hypot(each[own].half_width, each[best].half_width)
+        if lead > noise and (found is None or lead > found[0]):
+            found = lead, f"for {part.name} ({lead:+.4f}{'' if len(others) == 1 else f' ahead of {best}'})"
+    return f"not clearly ahead {whom}in any group" if found is None else f"furthest ahead {whom}{found[1]}"
 
 
 def _or_low(value: float) -> float:
@@ -547,7 +547,7 @@ def training_section(run: MeasuredRun, log: EventLog) -> PageSection:
     summary, validations = record.summary, record.files.validations
     if summary.seconds is not None:
         rows.append(("training time", f"{summary.seconds:.0f} s for {validations[-1]['step']:,} steps"))
-    body = [table(["data", ""], rows, is_text=True)]
+    body = [folded("Data", table(["data", ""], rows, is_text=True))]
     if summary.state != "finished":
         why = f" ({summary.reason})" if summary.reason else ""
         body.append(
