@@ -31,7 +31,13 @@ def problem(count: int, items: int, dim: int = 6, dtype: torch.dtype = torch.flo
 
 
 def formula(
-    user: Tensor, items: Tensor, label: Tensor, negatives: Tensor, log_weight: Tensor, temperature: float
+    user: Tensor,
+    items: Tensor,
+    label: Tensor,
+    negatives: Tensor,
+    log_weight: Tensor,
+    temperature: float,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """-log e^{s+} / (e^{s+} + sum over negatives other than the label of w_j e^{s_j}), row by row."""
     total = user.new_zeros(())
@@ -39,18 +45,21 @@ def formula(
         scores = items @ user[row] / temperature
         others = [j for j, item in enumerate(negatives.tolist()) if item != own]
         terms = [scores[own], *(scores[negatives[j]] + log_weight[j] for j in others)]
-        total = total + torch.logsumexp(torch.stack(terms), 0) - scores[own]
+        own_weight = 1.0 if weight is None else weight[row]
+        total = total + own_weight * (torch.logsumexp(torch.stack(terms), 0) - scores[own])
     return total / max(len(label), 1)
 
 
+@pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize(("count", "temperature"), [(1, 1.0), (256, 0.05), (257, 0.05), (600, 1.0)])
-def test_sampled_softmax_equals_its_formula(count: int, temperature: float) -> None:
+def test_sampled_softmax_equals_its_formula(count: int, temperature: float, is_weighted: bool) -> None:
     user, items, label = problem(count, 40)
     negatives = torch.arange(0, 40, 2)
     log_weight = torch.linspace(-1, 3, 20, dtype=torch.float64)
     leaves = [user.requires_grad_(), items.requires_grad_()]
-    loss = sampled_softmax(user, items, label, negatives, log_weight, temperature)
-    exact = formula(user, items, label, negatives, log_weight, temperature)
+    weight = torch.linspace(0, 4, count, dtype=torch.float64) if is_weighted else None
+    loss = sampled_softmax(user, items, label, negatives, log_weight, temperature, weight=weight)
+    exact = formula(user, items, label, negatives, log_weight, temperature, weight)
     torch.testing.assert_close(loss, exact)
     for mine, theirs in zip(torch.autograd.grad(loss * 3, leaves), torch.autograd.grad(exact * 3, leaves), strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -206,9 +215,16 @@ def window_problem(
 
 
 def window_formula(
-    asked: WindowProblem, negatives: Tensor, log_weight: Tensor, temperature: float, adjustment: Tensor, *, counts: bool
+    asked: WindowProblem,
+    negatives: Tensor,
+    log_weight: Tensor,
+    temperature: float,
+    adjustment: Tensor,
+    *,
+    counts: bool,
+    weight: Tensor | None,
 ) -> Tensor:
-    """|P| log Z - sum of the labels' logits, anchor by anchor and item by item."""
+    """Weighted sum of log Z less each label's logit, anchor by anchor and item by item."""
     total = asked.user.new_zeros(())
     for row in range(len(asked.label)):
         own = {}
@@ -226,24 +242,34 @@ def window_formula(
         for item, extra in zip(negatives.tolist(), log_weight, strict=True):
             if item not in own and item not in labels:
                 terms.append(cosine[item] + extra)
-        total = total + len(labels) * torch.logsumexp(torch.stack(terms), 0) - torch.stack(logits).sum()
+        own_weight = torch.ones(len(labels)) if weight is None else weight[row][asked.label[row] >= 0]
+        total = total + (own_weight * (torch.logsumexp(torch.stack(terms), 0) - torch.stack(logits))).sum()
     return total / len(asked.label)
 
 
 @pytest.mark.parametrize(
-    ("count", "num_statistics", "num_sums", "counts"),
-    [(1, 3, 2, True), (7, 0, 0, False), (7, 3, 0, True), (257, 0, 0, True), (257, 3, 2, True)],
+    ("count", "num_statistics", "num_sums", "counts", "is_weighted"),
+    [
+        (1, 3, 2, True, True),
+        (7, 0, 0, False, True),
+        (7, 3, 0, True, False),
+        (257, 0, 0, True, True),
+        (257, 3, 2, True, False),
+    ],
 )
-def test_window_loss_equals_its_formula(count: int, num_statistics: int, num_sums: int, counts: bool) -> None:
+def test_window_loss_equals_its_formula(
+    count: int, num_statistics: int, num_sums: int, counts: bool, is_weighted: bool
+) -> None:
     asked = window_problem(count, num_statistics=num_statistics, num_sums=num_sums)
     negatives, log_weight = torch.arange(0, NUM_ITEMS, 2), torch.linspace(-1, 3, 20, dtype=torch.float64)
     adjustment = torch.linspace(-2, 0, NUM_ITEMS, dtype=torch.float64)
     leaves = asked.leaves if counts else asked.leaves[:2]
     counted = asked.counted if counts else None
+    weight = torch.rand(asked.label.shape, dtype=torch.float64) * 3 if is_weighted else None
     loss = window_loss(
-        asked.user, asked.items, asked.label, negatives, log_weight, 0.3, adjustment, counted, asked.statistics
+        asked.user, asked.items, asked.label, negatives, log_weight, 0.3, adjustment, counted, asked.statistics, weight
     )
-    exact = window_formula(asked, negatives, log_weight, 0.3, adjustment, counts=counts)
+    exact = window_formula(asked, negatives, log_weight, 0.3, adjustment, counts=counts, weight=weight)
     torch.testing.assert_close(loss, exact)
     for mine, theirs in zip(torch.autograd.grad(loss * 3, leaves), torch.autograd.grad(exact * 3, leaves), strict=True):
         torch.testing.assert_close(mine, theirs)

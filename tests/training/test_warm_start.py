@@ -354,3 +354,22 @@ def test_a_model_of_later_labels(event_log: EventLog, tmp_path: Path) -> None:
     begun(replace(warm, data=replace(warm.data, **dated(12))), event_log)
     with pytest.raises(LeakageError, match=r"was trained on events until \d+, but this run holds out"):
         train(replace(warm, data=replace(warm.data, **dated(10) | {"validation_from": "2020-10-09"})), event_log)
+
+
+def test_fine_tuning_by_rewards_keeps_records(earlier: Run, later: Run, grown_log: EventLog, tmp_path: Path) -> None:
+    """Stage 1 is frozen unless init_freeze says otherwise. The rewards change stage 2."""
+    config, plain = later
+    optim = replace(config.optim, reward="rating")
+    tuned = train(replace(config, init_freeze=None, optim=optim, run_dir=str(tmp_path / "run")), grown_log)
+    assert digest_of(tuned, grown_log, tmp_path / "after") == digest_of(earlier[1], grown_log, tmp_path / "before")
+    assert any(
+        not torch.equal(mine, theirs) for mine, theirs in zip(tuned.parameters(), plain.parameters(), strict=True)
+    )
+
+
+def test_equal_weights_train_the_same_bits_as_none(later: Run, grown_log: EventLog, tmp_path: Path) -> None:
+    """At so high a temperature, all weights are 1."""
+    config, plain = later
+    optim = replace(config.optim, reward="rating", reward_temperature=1e30)
+    weighted = train(replace(config, optim=optim, run_dir=str(tmp_path / "run")), grown_log).state_dict()
+    assert all(torch.equal(weighted[name], value) for name, value in plain.state_dict().items())

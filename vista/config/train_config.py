@@ -188,6 +188,12 @@ class OptimConfig:
     logq_strength: float = 1.0
     """How much of the items' log popularity the next-item scores learn, in [0, 1]. 1 is the plain softmax; 0 removes
     popularity from the scores."""
+    reward: str | None = None
+    """What an event earned: rating, a number among the features of events, or an action, whose events earn 1 and all
+    others 0. Next-item and window losses weight each label by exp(advantage / reward_temperature), where the advantage
+    is the reward less the user's mean in training, in standard deviations. null weights all labels equally."""
+    reward_temperature: float = 1.0
+    """With reward: the lower, the more the rewards decide."""
     task_weight: float = 1.0
     """Weight of each task's binary cross-entropy, if the log has impressions. 0 trains no task."""
     tasks: list[str] = field(default_factory=list)
@@ -206,7 +212,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "optim.")
-        require_finite(self, "optim.", ("learning_rate", "minutes"), positive=True)
+        require_finite(self, "optim.", ("learning_rate", "minutes", "reward_temperature"), positive=True)
         weights = ("next_weight", "window_weight", "task_weight", "reconstruction_weight")
         require_finite(self, "optim.", ("table_rate", *weights))
         counts = ("epochs", "warmup_steps", "patience", "validate_every", "validation_users")
@@ -255,9 +261,9 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
     init_from: str | None = None
     """Folder of an exported model to start from, such as runs/yesterday/best. Items, features, actions, and tasks are
     matched by name. The optimizers start without the moments of that run. null draws new weights."""
-    init_freeze: InitFreeze = InitFreeze.none
+    init_freeze: InitFreeze | None = None
     """With init_from: train everything (none), or keep what summaries depend on (summarizer), so that stores stay
-    valid."""
+    valid. null is summarizer with optim.reward, else none."""
     run_dir: str = "runs/vista"
     """Folder for config.yaml, run.json, train.log, metrics.jsonl, checkpoints/, and best/ (the exported model)."""
     precision: Precision = Precision.auto
@@ -308,7 +314,15 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
         )
 
     def _check_init(self) -> None:
-        warm, freezes = self.init_from is not None, self.init_freeze is InitFreeze.summarizer
+        warm = self.init_from is not None
+        if self.init_freeze is None:
+            self.init_freeze = InitFreeze.summarizer if warm and self.optim.reward else InitFreeze.none
+        freezes = self.init_freeze is InitFreeze.summarizer
+        require(
+            self.optim.reward is None or self.model.architecture is Architecture.vista,
+            "optim.reward",
+            "needs model.architecture=vista; set that, or leave this out",
+        )
         require(
             not warm or self.base is None,
             "init_from",

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.arrays import Int
+from vista.arrays import Float32s, Int
 from vista.config.checks import Decay
 from vista.examples.item_spaces import PooledHistories
 from vista.examples.item_statistics import HistoryCounters
@@ -84,6 +84,8 @@ class ChunkTimeline:
     """int64 [N] ms, or positions in a log without times."""
     offsets: Int
     """int64 [B+1]."""
+    weight: Float32s | None = None
+    """float32 [N] of the events as labels; None is 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,8 @@ class Chunks:
     """int64 [B]: with stored summaries, the first events of each chunk that serve as context only."""
     summary: NDArray[np.float32] | None = None
     """float32 [B, S, M] stored summaries; None computes them from the batch's own events."""
+    weight: Float32s | None = None
+    """float32 [T] of the events as next-item labels (`EventRewards`); None is 1."""
     histories: ChunkHistories | None = None
     """None without counters and pooled vectors."""
     features: EncodedRows | None = None
@@ -210,6 +214,8 @@ class BatchLabels:
     pooled: Tensor | None = None
     """float32 [NW, W, J, FOLDS * r] of the requests (`PooledHistories.at`); None without pooled vectors, or if next
     items are only trained at anchors."""
+    weight: Tensor | None = None
+    """float32 [NW, W] of the labels in the loss (`EventRewards`); None is 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +289,10 @@ class BatchAnchors:
     (`vista.examples.transitions`). None for a model that reads none."""
     pooled: Tensor | None = None
     """float32 [NA, J, FOLDS * r] of the requests (`PooledHistories.at`); None without pooled vectors."""
+    weight: Tensor | None = None
+    """float32 [NA, P] of the labels `item` in the loss (`EventRewards`); None is 1."""
+    next_weight: Tensor | None = None
+    """float32 [NA] of the labels `next_item`; None is 1."""
 
 
 @dataclass(frozen=True, slots=True)

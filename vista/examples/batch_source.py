@@ -36,6 +36,7 @@ from vista.examples.batch import (
 from vista.examples.cuts import CutPlan, cut_batch
 from vista.examples.item_spaces import ItemRates, ItemSpaces
 from vista.examples.item_statistics import HistoryCounters, ItemStatistics, WholeHistories, item_frequency
+from vista.examples.rewards import EventRewards
 from vista.examples.transitions import TransitionCounts
 from vista.log.event_keys import Impressions
 from vista.log.event_log import EventLog
@@ -339,6 +340,7 @@ class BatchSource:
             began = time.perf_counter()
             self.transitions = TransitionCounts(log, reads.item_rows, self.counts, size)
             logger.info("the %d most frequent next items of each item (%.1f s)", size, time.perf_counter() - began)
+        self._rewards = EventRewards(log, self.counts, config.optim) if config.optim.reward else None
         self._chunk_len = chunk_len(config)
         self._epoch = -1
         self._chunks: tuple[Int, Int, Int] = (np.zeros(0, np.int64),) * 3
@@ -424,6 +426,10 @@ class BatchSource:
         trail = np.minimum(0 if anchors is None else anchors.horizon_events, self.counts[user] - stop)
         timeline = self._log.gather_ranges(user, start - lead, stop + trail)
         events = timeline.select(np.zeros_like(lead), stop - start + lead)
+        weight = of_timeline = None
+        if self._rewards is not None:
+            of_timeline = self._rewards.weights(user[timeline.owner], timeline)
+            weight = self._rewards.weights(user[events.owner], events)
         item, time = reads.item_rows[timeline.item], np.asarray(events.timestamp)
         has_gaps = self._log.has_time and model.reads("times")
         chunks = Chunks(
@@ -437,9 +443,10 @@ class BatchSource:
             impressions=self._impressions_of(user, start, stop, lead),
             features=reads.encode_events(events.features, events.num_events),
             user_features=reads.encode_users(user),
+            weight=weight,
         )
         if anchors is not None:
-            chunks.timeline = ChunkTimeline(item, np.asarray(timeline.timestamp), timeline.offsets)
+            chunks.timeline = ChunkTimeline(item, np.asarray(timeline.timestamp), timeline.offsets, of_timeline)
         if stored is not None:
             chunks.lead, chunks.summary = lead, stored.read(user)
         if reads.keys is not None or self.spaces is not None:

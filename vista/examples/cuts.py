@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vista.arrays import Int, offsets_of
+from vista.arrays import Float32s, Int, offsets_of
 from vista.config import TrainConfig
 from vista.config.checks import Architecture, Mixing, Split
 from vista.counters.keys import UserCounters
@@ -112,6 +113,10 @@ class ChunkAnchors:
     """int64 [NA] of the requests, ms."""
     is_timed: NDArray[np.bool_]
     """bool [NA]: False where the caller of the scorer passes no time."""
+    weight: Float32s | None
+    """float32 [NA, P] of the labels `item`; None is 1."""
+    next_weight: Float32s | None
+    """float32 [NA] of the labels `next_item`; None is 1."""
 
 
 def draw_anchors(chunks: Chunks, plan: AnchorPlan, rng: np.random.Generator) -> ChunkAnchors:
@@ -142,11 +147,17 @@ def draw_anchors(chunks: Chunks, plan: AnchorPlan, rng: np.random.Generator) -> 
     gap = np.where(has_gap, gap_bucket(time - timeline.time[np.maximum(place - 1, 0)]), UNKNOWN_GAP)
     # As in evaluation, a window begins at the request if that has a time, else at the newest event before it.
     begin = time if plan.by_time else timeline.time[np.where(position > 0, place - 1, place)]
-    item = _anchor_labels(timeline, plan, place, timeline.offsets[1:][chunk], begin)
+    event = _anchor_labels(timeline, plan, place, timeline.offsets[1:][chunk], begin)
+    item = np.where(event >= 0, _take(timeline.item, event), 0)
     # A request at the time of a chunk's first label may have its place among the events that are context only.
     kept = np.flatnonzero(item.any(1) & (position >= lead[chunk]))
     chunk, position, place, time = chunk[kept], position[kept], place[kept], time[kept]
-    return ChunkAnchors(chunk, position, gap[kept], item[kept], timeline.item[place], time, is_timed[kept])
+    weight = next_weight = None
+    if timeline.weight is not None:
+        weight, next_weight = timeline.weight[event[kept]], timeline.weight[place]
+    return ChunkAnchors(
+        chunk, position, gap[kept], item[kept], timeline.item[place], time, is_timed[kept], weight, next_weight
+    )
 
 
 def _first_from(timeline: ChunkTimeline, chunk: Int, time: Int) -> Int:
@@ -160,7 +171,8 @@ def _first_from(timeline: ChunkTimeline, chunk: Int, time: Int) -> Int:
 
 
 def _anchor_labels(timeline: ChunkTimeline, plan: AnchorPlan, place: Int, end: Int, begin: Int) -> Int:
-    """int64 [NA, P] distinct known items of the windows that begin at the events `place`, right-aligned; 0 pads.
+    """int64 [NA, P]: the first event of each known item of the windows that begin at the events `place`, sorted by
+    item and right-aligned; -1 pads.
 
     Args:
         end: int64 [NA] place after the last event that training may see.
@@ -172,10 +184,13 @@ def _anchor_labels(timeline: ChunkTimeline, plan: AnchorPlan, place: Int, end: I
     event = np.where(is_inside, event, 0)
     if plan.horizon_days > 0:
         is_inside &= timeline.time[event] < begin[:, None] + math.ceil(plan.horizon_days * DAY_MS)
-    item = np.sort(np.where(is_inside, timeline.item[event], 0), axis=1)
+    item = np.where(is_inside, timeline.item[event], 0)
+    order = item.argsort(1, kind="stable")
+    item, event = np.take_along_axis(item, order, 1), np.take_along_axis(event, order, 1)
     repeats = np.pad(item[:, 1:] == item[:, :-1], ((0, 0), (1, 0)))
-    item = np.sort(np.where(repeats, 0, item), axis=1)
-    return item[:, item.shape[1] - int((item > 0).sum(1).max(initial=0)) :]
+    is_label = (item > 0) & ~repeats
+    event = np.take_along_axis(np.where(is_label, event, -1), is_label.argsort(1, kind="stable"), 1)
+    return event[:, event.shape[1] - int(is_label.sum(1).max(initial=0)) :]
 
 
 NUM_CUTS = 2
@@ -521,6 +536,9 @@ def _labels(
         item=_tensor(np.where(is_label & is_known, _take(item, event), -1)),
         gap=_tensor(np.where(has_gap, _take(chunks.gap, event), 0)),
         pooled=None if pooled is None else _tensor(pooled),
+        weight=None
+        if chunks.weight is None
+        else _tensor(np.where(is_label, _take(chunks.weight, event), np.float32(0))),
     )
 
 
@@ -633,11 +651,13 @@ def _anchors(
         counters=counters,
         pooled=pooled,
         mean_labels=plan.anchors.mean_labels,
+        weight=None if anchors.weight is None else _tensor(anchors.weight),
+        next_weight=None if anchors.next_weight is None else _tensor(anchors.next_weight),
     )
 
 
-def _take(values: Int, index: Int) -> Int:
-    return values[index] if len(values) else np.zeros_like(index)
+def _take(values: NDArray[Any], index: Int) -> NDArray[Any]:
+    return values[index] if len(values) else np.zeros(index.shape, values.dtype)
 
 
 def _tensor(values: NDArray[np.generic]) -> Tensor:

@@ -75,15 +75,17 @@ def weighted_losses(parts: Mapping[str, LossPart], optim: OptimConfig) -> Losses
     return Losses(total, means, {name: part.count for name, part in parts.items()})
 
 
-def next_loss(batch: Batch, items: Tensor, users: Tensor, label: Tensor, temperature: float) -> Tensor:
+def next_loss(
+    batch: Batch, items: Tensor, users: Tensor, label: Tensor, temperature: float, weight: Tensor | None = None
+) -> Tensor:
     """`sampled_softmax` over the negatives of a batch.
 
     Args:
-        items: [R, M] vectors of the items `batch.rows`; users: [N, M]; label: int64 [N] rows of `items`.
+        items: [R, M] vectors of the items `batch.rows`; users: [N, M]; label: int64 [N] rows of `items`; weight:
+            float32 [N] of the labels, or None.
     """
-    return sampled_softmax(
-        users, items, label, batch.negatives.item, batch.negatives.log_weight, temperature, batch.logit_adjustment
-    )
+    negatives, adjustment = batch.negatives, batch.logit_adjustment
+    return sampled_softmax(users, items, label, negatives.item, negatives.log_weight, temperature, adjustment, weight)
 
 
 def sampled_softmax(
@@ -94,6 +96,7 @@ def sampled_softmax(
     negative_log_weight: Tensor,
     temperature: float,
     adjustment: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Mean sampled-softmax loss of the next item over shared negatives.
 
@@ -108,6 +111,7 @@ def sampled_softmax(
         negative_log_weight: float32 [J], added to the negatives' logits (logQ correction, `NegativeSampler.draw`).
         temperature: divides the inner products.
         adjustment: float32 [R], added to an item's logits as label and as negative; a constant changes nothing.
+        weight: float32 [N] factors of the rows' losses, whose sum is still divided by N; None is 1.
 
     Returns:
         scalar float32; 0 if N = 0.
@@ -123,9 +127,10 @@ def sampled_softmax(
         negative_log_weight = negative_log_weight + adjustment[negatives]
     column = torch.searchsorted(negatives, label).clamp_(max=len(negatives) - 1)
     own = torch.where(negatives[column] == label, column, -1)
+    row_weight = torch.ones_like(positive) if weight is None else weight.to(full)
     with torch.autocast(user.device.type, enabled=False):
         loss: Tensor = _SampledSoftmax.apply(  # type: ignore[no-untyped-call]
-            user, positive, item_vectors[negatives], negative_log_weight.to(full), own, temperature
+            user, positive, item_vectors[negatives], negative_log_weight.to(full), own, row_weight, temperature
         )
     return loss
 
@@ -134,7 +139,7 @@ class _SampledSoftmax(torch.autograd.Function):
     """Loss and gradients in one pass over tiles of rows, without a whole [N, J] matrix.
 
     user [N, M], positive [N] logits, negatives [J, M], log_weight [J], own int64 [N] (column of a row's own positive,
-    or -1).
+    or -1), row_weight [N].
     """
 
     @staticmethod
@@ -145,6 +150,7 @@ class _SampledSoftmax(torch.autograd.Function):
         negatives: Tensor,
         log_weight: Tensor,
         own: Tensor,
+        row_weight: Tensor,
         temperature: float,
     ) -> Tensor:
         count = len(user)
@@ -161,9 +167,9 @@ class _SampledSoftmax(torch.autograd.Function):
             weight = logits.sub_(top.unsqueeze(-1)).exp_()
             own_weight = (positive[tile] - top).exp()
             total = weight.sum(-1) + own_weight
-            loss += (total.log() - (positive[tile] - top)).sum()
-            grad_positive[tile] = (own_weight / total - 1) / count
-            weight *= (1 / (total * count)).unsqueeze(-1)
+            loss += (row_weight[tile] * (total.log() - (positive[tile] - top))).sum()
+            grad_positive[tile] = row_weight[tile] * (own_weight / total - 1) / count
+            weight *= (row_weight[tile] / (total * count)).unsqueeze(-1)
             torch.mm(weight, scaled, out=grad_user[tile])
             grad_negatives.addmm_(weight.t(), user[tile], alpha=1 / temperature)
         ctx.save_for_backward(grad_user, grad_positive, grad_negatives)
@@ -172,7 +178,7 @@ class _SampledSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_user, grad_positive, grad_negatives = ctx.saved_tensors
-        return grad_user * grad, grad_positive * grad, grad_negatives * grad, None, None, None
+        return grad_user * grad, grad_positive * grad, grad_negatives * grad, None, None, None, None
 
 
 def task_losses(logits: Tensor, label: Tensor, mask: Tensor) -> Tensor:
@@ -269,6 +275,7 @@ def window_loss(
     adjustment: Tensor | None = None,
     counted: CountedSlots | None = None,
     statistics: AskedStatistics | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Mean over anchors of the summed cross-entropy of an anchor's labels.
 
@@ -291,6 +298,7 @@ def window_loss(
         adjustment: float32 [R], added to the logits of items that are not counted; see `sampled_softmax`.
         counted: the items that have logits of their own; None without counters.
         statistics: of the items, as of each question; None without counters.
+        weight: float32 [NA, P] factors of the labels' cross-entropies; None is 1.
 
     Returns:
         scalar of at least float32; 0 if NA = 0.
@@ -313,17 +321,18 @@ def window_loss(
             positive = torch.where(found, slot_logit.gather(1, is_counted.int().argmax(2)), positive)
             exact = torch.cat([slot_logit, exact.masked_fill(found, -torch.inf)], 1)
             slots = torch.cat([counted.item, slots], 1)
-        own, weight = _columns(negatives, slots), (label >= 0).sum(1).to(full) / len(label)
+        share = (label >= 0).to(full) if weight is None else weight.to(full).masked_fill(label < 0, 0.0)
+        own, total = _columns(negatives, slots), share.sum(1) / len(label)
         values, time, sums = _of_negatives(user, negatives, statistics)
         order = time.argsort(stable=True)  # anchors that read the same statistics then lie together
         partition: Tensor = _WeightedPartition.apply(  # type: ignore[no-untyped-call]
-            *(part[order] for part in (user, exact, own, weight, time, sums)),
+            *(part[order] for part in (user, exact, own, total, time, sums)),
             items[negatives],
             negative_log_weight.to(full),
             temperature,
             values,
         )
-    return partition - positive.masked_fill(label < 0, 0.0).sum() / len(label)
+    return partition - (share * positive.masked_fill(label < 0, 0.0)).sum() / len(label)
 
 
 def log_others(
@@ -496,7 +505,13 @@ def anchor_losses(
     counted = _counted_slots(model, anchors, users, items, statistics)
     parts: dict[str, LossPart] = {}
 
-    def loss(users: Tensor, label: Tensor, counted: CountedSlots | None, statistics: AskedStatistics | None) -> Tensor:
+    def loss(
+        users: Tensor,
+        label: Tensor,
+        counted: CountedSlots | None,
+        statistics: AskedStatistics | None,
+        weight: Tensor | None,
+    ) -> Tensor:
         return window_loss(
             users,
             items,
@@ -507,16 +522,18 @@ def anchor_losses(
             batch.logit_adjustment,
             counted,
             statistics,
+            weight,
         )
 
     if counted is not None and planned(optim.next_weight, "optim.next_weight"):
         known = (anchors.next_item >= 0).nonzero().squeeze(-1)
         label, slots = anchors.next_item[known].unsqueeze(1), CountedSlots(counted.item[known], counted.logit[known])
         of_known = None if statistics is None else statistics.select(known)
-        parts["next"] = LossPart(loss(users[known], label, slots, of_known), len(known))
+        weight = None if anchors.next_weight is None else anchors.next_weight[known].unsqueeze(1)
+        parts["next"] = LossPart(loss(users[known], label, slots, of_known, weight), len(known))
     if planned(optim.window_weight, "optim.window_weight"):
         # Labels are summed. Their mean number is a constant, so that anchors with many labels weigh more.
-        mean = loss(users, anchors.item, counted, statistics) / anchors.mean_labels
+        mean = loss(users, anchors.item, counted, statistics, anchors.weight) / anchors.mean_labels
         parts["window"] = LossPart(mean, len(users))
     return parts
 

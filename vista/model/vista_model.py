@@ -338,7 +338,8 @@ class VistaModel(RankingModel):
         label = batch.labels.item.flatten()
         known = (label >= 0).nonzero().squeeze(-1)
         items = self.training_items(batch, item_vectors)
-        mean = next_loss(batch, items, users.flatten(0, 1)[known], label[known], self.temperature)
+        weight = None if batch.labels.weight is None else batch.labels.weight.flatten()[known]
+        mean = next_loss(batch, items, users.flatten(0, 1)[known], label[known], self.temperature, weight)
         return LossPart(mean, len(known))
 
     def _reconstruction(self, batch: Batch, item_vectors: Tensor, encoded: Tensor, summaries: Tensor) -> LossPart:

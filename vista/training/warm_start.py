@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vista.arrays import Int
 from vista.config import DataConfig, TrainConfig
-from vista.config.checks import Architecture, InitFreeze, Precision, Split, to_dict
+from vista.config.checks import Architecture, InitFreeze, Precision, Split, planned, to_dict
 from vista.config.composition import value_text
 from vista.device import autocast
 from vista.errors import CheckpointError, ConfigError, LeakageError
@@ -227,7 +227,7 @@ class WarmStart:
 
     def identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
-        return {"init_from": self._digest, "init_freeze": self.config.init_freeze.value}
+        return {"init_from": self._digest, "init_freeze": planned(self.config.init_freeze, "init_freeze").value}
 
     def _item_rows(self) -> Tensor:
         """int64 [1 + V]: the earlier row of each model row, or -1."""

@@ -1,0 +1,296 @@
+"""Fine-tuning by rewards in the simulation, judged by the true click probabilities of the lists.
+
+    python -m scripts.experiments.reward_weights --out /tmp/rewards --seeds 1 2 3
+
+Each event of world `share` gets an outcome: it is a click with the world's probability of one, given the events before
+it. A base model is trained on next items, and then fine-tuned by each method, with stage 1 frozen. The world then says
+how likely a click is for each item of a list. Seeds have a world of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import vista.examples.batch_source
+from vista.arrays import Float32s, Floats, Int
+from vista.config import SimulateConfig, TrainConfig
+from vista.config.composition import compose_config
+from vista.evaluation.cases import NextItemCases
+from vista.evaluation.metrics import mean_and_error
+from vista.examples.rewards import EventRewards
+from vista.log.event_log import EventLog
+from vista.log.splits import parse_until, visible_counts
+from vista.model.losses import LossPart
+from vista.model.vista_model import VistaModel
+from vista.simulation.simulate import generate
+from vista.simulation.streams import Queries, SimulatedLog, split_times
+from vista.simulation.worlds import WORLDS
+from vista.training.trainer import train
+from vista.training.validation import SummaryAnswers
+
+NUM_USERS, EVENTS_PER_USER, NUM_ITEMS = 240, 600, 600
+REQUESTS_PER_USER = 8
+TOP_K = 10
+PRIOR_EVENTS = 10
+MODEL = (
+    "experiment=simulation",
+    "model.dim=32",
+    "data.tokens_per_batch=1500",
+    "optim.warmup_steps=10",
+    "model.counter_keys=[]",
+    "model.pooled_dim=0",
+    "data.label_spacing=16",
+    "data.windows_per_chunk=0",
+    "data.staleness_events=75",
+    "optim.task_weight=0",
+    "optim.next_weight=1",
+    "optim.patience=0",
+    "optim.validate_every=0",
+    "num_threads=1",
+    "verify_log=false",
+)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A world, its log of events with outcomes, and what decides clicks."""
+
+    world: SimulatedLog
+    log: EventLog
+    row: Int
+    """int64 [log.num_items] rows of the catalog."""
+
+    @classmethod
+    def make(cls, seed: int, folder: Path) -> Environment:
+        config = SimulateConfig(
+            num_users=NUM_USERS, events_per_user=EVENTS_PER_USER, num_items=NUM_ITEMS, impressions_per_user=4, seed=seed
+        )
+        world = generate(config)
+        user = np.repeat(np.arange(NUM_USERS), np.diff(world.offsets))
+        place = np.arange(world.num_events)
+        asked = Queries(world.item, world.timestamp, world.offsets[user], np.maximum(place, world.offsets[user] + 1))
+        probability = _probabilities(world, asked)[:, 0]
+        clicked = np.random.default_rng([seed, 1]).random(len(user)) < probability
+        before = world.timestamp < split_times(config)[0]
+        total = np.bincount(world.item[before], clicked[before], NUM_ITEMS)
+        number = np.bincount(world.item[before], minlength=NUM_ITEMS)
+        item_mean = (total + PRIOR_EVENTS * clicked[before].mean()) / (number + PRIOR_EVENTS)
+        frame = {
+            "user": user + 1,
+            "item": world.item.astype(np.int64) + 1,
+            "timestamp": world.timestamp,
+            "clicked": clicked.astype(np.float32),
+            "item_mean": item_mean[world.item].astype(np.float32),
+            "true_probability": probability.astype(np.float32),
+        }
+        numbers = ("clicked", "item_mean", "true_probability")
+        log = EventLog.from_frame(frame, folder / "log", time_unit="ms", numbers=numbers)
+        return cls(world, log, log.items.ids(np.arange(log.num_items)).astype(np.int64) - 1)
+
+    def cases(self, begin: int, end: int | None) -> NextItemCases:
+        """Events at random places of each user between two times (ms)."""
+        rng = np.random.default_rng(7)
+        first = self.log.counts_before(begin)
+        last = self.log.lengths if end is None else self.log.counts_before(end)
+        user = np.repeat(np.flatnonzero(last > first), REQUESTS_PER_USER)
+        seen = first[user] + (rng.random(len(user)) * (last - first)[user]).astype(np.int64)
+        events = [self.log.slice(int(u), int(s), int(s) + 1) for u, s in zip(user, seen, strict=True)]
+        item, time = (
+            np.array([int(part[0]) for part in parts])
+            for parts in ([event.item for event in events], [event.timestamp for event in events])
+        )
+        return NextItemCases(user, seen, item, time)
+
+    def measure(self, model: VistaModel, cases: NextItemCases, covered: Int) -> dict[str, Floats]:
+        """By name: a metric of each case."""
+        rows = model.rows_of(self.log.items)
+        answers = SummaryAnswers(model, self.log, rows, np.unique(cases.user), covered, 1 << 15)
+        scores = np.concatenate(
+            [
+                answers.catalog_scores(cases.part(slice(low, low + 500)))[:, : 1 + len(model.items)]
+                for low in range(0, len(cases), 500)
+            ]
+        )
+        scores = scores[:, rows] if scores.shape[1] > rows.max() else scores[:, rows - 1]
+        top = np.argsort(-scores, 1, kind="stable")[:, :TOP_K]
+        rank = top == cases.item[:, None]
+        ndcg = np.where(rank.any(1), 1 / np.log2(2 + rank.argmax(1)), 0.0)
+        user = self.log.users.ids(cases.user).astype(np.int64) - 1
+        start = self.world.offsets[user]
+        place = start + cases.seen
+        asked = Queries(
+            self.row[top].ravel().astype(np.int32),
+            np.repeat(self.world.timestamp[place], TOP_K),
+            np.repeat(start, TOP_K),
+            np.repeat(place, TOP_K),
+        )
+        shown = _probabilities(self.world, asked)
+        rewards = [
+            self.log.slice(int(u), int(s), int(s) + 1).features.columns["clicked"][0]
+            for u, s in zip(cases.user, cases.seen, strict=True)
+        ]
+        reward = np.array(rewards, np.float64)
+        return {
+            "click": shown[:, 0].reshape(-1, TOP_K).mean(1),
+            "like": (shown[:, 0] * shown[:, 1]).reshape(-1, TOP_K).mean(1),
+            "ndcg": ndcg,
+            "reward ndcg": ndcg * reward / reward.mean(),
+        }
+
+
+def _probabilities(world: SimulatedLog, asked: Queries) -> Floats:
+    """[N, tasks] true probabilities."""
+    return 1 / (1 + np.exp(-WORLDS[world.config.world].logits(world.catalog, world, asked)))  # type: ignore[arg-type]
+
+
+def words(env: Environment) -> list[str]:
+    validation, test = split_times(env.world.config)
+    return [
+        *MODEL,
+        f"data.path={env.log.path}",
+        f"data.validation_from={validation}",
+        f"data.test_from={test}",
+        "model.ignore=[event_features]",
+    ]
+
+
+# Methods that the product lacks.
+
+
+class FilteredRewards(EventRewards):
+    """Labels without a click have no weight."""
+
+    def weights(self, user: Int, events: Any) -> Float32s:
+        clicked = events.features.columns["clicked"]
+        weight: Float32s = (clicked / self.baseline.mean()).astype(np.float32)
+        return weight
+
+
+class ItemBaselines(EventRewards):
+    """Advantages over the mean of the item instead of the user's."""
+
+    def _advantages(self, user: Int, events: Any) -> Floats:
+        columns = events.features.columns
+        advantage: Floats = columns["clicked"].astype(np.float64) - columns["item_mean"]
+        return advantage
+
+
+@contextmanager
+def filtering() -> Iterator[None]:
+    with patch.object(vista.examples.batch_source, "EventRewards", FilteredRewards):
+        yield
+
+
+@contextmanager
+def over_items() -> Iterator[None]:
+    with patch.object(vista.examples.batch_source, "EventRewards", ItemBaselines):
+        yield
+
+
+@contextmanager
+def preferring(base: VistaModel, strength: float = 0.1, share: float = 1.0) -> Iterator[None]:
+    """DPO: each clicked label is preferred to a random label of its window that was not clicked, plus next items."""
+    reference = base.eval()
+    plain = VistaModel._next_loss
+
+    def loss(self: VistaModel, batch: Any, item_vectors: Any, users: Any) -> LossPart:
+        weight = batch.labels.weight
+        bare = replace(batch, labels=replace(batch.labels, weight=None))
+        part = plain(self, bare, item_vectors, users)
+        is_label = batch.labels.item >= 0
+        chance = torch.rand(weight.shape).masked_fill(~is_label | (weight > 0), -1.0)
+        best, worse = chance.max(1)
+        window, place = ((weight > 0) & is_label & (best > 0)[:, None]).nonzero(as_tuple=True)
+        if not len(window):
+            return part
+        winner, loser = batch.labels.item[window, place], batch.labels.item[window, worse[window]]
+        with torch.no_grad():
+            old_context = reference._contexts(batch, item_vectors)[2]
+            old_user = reference.window_users(batch, old_context)[window, place]
+        items = self.training_items(batch, item_vectors)
+        gap = items[winner] - items[loser]
+        change = ((users[window, place] - old_user) * gap).sum(-1) / self.temperature
+        preference = -F.logsigmoid(strength * change).mean()
+        return LossPart(share * part.mean + preference / strength, part.count)
+
+    with (
+        patch.object(VistaModel, "_next_loss", loss),
+        patch.object(vista.examples.batch_source, "EventRewards", FilteredRewards),
+    ):
+        yield
+
+
+METHODS: dict[str, tuple[tuple[str, ...], Callable[[VistaModel], Any] | None]] = {
+    "plain": ((), None),
+    "A-SFT T=0.5": (("optim.reward=clicked", "optim.reward_temperature=0.5"), None),
+    "A-SFT T=1": (("optim.reward=clicked",), None),
+    "A-SFT T=2": (("optim.reward=clicked", "optim.reward_temperature=2"), None),
+    "item baselines": (("optim.reward=clicked",), lambda base: over_items()),
+    "item means": (("optim.reward=item_mean",), None),
+    "filtering": (("optim.reward=clicked",), lambda base: filtering()),
+    "DPO": (("optim.reward=clicked",), lambda base: preferring(base, 0.1)),
+    "DPO alone": (("optim.reward=clicked",), lambda base: preferring(base, 0.1, 0.0)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--split", default="test", choices=("validation", "test"))
+    parser.add_argument("--epochs", type=int, nargs=2, default=(4, 2), help="of the base, and of the fine-tuning")
+    asked = parser.parse_args()
+    found: dict[str, dict[str, list[Floats]]] = {}
+    for seed in asked.seeds:
+        folder = asked.out / f"seed-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        env = Environment.make(seed, folder)
+        given = [*words(env), f"seed={seed}"]
+        base_words = [*given, f"run_dir={folder / 'base'}", f"optim.epochs={asked.epochs[0]}"]
+        base = train(compose_config(TrainConfig, base_words), env.log)
+        validation, test = split_times(env.world.config)
+        begin, end = (validation, test) if asked.split == "validation" else (test, None)
+        cases, covered = env.cases(begin, end), visible_counts(env.log, parse_until(str(begin)))
+        for name in ("base", *asked.methods):
+            model = base
+            if name != "base":
+                own, patches = METHODS[name]
+                run = folder / "".join(c if c.isalnum() else "-" for c in name)
+                extra = [f"run_dir={run}", f"optim.epochs={asked.epochs[1]}", f"init_from={folder / 'base' / 'best'}"]
+                config = compose_config(TrainConfig, [*given, *extra, "init_freeze=summarizer", *own])
+                if patches is None:
+                    model = train(config, env.log)
+                else:
+                    with patches(base):
+                        model = train(config, env.log)
+            measured = env.measure(model, cases, covered)
+            _, index = np.unique(cases.user, return_inverse=True)
+            for metric, values in measured.items():
+                means = np.bincount(index, values) / np.bincount(index)
+                found.setdefault(name, {}).setdefault(metric, []).append(means)
+            row = {metric: round(float(np.mean(values[-1])), 5) for metric, values in found[name].items()}
+            print(json.dumps({"seed": seed, "method": name, **row}), flush=True)
+    reference = found["plain"] if "plain" in found else found["base"]
+    for name, metrics in found.items():
+        cells = []
+        for metric, parts in metrics.items():
+            values, plain = np.concatenate(parts), np.concatenate(reference[metric])
+            change, error = mean_and_error(values - plain)
+            cells.append(f"{metric} {values.mean():.4f} ({change:+.4f} ± {error:.4f})")
+        print(f"{name:16s} " + "  ".join(cells))
+
+
+if __name__ == "__main__":
+    main()
