@@ -95,7 +95,10 @@ class Environment:
             "true_probability": probability.astype(np.float32),
         }
         numbers = ("clicked", "item_mean", "true_probability")
-        log = EventLog.from_frame(frame, folder / "log", time_unit="ms", numbers=numbers)
+        path = folder / "log"
+        log = (
+            EventLog.open(path) if path.exists() else EventLog.from_frame(frame, path, time_unit="ms", numbers=numbers)
+        )
         return cls(world, log, log.items.ids(np.arange(log.num_items)).astype(np.int64) - 1)
 
     def cases(self, begin: int, end: int | None) -> NextItemCases:
@@ -282,14 +285,20 @@ def main() -> None:
                 found.setdefault(name, {}).setdefault(metric, []).append(means)
             row = {metric: round(float(np.mean(values[-1])), 5) for metric, values in found[name].items()}
             print(json.dumps({"seed": seed, "method": name, **row}), flush=True)
-    reference = found["plain"] if "plain" in found else found["base"]
-    for name, metrics in found.items():
-        cells = []
-        for metric, parts in metrics.items():
-            values, plain = np.concatenate(parts), np.concatenate(reference[metric])
-            change, error = mean_and_error(values - plain)
-            cells.append(f"{metric} {values.mean():.4f} ({change:+.4f} ± {error:.4f})")
-        print(f"{name:16s} " + "  ".join(cells))
+        _print(found)
+
+
+def _print(found: dict[str, dict[str, list[Floats]]]) -> None:
+    """Print means over the users of all seeds so far, and paired differences from each method."""
+    for reference, of_reference in found.items():
+        print(f"compared with {reference}:")
+        for name, metrics in found.items():
+            cells = []
+            for metric, parts in metrics.items():
+                values = np.concatenate(parts)
+                change, error = mean_and_error(values - np.concatenate(of_reference[metric]))
+                cells.append(f"{metric} {values.mean():.4f} ({change:+.4f} ± {error:.4f})")
+            print(f"{name:16s} " + "  ".join(cells))
 
 
 if __name__ == "__main__":
