@@ -46,6 +46,15 @@ COMMANDS: dict[str, Command] = {
             "vista simulate world=returns out=data/returns num_users=100 reference=true",
         ),
     ),
+    "simulate online": Command(
+        config.SimulateOnlineConfig,
+        _handler("evaluation.online", "simulate_online"),
+        "Play a served model and simple policies against a simulated world: clicks and regret per round.",
+        (
+            "vista simulate online source=data/simulated model=runs/simulation/best",
+            "vista simulate online source=data/simulated policy=[popular,oracle] new_users=0.2",
+        ),
+    ),
     "prepare": Command(
         config.PrepareConfig,
         _handler("cli.store_commands", "run_prepare"),

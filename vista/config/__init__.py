@@ -61,6 +61,7 @@ __all__ = [
     "ServeConfig",
     "SimConfig",
     "SimulateConfig",
+    "SimulateOnlineConfig",
     "SourceColumns",
     "SourceConfig",
     "StoreCompactConfig",

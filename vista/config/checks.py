@@ -311,6 +311,21 @@ class WorldName(Enum):
     """What the user did at this time of earlier years, and on this day of earlier weeks."""
     drift = "drift"
     """The user's events of the candidate's topic, where each reversal turns all earlier tastes around."""
+    positions = "positions"
+    """As share, but users look at lower places of a list less often, and popular items are at the top."""
+
+
+class OnlinePolicy(Enum):
+    """What chooses the lists that simulated users see."""
+
+    model = "model"
+    """A trained model, served from a store that is refreshed before each round."""
+    popular = "popular"
+    """The items with the most events in the last four weeks."""
+    random = "random"
+    """Any items."""
+    oracle = "oracle"
+    """The items with the highest true probabilities."""
 
 
 class InitFreeze(Enum):

@@ -24,11 +24,15 @@ from vista.config.checks import (
     require,
     require_counts,
     require_finite,
+    require_share,
 )
 from vista.errors import ConfigError
 
 AGAIN = "again"
 """The label of `impressions.from_events.again_days`, which is known only so many days after the event."""
+POSITION, PROPENSITY = "position", "propensity"
+"""Names of numbers of impressions that no model reads: the place in the list that was shown, from 1, and the
+probability that the user looked at it. `optim.examined_tasks` corrects labels by them."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -431,6 +435,8 @@ class SimulateConfig(Seeded):
     """Number of items, at least num_topics."""
     num_topics: int = 32
     """Number of latent topics, at most 256. Every item belongs to one."""
+    new_items: float = 0.0
+    """Share of the items that appear during the period, at random times; the others exist from the start."""
     max_interests: int = 6
     """Maximum number of slow interests per user, topics that return throughout the history; below num_topics. The
     minimum is two thirds of it."""
@@ -459,6 +465,9 @@ class SimulateConfig(Seeded):
             rows = self.num_users * getattr(self, key)
             require(rows <= MAX_ROWS, "num_users", f"times {key} must be at most {MAX_ROWS:,}, got {rows:,}")
         require_counts(self, "", ("num_threads",), most=MAX_THREADS)
+        require_share(self, "", ("new_items",))
+        without = self.new_items == 0 or self.world != WorldName.sequence
+        require(without, "new_items", "cannot be used with world=sequence, whose events need all items from the start")
         try:
             datetime.fromisoformat(self.start)
         except ValueError as error:
@@ -467,7 +476,7 @@ class SimulateConfig(Seeded):
         require(topics <= 256, "num_topics", f"must be at most 256, got {topics}")
         require(items >= topics, "num_items", f"must be at least num_topics={topics}, got {items}")
         require(high < topics, "max_interests", f"must be below num_topics={topics}, got {high}")
-        if self.world != WorldName.share:
+        if self.world not in (WorldName.share, WorldName.positions):
             taken = {WorldName.conjunction: 2 * high, WorldName.mixed: 2 * high + 2}.get(self.world, high)
             message = (
                 f"must be at least {taken + 2} with world={self.world.value} and max_interests={high}, got {topics}"

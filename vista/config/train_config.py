@@ -13,6 +13,7 @@ from vista.config.checks import (
     Checked,
     InitFreeze,
     Keyed,
+    OnlinePolicy,
     Precision,
     RunOrder,
     RunsOn,
@@ -198,6 +199,10 @@ class OptimConfig:
     """Weight of each task's binary cross-entropy, if the log has impressions. 0 trains no task."""
     tasks: list[str] = field(default_factory=list)
     """Names of the tasks to train, as in the log. Empty means all."""
+    examined_tasks: list[str] = field(default_factory=list)
+    """Tasks such as click whose labels need the user to look at the item, so that they are corrected for position bias.
+    Impressions have the numbers `propensity`, the probability that the user looked, or `position`, the place in the
+    list from 1, by which it is estimated. Serving predicts labels of items that are looked at."""
     reconstruction_weight: float = 0.0
     """Weight of the reconstruction loss of the paper: a decoder predicts events of a history from its summary. It takes
     a fifth of a step, and did not raise quality on any log where it was measured. 0 trains no decoder."""
@@ -559,3 +564,32 @@ class RunsCompareConfig(WritesJson):
 
     runs: list[str] = field(default_factory=list)
     """Folders of two or more runs."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SimulateOnlineConfig(Threads, Seeded, UsesModel):
+    """Policies that play against a simulated world, round by round."""
+
+    source: str = "data/simulated"
+    """Folder of `vista simulate`, whose users and items are played with from the start of its test part on."""
+    policy: list[OnlinePolicy] = field(default_factory=lambda: [*OnlinePolicy])
+    """What chooses the lists; each policy plays on its own copy of the world. `model` is the setting of that name."""
+    task: str | None = None
+    """Task whose scores the model ranks by; null takes click, or the model's first task."""
+    rounds: int = 8
+    """Number of rounds, which divide the last 15% of the period."""
+    list_size: int = 10
+    """Number of items that each user sees per round."""
+    follow_events: int = 3
+    """Number of events on the item's topic that follow each click, which is an event itself."""
+    new_users: float = 0.0
+    """Share of the users who join in a random round, without a history."""
+    out: str = "online.jsonl"
+    """File for the results: one line per policy and round. While the model plays, its log and store lie next to it."""
+
+    def __post_init__(self) -> None:
+        Seeded.__post_init__(self)
+        require_counts(self, "", ("rounds", "list_size"), most=MAX_TOP_K)
+        require_counts(self, "", ("follow_events",), least=0, most=MAX_TOP_K)
+        require_share(self, "", ("new_users",))
+        require(len({*self.policy}) == len(self.policy) > 0, "policy", "name one or more policies, each once")

@@ -56,6 +56,8 @@ class ChunkImpressions:
     features: EncodedRows | None = None
     """[N + 1] of their requests; the last row is that of a request without features. None for a model that reads
     none."""
+    examined: NDArray[np.float32] | None = None
+    """float32 [N, num_tasks] probabilities that the user looked at the item; None without `optim.examined_tasks`."""
     measured: NDArray[np.float32] | None = None
     """float32 [N, Z + num_tasks] statistics and label rates of the items (`BatchImpressions.inputs`); None without
     pooled vectors."""
@@ -70,6 +72,7 @@ class ChunkImpressions:
             self.label[index],
             self.mask[index],
             self.time[index],
+            examined=None if self.examined is None else self.examined[index],
         )
 
 
@@ -250,6 +253,9 @@ class BatchImpressions:
     of the request, and its rate of each label (`ItemRates`). None without pooled vectors."""
     features: EncodedRows | None = None
     """[NW, I] of the requests; None without them."""
+    examined: Tensor | None = None
+    """float32 [NW, I, num_tasks] probabilities that the user looked at the item; None without
+    `optim.examined_tasks`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vista.arrays import Int, offsets_of
+from vista.arrays import Float32s, Int, offsets_of
 from vista.config import DataConfig, OptimConfig, TrainConfig
-from vista.config.checks import Architecture, planned
+from vista.config.checks import Architecture, planned, require
+from vista.config.log_config import POSITION, PROPENSITY
 from vista.counters.keys import ItemKeys
 from vista.errors import ConfigError, DataError
 from vista.examples.batch import (
@@ -122,6 +123,82 @@ def visible_rows(log: EventLog, table: Impressions, counts: Int, data: DataConfi
     return VisibleRows(kept, user[kept], position[kept], before[kept], hidden[kept])
 
 
+PLACE_STEPS = 50
+"""Steps in which weights of positions are estimated."""
+MOST_POSITIONS = 100
+"""Later positions have the weight of the last one."""
+LEAST_WEIGHT = 0.01
+"""Smaller weights of positions are raised to this value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Examination:
+    """How likely users looked at impressions, which position bias is corrected by."""
+
+    is_examined: NDArray[np.bool_]
+    """[num_tasks] the tasks of `optim.examined_tasks`."""
+    weights: Float32s | None
+    """[1 + MOST_POSITIONS] by position, where the first has weight 1; None where impressions have propensities."""
+
+    @classmethod
+    def of(cls, log: EventLog, config: TrainConfig, tasks: list[str]) -> Examination | None:
+        """That of a run's tasks; None without `optim.examined_tasks`.
+
+        Raises:
+            ConfigError: if a task is not trained, or impressions have neither propensities nor positions.
+        """
+        asked, table, key = config.optim.examined_tasks, log.impressions, "optim.examined_tasks"
+        if not asked:
+            return None
+        for name in asked:
+            require(name in tasks, key, f"{name!r} is not a trained task; these are: {', '.join(tasks) or 'none'}")
+        assert table is not None  # it has tasks
+        is_examined, columns = np.isin(tasks, asked), table.features.columns
+        name = PROPENSITY if PROPENSITY in columns else POSITION
+        lacks = f"{log.path} has neither {PROPENSITY!r} nor {POSITION!r} among the numbers of impressions; add one"
+        require(name in columns, key, lacks)
+        num_missing = int(np.isnan(columns[name]).sum())
+        require(num_missing == 0, key, f"{num_missing:,} impressions of {log.path} have no {name!r}; prepare it again")
+        if name == PROPENSITY:
+            return cls(is_examined, None)
+        counts = visible_counts(log, split_until(config.data, "train"))
+        visible = visible_rows(log, table, counts, config.data, None)
+        task = table.tasks.index(asked[0])
+        rows = visible.row[table.known(visible.row, visible.hidden)[:, task]]
+        weights = position_weights(columns[POSITION][rows], table.item[rows], np.asarray(table.label)[rows, task] == 1)
+        shown = ", ".join(f"{weight:.2f}" for weight in weights[1:11])
+        logger.info("estimated probabilities that users look at positions 1, 2, ...: %s", shown)
+        return cls(is_examined, weights)
+
+    def of_rows(self, features: RowFeatures) -> Float32s:
+        """Probabilities float32 [N, num_tasks] that users looked at impressions; 1 for tasks that are not corrected."""
+        if self.weights is None:
+            looks = features.columns[PROPENSITY]
+        else:
+            looks = self.weights[np.clip(features.columns[POSITION], 1, MOST_POSITIONS).astype(np.int64)]
+        return np.where(self.is_examined, looks[:, None], 1).astype(np.float32)
+
+
+def position_weights(position: NDArray[Any], item: NDArray[Any], clicked: NDArray[np.bool_]) -> Float32s:
+    """Relative probabilities that users look at positions, float32 [1 + MOST_POSITIONS]; the first position has 1.
+
+    Clicks are modeled as a rate per item times a weight per position, which are fitted in turn, so each item is
+    compared with itself. The weights are biased if users prefer what is at the top beyond what the items' rates tell.
+
+    Args:
+        position: [N] from 1; item: int [N]; clicked: [N].
+    """
+    place = np.clip(position, 1, MOST_POSITIONS).astype(np.int64)
+    weights = np.ones(1 + MOST_POSITIONS)
+    of_items, of_places = np.bincount(item, clicked), np.bincount(place, clicked, len(weights))
+    for _ in range(PLACE_STEPS):
+        rate = of_items / np.maximum(np.bincount(item, weights[place]), 1e-9)
+        weights = (of_places + 1) / (np.bincount(place, rate[item], len(weights)) + 1)
+        weights /= weights[1]
+    weights[place.max(initial=1) :] = weights[place.max(initial=1)]
+    return np.clip(weights, LEAST_WEIGHT, 1).astype(np.float32)
+
+
 @dataclass(frozen=True, slots=True)
 class VisibleImpressions:
     """The impressions of the training part with a known label, sorted by user row and time."""
@@ -155,6 +232,7 @@ class VisibleImpressions:
         kept = visible.select(np.flatnonzero(mask.any(1)))
         time = np.asarray(table.timestamp)[kept.row]
         use_time = log.has_time and config.model.reads("times")
+        examination = Examination.of(log, config, tasks)
         shown = ChunkImpressions(
             chunk=kept.user,
             position=kept.position,
@@ -163,6 +241,7 @@ class VisibleImpressions:
             label=np.asarray(table.label)[kept.row][:, columns].astype(np.float32),
             mask=mask[mask.any(1)],
             time=time,
+            examined=None if examination is None else examination.of_rows(table.features.select(kept.row)),
         )
         return cls(shown, kept.row, offsets_of(np.bincount(kept.user, minlength=log.num_users)))
 
@@ -327,7 +406,7 @@ class BatchSource:
         """Of the model rows; None for a model without pooled vectors or tasks."""
         if self.spaces is not None and tasks:
             shown = self._impressions.shown
-            self.rates = ItemRates(shown.item, shown.label, shown.mask, shown.chunk, 1 + largest)
+            self.rates = ItemRates(shown.item, shown.label, shown.mask, shown.chunk, 1 + largest, shown.examined)
         self._reads_counts = self._plan.anchors is not None and reads.keys is not None
         """Whether questions about next items read statistics."""
         self.statistics: ItemStatistics | None = None

@@ -596,6 +596,7 @@ def _impressions(
         codes=codes,
         inputs=inputs,
         features=None if shown.features is None else shown.features.select(described).apply(_tensor),
+        examined=None if shown.examined is None else _tensor(shown.examined[impression]),
     )
 
 

@@ -147,26 +147,37 @@ class ItemRates:
     """How often items have each label: log-odds relative to those of all impressions. As with spaces, a training
     question reads the rates of the users of the other folds, and the model those of all."""
 
-    def __init__(self, item: Int, label: Float32s, mask: NDArray[np.bool_], user: Int, num_rows: int) -> None:
+    def __init__(
+        self,
+        item: Int,
+        label: Float32s,
+        mask: NDArray[np.bool_],
+        user: Int,
+        num_rows: int,
+        examined: Float32s | None = None,
+    ) -> None:
         """
         Args:
             item: int64 [N] model rows of impressions.
             label: float32 [N, num_tasks]; mask: bool [N, num_tasks], True where a label is known.
             user: int64 [N] rows of the log.
             num_rows: V1.
+            examined: float32 [N, num_tasks] probabilities that users looked at the items, which an impression counts
+                as; None counts each as 1.
         """
+        looks = mask if examined is None else mask * examined
         cell, size = fold_of(user) * num_rows + item, FOLDS * num_rows
         counts = np.zeros((2, FOLDS, num_rows, label.shape[1]))
         """Of labels that are known, and of those that are 1."""
         for task in range(label.shape[1]):
-            for kind, weight in enumerate((mask[:, task], label[:, task] * mask[:, task])):
+            for kind, weight in enumerate((looks[:, task], label[:, task] * mask[:, task])):
                 counts[kind, ..., task] = np.bincount(cell, weight, size).reshape(FOLDS, num_rows)
         counts[:, :, UNKNOWN] = 0
         every = counts.sum(1, keepdims=True)
         scale = FOLDS / (FOLDS - 1)
         shown, true = np.concatenate([(every - counts) * scale, every], 1)
         mean = (true.sum(1, keepdims=True) + 1) / (shown.sum(1, keepdims=True) + 2)
-        true, false = true + RATE_PRIOR * mean, shown - true + RATE_PRIOR * (1 - mean)
+        true, false = true + RATE_PRIOR * mean, np.maximum(shown - true, 0) + RATE_PRIOR * (1 - mean)
         odds = np.log(true / false) - np.log(mean / (1 - mean))
         odds[:, UNKNOWN] = 0
         self.of_each: Float32s = odds.astype(np.float32)

@@ -181,24 +181,30 @@ class _SampledSoftmax(torch.autograd.Function):
         return grad_user * grad, grad_positive * grad, grad_negatives * grad, None, None, None, None
 
 
-def task_losses(logits: Tensor, label: Tensor, mask: Tensor) -> Tensor:
+def task_losses(logits: Tensor, label: Tensor, mask: Tensor, examined: Tensor | None = None) -> Tensor:
     """Binary cross-entropy of each task, averaged over the impressions whose label is known.
 
     Args:
         logits: [..., num_tasks]; label: float32 of the same shape; mask: bool of the same shape.
+        examined: probabilities e of the same shape that users looked at the items. A label is then modeled as 1 with
+            probability e * sigmoid(logit), so the logit is that of an item that is looked at.
 
     Returns:
         float32 [num_tasks]; 0 for a task without known labels.
     """
-    num_tasks = logits.shape[-1]
-    loss = F.binary_cross_entropy_with_logits(logits.float(), label, reduction="none")
+    num_tasks, logits = logits.shape[-1], logits.float()
+    if examined is not None:  # the logit of e * sigmoid(x)
+        logits = logits + examined.log() - F.softplus(logits + (1 - examined).log())
+    loss = F.binary_cross_entropy_with_logits(logits, label, reduction="none")
     loss = torch.where(mask, loss, loss.new_zeros(())).reshape(-1, num_tasks)
     return loss.sum(0) / mask.reshape(-1, num_tasks).sum(0).clamp(min=1)
 
 
-def task_parts(names: Iterable[str], logits: Tensor, label: Tensor, mask: Tensor) -> dict[str, LossPart]:
+def task_parts(
+    names: Iterable[str], logits: Tensor, label: Tensor, mask: Tensor, examined: Tensor | None = None
+) -> dict[str, LossPart]:
     """`task_losses` by name, in the order of the tasks."""
-    means, counts = task_losses(logits, label, mask), mask.reshape(-1, logits.shape[-1]).sum(0)
+    means, counts = task_losses(logits, label, mask, examined), mask.reshape(-1, logits.shape[-1]).sum(0)
     return {name: LossPart(mean, count) for name, mean, count in zip(names, means, counts, strict=True)}
 
 

@@ -248,7 +248,7 @@ class VistaModel(RankingModel):
         if batch.anchors is not None:
             parts |= anchor_losses(self, batch, askers(), item_vectors, optim)
         if self.task_head is not None and optim.task_weight > 0 and shown.item.shape[1]:
-            parts |= task_parts(self.schema.tasks, logits(), shown.label, shown.mask)
+            parts |= task_parts(self.schema.tasks, logits(), shown.label, shown.mask, shown.examined)
         return parts
 
     def anchor_users(self, batch: Batch, item_vectors: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.random import SFC64, Generator
@@ -378,6 +378,7 @@ def _frames(log: SimulatedLog) -> dict[str, pl.DataFrame]:
                     for index, task in enumerate(tasks)
                 },
                 "decisive_age": log.decisive_age,
+                **_places(log),
             }
         ),
         ITEMS_FILE: pl.DataFrame(
@@ -388,3 +389,11 @@ def _frames(log: SimulatedLog) -> dict[str, pl.DataFrame]:
             }
         ),
     }
+
+
+def _places(log: SimulatedLog) -> dict[str, NDArray[Any]]:
+    """The columns `position` and `propensity` of impressions, if the world shows lists."""
+    world = WORLDS[log.config.world]
+    if len(world.examination) == 1:
+        return {}
+    return {"position": log.place + 1, "propensity": world.examined(log.place)}

@@ -48,9 +48,13 @@ class Catalog:
     quality: NDArray[np.float32]
     """[num_items] standard normal."""
     ranked: NDArray[np.int32]
-    """[NUM_PERIODS, num_items] items grouped by topic, most popular first."""
+    """[NUM_PERIODS, num_items] items grouped by topic, most popular first; those that do not exist yet come last."""
     topic_start: Int
     """[K + 1] where each topic starts in a row of `ranked`."""
+    birth: Int
+    """[num_items] the part of the period from which on an item exists."""
+    topic_size: Int
+    """[NUM_PERIODS, K] items of each topic that exist."""
 
 
 def make_catalog(config: SimulateConfig, seed: SeedSequence) -> Catalog:
@@ -60,12 +64,31 @@ def make_catalog(config: SimulateConfig, seed: SeedSequence) -> Catalog:
     quality = rng.standard_normal(config.num_items, dtype=np.float32)
     ranked = np.empty((NUM_PERIODS, config.num_items), np.int32)
     popularity = rng.standard_normal(config.num_items)
+    birth = _births(config, topic, Generator(SFC64(seed.spawn(1)[0])))
     for index in range(NUM_PERIODS):
-        ranked[index] = np.lexsort((-popularity, topic))
+        ranked[index] = np.lexsort((-popularity, birth > index, topic))
         noise = rng.standard_normal(config.num_items)
         popularity = DRIFT_MEMORY * popularity + np.sqrt(1 - DRIFT_MEMORY**2) * noise
     sizes = np.bincount(topic, minlength=config.num_topics)
-    return Catalog(topic, quality, ranked, offsets_of(sizes))
+    exists = birth <= np.arange(NUM_PERIODS)[:, None]
+    size = np.stack([np.bincount(topic[row], minlength=config.num_topics) for row in exists])
+    return Catalog(topic, quality, ranked, offsets_of(sizes), birth, size)
+
+
+def _births(config: SimulateConfig, topic: NDArray[np.uint8], rng: Generator) -> Int:
+    """The part of the period [num_items] from which on each item exists.
+
+    The first item of each topic exists from the start, like all items of topic 0, which special events use.
+    """
+    is_new = rng.random(len(topic)) < config.new_items
+    is_new[np.unique(topic, return_index=True)[1]] = False
+    return np.where(is_new & (topic > 0), rng.integers(1, NUM_PERIODS, len(topic)), 0)
+
+
+def period_of(config: SimulateConfig, time: Int) -> Int:
+    """Row [N] of `Catalog.ranked` at times [N], ms."""
+    begin, end = period(config)
+    return np.clip((time - begin) * NUM_PERIODS // (end - begin), 0, NUM_PERIODS - 1)
 
 
 def draw_items(
@@ -81,15 +104,13 @@ def draw_items(
     `time` is [T], or [S] with `of_event` [T] as indices into it. Rank r within a topic of n items has probability
     log((r+2)/(r+1)) / log(n+1): Zipf-like, with exponent near 1.
     """
-    begin, end = period(config)
-    row = np.clip((time - begin) * NUM_PERIODS // (end - begin), 0, NUM_PERIODS - 1) * config.num_items
-    index = row if of_event is None else row[of_event]
-    size = np.diff(catalog.topic_start)
-    rank = np.exp(rng.random(len(topic), dtype=np.float32) * np.log(size + 1).astype(np.float32)[topic]).astype(
-        np.int64
-    )
-    rank = np.clip(rank - 1, 0, (size - 1)[topic])
-    return np.asarray(catalog.ranked.reshape(-1)[index + catalog.topic_start[topic] + rank])
+    row = period_of(config, time)
+    row = row if of_event is None else row[of_event]
+    size = catalog.topic_size
+    log_size = np.log(size + 1).astype(np.float32)[row, topic]
+    rank = np.exp(rng.random(len(topic), dtype=np.float32) * log_size).astype(np.int64)
+    rank = np.clip(rank - 1, 0, (size - 1)[row, topic])
+    return np.asarray(catalog.ranked.reshape(-1)[row * config.num_items + catalog.topic_start[topic] + rank])
 
 
 IntArray = NDArray[np.integer[Any]]
@@ -357,6 +378,24 @@ def draw_requests(
     return RequestStream(user[keep], time[keep], stop[keep])
 
 
+PLACE_NOISE = 0.5
+"""Standard deviation of the noise that is added to the logarithm of an item's popularity rank in its topic, before the
+items of a list are put in order."""
+
+
+def places_by_popularity(
+    rng: Generator, config: SimulateConfig, catalog: Catalog, requests: RequestStream, item: NDArray[np.int32]
+) -> Int:
+    """0-based places [N] among the items that a user is shown at one time: popular ones, with noise, come first."""
+    rank = catalog.ranked.argsort(axis=1)[period_of(config, requests.time), item]
+    key = np.log1p(rank - catalog.topic_start[catalog.topic[item]]) + PLACE_NOISE * rng.standard_normal(len(item))
+    order = np.lexsort((key, requests.time, requests.user))
+    first = np.flatnonzero((np.diff(requests.user, prepend=-1) != 0) | (np.diff(requests.time, prepend=-1) != 0))
+    place = np.empty(len(item), np.int64)
+    place[order] = np.arange(len(item)) - np.repeat(first, np.diff(np.append(first, len(item))))
+    return place
+
+
 @dataclass(frozen=True, slots=True)
 class Queries:
     """Impressions with the range of packed events that is known about each user."""
@@ -390,9 +429,12 @@ class SimulatedChunk:
     label: NDArray[np.int8]
     """[N, tasks] 0, 1, or -1 where unknown; the tasks are those of the world."""
     probability: NDArray[np.float32]
-    """[N, tasks] true probability of label 1; that of like and long_view is given a click."""
+    """[N, tasks] true probability of label 1 if the user looks at the item; that of like and long_view is given a
+    click."""
     decisive_age: Int
     """[N] number of the user's events since the newest event of the candidate's topic; -1 without such an event."""
+    place: Int
+    """[N] 0-based place in the list that was shown; 0 in worlds without lists."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

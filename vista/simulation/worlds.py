@@ -36,7 +36,9 @@ from vista.simulation.streams import (
     draw_times,
     log_uniform,
     other_topics,
+    places_by_popularity,
     recurring_events,
+    split_times,
 )
 
 Drawn: TypeAlias = tuple[EventStream, RequestStream, NDArray[np.int32]]
@@ -48,6 +50,9 @@ class World(ABC):
 
     tasks: ClassVar[tuple[str, ...]] = ("click",)
     """Names of the labels; the first is click. The others are known of clicked impressions."""
+    examination: ClassVar[tuple[float, ...]] = (1.0,)
+    """Probability that a user looks at an item, by its 0-based place in a list; lower places have the last one. With
+    several places, the items of a request are a list until the test part, and then each is at the top of its own."""
 
     @abstractmethod
     def draw(self, rng: Generator, config: SimulateConfig, catalog: Catalog, offsets: Int) -> Drawn:
@@ -61,6 +66,10 @@ class World(ABC):
     def window_features(self, log: SimulatedLog, window: int | None, chosen: NDArray[np.bool_]) -> Floats:
         """Regressors [chosen.sum(), F] of the chosen impressions, from the last `window` events (None: all events)."""
 
+    def examined(self, place: Int) -> Floats:
+        """Probability that a user looks at the items at 0-based places [N] of a list."""
+        return np.asarray(self.examination)[np.minimum(place, len(self.examination) - 1)]
+
     def pooled_views(self, catalog: Catalog) -> tuple[PooledView, ...]:
         """The true classes of items, of which pooled vectors hold the shares: by default identities and topics."""
         identity = np.arange(len(catalog.topic))
@@ -73,7 +82,13 @@ class World(ABC):
         events, requests, candidate = self.draw(rng, config, catalog, offsets)
         asked = Queries(candidate, requests.time, offsets[requests.user], requests.stop)
         probability = (1 / (1 + np.exp(-self.logits(catalog, events, asked)))).astype(np.float32)
-        label = (rng.random(probability.shape, dtype=np.float32) < probability).astype(np.int8)
+        place = np.zeros(len(candidate), np.int64)
+        if len(self.examination) > 1:
+            place = places_by_popularity(rng, config, catalog, requests, candidate)
+            place[requests.time >= split_times(config)[1]] = 0
+        drawn_by = probability.copy()
+        drawn_by[:, 0] *= self.examined(place)
+        label = (rng.random(probability.shape, dtype=np.float32) < drawn_by).astype(np.int8)
         label[:, 1:][label[:, 0] == 0] = -1
         topics = TopicIndex(catalog.topic[events.item])
         return SimulatedChunk(
@@ -86,6 +101,7 @@ class World(ABC):
             label=label,
             probability=probability,
             decisive_age=topics.age(catalog.topic[candidate], asked.start, asked.stop),
+            place=place,
         )
 
 
@@ -585,7 +601,7 @@ def recent_match(count: IntArray) -> Floats:
 class ShareWorld(World):
     """A click depends on the share of the candidate's topic in the whole history."""
 
-    tasks = ("click", "like", "long_view")
+    tasks: ClassVar[tuple[str, ...]] = ("click", "like", "long_view")
 
     def draw(self, rng: Generator, config: SimulateConfig, catalog: Catalog, offsets: Int) -> Drawn:
         """Draw a history of interests. Candidates are of dormant, current, and passing topics."""
@@ -648,6 +664,23 @@ def _joint(left: Int, right: Int) -> Floats:
     return np.asarray(np.eye(64)[left * 8 + right])
 
 
+# World `positions`: what is shown at the top gets more clicks, whether or not users want it.
+
+
+class PositionsWorld(ShareWorld):
+    """World `share`, except that users look at lower places less often, and that popular items are at the top.
+
+    So labels have a position bias, except those of the test part.
+    """
+
+    tasks = ("click",)
+    examination = (1.0, 0.5, 0.3, 0.2)
+
+    def logits(self, catalog: Catalog, events: EventStream, asked: Queries) -> Floats:
+        """As `World.logits`: [N, 1]."""
+        return super().logits(catalog, events, asked)[:, :1]
+
+
 WORLDS: dict[WorldName, World] = {
     WorldName.share: ShareWorld(),
     WorldName.mixed: MixedWorld(),
@@ -656,4 +689,5 @@ WORLDS: dict[WorldName, World] = {
     WorldName.conjunction: ConjunctionWorld(),
     WorldName.seasons: SeasonsWorld(),
     WorldName.drift: DriftWorld(),
+    WorldName.positions: PositionsWorld(),
 }

@@ -13,6 +13,7 @@ import torch
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig, TrainConfig
 from vista.config.checks import Decay, require
+from vista.config.log_config import POSITION, PROPENSITY
 from vista.config.model_config import (
     ACTION,
     CALENDAR,
@@ -113,7 +114,8 @@ def event_reader(log: EventLog, config: TrainConfig) -> tuple[RowFeatureReader |
 def request_reader(log: EventLog, config: TrainConfig, since: int | None) -> RowFeatureReader | None:
     """How a model reads features of requests; None if it reads none. `since`: leave out the impressions before this
     time (ms)."""
-    table, values = log.impressions, log.request_features
+    table = log.impressions
+    values = {name: known for name, known in log.request_features.items() if name not in (POSITION, PROPENSITY)}
     if (
         table is None
         or not values

@@ -42,7 +42,7 @@ from vista.evaluation.protocol import (
     window_lengths,
     window_metric,
 )
-from vista.examples.batch_source import trained_tasks
+from vista.examples.batch_source import Examination, trained_tasks
 from vista.examples.item_spaces import PooledHistories
 from vista.examples.item_statistics import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
@@ -287,6 +287,7 @@ class Validation:
         if (tasks := trained_tasks(log, optim)) and begin is not None:
             shown = with_tasks(impression_cases(log, begin, end, max_cases=limit * 4), tasks)
             self._impressions = shown if len(shown.user) else None
+            self._examination = Examination.of(log, config, tasks)
             self._item_values: dict[int, ItemValues | None] = {}
             """By time of a refresh in ms, once a model was measured."""
         if config.ranks_items:
@@ -436,7 +437,9 @@ class Validation:
             if answers is not None:
                 predicted = self._finite(self._probabilities(model, shown, answers, growing), shown.user)
             predicted = self._ranks.of_all_cases({"predicted": predicted})["predicted"]
-            if calibrates:
+            if self._examination is not None:  # probabilities of the labels as they were observed
+                predicted = predicted * self._examination.of_rows(self._impressions.features)
+            elif calibrates:
                 predicted, self.calibration = _calibrated(self._impressions, predicted)
             metrics |= impression_metrics(self._impressions, predicted)
             if self.metric != self.ranking_metric:

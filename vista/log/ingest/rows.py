@@ -7,7 +7,8 @@ timestamp: numbers in the given unit, text in ISO 8601 or in a strptime format (
 rating: finite float; sequence: int64. Bad: missing, text, NaN, infinite.
 action: text, or numbers that are used as names. Bad: missing.
 label:*: 0, 1, or missing (or NaN), which means unknown. probability:*: in [0, 1], or missing. Bad: anything else.
-category:*: text, of items also lists of text. number:*: finite float, or missing (or NaN). Bad: text, infinite.
+category:*: text, of items also lists of text. number:*: finite float, or missing (or NaN). Bad: text, infinite. Of
+    impressions, number:position is a whole number from 1, and number:propensity in (0, 1]. Bad: anything else.
 vector:*: lists of finite floats, as many as in the file's first vector, or missing (or empty, or only NaN). Bad:
     anything else.
 
@@ -27,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.config.checks import OnBadRows
+from vista.config.log_config import POSITION, PROPENSITY
 from vista.errors import ConfigError, DataError, shown
 from vista.installation import require_module
 from vista.log.features import code_type
@@ -317,6 +319,8 @@ def _feature(
         number = real.cast(pl.Float32)
         finite = RowRule(column, number.is_infinite(), "is not a finite number", "correct it, or leave it empty")
         number = number.fill_null(np.nan) if table not in OWNERS else number.fill_nan(None)
+        if table == "impressions" and column in (f"number:{POSITION}", f"number:{PROPENSITY}"):
+            return number, [_place_rule(column, number)]
         if dtype.is_numeric():
             return number, [finite]
         is_text = real.is_null() & (raw.cast(pl.String).fill_null("") != "")
@@ -337,6 +341,16 @@ def _feature(
             "write vectors of one length",
         ),
     ]
+
+
+def _place_rule(column: str, number: pl.Expr) -> RowRule:
+    """The rule for positions in lists, or for the probabilities that users look at them."""
+    if column == f"number:{POSITION}":
+        good, reason, remedy = (number >= 1) & (number == number.floor()), "is not a position", "write 1, 2, ..."
+    else:
+        good, reason = (number > 0) & (number <= 1), "is not a propensity"
+        remedy = "write the probability, above 0 and at most 1, that the user looked at the item"
+    return RowRule(column, (good & number.is_not_nan()).fill_null(False).not_(), reason, remedy)
 
 
 def _first_length(source: ScannedSource, lengths: pl.Expr) -> int:

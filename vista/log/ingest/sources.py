@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from vista.config import FeatureTableConfig, ItemTableConfig, SourceConfig, UserTableConfig
 from vista.config.checks import MAX_VALUES, IdType, to_dict
+from vista.config.log_config import POSITION, PROPENSITY
 from vista.errors import ConfigError, DataError, LogWriteError
 from vista.files import checked_path
 from vista.installation import require_module
@@ -444,7 +445,8 @@ def _simulated(file: Path, config: SourceConfig, table: str) -> SourceConfig:
     names = pl.scan_parquet(file, glob=False).collect_schema().names()
     tasks = [task for task in SIMULATED_TASKS if task in names]
     probabilities = [f"{task}_probability" for task in tasks if f"{task}_probability" in names]
-    return replace(config, labels=tasks, probabilities=probabilities)
+    numbers = [name for name in (POSITION, PROPENSITY) if name in names and name not in config.numbers]
+    return replace(config, labels=tasks, probabilities=probabilities, numbers=[*config.numbers, *numbers])
 
 
 def _scan_delimited(file: Path, config: SourceConfig, columns: dict[str, str], table: str, separator: str) -> FileScan:

@@ -186,12 +186,12 @@ class CandidateModel(HistoryModel):
         vectors = vectors if users is None else vectors + users[shown.chunk]
         vectors = (vectors if requests is None else vectors + requests) * self.scale
         queries = EventQueries(vectors, batch.rows[shown.item], shown.chunk, shown.seen)
-        label, mask = batch.impressions.label, batch.impressions.mask
+        labeled = batch.impressions.label, batch.impressions.mask, batch.impressions.examined
         tasks = self.schema.tasks
-        parts = task_parts(tasks, in_place(self.logits(events, queries), shown.place, batch), label, mask)
+        parts = task_parts(tasks, in_place(self.logits(events, queries), shown.place, batch), *labeled)
         search = self.search_logits(events, queries)
         if search is not None:
-            parts |= task_parts(map(search_unit, tasks), in_place(search, shown.place, batch), label, mask)
+            parts |= task_parts(map(search_unit, tasks), in_place(search, shown.place, batch), *labeled)
         return weighted_losses(parts, optim)
 
     @torch.inference_mode()

@@ -190,7 +190,8 @@ class SequenceModel(HistoryModel):
             parts |= anchor_losses(self, batch, _in_order(askers), item_vectors, optim)
         if logits:
             shown_logits = in_place(torch.cat(logits), torch.cat(places), batch)
-            parts |= task_parts(self.schema.tasks, shown_logits, batch.impressions.label, batch.impressions.mask)
+            given = batch.impressions
+            parts |= task_parts(self.schema.tasks, shown_logits, given.label, given.mask, given.examined)
         return weighted_losses(parts, optim)
 
     def anchor_users(self, batch: Batch, item_vectors: Tensor) -> Tensor:
