@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.conftest import model_config
+from tests.conftest import model_config, small_config
 from tests.counters.counter_histories import only_items
 from vista.arrays import Int
 from vista.config import DataConfig, FromEventsConfig, ModelConfig, OptimConfig, SourceColumns, TrainConfig
@@ -25,12 +25,14 @@ from vista.errors import ConfigError
 from vista.examples.batch import Batch
 from vista.examples.batch_source import (
     BatchSource,
+    Examination,
     ModelReads,
     NegativeSampler,
     StoredSummaries,
     VisibleImpressions,
     chunk_len,
     events_before,
+    position_weights,
 )
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
@@ -591,3 +593,69 @@ def test_labels_that_hidden_events_decide_are_not_trained(tmp_path: Path, split:
         frame["item"] = np.where(place >= counts[user], 9 + place, frame["item"])
     assert all(np.array_equal(one, other) for one, other in zip(*trained, strict=True))
     assert 0 < trained[0][2].sum() < len(trained[0][2])
+
+
+class TestExamination:
+    def test_weights_of_positions_are_relative_to_the_first_and_recovered(self) -> None:
+        rng = np.random.default_rng(0)
+        count, looks = 200_000, np.array([1.0, 0.6, 0.35, 0.2])
+        item = rng.integers(0, 300, count)
+        rate = rng.random(300) * 0.6
+        # Items with a high rate are mostly at the top: a position's raw click rate is not its weight.
+        position = np.clip(np.rint(3 - 3 * rate[item] / 0.6 + rng.standard_normal(count)), 0, 3).astype(int)
+        clicked = rng.random(count) < rate[item] * looks[position]
+        weights = position_weights((position + 1).astype(np.float32), item, clicked)
+        assert weights[1] == 1 and (weights <= 1).all() and (weights > 0).all()
+        np.testing.assert_allclose(weights[1:5], looks, atol=0.02)
+        assert (weights[5:] == weights[4]).all()
+        raw = [clicked[position == place].mean() for place in range(4)]
+        assert raw[3] / raw[0] < looks[3] - 0.05, "without items, the estimate is biased"
+
+    @pytest.mark.parametrize("column", ["propensity", "position"])
+    def test_batches_say_how_likely_users_looked(self, tmp_path: Path, column: str) -> None:
+        log = listed_log(tmp_path, column)
+        config = small_config(
+            log,
+            tmp_path / "run",
+            optim__examined_tasks=["click"],
+            data__split=Split.time,
+            data__validation_from="1970-01-01T00:13:00",
+            data__test_from="1970-01-01T00:15:00",
+        )
+        source = BatchSource(log, ModelReads(np.arange(1, log.num_items + 1)), config)
+        batches = [source.batch(0, index).impressions for index in range(source.num_batches(0))]
+        examined = np.concatenate([batch.examined[batch.mask.any(-1)].numpy() for batch in batches])  # type: ignore[index]
+        assert len(examined) and (examined[:, 1] == 1).all(), "the task buy is not corrected"
+        expected = {1.0, 0.5, 0.25} if column == "propensity" else None
+        found = set(examined[:, 0].tolist())
+        assert found == expected if expected else max(found) == 1 and len(found) == 3
+
+    def test_what_it_needs_is_named(self, tmp_path: Path) -> None:
+        log = listed_log(tmp_path, "other")
+        for changes, message in (
+            ({"optim__examined_tasks": ["click"]}, "neither 'propensity' nor 'position' among the numbers"),
+            ({"optim__examined_tasks": ["like"]}, "'like' is not a trained task; these are: click, buy"),
+        ):
+            with pytest.raises(ConfigError, match=r"optim\.examined_tasks: .*" + message):
+                Examination.of(log, small_config(log, tmp_path / "run", **changes), ["click", "buy"])
+
+
+def listed_log(folder: Path, column: str) -> EventLog:
+    """Users with 30 events, and lists of three items whose places or propensities are a column of this name."""
+    rng = np.random.default_rng(1)
+    user, time = np.repeat(np.arange(8), 30), np.tile(np.arange(30) * 30, 8)
+    events = {"user": user, "item": rng.integers(0, 12, 240), "timestamp": time}
+    place = np.tile(np.arange(3), 240)
+    looks = 0.5**place
+    shown = {
+        "user": np.repeat(user, 3),
+        "item": rng.integers(0, 12, 720),
+        "timestamp": np.repeat(time, 3) + 5,
+        "click": rng.random(720) < 0.8 * looks,
+        "buy": rng.random(720) < 0.5,
+        column: 1.0 + place if column == "position" else looks,
+    }
+    columns = SourceColumns(labels=["click", "buy"])
+    return EventLog.from_frame(
+        events, folder / "log", time_unit="s", columns=columns, impressions=shown, request_numbers=[column]
+    )

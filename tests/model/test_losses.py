@@ -155,6 +155,24 @@ def test_task_losses_average_over_known_labels() -> None:
     assert torch.equal(other, losses)
 
 
+def test_labels_of_items_that_few_look_at_are_modeled_as_seldom_examined() -> None:
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(50, 2)).requires_grad_()
+    label, mask = torch.randint(0, 2, (50, 2)).float(), torch.ones(50, 2, dtype=torch.bool)
+    examined = torch.rand(50, 2) * 0.9 + 0.05
+    examined[:25, 1] = 1  # everyone looks
+    losses = task_losses(logits, label, mask, examined)
+    p = examined.double() * torch.sigmoid(logits.double())
+    exact = -(label * p.log() + (1 - label) * (1 - p).log()).mean(0)
+    torch.testing.assert_close(losses.double(), exact, rtol=1e-5, atol=1e-6)
+    losses.sum().backward()
+    assert logits.grad is not None and logits.grad.isfinite().all()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            task_losses(logits, label, mask, torch.ones(50, 2)), task_losses(logits, label, mask)
+        )
+
+
 def test_a_task_without_known_labels_has_zero_loss() -> None:
     logits = torch.randn(2, 3, 2, requires_grad=True)
     mask = torch.zeros(2, 3, 2, dtype=torch.bool)

@@ -19,7 +19,16 @@ from vista.simulation.simulate import (
     predict_from_window,
     simulate,
 )
-from vista.simulation.streams import ACTIONS, NUM_PERIODS, SimulatedLog, TopicIndex, make_catalog, period, split_times
+from vista.simulation.streams import (
+    ACTIONS,
+    NUM_PERIODS,
+    SimulatedLog,
+    TopicIndex,
+    make_catalog,
+    period,
+    period_of,
+    split_times,
+)
 from vista.simulation.worlds import LOGITS, ShareWorld, affinity, recent_match
 
 pl = pytest.importorskip("polars")
@@ -49,6 +58,16 @@ def test_same_seed_same_bytes_on_disk(tmp_path: Path) -> None:
         simulate(replace(SMALL, out=str(tmp_path / run)))
     for name in ("events.parquet", "impressions.parquet", "items.parquet"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_new_items_have_no_events_before_they_appear() -> None:
+    log = generate(replace(SMALL, new_items=0.5))
+    birth = log.catalog.birth
+    assert 0.4 < (birth > 0).mean() < 0.6 and (birth[log.catalog.topic == 0] == 0).all()
+    for item, time in ((log.item, log.timestamp), (log.impression_item, log.impression_timestamp)):
+        assert (birth[item] <= period_of(log.config, time)).all()
+    late = birth > NUM_PERIODS // 2
+    assert late[log.item].any(), "new items get events"
 
 
 class TestEvents:

@@ -17,11 +17,13 @@ from vista.config import SimulateConfig
 from vista.config.checks import WorldName
 from vista.errors import ConfigError
 from vista.simulation.simulate import generate, oracle_metrics, simulate
-from vista.simulation.streams import SimulatedLog, period
-from vista.simulation.worlds import WORLDS, ClickWorld
+from vista.simulation.streams import SimulatedLog, period, split_times
+from vista.simulation.worlds import WORLDS, ClickWorld, PositionsWorld
 
 ALL = tuple(WorldName)
-CLICK_WORLDS = tuple(name for name in ALL if name != WorldName.share)
+SHARES = (WorldName.share, WorldName.positions)
+"""Worlds with the histories and the formula of `share`."""
+CLICK_WORLDS = tuple(name for name in ALL if name not in SHARES)
 
 
 @cache
@@ -32,7 +34,7 @@ def small(name: WorldName) -> SimulatedLog:
 @cache
 def standard(name: WorldName) -> SimulatedLog:
     """Histories of the length for which the worlds are made."""
-    return generate(SimulateConfig(world=name, num_users=300 if name == WorldName.share else 60))
+    return generate(SimulateConfig(world=name, num_users=300 if name in SHARES else 60))
 
 
 def features(log: SimulatedLog, window: int | None, chosen: np.ndarray) -> np.ndarray:
@@ -144,7 +146,7 @@ class TestProbabilities:
         assert set(np.unique(log.label[:, 0])) == {0, 1}
         assert (log.label[~clicked, 1:] == -1).all() and (log.label[clicked, 1:] >= 0).all()
         for task, low in itertools.product(range(num_tasks), (0.0, 0.2, 0.4, 0.6, 0.8)):
-            p = log.probability[:, task]
+            p = log.probability[:, task] * (WORLDS[name].examined(log.place) if task == 0 else 1)
             cell = (log.label[:, task] >= 0) & (p >= low) & (p < low + 0.2)
             spread = np.sqrt((p[cell] * (1 - p[cell])).sum())
             assert abs(log.label[cell, task].sum() - p[cell].sum()) < 5 * max(spread, 1)
@@ -197,6 +199,39 @@ class TestProbabilities:
                 np.testing.assert_array_equal(features(alone, window, np.ones(own.sum(), bool)), together[own])
 
 
+class TestPositions:
+    def test_each_place_is_clicked_as_often_as_users_look_at_it(self) -> None:
+        log = standard(WorldName.positions)
+        late = log.impression_timestamp >= split_times(log.config)[1]
+        assert (log.place[late] == 0).all() and set(np.unique(log.place)) == {0, 1, 2, 3}
+        for place, looks in enumerate(PositionsWorld.examination):
+            own = ~late & (log.place == place)
+            p = log.probability[own, 0] * looks
+            assert abs(log.label[own, 0].sum() - p.sum()) < 4 * math.sqrt((p * (1 - p)).sum())
+        rate = [log.label[~late & (log.place == place), 0].mean() for place in range(4)]
+        assert rate[0] > 1.8 * rate[1] > 2.5 * rate[3]
+
+    def test_a_list_has_each_place_once_and_popular_items_first(self) -> None:
+        log = standard(WorldName.positions)
+        early = log.impression_timestamp < split_times(log.config)[1]
+        request = np.stack([log.impression_user, log.impression_timestamp])[:, early].T
+        _, of_list, size = np.unique(request, axis=0, return_inverse=True, return_counts=True)
+        place = np.zeros((len(size), 4), int)
+        np.add.at(place, (of_list, log.place[early]), 1)
+        assert (place.max() == 1) and np.array_equal(place.sum(1), size)
+        popularity = np.bincount(log.item, minlength=log.config.num_items)[log.impression_item]
+        means = [popularity[early & (log.place == place)].mean() for place in range(4)]
+        assert means == sorted(means, reverse=True) and means[0] > 1.5 * means[3]
+
+    def test_files_have_the_columns_of_lists(self, tmp_path: Path) -> None:
+        pl = pytest.importorskip("polars")
+        simulate(replace(small(WorldName.positions).config, out=str(tmp_path)))
+        shown = pl.read_parquet(tmp_path / "impressions.parquet")
+        assert shown.columns[-2:] == ["position", "propensity"]
+        looks = dict(enumerate(PositionsWorld.examination, 1))
+        assert shown["propensity"].to_list() == [looks[place] for place in shown["position"]]
+
+
 class TestLogs:
     @pytest.mark.parametrize("name", ALL)
     def test_the_same_seed_gives_the_same_bytes_with_any_number_of_threads(self, name: WorldName) -> None:
@@ -233,7 +268,7 @@ class TestLogs:
         ],
     )
     def test_unusual_sizes(self, name: WorldName, changes: dict[str, int]) -> None:
-        if name != WorldName.share and changes.get("num_topics", 32) < 8:
+        if name not in SHARES and changes.get("num_topics", 32) < 8:
             changes = changes | {"num_topics": 16, "num_items": 16}
         config = SimulateConfig(world=name, impressions_per_user=7, **changes)
         log, (begin, end) = generate(config), period(config)

@@ -22,11 +22,11 @@ import pytest
 
 from tests.conftest import real_set
 from tests.log.conftest import run, write_csv
-from vista.config import SimulateConfig, SourceColumns, SourceConfig
-from vista.config.checks import IdType, OnBadRows
+from vista.config import ImpressionsConfig, PrepareConfig, SimulateConfig, SourceColumns, SourceConfig
+from vista.config.checks import IdType, OnBadRows, to_dict
 from vista.errors import ConfigError, DataError
 from vista.log.event_log import EventLog
-from vista.log.ingest.prepare import PrepareReport
+from vista.log.ingest.prepare import PrepareReport, prepare
 from vista.log.ingest.rows import read_part
 from vista.log.ingest.source_files import MAX_COLUMNS, MAX_LINE_BYTES
 from vista.log.ingest.source_parser import SourceParser
@@ -445,6 +445,36 @@ def test_bad_impressions_are_named(tmp_path: Path, column: str, values: list, me
             columns=SourceColumns(labels=["like"], probabilities=["p"]),
         )
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [0.0, -0.5, float("nan"), None, 1.5, 1e-60])
+def test_a_bad_propensity_is_named_with_its_file_and_row(tmp_path: Path, value: float | None) -> None:
+    refuse_number(tmp_path, "propensity", value, r"is not a propensity; write the probability, above 0 and at most 1")
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5, -1.0, float("nan"), None, float("inf")])
+def test_a_bad_position_is_named_with_its_file_and_row(tmp_path: Path, value: float | None) -> None:
+    refuse_number(tmp_path, "position", value, r"is not a position; write 1, 2, \.\.\.")
+
+
+def refuse_number(folder: Path, column: str, value: float | None, message: str) -> None:
+    """Prepare events and impressions of which the second has a bad value, from files."""
+    rows = {"user": [1, 2], "item": [3, 4], "timestamp": [5, 6]}
+    pl.DataFrame(rows).write_parquet(folder / "events.parquet")
+    shown = pl.DataFrame({**rows, "like": [0, 1], column: pl.Series([1.0, value], dtype=pl.Float64)})
+    for name, write in (("shown.parquet", shown.write_parquet), ("shown.csv", shown.write_csv)):
+        write(folder / name)
+        table = SourceConfig(
+            paths=[str(folder / name)], timestamp="timestamp", time_unit="s", labels=["like"], numbers=[column]
+        )
+        config = PrepareConfig(
+            out=str(folder / "log"),
+            events=SourceConfig(paths=[str(folder / "events.parquet")], timestamp="timestamp", time_unit="s"),
+            impressions=ImpressionsConfig(**to_dict(table)),
+        )
+        with pytest.raises(DataError, match=rf"{name}: row 2, column '{column}': .*{message}"):
+            prepare(config)
+        assert not (folder / "log").exists()
 
 
 def test_too_many_actions_are_refused(tmp_path: Path) -> None:

@@ -346,7 +346,8 @@ def _feature(
 def _place_rule(column: str, number: pl.Expr) -> RowRule:
     """The rule for positions in lists, or for the probabilities that users look at them."""
     if column == f"number:{POSITION}":
-        good, reason, remedy = (number >= 1) & (number == number.floor()), "is not a position", "write 1, 2, ..."
+        good, reason = (number >= 1) & (number == number.floor()) & number.is_finite(), "is not a position"
+        remedy = "write 1, 2, ..."
     else:
         good, reason = (number > 0) & (number <= 1), "is not a propensity"
         remedy = "write the probability, above 0 and at most 1, that the user looked at the item"
