@@ -21,6 +21,7 @@ import numpy as np
 from vista.arrays import Float32s, Floats, Int
 from vista.config import RefreshOptions, SimulateConfig, SimulateOnlineConfig, SourceColumns
 from vista.config.checks import OnlinePolicy, WorldName
+from vista.device import cpu_settings
 from vista.errors import ConfigError, DataError
 from vista.files import checked_path, make_folders, replace_text
 from vista.log.event_log import EventLog
@@ -76,7 +77,7 @@ class OnlineReport:
         return f"{text_table(header, cells)}\nwritten to {self.out}"
 
 
-class ServedModel:
+class PlayedModel:
     """A trained model with a log, a store, and a scorer, in a folder that it fills. A context manager."""
 
     def __init__(self, model: str, task: str | None, folder: Path) -> None:
@@ -86,7 +87,7 @@ class ServedModel:
         self._log, self._store = folder / "log", folder / "store"
         self._scorer: Scorer | None = None
 
-    def __enter__(self) -> ServedModel:
+    def __enter__(self) -> PlayedModel:
         return self
 
     def __exit__(
@@ -125,13 +126,8 @@ class ServedModel:
         return np.concatenate(rows)
 
 
-def best_lists(scores: Floats | Float32s, items: Int, size: int) -> Int:
-    """The items [U, size] with the highest scores [U, I], best first; of equal scores, the first item."""
-    return items[np.argsort(-scores, axis=1, kind="stable")[:, :size]]
-
-
 def play(
-    environment: Environment, policy: OnlinePolicy, size: int, model: ServedModel | None
+    environment: Environment, policy: OnlinePolicy, size: int, model: PlayedModel | None
 ) -> Iterator[RoundMetrics]:
     """Play all rounds of an environment.
 
@@ -143,6 +139,8 @@ def play(
     for _ in progress_bar(range(num_rounds), desc=policy.value, unit="round"):
         new = environment.next_round()
         users, items = environment.users(), environment.items()
+        if not len(users):  # all of them are new, and nobody has joined
+            continue
         true = environment.probabilities(users, items)
         if model is not None:
             model.learn(new)
@@ -152,7 +150,7 @@ def play(
         elif policy is OnlinePolicy.popular:
             scores = np.tile(environment.counts(POPULAR_DAYS)[items].astype(np.float64), (len(users), 1))
         else:
-            scores = np.random.default_rng([environment.round, len(items)]).random(true.shape)
+            scores = environment.rng(policy.value).random(true.shape)
         order = np.argsort(-scores, axis=1, kind="stable")[:, :size]
         lists, chance = items[order], np.take_along_axis(true, order, 1)
         clicked = environment.show(users, lists, chance)
@@ -168,7 +166,7 @@ def play(
             num_users=len(users),
             clicks=float(clicked.sum() / len(users)),
             regret=float(regret.mean()),
-            regret_error=float(regret.std(ddof=1) / np.sqrt(len(users))),
+            regret_error=float(regret.std() / np.sqrt(len(users))),
             coverage=len(np.unique(lists)) / len(items),
             diversity=float(1 - same.mean() / max(size * (size - 1), 1)),
         )
@@ -213,11 +211,11 @@ def simulate_online(config: SimulateOnlineConfig) -> OnlineReport:
             new_users=config.new_users,
             seed=config.seed,
         )
-        with ExitStack() as stack:
+        with ExitStack() as stack, cpu_settings(config.num_threads):
             model = None
             if policy is OnlinePolicy.model:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".online-", dir=out.parent))
-                model = stack.enter_context(ServedModel(config.model, config.task, Path(folder)))
+                model = stack.enter_context(PlayedModel(config.model, config.task, Path(folder)))
             rounds += play(environment, policy, config.list_size, model)
     replace_text(out, "".join(json.dumps(asdict(one)) + "\n" for one in rounds))
     return OnlineReport(tuple(rounds), out)

@@ -76,7 +76,7 @@ class Environment:
         Args:
             num_rounds: rounds from the start of the log's test part to its end.
             follow_events: events on the item's topic that follow each click.
-            new_users: share of the users who join in a random round; what they did before never happened.
+            new_users: share of the users who join in a random round but the last; what they did before never happened.
         """
         self.log, self.world = log, WORLDS[log.config.world]
         self._follow_events, self._seed = follow_events, seed
@@ -84,15 +84,16 @@ class Environment:
         self.round_starts: Int = begin + (end - begin) * np.arange(num_rounds) // num_rounds
         """[num_rounds] ms."""
         num_users = log.config.num_users
-        rng = np.random.default_rng([seed, num_rounds])
-        is_new, joined = rng.random(num_users) < new_users, self.round_starts[rng.integers(0, num_rounds, num_users)]
+        self.round = -1
+        """Of the newest `next_round`, from 0."""
+        rng = self.rng("users")
+        is_new = rng.random(num_users) < new_users
+        joined = self.round_starts[rng.integers(0, max(num_rounds - 1, 1), num_users)]  # all are seen by the last round
         user = np.repeat(np.arange(num_users), np.diff(log.offsets))
         organic = UserEvents(user, EventStream(log.item, log.timestamp, log.action))
         self._coming = organic.select(~is_new[user] | (log.timestamp >= joined[user]))
         nothing = np.zeros(len(user), np.bool_)
         self._past = organic.select(nothing)
-        self.round = -1
-        """Of the newest `next_round`, from 0."""
 
     def next_round(self) -> UserEvents:
         """Start the next round; returns the events since the last round started, or all events before the first."""
@@ -102,6 +103,10 @@ class Environment:
         self._past, self._coming = self._past.with_others(new), self._coming.select(~is_past)
         self._offsets = offsets_of(np.bincount(self._past.user, minlength=self.log.config.num_users))
         return new
+
+    def rng(self, purpose: str) -> np.random.Generator:
+        """Random numbers of a round for a purpose."""
+        return np.random.default_rng([self._seed, 1 + self.round, *purpose.encode()])
 
     @property
     def now(self) -> int:
@@ -156,7 +161,7 @@ class Environment:
             users: [U]; lists: [U, K] rows of items; probability: [U, K] from `probabilities`.
         """
         config, size = self.log.config, lists.shape
-        rng = np.random.default_rng([self._seed, len(self.round_starts), self.round])
+        rng = self.rng("clicks")
         draws = rng.random((config.num_users, size[1]))[users]
         clicked = draws < probability * self.examined(size[1])
         row, place = np.nonzero(clicked)
