@@ -243,6 +243,13 @@ class CheckpointError(VistaError):
     """
 
 
+class AdapterError(VistaError):
+    """An adapter is missing, damaged, of another format, or was trained for another model.
+
+    Remedy: copy the file again, or train the adapter for this model with `vista adapt base=…`.
+    """
+
+
 class ExportError(VistaError):
     """A model cannot be exported, or its export does not give the scorer's scores. Nothing is written.
 

@@ -184,6 +184,7 @@ def drawn_request(
         features=pair_features if tasks else None,
         counted=counted if tasks else None,
         counted_next=counted_next,
+        adapter=draw(len(plan.layers) * dim + tasks) if rng.random() < 0.5 else None,
     )
 
 
@@ -260,6 +261,7 @@ def oracle(plan: ScoringPlan, request: ScoringRequest) -> tuple[Array, Array, Ar
                 codes[place] = counted.codes[mine]
             of_items = cosines, request.reads.statistics[rows], request.reads.rates[rows]
             more = network(plan.candidate_head, np.column_stack([codes / 8 - 2, *of_items]))
+        more = more + context.adapter[dim * len(plan.layers) :]
         logits.append(context.query(both[:, :dim], both[:, dim:]) @ plan.task_weight.T + plan.task_bias + more)
     empty = np.zeros((0, len(plan.task_bias)))
     return np.concatenate([empty, *logits]), np.concatenate([np.zeros(0), *scores]), np.stack(users)
@@ -281,6 +283,8 @@ class Context:
         seeds, dim = plan.summary_kind.shape
         events = request.events
         self.plan, self.valid = plan, events.valid[user]
+        none = np.zeros(dim * len(plan.layers) + len(plan.task_bias))
+        self.adapter = none if request.adapter is None else request.adapter.astype(np.float64)
         tail = np.zeros((plan.tail, dim))
         if events.items is not None:
             tail = events.vectors[events.items[user], :dim].astype(np.float64)
@@ -318,7 +322,7 @@ class Context:
             bias = np.where(hidden, -np.inf, bias)[:, None]
             own = (query * key).sum(-1) * scale_of(plan) + layer["bias"][:, :1]
             heads = attend(plan, query, self.keys[index], self.values[index], bias, (own, value))
-            x = mix(plan, layer, x, heads, gate)
+            x = mix(plan, layer, x, heads, gate) + self.adapter[index * x.shape[1] :][: x.shape[1]]
         return normalize(x, plan.final_norm)
 
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.conftest import DAY, draw_counter_weights, small_config
 from tests.counters.counter_histories import category
 from tests.required_program import require_library
+from tests.scorer.test_adapters import write_adapter
 from tests.scorer.test_scorer_features import DEVICES, READER
 from vista.config.checks import ScoringBackend, TargetAttentionKind
 from vista.errors import ConfigError
@@ -85,7 +86,8 @@ class Both:
         require_library()
         model = made(kind, log)
         refresh(model, log, folder / "store")
-        options: dict[str, Any] = {"project_per_request": "projected per request" in kind}
+        write_adapter(model, folder / "de.adapter", np.random.default_rng(5))
+        options: dict[str, Any] = {"project_per_request": "projected per request" in kind, "adapter": folder}
         self.kind = kind
         self.native = Scorer.open(model, folder / "store", backend="native", **options)
         self.torch = Scorer.open(model, folder / "store", backend="torch", **options)
@@ -124,7 +126,7 @@ def test_logits_agree(both: Both) -> None:
     logits = []
     for scorer in (both.native, both.torch):
         with scorer.in_service() as snapshot:
-            request = snapshot.read(both.users, None, both.now, scorer.on_missing)
+            request = snapshot.read(both.users, None, both.now, scorer.on_missing, adapter="de")
             logits.append(snapshot.logits(request, rows))
     np.testing.assert_allclose(logits[0], logits[1], atol=LOGITS, rtol=LOGITS)
     assert logits[0].std() > 0.1
@@ -141,6 +143,7 @@ def test_scores_agree(data: st.DataObject, both: Both) -> None:
     values = np.append(both.items, 10**6)[rng.integers(0, len(both.items) + 1, sum(lengths))]
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     options: dict[str, Any] = {"now": both.now if rng.random() < 0.8 else None}
+    options["adapter"] = "de" if rng.random() < 0.5 else None
     counts = rng.integers(0, 13, len(users))
     if rng.random() < 0.5:
         total = int(counts.sum())
@@ -167,7 +170,7 @@ def test_whole_catalogs_agree(both: Both) -> None:
     assert ours.num_scored == theirs.num_scored == count
     order = np.argsort(ours.items), np.argsort(theirs.items)
     np.testing.assert_allclose(ours.scores[order[0]], theirs.scores[order[1]], atol=SCORES)
-    both.compare("catalog_scores", both.users, now=both.now)
+    both.compare("catalog_scores", both.users, now=both.now, adapter="de")
     # More pairs than are looked up in the counters at once.
     many = np.resize(both.items, 140_000)
     whole = both.native.predict(both.users[:2], both.items, now=both.now)

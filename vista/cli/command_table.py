@@ -101,6 +101,12 @@ COMMANDS: dict[str, Command] = {
             *("optim.window_weight", "optim.patience", "optim.validation_users"),
         ),
     ),
+    "adapt": Command(
+        config.AdaptConfig,
+        _handler("cli.run_commands", "run_adapt"),
+        "Train an adapter of a few kilobytes that fits a model to another surface, country, or task.",
+        ("vista adapt base=runs/mine/best store=stores/mine data=data/de out=adapters/de.adapter",),
+    ),
     "sweep": Command(
         config.SweepConfig,
         _handler("cli.run_commands", "run_sweep"),

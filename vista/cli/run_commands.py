@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vista.config import DoctorConfig, ExportConfig, PlanConfig, SweepConfig, TrainConfig
+from vista.config import AdaptConfig, DoctorConfig, ExportConfig, PlanConfig, SweepConfig, TrainConfig
 from vista.config.checks import to_dict
 from vista.config.train_config import RunsCompareConfig, RunsConfig
 from vista.errors import SweepError, UnfitSetupError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vista.planning.capacity_plan import CapacityPlan
     from vista.runs.run_list import RunComparison, RunList
     from vista.sweep import SweepReport
+    from vista.training.adapter import AdaptReport
 
 
 def run_train(config: TrainConfig) -> None:
@@ -31,6 +32,15 @@ def run_train(config: TrainConfig) -> None:
 
     keep_freed_memory()
     train_model(config, log)
+
+
+def run_adapt(config: AdaptConfig) -> AdaptReport:
+    """`vista adapt`; errors as of `adapt`."""
+    from vista.device import keep_freed_memory
+    from vista.training.adapter import adapt
+
+    keep_freed_memory()
+    return adapt(config)
 
 
 def run_sweep(config: SweepConfig) -> SweepReport:
@@ -89,6 +99,7 @@ def run_export(config: ExportConfig) -> ExportReport:
             config.format,
             store=config.store,
             key=read_key(config.authentication_key_file),
+            adapter=config.adapter,
         )
 
 

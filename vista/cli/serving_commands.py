@@ -126,6 +126,7 @@ def run_score(config: ScoreConfig) -> str:
             device=config.device,
             key=read_key(config.authentication_key_file),
             index=index,
+            adapter=config.adapter,
         ) as scorer,
     ):
         model, users = scorer.served, ids_of_words(config.users, "users", scorer.store.manifest.user_kind)

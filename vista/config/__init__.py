@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vista.config.train_config import *
 
 __all__ = [
+    "AdaptConfig",
     "CompareConfig",
     "CompletionConfig",
     "DataConfig",

@@ -55,6 +55,9 @@ class ServedModel(UsesStore, UsesModel):
     """Folder of the index that `vista index` wrote for this model, for /v1/retrieve. null serves without an index."""
     task: str | None = None
     """Task that score and rank use. null uses the first labeled task, or next if there are none."""
+    adapter: str | None = None
+    """Folder of adapters: the field adapter of requests may name a file NAME.adapter. A file of `vista adapt` is used
+    by all requests instead. null serves the model as it is."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -245,6 +248,8 @@ class ScoreConfig(Scores, NamesUsers, UsesStore, UsesModel, NamesItems):
     """Folder of the index. null uses the default of `vista index`: the model's folder with .index appended."""
     top_k: int = 10
     """Number of items to list per user if no candidates are given."""
+    adapter: str | None = None
+    """File of `vista adapt` to score with. null scores with the model as it is."""
     explain: bool = False
     """Say of each item what raises it above the average candidate, with names of items from `data`."""
     now: str | None = None
@@ -296,6 +301,8 @@ class ExportConfig(Threads, Keyed, UsesModel):
     processor of this machine, and needs a C++ compiler."""
     out: str = "exports/vista"
     """Folder to write; an earlier export there is replaced."""
+    adapter: str | None = None
+    """File of `vista adapt` to export the model with. null exports the model as it is."""
     store: str | None = None
     """Folder or URL of a store of the model's summaries, whose users make the requests of the comparison. null makes
     random users."""

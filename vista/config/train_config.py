@@ -394,6 +394,32 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
         return float(bool(self.model.counter_keys)) if weight is None else weight
 
 
+@dataclass(kw_only=True, slots=True)
+class AdaptConfig(VerifiesLog, RunsOn, Keyed, Seeded, UsesStore, UsesLog):
+    """An adapter of a model for another surface, country, or task: a file of kilobytes that `vista serve` loads."""
+
+    base: str = "runs/vista/best"
+    """Folder of the exported model that the adapter belongs to."""
+    out: str = "adapters/vista.adapter"
+    """File to write. A folder of files NAME.adapter can be served as a whole."""
+    validation_from: str | None = None
+    """Labels from this time on are not used for training. ISO date or time (UTC), or integer milliseconds. null takes
+    that of the base. Training labels begin at the `until` of the store's refresh."""
+    test_from: str | None = None
+    """Labels from this time on are test labels, written likewise. null takes that of the base."""
+    ranks_items: bool = False
+    """Train the ranking of next items too, if the base has labeled tasks. A base without tasks always trains it."""
+    learning_rate: float = 1e-2
+    """Learning rate of Adam. It stays constant, and the average of the newest values is written."""
+    epochs: int = 30
+    """Maximum number of epochs. Three validations in a row without improvement end the training."""
+
+    def __post_init__(self) -> None:
+        RunsOn.__post_init__(self)
+        require_finite(self, "", ("learning_rate",), positive=True)
+        require_counts(self, "", ("epochs",))
+
+
 def without_places(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Groups model, data, and optim of `to_dict(TrainConfig)` without PLACES: what a result depends on."""
     groups = ("model", "data", "optim")
@@ -476,6 +502,9 @@ class EvaluateConfig(RunsOn, AsksLabels, UsesStore, UsesModel, UsesLog):
     until=leave-last-N-out, where N is 1 + staleness (validation: 2 + staleness), or for another split with
     until=TIME-less-N or until=leave-last-P-percent-out-less-N, where N is staleness. 0 evaluates up-to-date
     summaries."""
+    adapter: str | None = None
+    """File of `vista adapt` to evaluate the model with, on the split of the adapter's training. null evaluates the
+    model as it is."""
     out: str | None = None
     """JSON file for the metrics. An existing file is replaced. The metrics of each user are written to <out>.npz, which
     `vista compare` reads, and those of each baseline to <out>.<name>.npz; those of labels of impressions to

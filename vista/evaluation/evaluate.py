@@ -14,7 +14,7 @@ import numpy as np
 
 from vista.arrays import Float32s, Int
 from vista.config import EvaluateConfig
-from vista.config.checks import AskedBaselines, Target, to_dict
+from vista.config.checks import AskedBaselines, Target, require, to_dict
 from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.answers import RawHistoryAnswers, RefreshedAnswers, ScorerAnswers
@@ -40,6 +40,7 @@ from vista.model.baselines.history_model import HistoryModel
 from vista.model.ranking_model import RankingModel
 from vista.model.registry import load_model
 from vista.model.saved_model import CONFIG_FILE
+from vista.model.serving_model import Adapter
 from vista.model.vista_model import VistaModel
 from vista.ranks import ALONE, Ranks
 from vista.refresh import check_log
@@ -108,7 +109,7 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
 
 
 PLACES = (
-    *("data", "model", "store", "out", "authentication_key_file"),
+    *("data", "model", "store", "adapter", "out", "authentication_key_file"),
     *("verify_log", "device", "num_threads"),
 )
 """Fields of EvaluateConfig that may differ between ranks."""
@@ -140,17 +141,21 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
         with cpu_settings(config.num_threads):
             model = load_model(config.model, ranks.own_device(device))
             if isinstance(model, HistoryModel):
+                require(config.adapter is None, "adapter", "a baseline has none; leave it out")
                 _agree(ranks, config, log, NO_STORE)
                 result, codec = evaluate_model(model, log, config, ranks), NO_STORE
             else:
                 assert isinstance(model, VistaModel)
-                with Scorer.open(model, config.store, key=read_key(config.authentication_key_file)) as scorer:
+                key, adapter = read_key(config.authentication_key_file), config.adapter
+                with Scorer.open(model, config.store, key=key, adapter=adapter) as scorer:
+                    if adapter is not None:
+                        model.data = Adapter.read(adapter, scorer.served).data
                     _agree(ranks, config, log, scorer.store.manifest.records_digest)
                     result = evaluate_scorer(scorer, log, config, ranks)
                     codec = scorer.store.manifest.codec
     if config.out is not None and ranks.leads:
         asked: dict[str, Any] = {
-            name: getattr(config, name) for name in ("data", "model", "split", "top_k", "staleness")
+            name: getattr(config, name) for name in ("data", "model", "adapter", "split", "top_k", "staleness")
         }
         asked |= {"codec": codec, "target": config.target.value}
         if config.target is Target.window:

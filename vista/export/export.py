@@ -81,6 +81,7 @@ def export(
     num_requests: int = 1000,
     max_difference: float = 1e-4,
     key: bytes | None = None,
+    adapter: str | None = None,
 ) -> ExportReport:
     """Write a folder with stage 2 and its tables; an earlier export there is replaced atomically.
 
@@ -92,9 +93,11 @@ def export(
         num_requests: to compare with the scorer.
         max_difference: of a logit, or a score of `next`.
         key: 32 bytes, if the records of the store are authenticated.
+        adapter: file of `vista adapt`, which becomes part of the graph.
 
     Raises:
         ExportError: the export cannot be written, or differs from the scorer; nothing was written.
+        AdapterError: the adapter is missing, damaged, or of another model.
         MissingDependencyError: a package that the format needs is not installed.
         CheckpointError, StoreError: the model or the store cannot be read.
     """
@@ -111,9 +114,10 @@ def export(
             store = str(Path(temporary) / "store")
             write_trial_store(VistaModel.from_pretrained(model), Path(store))
             key = None
-        snapshot = ServingSource(model, store, "cpu", key, Precision.float32).open()
+        snapshot = ServingSource(model, store, "cpu", key, Precision.float32, adapter=adapter).open()
         try:
-            inputs, graph = graph_inputs(snapshot.model), ServingGraph(snapshot.model, snapshot.items)
+            adapted = snapshot.model.with_adapter(snapshot.adapter(None))
+            inputs, graph = graph_inputs(adapted), ServingGraph(adapted, snapshot.items)
             with replaced_folder(folder) as partial:
                 with elapsed_time("export"):
                     run = write(graph, inputs, partial)

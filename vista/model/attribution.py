@@ -84,6 +84,7 @@ def attribute(
             from_context = (weight[..., :-1] @ seen).requires_grad_()
             heads = (from_context + weight[..., -1:] * own).transpose(0, 1)
             hidden = _mixed(layer, hidden, heads, projected.detach().chunk(4, -1)[1])
+            hidden = hidden + stage.steering[index] if stage.steering else hidden  # the same for all queries
             mixed.append(from_context)
             weights.append(weight[..., :-1])
             values.append(seen)

@@ -6,26 +6,33 @@ vocabulary, Z statistics of an item, r dimensions of the item space.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int, map_array
+from vista.config import DataConfig
+from vista.config.checks import from_dict, to_dict
 from vista.config.model_config import ModelConfig, RankingConfig
 from vista.counters.counters import CounterSpec
 from vista.counters.keys import ItemKeys
-from vista.errors import CheckpointError, LogFormatError
+from vista.errors import AdapterError, CheckpointError, LogFormatError
 from vista.examples.item_spaces import Pooled
 from vista.examples.item_statistics import NUM_RECENT
+from vista.files import TABLE, check_fields, hexadecimal, one_of, read_limited, replace_file
 from vista.log.histories import UNKNOWN_GAP, RowColumn, RowFeatures, gap_bucket
 from vista.log.vocabulary import Ids, Vocabulary
 from vista.model.features import EncodedRows, RowFeatureReader, Schema
 from vista.model.item_feature_table import ItemFeatureTable, item_keys
-from vista.model.saved_model import SavedModel, SharedTables, does_not_fit
+from vista.model.saved_model import SavedModel, SharedTables, checksum_of, does_not_fit
 
 if TYPE_CHECKING:
     from vista.model.vista_model import VistaModel
@@ -202,6 +209,23 @@ class ServingModel(Readings):
         return model if self.item_values is None else model.with_item_values(*self.item_values)
 
     @property
+    def num_adapted(self) -> int:
+        """Number of values of an adapter."""
+        return self.config.num_target_layers * self.config.dim + len(self.schema.tasks)
+
+    @cached_property
+    def stage2_id(self) -> str:
+        """SHA-256 of what an adapter depends on, in hex: the summarizer, and the weights of stage 2 and the heads.
+        Later items, and newer values of items, do not change it."""
+        weights = self.weights
+        if "request" not in weights:  # the model is on a GPU
+            weights = {name: weight.cpu().numpy() for name, weight in self.vista_model.state_dict().items()}
+        digest = hashlib.sha256(json.dumps([self.summarizer_id.hex(), self.schema.tasks]).encode())
+        for name in sorted(name for name in weights if name.startswith(STAGE2_WEIGHTS)):
+            digest.update(f"{name}{weights[name].shape}".encode() + np.ascontiguousarray(weights[name]).tobytes())
+        return digest.hexdigest()
+
+    @property
     def statistics_columns(self) -> slice:
         """Where the vectors of `RankingModel.retrieval_items` hold the statistics; empty for a model without them."""
         begin = self.config.dim + self.config.space_dim
@@ -219,6 +243,78 @@ class ServingModel(Readings):
         if (columns := rate_columns(self.schema.tasks, labels, self.weights.get("item_rates"))) is not None:
             new["item_rates"] = np.ascontiguousarray(rates[:, columns])
         return replace(self, weights={**self.weights, **new}, item_values=(statistics, rates, labels))
+
+
+# Adapters: what fits a model in service to another surface, country, or task, in files of a few kilobytes.
+
+STAGE2_WEIGHTS = (
+    "target_attention.",
+    "request",
+    "user_encoder.",
+    "task_head.",
+    "candidate_head.",
+    "counted.",
+    "statistics.",
+)
+"""Prefixes of the names of the weights of stage 2 and the heads."""
+ADAPTER_SUFFIX = ".adapter"
+ADAPTER_FORMAT = {"format": "vista-adapter", "version": 1}
+_MAX_ADAPTER_BYTES = 16 << 20
+_ADAPTER_RULES = {
+    **{name: one_of(value) for name, value in ADAPTER_FORMAT.items()},
+    "base": hexadecimal(64),
+    "data": TABLE,
+    "checksum": hexadecimal(16),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """What `vista adapt` trains."""
+
+    values: Float32s
+    """[layers * M + num_tasks]: what is added to query tokens after each layer of stage 2, then to logits."""
+    base: str
+    """`ServingModel.stage2_id` of the model that it belongs to."""
+    data: DataConfig
+    """How its training data were split, which decides what evaluation may use."""
+
+    def write(self, path: str | Path) -> None:
+        """Write the file (docs/reference/file-formats.md), atomically. Raises OSError."""
+        payload = self.values.astype("<f4").tobytes()
+        fields = {**ADAPTER_FORMAT, "base": self.base, "data": to_dict(self.data)}
+        head = json.dumps(fields | {"checksum": _checksum(fields, payload)}, separators=(",", ":"))
+        replace_file(Path(path), head.encode() + b"\n" + payload)
+
+    @classmethod
+    def read(cls, path: str | Path, model: ServingModel) -> Adapter:
+        """Read the file of an adapter of a model.
+
+        Raises:
+            AdapterError: it is missing, damaged, of another format, or of another model.
+        """
+        try:
+            head, _, payload = read_limited(Path(path), _MAX_ADAPTER_BYTES).partition(b"\n")
+            fields = json.loads(head)
+            check_fields(fields, _ADAPTER_RULES)
+            if _checksum(fields, payload) != fields["checksum"]:
+                raise ValueError("its checksum does not match; the file is damaged or was cut off")
+            values, data = np.array(np.frombuffer(payload, "<f4")), from_dict(DataConfig, fields["data"])
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise AdapterError(f"{path}: is not a readable adapter ({error}); copy it again") from error
+        if fields["base"] != model.stage2_id:
+            raise AdapterError(
+                f"{path}: was trained for another model ({fields['base'][:12]}, but this one is "
+                f"{model.stage2_id[:12]}); train it again with `vista adapt base=…`"
+            )
+        if values.shape != (model.num_adapted,) or not np.isfinite(values).all():
+            raise AdapterError(f"{path}: must hold {model.num_adapted} finite numbers; train it again")
+        return cls(values, fields["base"], data)
+
+
+def _checksum(fields: Mapping[str, Any], payload: bytes) -> str:
+    """XXH3-64 of the checksum of the other fields, in hex, and what follows them."""
+    return xxhash.xxh3_64_hexdigest(checksum_of(dict(fields)).encode() + payload)
 
 
 def input_scale(num_statistics: int, num_rates: int) -> list[float]:

@@ -234,6 +234,8 @@ class TargetAttention(nn.Module):
         self.register_buffer("distance", distance, persistent=False)
         """int64 [L+1, L] distance from a query that sees the first `seen` tail columns to column c; < 1 is unseen."""
         self.distance: Tensor
+        self.steering: Sequence[Tensor] = ()
+        """[M] that are added to query tokens after each layer (`VistaModel.with_adapter`); none without an adapter."""
 
     def encode_summary(self, summary: Tensor) -> list[tuple[Tensor, Tensor]]:
         """summary [B, S, M] -> keys and values [B, H, S, D] of its tokens, for each layer. Other rows of a record may
@@ -364,5 +366,6 @@ class TargetAttention(nn.Module):
         for index, layer in enumerate(self.layers):
             own = layer.activated(projections).chunk(4, -1) if index == 0 else layer.parts(x)
             x = layer.attend_query(x, own, context.keys[index], context.values[index], biases[index], context_mask)
+            x = x + self.steering[index].to(x.dtype) if self.steering else x
         normed: Tensor = self.final_norm(x)
         return normed

@@ -479,7 +479,26 @@ class VistaModel(RankingModel):
             setattr(other, part, frozen(stage, dtype))
         return other
 
+    def with_adapter(self, values: Tensor | Float32s | None) -> VistaModel:
+        """The same model for another surface, country, or task. It shares its weights with this one.
+
+        Args:
+            values: of an `Adapter`; None returns this model.
+        """
+        if values is None:
+            return self
+        other, stage, head = copy.copy(self), copy.copy(self.target_attention), copy.copy(self.task_head)
+        sizes = [self.config.dim] * len(stage.layers) + [len(self.schema.tasks)]
+        *vectors, bias = torch.split(torch.as_tensor(values).to(self.device), sizes)
+        stage.steering = vectors
+        if head is not None:
+            head._parameters = {"weight": head.weight, "bias": head.bias + bias}  # type: ignore[dict-item]
+        other._modules = {**self._modules, "target_attention": stage, "task_head": head}
+        return other
+
     def save_serving_tables(self, folder: Path) -> None:
+        if self.target_attention.steering:
+            raise ValueError(f"{folder}: a model with an adapter is not saved; save the base, and serve with adapter=…")
         save_item_projections(self, folder)
         training = self.training
         np.save(folder / EMPTY_FILE, self.eval().empty_summary()[0].cpu().numpy())

@@ -191,6 +191,7 @@ class NativeScoring:
             features=features,
             counted=counted,
             counted_next=counted_next,
+            adapter=request.adapter,
         )
         return self._native.score(asked, **wanted, threads=num_threads())
 

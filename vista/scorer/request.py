@@ -66,6 +66,8 @@ class Request:
     """Of the B requests; None if all are missing."""
     users: EncodedRows | None = None
     """Features of the B users; None if all are missing."""
+    adapter: Float32s | None = None
+    """Values of an `Adapter`; None answers with the model as it is."""
 
     def __len__(self) -> int:
         return len(self.missing)
@@ -93,7 +95,7 @@ class Request:
         own = None if self.users is None else self.users.select(users)
         pooled = None if self.pooled is None else self.pooled[users]
         summary, tail, missing = self.summary[users], self.tail.select(users), self.missing[users]
-        return Request(summary, tail, now, missing, self.generation, counters, pooled, features, own)
+        return Request(summary, tail, now, missing, self.generation, counters, pooled, features, own, self.adapter)
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ class _Scores:
         """
         self.request, self.task, self.count = request, task, count
         self.scoring = snapshot.torch_scoring
-        self.model: VistaModel = snapshot.model
+        self.model: VistaModel = snapshot.model.with_adapter(request.adapter)
         self.rows = torch.from_numpy(joint).to(self.model.device)
         self.cosines: Tensor | None = None
         """float32 [N, J] with the pooled vectors."""

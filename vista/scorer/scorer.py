@@ -166,6 +166,7 @@ class Scorer:
         index: str | Path | None = None,
         project_per_request: bool = False,
         backend: ScoringBackend | str = "auto",
+        adapter: str | Path | Mapping[str, str | Path] | None = None,
     ) -> Scorer:
         """Open a model and the store that its summarizer wrote.
 
@@ -185,9 +186,12 @@ class Scorer:
             project_per_request: compute projections of candidates in each call: less memory, more time.
             backend: what computes scores: "native" (vista's C++ library, on CPUs in float32), "torch", or "auto" (the
                 library if it was built and can score the model, else torch; `Scorer.backend` tells).
+            adapter: file of `vista adapt`, for all calls; or files by name, or a folder of files NAME.adapter, of which
+                each call may name one.
 
         Raises:
-            StoreError, CheckpointError, ItemIndexError: one of them is missing or damaged, or they do not match.
+            StoreError, CheckpointError, ItemIndexError, AdapterError: one of them is missing or damaged, or they do not
+                match.
             ConfigError: backend is "native", and the library is missing or cannot score the model here.
             ValueError: on_missing, task, precision or backend is not one of the allowed values; max_age_s is not
                 positive.
@@ -202,6 +206,7 @@ class Scorer:
             index,
             project_per_request,
             backend=choice_of(ScoringBackend, backend, "backend"),
+            adapter=adapter,
         )
         reuse_freed_memory()
         return cls(source, choice_of(OnMissing, on_missing, "on_missing"), task, max_age_s)
@@ -279,8 +284,9 @@ class Scorer:
         stays in service, and a warning is logged.
 
         Raises:
-            StoreError, CheckpointError, ItemIndexError: what is new is damaged, its tails are shorter than the model
-                reads, the new model lacks this scorer's task, or the scorer is closed. The old one stays in service.
+            StoreError, CheckpointError, ItemIndexError, AdapterError: what is new is damaged or does not match, its
+                tails are shorter than the model reads, the new model lacks this scorer's task, or the scorer is closed.
+                The old one stays in service.
         """
         try:
             with self._changing:
@@ -316,13 +322,14 @@ class Scorer:
         tail: Tail | None = None,
         now: Any = None,
         request: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
     ) -> Any:
         """Scores of the configured task: `predict(…)[task]` without the work for the other tasks.
 
         Raises:
             UnknownUserError, UnknownItemError, StoreError, ValueError, TypeError: as in `predict`.
         """
-        with self._call(users, tail, now) as call:
+        with self._call(users, tail, now, adapter) as call:
             return _predict(call, candidates, request, [self.task])[self.task]
 
     def predict(
@@ -333,6 +340,7 @@ class Scorer:
         tail: Tail | None = None,
         now: Any = None,
         request: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
     ) -> dict[str, Any]:
         """Scores of all tasks.
 
@@ -350,6 +358,7 @@ class Scorer:
                 per candidate, such as its price: [B, C]; (values [N], offsets) or B lists for ragged candidates. Those
                 that are not given, and values that the model does not know, are missing. Only labeled tasks read them.
                 It may also name features of users, which replace those of the records: one value, or [B].
+            adapter: name of one of the scorer's adapters; None scores without, or with the one that has no name.
 
         Returns:
             {task: float32 [B, C], or [N] for ragged candidates}; NumPy arrays, or tensors if `candidates` is a tensor.
@@ -361,7 +370,7 @@ class Scorer:
             StoreError: the scorer is closed, or a record is damaged.
             ValueError, TypeError: an argument is invalid or too long; the message names it.
         """
-        with self._call(users, tail, now) as call:
+        with self._call(users, tail, now, adapter) as call:
             return _predict(call, candidates, request, call.snapshot.tasks)
 
     def rank(
@@ -375,6 +384,7 @@ class Scorer:
         tail: Tail | None = None,
         now: int | None = None,
         request: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
         diversity: float = 0.0,
         timeout_s: float | None = None,
     ) -> Ranking:
@@ -386,7 +396,7 @@ class Scorer:
             candidates: item ids, or None for the whole catalog. Of an item that is listed twice, the first one counts.
             exclude: item ids to leave out.
             exclude_tail: leave out the items of the user's tail.
-            tail: as in `predict`, like `now`.
+            tail: as in `predict`, like `now` and `adapter`.
             request: as in `predict`; features with one value per candidate, [1, C], need `candidates`.
             diversity: 0 orders by score. A value up to 1 also avoids items that resemble those above them: the list is
                 chosen from the 10 * `top_k` best items by maximal marginal relevance over `item_vectors`.
@@ -398,7 +408,7 @@ class Scorer:
             ValueError: `top_k` is below 1, `diversity` is not in [0, 1], or is above 0 for a model without a retrieval
                 head. Others as in `predict`.
         """
-        with self._call([user], tail, now) as call:
+        with self._call([user], tail, now, adapter) as call:
             wanted = ItemFilter(exclude, exclude_tail)
             return ranked(call, self.task, top_k, candidates, request, wanted, timeout_s, diversity)
 
@@ -415,6 +425,7 @@ class Scorer:
         tail: Tail | None = None,
         now: Any = None,
         request: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
     ) -> list[Ranking]:
         """The best items of a large catalog for each user: what `rank` returns for the candidates that an index finds.
 
@@ -428,13 +439,13 @@ class Scorer:
             where: by name of a category of items, the values that may be returned, such as {"brand": ["a", "b"]}. An
                 item needs one of the values of each name.
             exclude: as in `rank`, like `exclude_tail`.
-            tail: as in `predict`, like `now` and `request`, whose features cannot differ between candidates.
+            tail: as in `predict`, like `now`, `adapter` and `request`, whose features are the same for all candidates.
 
         Raises:
             ItemIndexError: the scorer was opened without an index.
             ValueError: the model lacks a category or value of `where`. Others as in `rank`.
         """
-        with self._call(users, tail, now) as call:
+        with self._call(users, tail, now, adapter) as call:
             wanted = ItemFilter(exclude, exclude_tail, within, where)
             return retrieved(call, self.task, top_k, num_candidates, request, wanted)
 
@@ -449,13 +460,15 @@ class Scorer:
         with self.in_service() as snapshot:
             return snapshot.candidates(candidates, self.on_missing)
 
-    def user_vectors(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
+    def user_vectors(
+        self, users: Ids, *, tail: Tail | None = None, now: Any = None, adapter: str | None = None
+    ) -> NDArray[np.float32]:
         """Vectors of the retrieval head, float32 [B, M'], which rank `item_vectors`, except for `counted_items`.
 
         Raises:
             ValueError: the model was trained without a retrieval head. Others as in `predict`.
         """
-        with self._call(users, tail, now) as call:
+        with self._call(users, tail, now, adapter) as call:
             call.snapshot.retrieval_vectors()
             return nan_for(call.request.missing, call.snapshot.user_vectors(call.request), call.on_missing)
 
@@ -470,7 +483,7 @@ class Scorer:
             return snapshot.served.items.ids(np.arange(len(snapshot.served.items))), vectors
 
     def counted_items(
-        self, users: Ids, *, tail: Tail | None = None, now: Any = None
+        self, users: Ids, *, tail: Tail | None = None, now: Any = None, adapter: str | None = None
     ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.int64]]:
         """The items that the users' counters hold, followers of the users' newest items (`model.transitions`), and the
         scores of `next` of both; other items have the scores `user_vectors @ item_vectors.T / temperature`.
@@ -481,12 +494,14 @@ class Scorer:
         Raises:
             ValueError: the model was trained without a retrieval head. Others as in `predict`.
         """
-        with self._call(users, tail, now) as call:
+        with self._call(users, tail, now, adapter) as call:
             rows, scores, offsets = call.snapshot.counted_items(call.request)
             scores = nan_for(np.repeat(call.request.missing, np.diff(offsets)), scores, call.on_missing)
             return call.snapshot.served.items.ids(rows - 1), scores, offsets
 
-    def catalog_scores(self, users: Ids, *, tail: Tail | None = None, now: Any = None) -> NDArray[np.float32]:
+    def catalog_scores(
+        self, users: Ids, *, tail: Tail | None = None, now: Any = None, adapter: str | None = None
+    ) -> NDArray[np.float32]:
         """Scores of `next` float32 [B, V] of the whole catalog for each user, in the order of `item_vectors`.
 
         They equal those of `predict` to rounding, which can depend on the other users. For a few items, use `predict`.
@@ -494,7 +509,7 @@ class Scorer:
         Raises:
             ValueError: the model has no retrieval head, or there are too many scores. Others as in `predict`.
         """
-        with self._call(users, tail, now) as call:
+        with self._call(users, tail, now, adapter) as call:
             snapshot, request = call.snapshot, call.request
             require_most(len(request) * len(snapshot.served.items), MAX_SCORES, "users", "pairs of a user and an item")
             scores = nan_for(request.missing, snapshot.catalog_scores(request), call.on_missing)
@@ -511,6 +526,7 @@ class Scorer:
         tail: Tail | None = None,
         now: int | None = None,
         request: Mapping[str, Any] | None = None,
+        adapter: str | None = None,
     ) -> Explanation:
         """Why items have their scores: what raises each above the average candidate, in shares and in words.
 
@@ -523,7 +539,7 @@ class Scorer:
             candidates: as in `rank`, where the items were found: ids, or None for the whole catalog. Of more than
                 `MOST_COMPARED`, evenly spaced ones give the average.
             task: one of `tasks`; by default the scorer's own.
-            tail: as in `predict`, like `now`.
+            tail: as in `predict`, like `now` and `adapter`.
             request: as in `rank`.
 
         Raises:
@@ -533,7 +549,7 @@ class Scorer:
         """
         from vista.scorer.score_shares import explained  # Shares need torch, scores may not.
 
-        with self._call([user], tail, now) as call:
+        with self._call([user], tail, now, adapter) as call:
             return explained(call, self.task if task is None else task, items, candidates, request)
 
     def _moved(self) -> bool:
@@ -577,10 +593,10 @@ class Scorer:
         self._changing = threading.Lock()
 
     @contextmanager
-    def _call(self, users: Ids, tail: Tail | None, now: Any) -> Iterator[Call]:
+    def _call(self, users: Ids, tail: Tail | None, now: Any, adapter: str | None) -> Iterator[Call]:
         """One call, which is counted and timed."""
         with self._recorder.timed(), self.in_service() as snapshot:
-            request = snapshot.read(users, tail, now, self.on_missing, self.max_age_s, self._recorder.add)
+            request = snapshot.read(users, tail, now, self.on_missing, self.max_age_s, self._recorder.add, adapter)
             now = request.now if snapshot.served.schema.has_time else None
             self._latest.source = AnswerSource(request.generation, snapshot.checksum, now, ~request.missing)
             yield Call(snapshot, request, self.on_missing, self._recorder.add)
@@ -620,11 +636,7 @@ def nan_for(missing: NDArray[np.bool_], values: NDArray[np.float32], on_missing:
     return values
 
 
-COUNTERS = tuple(
-    name
-    for name in ScorerStats.__dataclass_fields__
-    if name not in ("last_reload_error", "followed_at", "latency_counts")
-)
+COUNTERS = tuple(ScorerStats.__dataclass_fields__)[:-3]  # without the error, the time, and the latencies
 
 
 class StatsRecorder:

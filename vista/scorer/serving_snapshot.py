@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from vista.scorer.torch_scoring import TorchScoring
 
 logger = logging.getLogger(__name__)
+MOST_NAMED = 10
+"""Adapters in an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ class ServingSnapshot:
         checksum: of the model's config.json; None for a model that was not read from a folder.
         index: over the items, of this model; None without one.
         backend: what computes scores.
+        adapters: values of the `Adapter`s of the model by name; that of None is used by requests that name none.
         passes: the last arguments of `TorchScoring`.
     """
 
@@ -93,10 +97,12 @@ class ServingSnapshot:
         index: ItemIndex | None = None,
         *,
         backend: ScoringBackend = ScoringBackend.auto,
+        adapters: Mapping[str | None, Float32s] | None = None,
         passes: tuple[int, ...] = (),
     ) -> None:
         again = partial(ServingSnapshot, served, items, store, device, precision, identity, checksum, index)
-        self._again = partial(again, backend=backend, passes=passes)
+        self._again = partial(again, backend=backend, adapters=adapters, passes=passes)
+        self.adapters = adapters or {}
         self.items_digest = store.manifest.items_digest
         """Of the values of items in service. Read before them, so that a reload finds values that are put meanwhile."""
         self.served, self.items = served, items = _as_of_generation(served, items, store.item_values())
@@ -191,6 +197,7 @@ class ServingSnapshot:
         on_missing: OnMissing,
         max_age_s: float | None = None,
         tally: Tally = no_tally,
+        adapter: str | None = None,
     ) -> Request:
         """Read the records of B users, and add what the caller passes.
 
@@ -198,7 +205,9 @@ class ServingSnapshot:
             users: as in `Scorer.predict`, like `tail`, `now`, and errors.
             on_missing: as in `Scorer.open`, like `max_age_s`.
             tally: counts the users by what was found.
+            adapter: as in `Scorer.predict`.
         """
+        values = self.adapter(adapter)
         ids, model = ids_of(users, "users"), self.served
         # Read before the records, so that a reload in between cannot make a record look younger than it is.
         refreshed_at = 0 if max_age_s is None else self.store.manifest.refreshed_at
@@ -244,7 +253,15 @@ class ServingSnapshot:
         pooled = request_pooled(model, stored, merged, is_fresh, padded)
         reader = model.user_features
         own = None if reader is None else reader.encode(RowFeatures(stored.features), len(unknown))
-        return Request(summary, padded, times, unknown | bad, stored.generation, counters, pooled, users=own)
+        missing = unknown | bad
+        return Request(summary, padded, times, missing, stored.generation, counters, pooled, users=own, adapter=values)
+
+    def adapter(self, name: str | None) -> Float32s | None:
+        """The values of an adapter; None without one. ValueError if there is none of this name."""
+        if name is not None and name not in self.adapters:
+            known = ", ".join(sorted(filter(None, self.adapters))[:MOST_NAMED]) or "none are loaded"
+            raise ValueError(f"adapter: {shown(name)} is not one of this scorer's adapters ({known})")
+        return self.adapters.get(name)
 
     def require_task(self, task: str) -> None:
         """Raise ValueError if the model lacks a task."""

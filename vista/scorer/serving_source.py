@@ -6,13 +6,15 @@ import logging
 import os
 import threading
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from vista.config.checks import Architecture, IndexKind, Precision, ScoringBackend
 from vista.errors import (
+    AdapterError,
     CheckpointError,
     ConfigError,
     ItemIndexError,
@@ -25,7 +27,7 @@ from vista.machine import may_have_gpu
 from vista.model.features import RowFeatureReader, Schema
 from vista.model.item_projections import ItemProjections
 from vista.model.saved_model import CONFIG_FILE, INDEX_MANIFEST, ModelDescription, SavedModel, SharedTables
-from vista.model.serving_model import ServingModel
+from vista.model.serving_model import ADAPTER_SUFFIX, Adapter, ServingModel
 from vista.scorer.serving_snapshot import ServingSnapshot
 from vista.store.reader import ShardedReader, StoreReader, open_store
 from vista.store.record import TailColumn, UserColumn
@@ -57,6 +59,8 @@ class ServingSource:
     generation: int | None = None
     """Number of the store's generation to serve; None follows the published one."""
     backend: ScoringBackend = ScoringBackend.auto
+    adapter: str | Path | Mapping[str, str | Path] | None = None
+    """As in `Scorer.open`."""
 
     def open(self) -> ServingSnapshot:
         """Open both. Opens them again if the model is replaced meanwhile, as by an export or `vista items add`.
@@ -94,9 +98,9 @@ class ServingSource:
                 from vista.device import choose_precision  # asks torch what the processor multiplies
 
                 precision = choose_precision(precision, resolved(device))
-            return ServingSnapshot(
-                served, items, opened, device, precision, identity, checksum, index, backend=self.backend
-            )
+            adapters = {name: Adapter.read(path, served).values for name, path in self._adapter_files().items()}
+            made = partial(ServingSnapshot, served, items, opened, device, precision, identity, checksum, index)
+            return made(backend=self.backend, adapters=adapters)
         except BaseException:
             opened.close()
             raise
@@ -173,11 +177,20 @@ class ServingSource:
             generation=self.generation,
         )
 
+    def _adapter_files(self) -> dict[str | None, Path]:
+        """By name, or None if requests need not name it."""
+        if self.adapter is None or isinstance(self.adapter, Mapping):
+            return {name: checked_path(path, AdapterError) for name, path in (self.adapter or {}).items()}
+        path = checked_path(self.adapter, AdapterError)
+        return {file.stem: file for file in sorted(path.glob(f"*{ADAPTER_SUFFIX}"))} if path.is_dir() else {None: path}
+
     def _identity(self) -> tuple[int, ...]:
-        """Identifies the export in the folder and the index, either of which may be replaced; () if there is none."""
+        """Identifies the export in the folder, the index, and adapters, all of which may be replaced; () if there is
+        none."""
         if not isinstance(self.model, (str, Path)):
             return ()
         files = [checked_path(self.model, CheckpointError) / CONFIG_FILE]
+        files += self._adapter_files().values()
         if self.index is not None:
             files.append(checked_path(self.index, ItemIndexError) / INDEX_MANIFEST)
         try:

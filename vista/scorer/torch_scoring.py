@@ -93,7 +93,7 @@ class TorchScoring:
 
     def user_vectors(self, request: Request) -> Float32s:
         """User vectors of the retrieval head, float32 [B, M']."""
-        parts = [self._user_vectors(*self.context(part), self.pooled(part)) for _, part in self._portions(request)]
+        parts = [self._user_vectors(part, *self.context(part)) for _, part in self._portions(request)]
         vectors: Float32s = torch.cat(parts).cpu().numpy() if parts else np.empty((0, self.model.retrieval_dim), "f4")
         return vectors
 
@@ -120,7 +120,7 @@ class TorchScoring:
                     for task in labeled:
                         scores[task][users][cells] = probability[..., self.model.schema.tasks.index(task)]
             if NEXT_TASK in tasks:
-                vectors = self._user_vectors(context, bucket, self.pooled(part))
+                vectors = self._user_vectors(part, context, bucket)
                 for cells, cosine in self._next_scores(vectors, part, own, wanted):
                     scores[NEXT_TASK][users][cells] = cosine.cpu().numpy()
         return scores
@@ -172,9 +172,9 @@ class TorchScoring:
             users = slice(first, min(first + step, len(request)))
             yield users, request.select(users)
 
-    def _user_vectors(self, context: TargetContext, bucket: Tensor | None, pooled: Tensor | None) -> Tensor:
-        gap = self.model.encoder.gap_vectors(bucket)
-        vectors: Tensor = inference.user_vectors(self._scoring, context, gap, pooled, self._biases)
+    def _user_vectors(self, request: Request, context: TargetContext, bucket: Tensor | None) -> Tensor:
+        gap, model = self.model.encoder.gap_vectors(bucket), self._scoring.with_adapter(request.adapter)
+        vectors: Tensor = inference.user_vectors(model, context, gap, self.pooled(request), self._biases)
         return vectors
 
     @torch.inference_mode()
@@ -195,7 +195,7 @@ class TorchScoring:
             context: of the request, like `bucket` (`context`).
             rows: as in `scores`, like `lengths`.
         """
-        model, dim = self._scoring, self.model.config.dim
+        model, dim = self._scoring.with_adapter(request.adapter), self.model.config.dim
         assert model.task_head is not None
         of_requests, pooled = self._of_requests(request, bucket), self.pooled(request)
         for users, columns in rectangles(lengths, self._pairs_per_pass):

@@ -60,7 +60,7 @@ class Unrepeated(logging.Filter):
 logger.addFilter(Unrepeated())
 
 _OF_ARGUMENT = re.compile(
-    r"(users?|candidates|tail|now|request|exclude|within|where|top_k|num_candidates|task|items|item ids|ids)\b"
+    r"(users?|candidates|tail|now|request|adapter|exclude|within|where|top_k|num_candidates|task|items|item ids|ids)\b"
 )
 """How error messages begin if the arguments of a request cause them."""
 MAX_TEXT = 1000

@@ -82,8 +82,9 @@ class BodyOfUsers(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     now: int | list[int] | None = None
     """Time of the request in ms, one or one per user; by default now, but at most 30 days after the newest event."""
     request: Values = msgspec.field(default_factory=dict)
-    """Features of the request by name: one value, one per user, or, with candidates, one list per user with one value
-    per candidate."""
+    """Features of the request by name: one value, one per user, or per user one list with one value per candidate."""
+    adapter: str | None = None
+    """Name of one of the service's adapters; by default, none."""
     model: str | None = None
     """Name of the model, if the service has several; by default, the model that the split assigns."""
 
@@ -124,6 +125,8 @@ class BodyOfOne(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Time of the request in ms; by default now, but at most 30 days after the user's newest event."""
     request: Values = msgspec.field(default_factory=dict)
     """Features of the request by name: one value, or one list with one value per candidate."""
+    adapter: str | None = None
+    """Name of one of the service's adapters; by default, none."""
     model: str | None = None
     """Name of the model, if the service has several; by default, the model that the split assigns."""
 
@@ -232,17 +235,14 @@ def tail_of(given: Sequence[Sequence[TailEvent]] | None, model: ServingModel) ->
             f"tail: {len(events):,} events with {len(names)} features are more than {MAX_VALUES:,} values; send "
             "several requests"
         )
+    has_large = any(not -(2**63) <= event.time < 2**63 for event in events)
     return Tail(
         [event.item for event in events],  # type: ignore[arg-type]
-        np.array([event.time for event in events], object if _has_large(events) else np.int64),
+        np.array([event.time for event in events], object if has_large else np.int64),
         np.array([event.action for event in events], object),
         offsets_of(np.array([len(own) for own in given], np.int64)),
         {name: [event.features.get(name) for event in events] for name in names},
     )
-
-
-def _has_large(events: Sequence[TailEvent]) -> bool:
-    return any(not -(2**63) <= event.time < 2**63 for event in events)
 
 
 @dataclass(frozen=True, slots=True)
@@ -426,12 +426,10 @@ class ScoringService:
 
     def problems(self) -> list[str]:
         """What keeps the service from moving to a newer model or generation; empty if nothing does."""
-        found = []
-        if not os.path.isfile(os.path.join(self.config.model, CONFIG_FILE)):  # also False without permissions
-            found.append("the folder of the model cannot be read; the loaded model stays in service")
-        index = self.config.index
-        if index is not None and not os.path.isfile(os.path.join(index, INDEX_MANIFEST)):
-            found.append("the folder of the index cannot be read; the loaded index stays in service")
+        found, of_model, of_index = [], (self.config.model, CONFIG_FILE), (self.config.index, INDEX_MANIFEST)
+        for name, (folder, file) in (("model", of_model), ("index", of_index)):
+            if folder is not None and not os.path.isfile(os.path.join(folder, file)):  # also False without permissions
+                found.append(f"the folder of the {name} cannot be read; the loaded {name} stays in service")
         if self.scorer.stats().last_reload_error is not None:
             found.append("the last reload failed; the loaded model and generation stay in service (see the log)")
         return found
@@ -461,6 +459,7 @@ class ScoringService:
             "tail": tail_of(asked.tail, self.scorer.served),
             "now": NOW if asked.now is None else asked.now,
             "request": asked.request or None,
+            "adapter": asked.adapter,
         }
 
     def _of_one(self, asked: BodyOfOne) -> dict[str, Any]:
@@ -470,6 +469,7 @@ class ScoringService:
             "tail": tail_of(None if asked.tail is None else [asked.tail], self.scorer.served),
             "now": NOW if asked.now is None else asked.now,
             "request": features or None,
+            "adapter": asked.adapter,
         }
 
     def _require_most_users(self, num_users: int) -> None:
@@ -521,9 +521,9 @@ class ScoreBatches:
     """The waiting score requests of one model, of which small ones are scored in one call.
 
     Each request still has a place of its own in the queue. When its turn comes, it computes itself and some that come
-    later, because one call for several users costs much less than a call for each (docs/research-log.md has the
-    figures); when their turn comes, their answers are there already. There is no pause for others to arrive: a request
-    that finds a free thread is scored alone. Scores do not depend on the other users of a call, beyond rounding.
+    later, because one call for several users costs much less than a call for each; when their turn comes, their answers
+    are there already. There is no pause for others to arrive: a request that finds a free thread is scored alone. Other
+    users of a call change scores by rounding at most.
     """
 
     def __init__(self) -> None:
@@ -576,8 +576,10 @@ def _compute(batch: list[Entry], service: ScoringService) -> None:
             asked[entry] = service.checked(entry.body, entry.media_type)
         except BaseException as error:
             entry.result.set_exception(error)
-    together = [entry for entry, body in asked.items() if _can_join(body)]
-    if len(together) > 1:
+    groups: dict[str | None, list[Entry]] = {}
+    for entry in filter(lambda entry: _can_join(asked[entry]), asked):
+        groups.setdefault(asked[entry].adapter, []).append(entry)
+    for together in filter(lambda group: len(group) > 1, groups.values()):
         try:
             answers = _together([asked[entry] for entry in together], [entry.media_type for entry in together], service)
         except BaseException as error:  # Panics of Rust too. Computed alone, each gets its own error or answer.
@@ -595,7 +597,7 @@ def _compute(batch: list[Entry], service: ScoringService) -> None:
 
 
 def _together(bodies: list[ScoreBody], media_types: list[str], service: ScoringService) -> list[Answer]:
-    """Answers to several requests, from one call."""
+    """Answers to several requests with the same adapter, from one call."""
     given = [candidate_ids(body.candidates) for body in bodies]
     users = [user for body in bodies for user in body.users]
     values: list[Any] = []
@@ -612,7 +614,8 @@ def _together(bodies: list[ScoreBody], media_types: list[str], service: ScoringS
         tails += body.tail if body.tail is not None else [[]] * count
         now = body.now if body.now is not None else NOW
         times += now if isinstance(now, list) else [now] * count
-    merged = ScoreBody(users=users, candidates=[], tail=tails if any(tails) else None, now=times)
+    tail, adapter = tails if any(tails) else None, bodies[0].adapter
+    merged = ScoreBody(users=users, candidates=[], tail=tail, now=times, adapter=adapter)
     ids = [item for some in values for item in (some if isinstance(some, list) else some.tolist())]
     scores = service.scores(merged, (ids, offsets_of(np.concatenate(lengths))))
     bounds = np.cumsum([own.sum() for own in lengths])[:-1]
@@ -653,12 +656,13 @@ def user_record(store: StoreReader | ShardedReader, model: ServingModel, user: i
     users = model.user_features
     of_user = {} if users is None else RowFeatures(stored.features).named(users.values)
     summary = stored.summary[0].astype(np.float64)
+    at = [None if time == NO_TIMESTAMP else int(time) for time in (stored.created_at[0], stored.last_event_ts[0])]
     return {
         "user": user,
         "generation": stored.generation,
-        "created_at": _time(stored.created_at[0]),
+        "created_at": at[0],
         "num_events": int(stored.event_count[0]),
-        "newest_event_at": _time(stored.last_event_ts[0]),
+        "newest_event_at": at[1],
         "summary_shape": list(summary.shape),
         "summary_norms": np.linalg.norm(summary, axis=1).tolist(),
         "features": {name: column.tolist()[0] for name, column in of_user.items()},
@@ -677,7 +681,3 @@ def user_record(store: StoreReader | ShardedReader, model: ServingModel, user: i
             for place in range(len(rows))
         ],
     }
-
-
-def _time(time_ms: np.int64) -> int | None:
-    return None if time_ms == NO_TIMESTAMP else int(time_ms)

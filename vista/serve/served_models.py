@@ -99,6 +99,7 @@ class ServedModels:
                 store=one.store,
                 index=one.index,
                 task=one.task,
+                adapter=one.adapter,
                 project_per_request=True,  # models whose stage 2 differs cannot share the exported projections
             )
             for name, one in file.models.items()
@@ -307,6 +308,7 @@ def open_warm_scorer(config: ServeConfig) -> Scorer:
             precision=config.precision,
             index=config.index,
             project_per_request=config.project_per_request,
+            adapter=config.adapter,
         )
     except ValueError as error:
         if isinstance(error, VistaError):

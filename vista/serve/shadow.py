@@ -147,7 +147,7 @@ def run(listening: socket.socket, config: ServeConfig) -> None:
     """Compare requests until the worker ends; a challenger that cannot be opened is tried again every `reload_s`."""
     assert config.shadow_model is not None and config.shadow_store is not None
     model, store = config.shadow_model, config.shadow_store
-    own = replace(config, model=model, store=store, index=None, shadow_model=None, shadow_store=None)
+    own = replace(config, model=model, store=store, index=None, adapter=None, shadow_model=None, shadow_store=None)
     service, tried, path = None, -own.reload_s, Path(config.shadow_file)
     while message := listening.recv(2 * MAX_MESSAGE):
         try:

@@ -48,7 +48,7 @@ class Downstream:
     def __init__(self, config: TrainConfig, log: EventLog, base: VistaModel, store: StoreReader, since: int) -> None:
         self.config = config
         """With the base's values for settings that are null."""
-        self._log, self._base, self._store, self._since = log, base, store, since
+        self._log, self.base, self._store, self._since = log, base, store, since
         self._seen = visible_counts(log, since)
         self._empty = base.empty_summary().numpy()
         self.summaries = StoredSummaries(since, self._read)
@@ -117,20 +117,20 @@ class Downstream:
             schema: of the log, and readers: of its features.
         """
         kept = replace(
-            self._base.schema,
+            self.base.schema,
             tasks=schema.tasks,
             has_retrieval=schema.has_retrieval,
             has_decoder=False,
             request_features=schema.request_features,
-            user_features=self._base.schema.user_features if self.config.model.reads("user_features") else [],
+            user_features=self.base.schema.user_features if self.config.model.reads("user_features") else [],
         )
         assert isinstance(self.config.model, ModelConfig)  # TrainConfig has checked
-        model = VistaModel(self.config.model, kept, self._base.items, self.config.data)
-        weights = {name: value for name, value in self._base.state_dict().items() if name.startswith(STAGE1_WEIGHTS)}
+        model = VistaModel(self.config.model, kept, self.base.items, self.config.data)
+        weights = {name: value for name, value in self.base.state_dict().items() if name.startswith(STAGE1_WEIGHTS)}
         model.load_state_dict(weights, strict=False)
-        model.take_catalog(self._base)
+        model.take_catalog(self.base)
         model.request_features = readers.get("request_features")
-        model.user_features = self._base.user_features if kept.user_features else None
+        model.user_features = self.base.user_features if kept.user_features else None
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(STAGE1_WEIGHTS))
         return model

@@ -242,8 +242,13 @@ void project_activated(const Sizes &s, const Layer &layer, Work &w, int rows, in
     else project<SILU>(s, layer.norm, layer.projections, w, rows, first);
 }
 
+// x += weight * y, for `count` values.
+inline void add(float *x, const float *y, int64_t count, float weight = 1.0f) {
+    for (int64_t i = 0; i < count; i += W) store(x + i, load(x + i) + weight * load(y + i));
+}
+
 // Queries w.x with their parts in layer 1 (before SiLU) pass all layers; the result, normalized, is in w.normed.
-void pass(const VistaModel &model, const Context &context, Work &w, int rows) {
+void pass(const VistaModel &model, const float *adapter, const Context &context, Work &w, int rows) {
     const Sizes &s = model.sizes;
     const int dim = s.dim, wide = 4 * dim, size = s.head_dim;
     for (int l = 0; l < s.layers; ++l) {
@@ -278,6 +283,7 @@ void pass(const VistaModel &model, const Context &context, Work &w, int rows) {
             multiply<ADD>(w.scores, s.padded, values, size, w.heads + h * size, dim, rows, size, s.padded);
         }
         mix(s, layer, w, rows);
+        for (int r = 0; adapter && r < rows; ++r) add(w.x + (size_t)r * dim, adapter + (size_t)l * dim, dim);
     }
     normalize_rows(w.x, dim, model.final_norm, nullptr, 0, w.normed, dim, rows, dim, s.norm_eps);
 }
@@ -291,11 +297,6 @@ void run_network(const Network &net, const float *inputs, int count, float *out,
     for (int r = 0; r < count; ++r)
         for (int i = 0; i < net.outputs; ++i)
             out[r * net.outputs + i] = dot(b + (size_t)r * hidden, net.last + (size_t)i * hidden, hidden);
-}
-
-// x += weight * y, for `count` values.
-inline void add(float *x, const float *y, int64_t count, float weight = 1.0f) {
-    for (int64_t i = 0; i < count; i += W) store(x + i, load(x + i) + weight * load(y + i));
 }
 
 // Embeddings of a user's tail; 0 in the padding.
@@ -410,7 +411,7 @@ void user_vector(const VistaModel &model, const VistaRequest &request, int64_t u
         }
         for (int i = 0; i < dim; i += W) store(x + i, load(x + i) * s.input_scale);
     }
-    pass(model, context, w, ROWS);
+    pass(model, request.adapter, context, w, ROWS);
     float length = __builtin_sqrtf(dot(w.normed, w.normed, dim));
     length = length < 1e-12f ? 1e-12f : length;  // as torch's normalize
     for (int i = 0; i < dim; i += W) store(context.user + i, s.gain * (load(w.normed + i) / length));
@@ -522,12 +523,13 @@ void logits(const VistaModel &model, const VistaRequest &request, int64_t user, 
             add_both((int)(request.counted[n] - first), model.code_vectors + code * 5 * dim);
         }
     for (size_t i = 0; i < (size_t)rows * dim; i += W) store(w.x + i, load(w.x + i) * s.input_scale);
-    pass(model, context, w, rows);
+    pass(model, request.adapter, context, w, rows);
     float *out = request.logits + first * s.tasks;
+    const float *bias = request.adapter ? request.adapter + (size_t)s.layers * dim : nullptr;
     for (int r = 0; r < count; ++r)
         for (int t = 0; t < s.tasks; ++t)
-            out[r * s.tasks + t] =
-                dot(w.normed + (size_t)r * dim, model.task_weight + (size_t)t * dim, dim) + model.task_bias[t];
+            out[r * s.tasks + t] = dot(w.normed + (size_t)r * dim, model.task_weight + (size_t)t * dim, dim) +
+                                   (model.task_bias[t] + (bias ? bias[t] : 0.0f));
     const Network &head = model.candidate_head;
     if (s.pooled ? head.inputs : from < to) {  // without pooled vectors, it adds to counted pairs alone
         const int inputs = head.inputs, codes = columns ? columns + 1 : 0, some = s.pooled ? count : (int)(to - from);

@@ -90,6 +90,7 @@ class _Request(ctypes.Structure):
         *((name, c_void_p) for name in ("counted", "codes")),
         ("num_counted_next", c_int64),
         *((name, c_void_p) for name in ("counted_next", "codes_next", "event_counts")),
+        ("adapter", c_void_p),
         ("probabilities", c_int32),
         *((name, c_void_p) for name in ("logits", "scores", "user_vectors")),
     ]
@@ -309,6 +310,8 @@ class ScoringRequest:
     features: PairFeatureRows | None = None
     counted: CountedPairs | None = None
     counted_next: CountedItems | None = None
+    adapter: Floats | None = None
+    """[layers * M + tasks] what is added to queries after each layer, then to logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -475,6 +478,7 @@ class ScoringModel:
         elif events.added is None:
             raise ValueError("events: neither items nor vectors are given")
         given.added = _pointer(request.added, "added", (num_users, 5 * dim))
+        given.adapter = _pointer(request.adapter, "adapter", (len(plan.layers) * dim + self.tasks,))
         given.offsets = _pointer(offsets, "offsets", (num_users + 1,), np.int64)
         lengths = offsets[1:] - offsets[:-1]
         if offsets[0] != 0 or np.count_nonzero(lengths < 0):
