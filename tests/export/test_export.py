@@ -18,6 +18,7 @@ import torch
 from tests.conftest import draw_counter_weights, made_once, small_config
 from tests.counters.counter_histories import category
 from tests.required_program import require_compiler
+from tests.scorer.test_adapters import write_adapter
 from vista.cli.main import main
 from vista.config import DataConfig, ModelConfig
 from vista.config.checks import Architecture, ExportFormat, Precision, TargetAttentionKind
@@ -114,9 +115,9 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def snapshot_of(model: VistaModel, folder: Path) -> ServingSnapshot:
+def snapshot_of(model: VistaModel, folder: Path, adapter: Path | None = None) -> ServingSnapshot:
     write_trial_store(model, folder / "store")
-    return ServingSource(model, folder / "store", "cpu", None, Precision.float32).open()
+    return ServingSource(model, folder / "store", "cpu", None, Precision.float32, adapter=adapter).open()
 
 
 def eager(graph: ServingGraph) -> Any:
@@ -129,9 +130,11 @@ def eager(graph: ServingGraph) -> Any:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_graph_scores_as_the_scorer_does(tmp_path: Path, name: str) -> None:
-    model = drawn_model(**MODELS[name])
-    snapshot = snapshot_of(model, tmp_path)
-    graph = ServingGraph(model, snapshot.items)
+    model, adapter = drawn_model(**MODELS[name]), None
+    if name in ("pointwise", "softmax"):
+        write_adapter(model, adapter := tmp_path / "x.adapter", np.random.default_rng(0))
+    snapshot = snapshot_of(model, tmp_path, adapter)
+    graph = ServingGraph(model.with_adapter(snapshot.adapter(None)), snapshot.items)
     compared, example = compare(eager(graph), snapshot, 150, 1e-4)
     snapshot.store.close()
     assert set(compared.max_difference) == ({"logits"} if model.schema.tasks else set()) | (

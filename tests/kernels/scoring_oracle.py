@@ -5,6 +5,7 @@ Letters as in `vista_kernels.cpp_backend.library`; N tokens of the context, Q qu
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -165,6 +166,7 @@ def drawn_request(
         newest = rng.integers(0, NUM_ITEMS, (num_users, len(plan.decay))) * (rng.random((num_users, 1)) < 0.8)
         recent = RecentItems(newest, followers, np.abs(draw(NUM_ITEMS, NUM_FOLLOWERS)))
     width = dim + plan.space + len(plan.wide_bias) - plan.pooled
+    of_head = 2 * len(plan.candidate_head.first) if plan.candidate_head else 0
     return ScoringRequest(
         summary=draw(num_users, seeds, dim),
         events=events,
@@ -184,7 +186,7 @@ def drawn_request(
         features=pair_features if tasks else None,
         counted=counted if tasks else None,
         counted_next=counted_next,
-        adapter=draw(len(plan.layers) * dim + tasks) if rng.random() < 0.5 else None,
+        adapter=draw(len(plan.layers) * dim + tasks + of_head) if rng.random() < 0.5 else None,
     )
 
 
@@ -254,13 +256,13 @@ def oracle(plan: ScoringPlan, request: ScoringRequest) -> tuple[Array, Array, Ar
             index = codes[:, :-1] + 64 * np.arange(codes.shape[1] - 1)
             both[place] += plan.code_vectors[index].astype(np.float64).sum(1)
             if not plan.pooled:
-                more[place] = network(plan.candidate_head, codes / 8 - 2)
+                more[place] = network(context.head, codes / 8 - 2)
         if plan.pooled:
             codes = np.zeros((len(rows), plan.columns + 1 if plan.columns else 0))
             if counted is not None:
                 codes[place] = counted.codes[mine]
             of_items = cosines, request.reads.statistics[rows], request.reads.rates[rows]
-            more = network(plan.candidate_head, np.column_stack([codes / 8 - 2, *of_items]))
+            more = network(context.head, np.column_stack([codes / 8 - 2, *of_items]))
         more = more + context.adapter[dim * len(plan.layers) :]
         logits.append(context.query(both[:, :dim], both[:, dim:]) @ plan.task_weight.T + plan.task_bias + more)
     empty = np.zeros((0, len(plan.task_bias)))
@@ -283,8 +285,13 @@ class Context:
         seeds, dim = plan.summary_kind.shape
         events = request.events
         self.plan, self.valid = plan, events.valid[user]
-        none = np.zeros(dim * len(plan.layers) + len(plan.task_bias))
-        self.adapter = none if request.adapter is None else request.adapter.astype(np.float64)
+        sizes, head = [dim * len(plan.layers), len(plan.task_bias)], plan.candidate_head
+        self.adapter, self.head = np.zeros(sum(sizes)), head
+        if request.adapter is not None:
+            self.adapter, biases = np.split(request.adapter.astype(np.float64), [sum(sizes)])
+            if head is not None:
+                first, second = np.split(biases, 2)
+                self.head = dataclasses.replace(head, first_bias=first, second_bias=second)
         tail = np.zeros((plan.tail, dim))
         if events.items is not None:
             tail = events.vectors[events.items[user], :dim].astype(np.float64)

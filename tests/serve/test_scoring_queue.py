@@ -21,6 +21,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.conftest import ITEMS, USERS, Served, run_python, untrained
+from tests.scorer.test_adapters import write_adapter
 from tests.serve.conftest import NOW, TOLERANCE, save_other_stage_2
 from vista.config import ServeConfig
 from vista.errors import DeadlineError, OverloadedError, UnknownUserError
@@ -98,6 +99,25 @@ def test_one_call_gives_the_scores_of_each(service: ScoringService) -> None:
         assert given == expected and len(given["known_users"]) == len(body["users"])
     held = np.frombuffer(msgspec.msgpack.decode(answers[-1].body)["scores"], np.float32)
     np.testing.assert_allclose(held, service.scorer.score([103], ITEMS, now=NOW)[0], atol=TOLERANCE)
+
+
+def test_requests_that_wait_together_have_their_own_adapters(served: Served, tmp_path: Path) -> None:
+    for seed, name in enumerate(("de", "fr")):
+        write_adapter(served.model, tmp_path / f"{name}.adapter", np.random.default_rng(seed))
+    names = [None, "de", "fr", "de", None, "nl", "fr"]
+    bodies = [{"users": [103], "candidates": ITEMS, "now": NOW, "adapter": name} for name in names]
+    with Scorer.open(served.model_dir, served.store, adapter=tmp_path) as scorer:
+        service, batches = ScoringService(scorer, ServeConfig()), ScoreBatches()
+        entries = entered(batches, *bodies)
+        for name, entry in zip(names, entries, strict=True):
+            if name == "nl":
+                with pytest.raises(ValueError, match="adapter: 'nl' is not one of this scorer's adapters"):
+                    batches.answer(entry, service)
+                continue
+            expected = scorer.score([103], ITEMS, now=NOW, adapter=name)[0]
+            np.testing.assert_allclose(scores(batches.answer(entry, service).body)[0], expected, atol=TOLERANCE)
+        ranking = json.loads(service.rank(b'{"user": 103, "adapter": "fr"}', JSON, 10.0).body)
+        assert ranking["items"] == scorer.rank(103, adapter="fr").items.tolist() != scorer.rank(103).items.tolist()
 
 
 def assert_fails_alone(

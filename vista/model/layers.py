@@ -481,6 +481,14 @@ def output_layers(*networks: nn.Module | None) -> list[nn.Linear]:
     return [layer for layer in last if isinstance(layer, nn.Linear)]
 
 
+def with_bias(linear: nn.Module, added: Tensor) -> nn.Module:
+    """A linear map with another bias: the first values of `added` are added to it. The weight is shared."""
+    assert isinstance(linear, nn.Linear)
+    other = copy.copy(linear)
+    other._parameters = {"weight": linear.weight, "bias": linear.bias + added[: len(linear.bias)]}  # type: ignore[dict-item]
+    return other
+
+
 @contextmanager
 def restored(weights: Iterable[Tensor]) -> Iterator[None]:
     """After this block, tensors have the values again that they had before it."""

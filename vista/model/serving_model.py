@@ -211,18 +211,24 @@ class ServingModel(Readings):
     @property
     def num_adapted(self) -> int:
         """Number of values of an adapter."""
-        return self.config.num_target_layers * self.config.dim + len(self.schema.tasks)
+        of_head = sum(self.stage2[name].size for name in ADAPTED_BIASES if name in self.stage2)
+        return self.config.num_target_layers * self.config.dim + len(self.schema.tasks) + of_head
+
+    @cached_property
+    def stage2(self) -> dict[str, NDArray[Any]]:
+        """The weights of stage 2 and the heads by name, sorted, also of a model that is not on the CPU."""
+        weights = self.weights
+        if "request" not in weights:
+            weights = {name: weight.cpu().numpy() for name, weight in self.vista_model.state_dict().items()}
+        return {name: weights[name] for name in sorted(weights) if name.startswith(STAGE2_WEIGHTS)}
 
     @cached_property
     def stage2_id(self) -> str:
         """SHA-256 of what an adapter depends on, in hex: the summarizer, and the weights of stage 2 and the heads.
         Later items, and newer values of items, do not change it."""
-        weights = self.weights
-        if "request" not in weights:  # the model is on a GPU
-            weights = {name: weight.cpu().numpy() for name, weight in self.vista_model.state_dict().items()}
         digest = hashlib.sha256(json.dumps([self.summarizer_id.hex(), self.schema.tasks]).encode())
-        for name in sorted(name for name in weights if name.startswith(STAGE2_WEIGHTS)):
-            digest.update(f"{name}{weights[name].shape}".encode() + np.ascontiguousarray(weights[name]).tobytes())
+        for name, weight in self.stage2.items():
+            digest.update(f"{name}{weight.shape}".encode() + np.ascontiguousarray(weight).tobytes())
         return digest.hexdigest()
 
     @property
@@ -257,6 +263,7 @@ STAGE2_WEIGHTS = (
     "statistics.",
 )
 """Prefixes of the names of the weights of stage 2 and the heads."""
+ADAPTED_BIASES = "candidate_head.network.0.bias", "candidate_head.network.2.bias"
 ADAPTER_SUFFIX = ".adapter"
 ADAPTER_FORMAT = {"format": "vista-adapter", "version": 1}
 _MAX_ADAPTER_BYTES = 16 << 20
@@ -273,7 +280,8 @@ class Adapter:
     """What `vista adapt` trains."""
 
     values: Float32s
-    """[layers * M + num_tasks]: what is added to query tokens after each layer of stage 2, then to logits."""
+    """What is added: [M] to query tokens after each layer of stage 2, [num_tasks] to the bias of the task head, and to
+    each of ADAPTED_BIASES that the model has."""
     base: str
     """`ServingModel.stage2_id` of the model that it belongs to."""
     data: DataConfig

@@ -39,6 +39,7 @@ from vista.model.layers import (
     output_layers,
     restored,
     split_heads,
+    with_bias,
 )
 from vista.model.losses import (
     Losses,
@@ -487,13 +488,20 @@ class VistaModel(RankingModel):
         """
         if values is None:
             return self
-        other, stage, head = copy.copy(self), copy.copy(self.target_attention), copy.copy(self.task_head)
-        sizes = [self.config.dim] * len(stage.layers) + [len(self.schema.tasks)]
-        *vectors, bias = torch.split(torch.as_tensor(values).to(self.device), sizes)
-        stage.steering = vectors
-        if head is not None:
-            head._parameters = {"weight": head.weight, "bias": head.bias + bias}  # type: ignore[dict-item]
-        other._modules = {**self._modules, "target_attention": stage, "task_head": head}
+        given, other, stage = torch.as_tensor(values).to(self.device), copy.copy(self), copy.copy(self.target_attention)
+        count = len(stage.layers) * self.config.dim
+        stage.steering = torch.split(given[:count], self.config.dim)
+        other._modules = {**self._modules, "target_attention": stage}
+        if self.task_head is not None:
+            other._modules["task_head"] = with_bias(self.task_head, given[count:])
+            count += self.task_head.out_features
+        if self.candidate_head is not None:
+            network, head = self.candidate_head.network, copy.copy(self.candidate_head)
+            added = dict(zip("02", given[count:].chunk(2), strict=True))  # of the hidden layers
+            moved = {name: with_bias(network.get_submodule(name), own) for name, own in added.items()}
+            head._modules = {**head._modules, "network": copy.copy(network)}
+            head.network._modules = {**network._modules, **moved}
+            other._modules["candidate_head"] = head
         return other
 
     def save_serving_tables(self, folder: Path) -> None:

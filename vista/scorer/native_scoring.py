@@ -24,7 +24,15 @@ from vista.examples.item_statistics import NUM_RECENT, RECENT_DECAY
 from vista.log.histories import NUM_GAPS
 from vista.model.features import EncodedRows
 from vista.model.item_projections import NORM_EPS, ItemProjections
-from vista.model.serving_model import NEXT_TASK, PaddedTail, ServingModel, gap_buckets, input_scale, newest_first
+from vista.model.serving_model import (
+    ADAPTED_BIASES,
+    NEXT_TASK,
+    PaddedTail,
+    ServingModel,
+    gap_buckets,
+    input_scale,
+    newest_first,
+)
 from vista.scorer.request import Request
 from vista.scorer.request_features import PairFeatures
 from vista.threads import num_threads
@@ -102,6 +110,9 @@ class NativeScoring:
         if self._vectors is None and is_plain:
             self._vectors = weights["item_table"]
         self._reads = ItemReads(*(weights.get(name) for name in ("item_space", "item_statistics", "item_rates")))
+        of_head = [weights[name] for name in ADAPTED_BIASES if name in weights]
+        self._biases = np.concatenate([np.zeros(model.num_adapted - sum(map(len, of_head)), np.float32), *of_head])
+        """[model.num_adapted] what the values of an adapter are added to: the library replaces biases of networks."""
         self._projection = weights["target_attention.request_projection.weight"].T.astype(np.float64)
         self._times = None if self._gaps is None else self._projected(self._gaps)
         """[NUM_GAPS, 5M] what the time of a request adds to candidates; None without times."""
@@ -191,7 +202,7 @@ class NativeScoring:
             features=features,
             counted=counted,
             counted_next=counted_next,
-            adapter=request.adapter,
+            adapter=None if request.adapter is None else request.adapter + self._biases,
         )
         return self._native.score(asked, **wanted, threads=num_threads())
 

@@ -257,7 +257,7 @@ class ServingSnapshot:
         return Request(summary, padded, times, missing, stored.generation, counters, pooled, users=own, adapter=values)
 
     def adapter(self, name: str | None) -> Float32s | None:
-        """The values of an adapter; None without one. ValueError if there is none of this name."""
+        """The values of an adapter; None without one. ValueError for an unknown name."""
         if name is not None and name not in self.adapters:
             known = ", ".join(sorted(filter(None, self.adapters))[:MOST_NAMED]) or "none are loaded"
             raise ValueError(f"adapter: {shown(name)} is not one of this scorer's adapters ({known})")

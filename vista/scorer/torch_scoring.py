@@ -218,7 +218,7 @@ class TorchScoring:
             logits = model.task_head(model.target_attention.query(x, own, None, self._seen, some, self._biases))
             if pooled is not None:
                 candidates = tiles(rows, users, columns).to(model.device)
-                logits += self._of_head(pooled[users], candidates, counted)
+                logits += self._of_head(model, pooled[users], candidates, counted)
             elif counted is not None and len(counted[2]):
                 user, column, codes = counted
                 index = torch.from_numpy(user * count + column).to(model.device)
@@ -259,7 +259,9 @@ class TorchScoring:
         x.view(-1, dim).index_add_(0, index, counted[:, :dim])
         own.view(-1, 4 * dim).index_add_(0, index, counted[:, dim:].to(own.dtype))
 
-    def _of_head(self, pooled: Tensor, rows: Tensor, counted: tuple[Int, Int, NDArray[np.uint8]] | None) -> Tensor:
+    def _of_head(
+        self, model: VistaModel, pooled: Tensor, rows: Tensor, counted: tuple[Int, Int, NDArray[np.uint8]] | None
+    ) -> Tensor:
         """What `candidate_head` adds to the logits of candidates, float32 [users, C', num_tasks].
 
         Args:
@@ -267,7 +269,7 @@ class TorchScoring:
             rows: int64 [C'] or [users, C'] model rows, in whole tiles.
             counted: as of `RequestCounters.counted_pairs`; None without counters.
         """
-        model, head = self.model, self.model.candidate_head
+        head = model.candidate_head
         assert head is not None
         cosines = inference.pooled_cosines(pooled.unsqueeze(1), model.item_space[rows])
         inputs = model.candidate_inputs(cosines, rows.expand(cosines.shape[:2])).flatten(0, 1)

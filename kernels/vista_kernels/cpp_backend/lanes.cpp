@@ -530,7 +530,8 @@ void logits(const VistaModel &model, const VistaRequest &request, int64_t user, 
         for (int t = 0; t < s.tasks; ++t)
             out[r * s.tasks + t] = dot(w.normed + (size_t)r * dim, model.task_weight + (size_t)t * dim, dim) +
                                    (model.task_bias[t] + (bias ? bias[t] : 0.0f));
-    const Network &head = model.candidate_head;
+    Network head = model.candidate_head;
+    if (bias && head.inputs) head.first_bias = bias + s.tasks, head.second_bias = head.first_bias + head.hidden;
     if (s.pooled ? head.inputs : from < to) {  // without pooled vectors, it adds to counted pairs alone
         const int inputs = head.inputs, codes = columns ? columns + 1 : 0, some = s.pooled ? count : (int)(to - from);
         float *in = w.parts, *added = w.scores;

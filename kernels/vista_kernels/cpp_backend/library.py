@@ -311,7 +311,8 @@ class ScoringRequest:
     counted: CountedPairs | None = None
     counted_next: CountedItems | None = None
     adapter: Floats | None = None
-    """[layers * M + tasks] what is added to queries after each layer, then to logits."""
+    """[layers * M] what is added to queries after each layer, [tasks] to logits, and the biases that replace those of
+    `candidate_head`; None keeps the plan's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -478,7 +479,8 @@ class ScoringModel:
         elif events.added is None:
             raise ValueError("events: neither items nor vectors are given")
         given.added = _pointer(request.added, "added", (num_users, 5 * dim))
-        given.adapter = _pointer(request.adapter, "adapter", (len(plan.layers) * dim + self.tasks,))
+        of_head = 0 if plan.candidate_head is None else 2 * len(plan.candidate_head.first)
+        given.adapter = _pointer(request.adapter, "adapter", (len(plan.layers) * dim + self.tasks + of_head,))
         given.offsets = _pointer(offsets, "offsets", (num_users + 1,), np.int64)
         lengths = offsets[1:] - offsets[:-1]
         if offsets[0] != 0 or np.count_nonzero(lengths < 0):

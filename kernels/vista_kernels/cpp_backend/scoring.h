@@ -100,7 +100,8 @@ struct VistaRequest {
     const int64_t *counted_next;
     const uint8_t *codes_next;  // [num_counted_next, code_columns]
     const float *event_counts;  // [B] log1p(number of events) - 6
-    const float *adapter;       // [num_layers, M] to add to queries after each layer, then [num_tasks] to logits; or null
+    const float *adapter;       // [num_layers, M] to add to queries after each layer, [num_tasks] to add to logits, and
+                                // both biases of the candidate head, if there is one; null keeps the plan's
     int32_t probabilities;      // give the sigmoid of logits instead
     float *logits;              // out: [N, num_tasks]; null if not wanted
     float *scores;              // out: [N] of the retrieval head; null if not wanted
