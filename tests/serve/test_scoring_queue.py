@@ -116,8 +116,11 @@ def test_requests_that_wait_together_have_their_own_adapters(served: Served, tmp
                 continue
             expected = scorer.score([103], ITEMS, now=NOW, adapter=name)[0]
             np.testing.assert_allclose(scores(batches.answer(entry, service).body)[0], expected, atol=TOLERANCE)
-        ranking = json.loads(service.rank(b'{"user": 103, "adapter": "fr"}', JSON, 10.0).body)
-        assert ranking["items"] == scorer.rank(103, adapter="fr").items.tolist() != scorer.rank(103).items.tolist()
+        ranking = json.loads(
+            service.rank(json.dumps({"user": 103, "now": NOW, "adapter": "fr"}).encode(), JSON, 10).body
+        )
+        expected, plain = (scorer.rank(103, now=NOW, adapter=name).items.tolist() for name in ("fr", None))
+        assert ranking["items"] == expected != plain
 
 
 def assert_fails_alone(
