@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from vista_kernels.cpp_backend.library import LibraryError, ScoringModel, load
 
 TOLERANCE = 2e-5
 """Absolute, of values near 1 after at most three layers: about 300 float32 roundings of 6e-8 each, as torch has too."""
+BFLOAT16_TOLERANCE = 0.1
+"""The same where factors are rounded to bfloat16, by 2e-3 each; the mean of all differences is 20 times smaller."""
 EVERYTHING = {"logits": True, "scores": True, "user_vectors": True}
 
 
@@ -71,10 +74,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("library") / "libvista_scoring.so")
 
 
-@pytest.mark.parametrize("lanes", [4, 8, 16])
+@pytest.mark.parametrize(("lanes", "bfloat16"), [(4, False), (8, False), (16, False), (16, True)])
 @settings(max_examples=30)
 @given(data=st.data())
-def test_it_equals_the_oracle(data: st.DataObject, library: Path, lanes: int) -> None:
+def test_it_equals_the_oracle(data: st.DataObject, library: Path, lanes: int, bfloat16: bool) -> None:
     chosen = data.draw(plans())
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     plan = drawn_plan(rng, **chosen)
@@ -83,30 +86,48 @@ def test_it_equals_the_oracle(data: st.DataObject, library: Path, lanes: int) ->
             ScoringModel(plan, lanes=lanes, library=library)
         return
     try:
-        model = ScoringModel(plan, lanes=lanes, library=library)
+        model = ScoringModel(plan, lanes=lanes, bfloat16=bfloat16, library=library)
     except LibraryError:
         pytest.skip(f"this processor has no vectors of {lanes} floats")
+    tolerance = BFLOAT16_TOLERANCE if model.in_bfloat16 else TOLERANCE
     request = drawn_request(rng, plan, **data.draw(requests(chosen["tail"])))
     wanted = EVERYTHING | {"logits": chosen["tasks"] > 0, "probabilities": data.draw(st.booleans())}
     made = model.score(request, **wanted, threads=data.draw(st.integers(1, 3)))
     logits, scores, users = oracle(plan, request)
-    np.testing.assert_allclose(made.user_vectors, users, atol=TOLERANCE)
-    np.testing.assert_allclose(made.scores, scores, atol=5 * TOLERANCE)  # are divided by a temperature of 0.2
+    np.testing.assert_allclose(made.user_vectors, users, atol=tolerance)
+    np.testing.assert_allclose(made.scores, scores, atol=5 * tolerance)  # are divided by a temperature of 0.2
     if wanted["logits"]:
         expected = 1 / (1 + np.exp(-logits)) if wanted["probabilities"] else logits
-        np.testing.assert_allclose(made.logits, expected, atol=TOLERANCE)
+        np.testing.assert_allclose(made.logits, expected, atol=tolerance)
+
+
+def test_products_in_bfloat16_are_near_and_float32_answers_without_them(library: Path) -> None:
+    shape = {"heads": 2, "head_dim": 16, "seeds": 7, "tail": 9, "num_layers": 2, "tasks": 2}
+    options = {"shared": True, "catalog": False, "projected": False, "features": False, "whole_events": False}
+    for softmax in (True, False):
+        rng = np.random.default_rng(2)
+        plan = drawn_plan(rng, softmax=softmax, **shape, columns=0, space=0, recent=0)
+        request = drawn_request(rng, plan, lengths=[500], num_events=[9], **options)
+        narrow, plain = (ScoringModel(plan, lanes=8, bfloat16=asked, library=library) for asked in (True, False))
+        assert not narrow.in_bfloat16
+        exact = plain.score(request, logits=True).logits
+        np.testing.assert_array_equal(narrow.score(request, logits=True).logits, exact)
+        model = ScoringModel(plan, bfloat16=True, library=library)
+        if model.in_bfloat16:
+            error = model.score(request, logits=True).logits - oracle(plan, request)[0]
+            assert 1e-4 < np.sqrt((error**2).mean()) < BFLOAT16_TOLERANCE / 20
 
 
 def test_a_pair_does_not_depend_on_the_others(library: Path) -> None:
     """Bit for bit, whatever else is in the call, and however many threads compute it."""
-    for softmax in (True, False):
+    for softmax, bfloat16 in product((True, False), (False, True)):
         rng = np.random.default_rng(5)
         shape = {"heads": 2, "head_dim": 16, "seeds": 7, "tail": 9, "num_layers": 2, "tasks": 2}
         plan = drawn_plan(rng, softmax=softmax, **shape, columns=5, space=19, recent=8)
         lengths, num_events = [500, 97, 0, 48, 1], [9, 0, 3, 4, 9]
         options = {"shared": False, "catalog": False, "projected": True, "features": False, "whole_events": False}
         request = drawn_request(rng, plan, lengths=lengths, num_events=num_events, **options)
-        model = ScoringModel(plan, library=library)
+        model = ScoringModel(plan, bfloat16=bfloat16, library=library)
         whole = model.score(request, **EVERYTHING)
         threads = model.score(request, **EVERYTHING, threads=4)
         for name in ("logits", "scores", "user_vectors"):
@@ -266,16 +287,16 @@ for seed in range(int(sys.argv[2])):
         num_events=rng.integers(0, plan.tail + 1, num_users).tolist(), catalog=False,
         **{name: bool(rng.integers(2)) for name in ("shared", "projected", "features", "whole_events")},
     )
-    for lanes in (4, 8, 16):
+    for lanes, bfloat16 in ((4, False), (8, False), (16, False), (16, True)):
         try:
-            model = ScoringModel(plan, lanes=lanes, library=Path(sys.argv[1]))
+            model = ScoringModel(plan, lanes=lanes, bfloat16=bfloat16, library=Path(sys.argv[1]))
         except LibraryError:
             continue
         num_scored += 1
         made = model.score(request, logits=True, scores=True, user_vectors=True, threads=2)
         expected = oracle(plan, request)
         for ours, theirs in zip((made.logits, made.scores, made.user_vectors), expected, strict=True):
-            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+            np.testing.assert_allclose(ours, theirs, atol=0.5 if model.in_bfloat16 else 1e-4)
 assert num_scored >= int(sys.argv[2])
 print("fine")
 """

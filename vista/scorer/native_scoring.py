@@ -90,11 +90,12 @@ MAX_PREPARED_ROWS = 1 << 14
 class NativeScoring:
     """Scores by the C++ library."""
 
-    def __init__(self, model: ServingModel, items: ItemProjections) -> None:
+    def __init__(self, model: ServingModel, items: ItemProjections, precision: Precision) -> None:
         """
         Args:
             model: on the CPU.
             items: projections of its items.
+            precision: of matrix products; bfloat16 where the processor multiplies it, elsewhere float32.
 
         Raises:
             LibraryError: the library is missing, or lacks this kind of model; the message says why.
@@ -103,7 +104,9 @@ class NativeScoring:
         self._model, weights = model, model.weights
         is_plain = model.config.embedding_rows == 0 and not model.schema.item_features
         self._actions, self._gaps = event_tables(model)
-        self._native = ScoringModel(scoring_plan(model, self._actions, self._gaps))
+        self._native = ScoringModel(
+            scoring_plan(model, self._actions, self._gaps), bfloat16=precision is Precision.bfloat16
+        )
         self._candidates, self._retrieval = items.candidate, items.retrieval
         self._vectors = self._candidates
         """[1 + V, at least M] whose first M columns are item vectors; None if requests compute those that they need."""
@@ -125,7 +128,8 @@ class NativeScoring:
                 self._prepared = self._projected(np.concatenate(rows))
 
     def __str__(self) -> str:
-        return f"native, vectors of {self._native.lanes} floats"
+        products = "bfloat16" if self._native.in_bfloat16 else "float32"
+        return f"native, vectors of {self._native.lanes} floats, products in {products}"
 
     def task_scores(self, request: Request, pairs: Pairs, tasks: list[str]) -> dict[str, Floats]:
         """Scores per task, float32 [N].
@@ -435,9 +439,7 @@ def native_scoring(
     try:
         if device != "cpu":
             raise LibraryError(f"the C++ library runs on CPUs, and the model is on {device}")
-        if precision is not Precision.float32:
-            raise LibraryError(f"the C++ library multiplies float32, and precision={precision.value}")
-        return NativeScoring(model, items)
+        return NativeScoring(model, items, precision)
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"the weights of the model do not fit its config.json: {error}; copy the model again, or export it again"
@@ -445,8 +447,6 @@ def native_scoring(
     except LibraryError as error:
         if backend is ScoringBackend.native:
             raise ConfigError(f"backend=native: {error}; or use backend=torch") from error
-        # A device and a precision are choices of the caller; of a CPU and float32, more can be expected.
-        is_chosen = device != "cpu" or precision is not Precision.float32
-        level = logging.INFO if is_chosen else logging.WARNING
+        level = logging.INFO if device != "cpu" else logging.WARNING  # A device is a choice of the caller.
         logger.log(level, "scores are computed by torch, which takes about twice as long on a CPU: %s", error)
         return str(error)

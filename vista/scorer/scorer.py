@@ -182,10 +182,11 @@ class Scorer:
             max_age_s: treat records as missing if both they and the last refresh of the store are older than this
                 (`reload` notices incremental refreshes); use None for no limit.
             precision: of matrix products: float32, bfloat16, or auto (bfloat16 if the device multiplies it natively).
+                Without avx512_bf16, the C++ library computes in float32 instead of bfloat16.
             index: the folder that `vista index` wrote for this model, for `retrieve`.
             project_per_request: compute projections of candidates in each call: less memory, more time.
-            backend: what computes scores: "native" (vista's C++ library, on CPUs in float32), "torch", or "auto" (the
-                library if it was built and can score the model, else torch; `Scorer.backend` tells).
+            backend: what computes scores: "native" (vista's C++ library, on CPUs), "torch", or "auto" (the library if
+                it was built and can score the model, else torch; `Scorer.backend` tells).
             adapter: file of `vista adapt`, for all calls; or files by name, or a folder of files NAME.adapter, of which
                 each call may name one.
 

@@ -61,6 +61,9 @@ def build(out: Path = LIBRARY, extra: Sequence[str] = ()) -> Path:
             ("lanes.cpp", f"lanes{count}.o", (f"-DVISTA_LANES={count}", *flags))
             for count, flags in LANES[machine].items()
         ]
+        if 16 in LANES[machine]:
+            own = ("-DVISTA_LANES=16", "-DVISTA_BFLOAT16", "-mavx512bf16", *LANES[machine][16])
+            compiles.append(("lanes.cpp", "bfloat16.o", own))
         flags = (*FLAGS, "-fvisibility=hidden", *extra)
         running = [
             subprocess.Popen(

@@ -1,5 +1,6 @@
-// Stage 2 and its heads in vectors of VISTA_LANES floats; compiled once per width (build.py). It calls nothing that
-// another width could also define: no standard containers, no inline functions of headers.
+// Stage 2 and its heads in vectors of VISTA_LANES floats; compiled once per width (build.py), and with VISTA_BFLOAT16
+// once more, whose products round their factors to bfloat16 and add up in float32 (those of networks stay float32). It
+// calls nothing that another width could also define: no standard containers, no inline functions of headers.
 //
 // Each row of a matrix is computed by the same operations in the same order, whatever the other rows are: products run
 // over whole blocks of ROWS rows, and rows that are missing are filled with others. So a candidate's score does not
@@ -7,11 +8,20 @@
 //
 // Letters as in scoring.h; N tokens of the context, R rows of a block.
 #include <cstring>
+#ifdef VISTA_BFLOAT16
+#include <immintrin.h>
+#endif
 
 #include "scoring.h"
 
 namespace {
 constexpr int W = VISTA_LANES;
+// Whether 32 bits of a factor hold two values in bfloat16, which are neighbors in `depth`.
+#ifdef VISTA_BFLOAT16
+constexpr bool PAIRED = true;
+#else
+constexpr bool PAIRED = false;
+#endif
 constexpr int ROWS = W == 16 ? 12 : 6;  // with two vectors per row, the sums fill three quarters of the registers
 
 typedef float Lanes __attribute__((vector_size(4 * W)));
@@ -77,11 +87,43 @@ inline float dot(const float *a, const float *b, int count) {
     return rest;
 }
 
+// total + left * right; if paired, of both values in each 32 bits.
+template <bool paired>
+inline Lanes added(Lanes total, Lanes left, Lanes right) {
+#ifdef VISTA_BFLOAT16
+    if (paired) return (Lanes)_mm512_dpbf16_ps((__m512)total, (__m512bh)left, (__m512bh)right);
+#endif
+    return total + left * right;
+}
+
+// [rows, depth] -> [rows, depth / 2] pairs; depth is a multiple of W.
+void pair_up(const float *a, int lda, float *pairs, int rows, int depth) {
+#ifdef VISTA_BFLOAT16
+    for (int r = 0; r < rows; ++r)
+        for (int k = 0; k < depth; k += W) {
+            const __m256bh rounded = _mm512_cvtneps_pbh((__m512)load(a + (size_t)r * lda + k));
+            memcpy(pairs + ((size_t)r * depth + k) / 2, &rounded, sizeof rounded);
+        }
+#else
+    (void)a, (void)lda, (void)pairs, (void)rows, (void)depth;
+#endif
+}
+
+// Writes the value at row k and column n of the right factor of a product.
+inline void put(float *b, int ldb, int k, int n, float value) {
+    if (!PAIRED) {
+        b[(size_t)k * ldb + n] = value;
+        return;
+    }
+    const uint16_t rounded = bfloat16(value);
+    memcpy((char *)(b + (size_t)(k / 2) * ldb + n) + 2 * (k % 2), &rounded, 2);
+}
+
 enum Epilogue { STORE, SILU, ADD, SCORE, SILU_SCORE };
 
-// C [R, V * W] from A [R, depth] and B [depth, V * W]: stored, with SiLU, added to C, or as scores: scaled, with a bias
-// per column, and with SiLU.
-template <int V, Epilogue end>
+// C [R, V * W] from A [R, depth] and B [depth, V * W]; depth counts pairs if `paired`. C is stored, with SiLU, added to
+// what is there, or as scores: scaled, with a bias per column, and with SiLU.
+template <int V, Epilogue end, bool paired>
 inline void block(const float *a, int lda, const float *b, int ldb, float *c, int ldc, int depth, const float *bias,
                   float scale) {
     Lanes sums[ROWS][V];
@@ -97,7 +139,7 @@ inline void block(const float *a, int lda, const float *b, int ldb, float *c, in
         for (int r = 0; r < ROWS; ++r) {
             const Lanes left = splat(a[(size_t)r * lda + k]);
 #pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) sums[r][v] += left * right[v];
+            for (int v = 0; v < V; ++v) sums[r][v] = added<paired>(sums[r][v], left, right[v]);
         }
     }
 #pragma GCC unroll 16
@@ -112,21 +154,33 @@ inline void block(const float *a, int lda, const float *b, int ldb, float *c, in
         }
 }
 
+struct Left {  // factor [rows, depth]; depth counts pairs if it is paired
+    const float *values;
+    int ld, depth;
+};
+
+// A left factor as the kernels multiply it. `pairs` is scratch memory.
+inline Left rounded(float *pairs, const float *a, int lda, int rows, int depth) {
+    if (!PAIRED) return {a, lda, depth};
+    pair_up(a, lda, pairs, rows, depth);
+    return {pairs, depth / 2, depth / 2};
+}
+
 // C [rows, columns] from A [rows, depth] and B [depth, columns]; rows is a multiple of ROWS, columns of W. B is packed
 // in panels of two vectors (`pack` in library.cpp), or has rows of `ldb` values.
-template <Epilogue end>
-__attribute__((noinline)) void multiply(const float *a, int lda, const float *b, int ldb, float *c, int ldc, int rows, int columns, int depth,
-              const float *bias = nullptr, float scale = 1.0f) {
+template <Epilogue end, bool paired = PAIRED>
+__attribute__((noinline)) void multiply(Left a, const float *b, int ldb, float *c, int ldc, int rows, int columns,
+                                        const float *bias = nullptr, float scale = 1.0f) {
     for (int n = 0; n < columns;) {
         const bool pair = n + 2 * W <= columns;
-        const float *panel = ldb ? b + n : b + (size_t)n * depth;
+        const float *panel = ldb ? b + n : b + (size_t)n * a.depth;
         const int step = ldb ? ldb : pair ? 2 * W : W;
         const float *of_columns = bias ? bias + n : nullptr;
         for (int r = 0; r < rows; r += ROWS) {
-            const float *left = a + (size_t)r * lda;
+            const float *left = a.values + (size_t)r * a.ld;
             float *out = c + (size_t)r * ldc + n;
-            if (pair) block<2, end>(left, lda, panel, step, out, ldc, depth, of_columns, scale);
-            else block<1, end>(left, lda, panel, step, out, ldc, depth, of_columns, scale);
+            if (pair) block<2, end, paired>(left, a.ld, panel, step, out, ldc, a.depth, of_columns, scale);
+            else block<1, end, paired>(left, a.ld, panel, step, out, ldc, a.depth, of_columns, scale);
         }
         n += pair ? 2 * W : W;
     }
@@ -158,7 +212,7 @@ void normalize_rows(const float *x, int ldx, const float *weight, const float *g
 
 // Scratch memory of one thread for up to `rows` rows.
 struct Work {
-    float *x, *parts, *normed, *heads, *scores, *hidden, *own;
+    float *x, *parts, *normed, *heads, *scores, *hidden, *pairs, *own;
     Work(const Sizes &s, int rows, float *at) {
         auto take = [&](size_t columns) {
             float *first = at;
@@ -171,6 +225,7 @@ struct Work {
         heads = take(s.dim);
         scores = take(s.scores);
         hidden = take(s.hidden);
+        pairs = take(s.pairs);
         own = take(1);
     }
 };
@@ -203,7 +258,7 @@ void mix(const Sizes &s, const Layer &layer, Work &w, int rows) {
     if (!s.softmax) {
         normalize_rows(w.heads, s.dim, layer.head_norm, w.parts + s.dim, 4 * s.dim, w.normed, s.dim, rows, s.dim,
                        s.norm_eps);
-        multiply<ADD>(w.normed, s.dim, layer.out, 0, w.x, s.dim, rows, s.dim, s.dim);
+        multiply<ADD>(rounded(w.pairs, w.normed, s.dim, rows, s.dim), layer.out, 0, w.x, s.dim, rows, s.dim);
         return;
     }
     for (int r = 0; r < rows; ++r) {
@@ -215,25 +270,25 @@ void mix(const Sizes &s, const Layer &layer, Work &w, int rows) {
         normalize_rows(w.heads + at, s.dim, layer.head_norm, w.parts + s.dim + at, 4 * s.dim, w.normed + at, s.dim, rows,
                        s.head_dim, s.norm_eps);
     }
-    multiply<ADD>(w.normed, s.dim, layer.out, 0, w.x, s.dim, rows, s.dim, s.dim);
+    multiply<ADD>(rounded(w.pairs, w.normed, s.dim, rows, s.dim), layer.out, 0, w.x, s.dim, rows, s.dim);
     normalize_rows(w.x, s.dim, layer.feed_norm, nullptr, 0, w.normed, s.dim, rows, s.dim, s.norm_eps);
     const int width = 2 * s.feed;
-    multiply<STORE>(w.normed, s.dim, layer.up, 0, w.hidden, width, rows, width, s.dim);
+    multiply<STORE>(rounded(w.pairs, w.normed, s.dim, rows, s.dim), layer.up, 0, w.hidden, width, rows, width);
     for (int r = 0; r < rows; ++r) {
         float *row = w.hidden + (size_t)r * width;
         for (int i = 0; i < s.feed; i += W) store(row + i, silu(load(row + i)) * load(row + s.feed + i));
     }
-    multiply<ADD>(w.hidden, width, layer.down, 0, w.x, s.dim, rows, s.dim, s.feed);
+    multiply<ADD>(rounded(w.pairs, w.hidden, width, rows, s.feed), layer.down, 0, w.x, s.dim, rows, s.dim);
 }
 
 // Parts (query, gate, key, value) of the normalized rows of w.x, from number `first` on.
 template <Epilogue end>
 void project(const Sizes &s, const float *norm, const float *projections, Work &w, int rows, int first = 0) {
-    const int dim = s.dim;
+    const int dim = s.dim, size = dim * dim / (PAIRED ? 2 : 1);
     normalize_rows(w.x, dim, norm, nullptr, 0, w.normed, dim, rows, dim, s.norm_eps);
+    const Left normed = rounded(w.pairs, w.normed, dim, rows, dim);
     for (int part = first; part < 4; ++part)
-        multiply<end>(w.normed, dim, projections + (size_t)part * dim * dim, 0, w.parts + part * dim, 4 * dim, rows,
-                      dim, dim);
+        multiply<end>(normed, projections + (size_t)part * size, 0, w.parts + part * dim, 4 * dim, rows, dim);
 }
 
 // The same, as attention reads them.
@@ -267,12 +322,12 @@ void pass(const VistaModel &model, const float *adapter, const Context &context,
                 const float *q = query + (size_t)r * wide;
                 w.own[r] = dot(q, q + 2 * dim, size) * s.score_scale + layer.own_bias[h];
             }
+            const Left queries = rounded(w.pairs, query, wide, rows, size);
             if (s.softmax) {
-                multiply<SCORE>(query, wide, keys, s.padded, w.scores, s.padded, rows, s.padded, size, bias,
-                                s.score_scale);
+                multiply<SCORE>(queries, keys, s.padded, w.scores, s.padded, rows, s.padded, bias, s.score_scale);
                 softmax(w.scores, s.padded, rows, s.padded, w.own);
             } else {
-                multiply<SILU_SCORE>(query, wide, keys, s.padded, w.scores, s.padded, rows, s.padded, size, bias);
+                multiply<SILU_SCORE>(queries, keys, s.padded, w.scores, s.padded, rows, s.padded, bias);
                 for (int r = 0; r < rows; r += W) store(w.own + r, silu(load(w.own + r)));
             }
             for (int r = 0; r < rows; ++r) {
@@ -280,7 +335,8 @@ void pass(const VistaModel &model, const float *adapter, const Context &context,
                 float *out = w.heads + (size_t)r * dim + h * size;
                 for (int i = 0; i < size; i += W) store(out + i, w.own[r] * load(value + i));
             }
-            multiply<ADD>(w.scores, s.padded, values, size, w.heads + h * size, dim, rows, size, s.padded);
+            multiply<ADD>(rounded(w.pairs, w.scores, s.padded, rows, s.padded), values, size, w.heads + h * size, dim,
+                          rows, size);
         }
         mix(s, layer, w, rows);
         for (int r = 0; adapter && r < rows; ++r) add(w.x + (size_t)r * dim, adapter + (size_t)l * dim, dim);
@@ -292,8 +348,9 @@ void pass(const VistaModel &model, const float *adapter, const Context &context,
 void run_network(const Network &net, const float *inputs, int count, float *out, Work &w) {
     const int rows = (count + ROWS - 1) / ROWS * ROWS, hidden = net.hidden;
     float *a = w.hidden, *b = w.hidden + (size_t)rows * hidden;
-    multiply<SILU_SCORE>(inputs, net.inputs, net.first, 0, a, hidden, rows, hidden, net.inputs, net.first_bias);
-    multiply<SILU_SCORE>(a, hidden, net.second, 0, b, hidden, rows, hidden, hidden, net.second_bias);
+    multiply<SILU_SCORE, false>({inputs, net.inputs, net.inputs}, net.first, 0, a, hidden, rows, hidden,
+                                net.first_bias);
+    multiply<SILU_SCORE, false>({a, hidden, hidden}, net.second, 0, b, hidden, rows, hidden, net.second_bias);
     for (int r = 0; r < count; ++r)
         for (int i = 0; i < net.outputs; ++i)
             out[r * net.outputs + i] = dot(b + (size_t)r * hidden, net.last + (size_t)i * hidden, hidden);
@@ -336,19 +393,20 @@ void context(const VistaModel &model, const VistaRequest &request, int64_t user,
         for (int h = 0; h < s.heads; ++h) {
             const size_t head = ((size_t)l * s.heads + h) * s.padded;
             float *keys = out.keys + head * size, *values = out.values + head * size, *bias = out.bias + head;
+            auto part = [&](int t, int number, int d) {
+                return t < s.tokens ? w.parts[(size_t)t * wide + number * dim + h * size + d] : 0.0f;
+            };
             for (int d = 0; d < size; ++d)
-                for (int t = 0; t < s.padded; ++t)
-                    keys[(size_t)d * s.padded + t] =
-                        t < s.tokens ? w.parts[(size_t)t * wide + 2 * dim + h * size + d] : 0.0f;
-            for (int t = 0; t < s.tokens; ++t)
-                memcpy(values + (size_t)t * size, w.parts + (size_t)t * wide + 3 * dim + h * size, 4 * (size_t)size);
-            memset(values + (size_t)s.tokens * size, 0, 4 * (size_t)(s.padded - s.tokens) * size);
+                for (int t = 0; t < s.padded; ++t) put(keys, s.padded, d, t, part(t, 2, d));
+            for (int t = 0; t < s.padded; ++t)
+                for (int d = 0; d < size; ++d) put(values, size, t, d, part(t, 3, d));
             for (int t = 0; t < s.padded; ++t) {
                 const bool hidden = t >= s.seeds && (t >= s.tokens || !valid[t - s.seeds]);
                 bias[t] = hidden ? MASKED : layer.query_bias[(size_t)h * s.padded + t];
             }
             if (last) continue;
-            multiply<STORE>(w.parts + h * size, wide, keys, s.padded, w.scores, s.padded, rows, s.padded, size);
+            multiply<STORE>(rounded(w.pairs, w.parts + h * size, wide, rows, size), keys, s.padded, w.scores, s.padded,
+                            rows, s.padded);
             for (int t = 0; t < rows; ++t) {
                 // Rows that fill the last block see what the first token sees. They are never read.
                 const float *mask = layer.mask + ((size_t)h * s.tokens + (t < s.tokens ? t : 0)) * s.padded;
@@ -360,7 +418,8 @@ void context(const VistaModel &model, const VistaRequest &request, int64_t user,
                 else
                     for (int j = 0; j < s.padded; j += W) store(score + j, silu(load(score + j)));
             }
-            multiply<STORE>(w.scores, s.padded, values, size, w.heads + h * size, dim, rows, size, s.padded);
+            multiply<STORE>(rounded(w.pairs, w.scores, s.padded, rows, s.padded), values, size, w.heads + h * size,
+                            dim, rows, size);
         }
         if (!last) mix(s, layer, w, rows);
     }
@@ -633,6 +692,10 @@ void dequantize(int codec, const uint8_t *rows, int64_t count, int dim, float *o
 }
 }  // namespace
 
+#ifdef VISTA_BFLOAT16
+#define NAME_OF(lanes) kernels_of_##lanes##_lanes_in_bfloat16
+#else
 #define NAME_OF(lanes) kernels_of_##lanes##_lanes
+#endif
 #define NAME(lanes) NAME_OF(lanes)
-extern const Kernels NAME(VISTA_LANES) = {W, ROWS, context, user_vector, logits, scores, dequantize};
+extern const Kernels NAME(VISTA_LANES) = {W, ROWS, PAIRED, context, user_vector, logits, scores, dequantize};

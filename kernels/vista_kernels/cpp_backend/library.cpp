@@ -46,6 +46,17 @@ void pack_into(float *own, const float *values, int outputs, int inputs, int lan
     }
 }
 
+// The same; in bfloat16, 32 bits hold two neighboring inputs, the first in the lower half.
+void pack_into(float *own, const float *values, int outputs, int inputs, const Kernels &kernels) {
+    if (!kernels.in_bfloat16) return pack_into(own, values, outputs, inputs, kernels.lanes);
+    std::vector<float> pairs(size_t(outputs) * (inputs / 2));
+    for (size_t i = 0; i < pairs.size(); ++i) {
+        const uint16_t both[] = {bfloat16(values[2 * i]), bfloat16(values[2 * i + 1])};
+        std::memcpy(&pairs[i], both, 4);
+    }
+    pack_into(own, pairs.data(), outputs, inputs / 2, kernels.lanes);
+}
+
 struct Owned {
     std::vector<Floats> memory;
     std::vector<Layer> layers;
@@ -60,16 +71,17 @@ struct Owned {
         std::copy_n(values, count, own);
         return own;
     }
-    const float *pack(const float *values, int outputs, int inputs, int lanes) {
+    template <typename Form>  // number of lanes for float32, or the kernels that choose
+    const float *pack(const float *values, int outputs, int inputs, const Form &form) {
         float *own = take(size_t(outputs) * inputs);
-        pack_into(own, values, outputs, inputs, lanes);
+        pack_into(own, values, outputs, inputs, form);
         return own;
     }
     // [4M, M]: query, gate, key and value, each packed by itself.
-    const float *pack_parts(const float *values, int dim, int lanes) {
-        const size_t size = size_t(dim) * dim;
-        float *own = take(4 * size);
-        for (int part = 0; part < 4; ++part) pack_into(own + part * size, values + part * size, dim, dim, lanes);
+    const float *pack_parts(const float *values, int dim, const Kernels &kernels) {
+        const size_t size = size_t(dim) * dim, of_part = kernels.in_bfloat16 ? size / 2 : size;
+        float *own = take(4 * of_part);
+        for (int part = 0; part < 4; ++part) pack_into(own + part * of_part, values + part * size, dim, dim, kernels);
         return own;
     }
     Network pack(const VistaNetwork &net, int lanes) {
@@ -80,7 +92,7 @@ struct Owned {
     }
 };
 
-const Kernels *kernels_of(int head_dim, int lanes) {
+const Kernels *kernels_of(int head_dim, int lanes, bool in_bfloat16) {
     const Kernels *found = nullptr;
     auto offer = [&](const Kernels &kernels) {
         if (head_dim % kernels.lanes == 0 && (lanes == 0 || lanes == kernels.lanes)) found = &kernels;
@@ -89,8 +101,10 @@ const Kernels *kernels_of(int head_dim, int lanes) {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) offer(kernels_of_8_lanes);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512bw"))
+        __builtin_cpu_supports("avx512bw")) {
         offer(kernels_of_16_lanes);
+        if (in_bfloat16 && __builtin_cpu_supports("avx512bf16")) offer(kernels_of_16_lanes_in_bfloat16);
+    }
 #endif
     return found;
 }
@@ -98,7 +112,7 @@ const Kernels *kernels_of(int head_dim, int lanes) {
 }  // namespace
 
 const Kernels &widest_kernels() {
-    static const Kernels &found = *kernels_of(16, 0);
+    static const Kernels &found = *kernels_of(16, 0, false);
     return found;
 }
 
@@ -141,18 +155,19 @@ std::unique_ptr<Owned> fill(VistaModel &model, const VistaPlan &p, const Kernels
     s.temperature = p.temperature;
     s.parts = std::max({4 * dim, p.candidate_head.inputs, p.counted_head.inputs});
     s.scores = std::max(s.padded, p.num_tasks);
+    s.pairs = kernels.in_bfloat16 ? std::max({dim, s.padded, s.feed}) / 2 : 0;
     s.hidden = std::max({2 * s.feed, 2 * p.candidate_head.hidden, 2 * p.counted_head.hidden});
     for (int l = 0; l < p.num_layers; ++l) {
         const VistaLayer &given = p.layers[l];
         Layer &layer = owned->layers.emplace_back();
         layer.norm = owned->copy(given.norm, dim);
-        layer.projections = owned->pack_parts(given.projections, dim, lanes);
+        layer.projections = owned->pack_parts(given.projections, dim, kernels);
         layer.head_norm = owned->copy(given.head_norm, p.softmax ? s.head_dim : dim);
-        layer.out = owned->pack(given.out, dim, dim, lanes);
+        layer.out = owned->pack(given.out, dim, dim, kernels);
         if (p.softmax) {
             layer.feed_norm = owned->copy(given.feed_norm, dim);
-            layer.up = owned->pack(given.up, 2 * p.feed, dim, lanes);
-            layer.down = owned->pack(given.down, dim, p.feed, lanes);
+            layer.up = owned->pack(given.up, 2 * p.feed, dim, kernels);
+            layer.down = owned->pack(given.down, dim, p.feed, kernels);
         }
         lay_out_bias(s, given.bias, l == p.num_layers - 1, *owned, layer);
     }
@@ -285,8 +300,8 @@ void score(const VistaModel &model, const VistaRequest &request, int threads) {
     threads = std::max(1, int(std::min<double>(threads, flops / FLOPS_PER_THREAD)));
     const int64_t at_once = std::min<int64_t>(request.users, std::max(threads, TOKENS_AT_ONCE / std::max(1, s.tokens)));
     const size_t rows = std::max(TILE, (s.tokens + model.kernels->rows) / model.kernels->rows * model.kernels->rows);
-    const size_t columns = size_t(s.parts) + s.scores + s.hidden + 3 * size_t(s.dim) + 1;
-    const size_t of_thread = aligned(rows * columns) + 16 * 8;
+    const size_t columns = size_t(s.parts) + s.scores + s.hidden + s.pairs + 3 * size_t(s.dim) + 1;
+    const size_t of_thread = aligned(rows * columns) + 16 * 9;
     const size_t of_layers = aligned(size_t(s.layers) * s.padded * s.dim);
     const size_t of_bias = aligned(size_t(s.layers) * s.heads * s.padded), of_tail = aligned(size_t(s.tail) * s.dim);
     const size_t of_slots = aligned(s.slots), of_sums = aligned(size_t(s.slots) * NUM_SUMS);
@@ -310,7 +325,7 @@ extern "C" {
 int64_t vista_layout(void) { return int64_t(sizeof(VistaPlan)) << 32 | int64_t(sizeof(VistaRequest)); }
 
 VistaModel *vista_new(const VistaPlan *plan, int32_t lanes) try {
-    const Kernels *kernels = kernels_of(plan->dim / plan->heads, lanes);
+    const Kernels *kernels = kernels_of(plan->dim / plan->heads, lanes, plan->bfloat16);
     if (!kernels) return nullptr;
     auto model = std::make_unique<VistaModel>();
     model->owned = fill(*model, *plan, *kernels).release();
@@ -325,6 +340,8 @@ void vista_delete(VistaModel *model) {
 }
 
 int32_t vista_lanes(const VistaModel *model) { return model->kernels->lanes; }
+
+int32_t vista_bfloat16(const VistaModel *model) { return model->kernels->in_bfloat16; }
 
 int32_t vista_score(const VistaModel *model, const VistaRequest *request, int32_t threads) try {
     const VistaError error = check(*model, *request);

@@ -55,7 +55,10 @@ class _Table(ctypes.Structure):
 
 class _Plan(ctypes.Structure):
     _fields_ = [
-        *((name, c_int32) for name in ("softmax", "dim", "heads", "seeds", "tail", "num_layers", "num_tasks", "feed")),
+        *(
+            (name, c_int32)
+            for name in ("bfloat16", "softmax", "dim", "heads", "seeds", "tail", "num_layers", "num_tasks", "feed")
+        ),
         *((name, c_int32) for name in ("space", "pooled", "statistics", "extra", "recent", "followers")),
         *((name, c_float) for name in ("norm_eps", "input_scale", "temperature", "gain")),
         ("layers", POINTER(_Layer)),
@@ -112,7 +115,15 @@ def load(path: Path = LIBRARY) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise LibraryError(f"the C++ library cannot be loaded ({error})") from error
-    names = ("vista_layout", "vista_new", "vista_delete", "vista_lanes", "vista_score", "vista_check_records")
+    names = (
+        "vista_layout",
+        "vista_new",
+        "vista_delete",
+        "vista_lanes",
+        "vista_bfloat16",
+        "vista_score",
+        "vista_check_records",
+    )
     is_known = all(hasattr(library, name) for name in names)
     if is_known:
         library.vista_layout.restype = c_int64
@@ -123,6 +134,7 @@ def load(path: Path = LIBRARY) -> ctypes.CDLL:
     library.vista_new.restype, library.vista_new.argtypes = c_void_p, [POINTER(_Plan), c_int32]
     library.vista_delete.restype, library.vista_delete.argtypes = None, [c_void_p]
     library.vista_lanes.restype, library.vista_lanes.argtypes = c_int32, [c_void_p]
+    library.vista_bfloat16.restype, library.vista_bfloat16.argtypes = c_int32, [c_void_p]
     library.vista_score.restype, library.vista_score.argtypes = c_int32, [c_void_p, POINTER(_Request), c_int32]
     return library
 
@@ -330,10 +342,12 @@ class ScoredPairs:
 class ScoringModel:
     """A model whose weights are laid out for the library. It is thread-safe, and works after a fork."""
 
-    def __init__(self, plan: ScoringPlan, *, lanes: int = 0, library: Path = LIBRARY) -> None:
+    def __init__(self, plan: ScoringPlan, *, lanes: int = 0, bfloat16: bool = False, library: Path = LIBRARY) -> None:
         """
         Args:
             lanes: floats per vector: 4, 8, or 16; 0 chooses the most that the processor has and that divide D.
+            bfloat16: round the factors of products to bfloat16, and add up in float32, where that is faster: with
+                vectors of 16 floats on processors with avx512_bf16.
 
         Raises:
             LibraryError: the library is missing, or has no code for this model on this processor.
@@ -345,6 +359,7 @@ class ScoringModel:
         self.width = self.dim + plan.space + self.extra
         """M'."""
         given = self._described(plan)
+        given.bfloat16 = bfloat16
         handle = self._library.vista_new(ctypes.byref(given), lanes)
         if not handle:
             size = self.dim // plan.heads
@@ -352,6 +367,8 @@ class ScoringModel:
         self._handle = handle
         self.lanes: int = self._library.vista_lanes(handle)
         """Floats per vector."""
+        self.in_bfloat16 = bool(self._library.vista_bfloat16(handle))
+        """Whether factors of products are rounded to bfloat16."""
         # Not at exit, when a daemon thread may still be scoring.
         weakref.finalize(self, self._library.vista_delete, handle).atexit = False
 

@@ -31,6 +31,7 @@ struct VistaNetwork {           // inputs -> hidden -> hidden -> outputs, with S
 };
 
 struct VistaPlan {
+    int32_t bfloat16;           // 1: round factors of products to bfloat16 where the processor multiplies them
     int32_t softmax;            // 1: softmax layers; 0: pointwise layers
     int32_t dim, heads, seeds, tail, num_layers, num_tasks, feed;  // M, H, S, L, …, F
     int32_t space, pooled, statistics;  // r, J, Z
@@ -115,6 +116,7 @@ int64_t vista_layout(void);
 VistaModel *vista_new(const VistaPlan *, int32_t lanes);
 void vista_delete(VistaModel *);
 int32_t vista_lanes(const VistaModel *);
+int32_t vista_bfloat16(const VistaModel *);  // whether it rounds to bfloat16
 // The result is 0, or one of the errors below. Nothing is written outside the outputs, whatever the indices are.
 int32_t vista_score(const VistaModel *, const VistaRequest *, int32_t threads);
 }
@@ -129,6 +131,13 @@ constexpr int TILE = 48;  // candidates at once: their tokens stay in the cache;
 constexpr float MASKED = -1e9f;
 constexpr int NUM_CODES = 64;
 constexpr int NUM_SUMS = 2;  // of followers: of the newest item, and of the others
+// Rounded to the nearest, and half to even; NaN stays NaN.
+static inline uint16_t bfloat16(float value) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, 4);
+    if (value != value) return (uint16_t)(bits >> 16 | 64);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
 enum Codec { FLOAT32 = 0, INT8 = 1, FLOAT16 = 2, INT4 = 3 };  // of rows in records
 
 struct Network {
@@ -146,7 +155,7 @@ struct Sizes {
     int dim, heads, head_dim, seeds, tail, tokens, padded, feed, layers, tasks;  // padded >= tokens
     int space, pooled, statistics, extra, width;  // width is M'
     int recent, followers, slots;  // slots of a hash table of followers: a power of 2, half of which stay empty
-    int parts, scores, hidden;  // columns of scratch memory: at least 4M, `padded`, and 2F
+    int parts, scores, hidden, pairs;  // columns of scratch memory: at least 4M, `padded`, and 2F; and pairs of values
     bool softmax;
     float norm_eps, input_scale, score_scale, temperature, gain;
 };
@@ -164,6 +173,7 @@ struct Context {              // of one user
 
 struct Kernels {
     int lanes, rows;
+    bool in_bfloat16;
     void (*context)(const VistaModel &, const VistaRequest &, int64_t user, Context &, float *work);
     void (*user_vector)(const VistaModel &, const VistaRequest &, int64_t user, Context &, float *work);
     void (*logits)(const VistaModel &, const VistaRequest &, int64_t user, int64_t first, int64_t stop, const Context &,
@@ -175,7 +185,7 @@ struct Kernels {
 };
 
 const Kernels &widest_kernels();
-extern const Kernels kernels_of_4_lanes, kernels_of_8_lanes, kernels_of_16_lanes;
+extern const Kernels kernels_of_4_lanes, kernels_of_8_lanes, kernels_of_16_lanes, kernels_of_16_lanes_in_bfloat16;
 
 struct VistaModel {
     Sizes sizes;
