@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import xxhash
 
-from vista.errors import ConfigError, VistaError, shown
+from vista.errors import ConfigError, LogFormatError, VistaError, shown
 
 _PARTIAL_NAME = re.compile(r"\.(.+)\.\d+\.tmp")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux
@@ -46,6 +46,16 @@ def checked_path(path: str | os.PathLike[str], error: type[VistaError]) -> Path:
     except ValueError as cause:
         reason = str(cause)
     raise error(f"{shown(os.fspath(path))}: cannot be a path ({reason}); choose another one")
+
+
+def require_log_folder(path: Path) -> None:
+    """Require the folder of a log, before what reads logs is imported.
+
+    Raises:
+        LogFormatError: there is none.
+    """
+    if not path.is_dir():
+        raise LogFormatError(f"{path}: no such folder; make the log with `vista prepare out={path} ...`")
 
 
 def open_file(path: Path, flags: int = os.O_RDONLY, mode: int = 0o600, *, follow: bool = True) -> int:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from vista.config import AdaptConfig, DoctorConfig, ExportConfig, PlanConfig, SweepConfig, TrainConfig
 from vista.config.checks import to_dict
 from vista.config.train_config import RunsCompareConfig, RunsConfig
-from vista.errors import SweepError, UnfitSetupError
-from vista.files import replace_text, writable_file
+from vista.errors import LogFormatError, SweepError, UnfitSetupError
+from vista.files import checked_path, replace_text, require_log_folder, writable_file
 from vista.text_table import hanging, two_columns
 
 if TYPE_CHECKING:
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
 def run_train(config: TrainConfig) -> None:
     """`vista train`; errors as of `train_model`."""
+    # A wrong path fails before numpy is loaded, and another folder before torch, which takes a second.
+    require_log_folder(checked_path(config.data.path, LogFormatError))
     from vista.log.event_log import EventLog
 
-    log = EventLog.open(config.data.path)  # A wrong path fails before torch is loaded, which takes a second.
+    log = EventLog.open(config.data.path)
     from vista.device import keep_freed_memory
     from vista.training.trainer import train_model
 

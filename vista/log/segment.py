@@ -44,6 +44,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Int
 from vista.errors import LogFormatError
+from vista.files import require_log_folder
 from vista.log.features import Declared, SegmentFeatures, declared_columns
 from vista.log.histories import PackedTable
 from vista.log.segment_files import (
@@ -269,8 +270,7 @@ def superseded_segments(path: Path) -> list[Path]:
 
 def _segment_folders(path: Path) -> list[tuple[int, int, Path]]:
     """(first number, last number, folder) of all folders named like a segment; longer ranges before shorter ones."""
-    if not path.is_dir():
-        raise LogFormatError(f"{path}: no such folder; make the log with `vista prepare out={path} ...`")
+    require_log_folder(path)
     folders = []
     try:
         entries = list(path.iterdir())
