@@ -7,7 +7,8 @@ of all candidates over summary and tail. Users are complete: their events are in
 summaries (int8) and tails to a store, and a Scorer opens the store and the model's folder. Weights are random, and
 nothing is cached between calls.
 
-- history: users with 10^3 and 10^6 events and the same candidates, and candidate lists of other lengths.
+- history: users with 10^3 and 10^6 events and the same candidates, and candidate lists of other lengths; also the CPU
+  time of one thread, to which `fit_planner` fits what `vista plan` assumes.
 - roofline: the matrix products that no implementation can avoid, in their fastest forms on this machine, for several
   numbers of candidates and users, encoded beforehand.
 - counters: models with counters of 64 items per user, the default, against the same models without; and those with
@@ -55,7 +56,7 @@ from scripts.benchmarks.workloads import TASK, lifelong_log, untrained, with_dra
 from vista.arrays import Int
 from vista.config import DataConfig, ModelConfig
 from vista.config.checks import Mixing, Precision
-from vista.device import choose_precision, keep_freed_memory, set_threads
+from vista.device import choose_precision, cpu_settings, keep_freed_memory, set_threads
 from vista.export.formats import ONNX_FILE, write_onnx
 from vista.export.serving_graph import ServingGraph, graph_inputs, request_arrays
 from vista.log.event_log import EventLog
@@ -295,6 +296,9 @@ def bench_history(recorder: BenchmarkRecorder, workload: ScorerWorkload, lengths
         for case, timing in interleaved(contestants, rounds=rounds // 2 + 1, warmup=3).items():
             recorder.add_time(f"{workload}, {case}: median", timing, "ms")
             recorder.add(f"{workload}, {case}: p99", timing.p99_s * 1e3, "ms")
+        with cpu_settings(1):
+            for case, timing in interleaved(contestants, rounds=rounds, warmup=3, clock=time.thread_time).items():
+                recorder.add_time(f"{workload}, {case}: one core", timing, "CPU ms")
 
 
 def bench_roofline(recorder: BenchmarkRecorder, workload: ScorerWorkload, precision: Precision) -> None:
@@ -409,6 +413,7 @@ def bench_backends(recorder: BenchmarkRecorder, workload: ScorerWorkload, name: 
     users: list[Any] = [1]
     now = int(workload.log[1].timestamp[-1]) + 5000
     with (
+        cpu_settings(1),  # Time of other threads would not be counted.
         Scorer.open(workload.model_dir, workload.store, backend="native") as native,
         Scorer.open(workload.model_dir, workload.store, backend="torch") as by_torch,
         native.in_service() as snapshot,

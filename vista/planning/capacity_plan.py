@@ -36,12 +36,12 @@ HOT_SHARE = 0.2
 NETWORK_GBIT_PER_S = 25.0
 """Of each machine."""
 
-# Speed of one core, in float32. tests/planning/test_capacity_plan.py checks these figures against docs/results.
+# Speed of one core, in float32. tests/planning/test_capacity_plan.py checks these figures against docs/results;
+# scripts/benchmarks/fit_planner.py fits those of requests.
 
 TOKEN_NS = 0.16
-"""Time per token, layer, and squared width. Stage 1 has a token per event and per row of the summary, stage 2 one per
-row of the summary, event of the tail, and candidate. From bench_store.jsonl (full refresh, d=64: 0.15 to 0.16),
-bench_summarizer.jsonl (d=256: 0.17), and bench_scorer.jsonl (d=256: 0.14)."""
+"""Time per token, layer, and squared width in stage 1, which has a token per event and per row of the summary. From
+bench_store.jsonl (full refresh, d=64: 0.15 to 0.16), and bench_summarizer.jsonl (d=256: 0.17)."""
 WRITE_MB_PER_S = 500.0
 """Rate of durable writes of records and states. From bench_store.jsonl (470 with K=128 and d=256, 540 with K=32 and
 d=64)."""
@@ -52,6 +52,9 @@ REQUEST_MS = 1.7
 """Time per request, without its tokens. From bench_scorer.jsonl (d=64, 50 candidates)."""
 CANDIDATE_US = 1.4
 """Time per candidate, without its token. From bench_scorer.jsonl (d=64, 50 to 5,000 candidates)."""
+REQUEST_TOKEN_NS = 0.16
+"""`TOKEN_NS` of stage 2, which has a token per row of the summary, event of the tail, and candidate. From
+bench_scorer.jsonl (d=256)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,7 +394,7 @@ def request_core_s(config: PlanConfig) -> float:
     model = config.model
     tokens = model.num_seeds + model.tail_len + config.candidates
     fixed_s = REQUEST_MS * 1e-3 + config.candidates * CANDIDATE_US * 1e-6
-    return fixed_s + tokens * token_s(config, model.num_target_layers)
+    return fixed_s + tokens * REQUEST_TOKEN_NS * 1e-9 * model.num_target_layers * model.dim**2
 
 
 def _groups(plan: CapacityPlan) -> tuple[MachineGroup, ...]:
@@ -500,7 +503,7 @@ def assumptions(plan: CapacityPlan) -> list[str]:
     lines = [
         f"model: {model.num_seeds} summary tokens of width {model.dim}, {model.num_layers} layers in stage 1 and "
         f"{model.num_target_layers} in stage 2, float32 on CPUs, {config.codec.value} summaries, no features",
-        f"one core: {TOKEN_NS:g} ns per token, layer, and squared width; "
+        f"one core: {TOKEN_NS:g} ns per token, layer, and squared width ({REQUEST_TOKEN_NS:g} in requests); "
         f"{WRITE_MB_PER_S:g} MB/s of durable writes; {BATCH_MS:g} ms per refresh; "
         f"{REQUEST_MS:g} ms per request; {CANDIDATE_US:g} µs per candidate",
         f"cores are busy {100 * UTILIZATION:g} % of the busiest hour, which has {PEAK:g} times "
