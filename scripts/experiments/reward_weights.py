@@ -63,7 +63,7 @@ MODEL = (
 
 
 @dataclass(frozen=True)
-class Environment:
+class SimulatedTruth:
     """A world, its log of events with outcomes, and what decides clicks."""
 
     world: SimulatedLog
@@ -72,7 +72,7 @@ class Environment:
     """int64 [log.num_items] rows of the catalog."""
 
     @classmethod
-    def make(cls, seed: int, folder: Path) -> Environment:
+    def make(cls, seed: int, folder: Path) -> SimulatedTruth:
         config = SimulateConfig(
             num_users=NUM_USERS, events_per_user=EVENTS_PER_USER, num_items=NUM_ITEMS, impressions_per_user=4, seed=seed
         )
@@ -157,7 +157,7 @@ def _probabilities(world: SimulatedLog, asked: Queries) -> Floats:
     return 1 / (1 + np.exp(-WORLDS[world.config.world].logits(world.catalog, world, asked)))  # type: ignore[arg-type]
 
 
-def words(env: Environment) -> list[str]:
+def words(env: SimulatedTruth) -> list[str]:
     validation, test = split_times(env.world.config)
     return [
         *MODEL,
@@ -259,7 +259,7 @@ def main() -> None:
     for seed in asked.seeds:
         folder = asked.out / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        env = Environment.make(seed, folder)
+        env = SimulatedTruth.make(seed, folder)
         given = [*words(env), f"seed={seed}"]
         base_words = [*given, f"run_dir={folder / 'base'}", f"optim.epochs={asked.epochs[0]}"]
         base = train(compose_config(TrainConfig, base_words), env.log)

@@ -494,7 +494,7 @@ def _split_finding(
     estimates: Sequence[dict[str, Estimate]],
     shown: Sequence[str],
 ) -> str:
-    """Where the run is furthest ahead of each other run and of the best baseline, or that it is nowhere clearly ahead."""
+    """Where the run is furthest ahead of each other run and of the best baseline; or that it is nowhere ahead."""
     runs = [name for name in shown if name in data.runs[1:]]
     baselines = [name for name in shown if name not in (*data.runs, ORACLE)]
     leads = [_lead(data.own, parts, estimates, [name], f"of {name} ") for name in runs]

@@ -187,8 +187,7 @@ class Scorer:
             project_per_request: compute projections of candidates in each call: less memory, more time.
             backend: what computes scores: "native" (vista's C++ library, on CPUs), "torch", or "auto" (the library if
                 it was built and can score the model, else torch; `Scorer.backend` tells).
-            adapter: file of `vista adapt`, for all calls; or files by name, or a folder of files NAME.adapter, of which
-                each call may name one.
+            adapter: file of `vista adapt` for all calls; or, for calls to name one, files by name, or their folder.
 
         Raises:
             StoreError, CheckpointError, ItemIndexError, AdapterError: one of them is missing or damaged, or they do not
