@@ -268,7 +268,7 @@ def calibration_section(data: ComparisonData) -> PageSection | str:
     ]
     finding = f"Ratio of the mean prediction to the mean label (1 is perfect): {', '.join(findings)}."
     return PageSection(
-        "Calibration", finding, [pair(*charts), *head, folded("Groups", *bins)], is_narrow=len(charts) == 1
+        "Calibration", finding, [pair(*charts), folded("Groups", *head, *bins)], is_narrow=len(charts) == 1
     )
 
 
@@ -414,7 +414,7 @@ def popularity_section(run: MeasuredRun, log: EventLog, category: str | None) ->
         category = next(few, None)
     if category is not None:
         body.append(_exposure(run, log, category, report.events, report.places))
-    return PageSection("Popularity and exposure", finding, body)
+    return PageSection("Popularity and exposure", finding, body, is_narrow=True)
 
 
 def _exposure(run: MeasuredRun, log: EventLog, category: str, events: Int, places: Int) -> str:
@@ -494,25 +494,25 @@ def _split_finding(
     estimates: Sequence[dict[str, Estimate]],
     shown: Sequence[str],
 ) -> str:
-    """Where the run is furthest ahead of each other run and of the best baseline; or that it is nowhere ahead."""
+    """Where the run is furthest ahead of each other run and of the best baseline, if it is clearly ahead anywhere."""
     runs = [name for name in shown if name in data.runs[1:]]
     baselines = [name for name in shown if name not in (*data.runs, ORACLE)]
-    leads = [_lead(data.own, parts, estimates, [name], f"of {name} ") for name in runs]
-    leads += [_lead(data.own, parts, estimates, baselines, "of the baselines " if runs else "")] if baselines else []
+    leads = {f" of {name}": _lead(data.own, parts, estimates, [name]) for name in runs}
+    if baselines:
+        leads[" of the baselines" if runs else ""] = _lead(data.own, parts, estimates, baselines)
     if not leads:
         first, last = estimates[0][data.own].value, estimates[-1][data.own].value
         return f"{measure.title} of {data.own}: {first:.4f} for {parts[0].name}, {last:.4f} for {parts[-1].name}."
-    return f"{measure.title}: {data.own} is {', and '.join(leads)}."
+    found = [f"furthest ahead{whom} for {where}" for whom, where in leads.items() if where]
+    if unclear := [whom for whom, where in leads.items() if not where]:
+        found.append(f"not clearly ahead{' or'.join(unclear)} in any group")
+    return f"{measure.title}: {data.own} is {', and '.join(found)}."
 
 
 def _lead(
-    own: str,
-    parts: Sequence[CasePart],
-    estimates: Sequence[dict[str, Estimate]],
-    others: Sequence[str],
-    whom: str,
-) -> str:
-    """Where a run is furthest ahead of the best of some others, beyond the intervals; whom: these in the text."""
+    own: str, parts: Sequence[CasePart], estimates: Sequence[dict[str, Estimate]], others: Sequence[str]
+) -> str | None:
+    """Where a run is furthest ahead of the best of some others, if it is beyond the intervals anywhere."""
     found: tuple[float, str] | None = None
     for part, each in zip(parts, estimates, strict=True):
         best = max(others, key=lambda name: _or_low(each[name].value))
@@ -520,8 +520,8 @@ def _lead(
         # The intervals of both, added in squares as if independent, are wider than that of a paired difference.
         noise = np.hypot(each[own].half_width, each[best].half_width)
         if lead > noise and (found is None or lead > found[0]):
-            found = lead, f"for {part.name} ({lead:+.4f}{'' if len(others) == 1 else f' ahead of {best}'})"
-    return f"not clearly ahead {whom}in any group" if found is None else f"furthest ahead {whom}{found[1]}"
+            found = lead, f"{part.name} ({lead:+.4f}{'' if len(others) == 1 else f' ahead of {best}'})"
+    return None if found is None else found[1]
 
 
 def _or_low(value: float) -> float:
