@@ -154,7 +154,7 @@ def _show_counters(facts: UserFacts) -> None:
     for row in rows:
         if "seconds since the last" in row:
             row["last"] = about(row.pop("seconds since the last"))
-    sums = [name for row in rows[:1] for name in row if name.startswith("last ~")]
+    sums = [name for row in rows[:1] for name in row if name.startswith("~")]
     formats = {name: st.column_config.NumberColumn(format="%.1f") for name in sums}
     formats["count"] = st.column_config.NumberColumn(format="%d")
     st.dataframe(pd.DataFrame(rows), hide_index=True, height=TABLE_HEIGHT, width="stretch", column_config=formats)

@@ -144,8 +144,8 @@ def _names_of_keys(workspace: Workspace, scorer: Scorer, field: str, key: Int) -
 def counter_columns(spec: CounterSpec) -> list[str]:
     """Names of the values per key, in the order of `CounterSpec`."""
     age = "seconds since the last" if spec.has_time else "events since the last"
-    days = [f"last ~{days:g} days" for days in spec.days]
-    return ["count", *days, *(f"last ~{events:g} events" for events in spec.events), age]
+    days = [f"~{days:g} days" for days in spec.days]
+    return ["count", *days, *(f"~{events:g} events" for events in spec.events), age]
 
 
 def history_of(workspace: Workspace, user: int | str) -> Histories | None:
