@@ -86,7 +86,7 @@ def show_user(workspace: Workspace, user: int | str | None) -> None:
         st.altair_chart(timeline_chart(line, has_time=log.has_time), width="stretch")
     if not facts.has_record:
         return
-    left, right = st.columns([2, 3], gap="large")
+    left, right = st.columns([4, 7], gap="large")
     with left:
         st.markdown("#### Tail")
         st.caption("The newest events, which the record stores unchanged. Newest first.")
