@@ -485,7 +485,7 @@ def with_bias(linear: nn.Module, added: Tensor) -> nn.Module:
     """A linear map with another bias: the first values of `added` are added to it. The weight is shared."""
     assert isinstance(linear, nn.Linear)
     other = copy.copy(linear)
-    other._parameters = {"weight": linear.weight, "bias": linear.bias + added[: len(linear.bias)]}  # type: ignore[dict-item]
+    other._parameters = {"weight": linear.weight, "bias": linear.bias.detach() + added[: len(linear.bias)]}  # type: ignore[dict-item]
     return other
 
 
