@@ -159,9 +159,15 @@ def _bar_class() -> Any:
 class _Lines:
     """Stderr that is not a terminal: what a bar would draw in place becomes a line of its own."""
 
+    _ended = ""
+    """What the newest line says is done, if that is all: tqdm draws it again when it closes the bar."""
+
     def write(self, text: str) -> None:
         if text.startswith("\r") and (line := text.strip()):  # without moves of the cursor
-            sys.stderr.write(f"{line}\n")
+            done = line.partition(", ")[0]
+            if done != self._ended:
+                sys.stderr.write(f"{line}\n")
+            self._ended = done if done.endswith("(100%)") else ""
 
     def flush(self) -> None:
         sys.stderr.flush()

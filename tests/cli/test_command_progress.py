@@ -78,6 +78,8 @@ def test_a_pipe_has_plain_lines() -> None:
     out, written = _in_pipe(LONG)
     assert out == "result\n"
     lines = written.splitlines()
+    _, all_lines = _in_pipe("module.LINE_SECONDS = 0\n" + LONG)
+    assert all_lines.count("(100%)") == 1  # which tqdm draws when it is reached, and when the bar closes
     assert 2 <= len(lines) <= 40 and "\r" not in written and "\x1b" not in written
     pattern = r"epoch 1/3: \d+ of 50 batch \(\d+%\), +[\d.]+(batch/s|s/batch), \d\d:\d\d left"
     assert all(re.fullmatch(pattern, line) for line in lines), lines
