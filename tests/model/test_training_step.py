@@ -19,7 +19,7 @@ from vista.config.checks import Decay, Mixing, Precision, TargetAttentionKind
 from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.model.losses import reconstruction_loss
-from vista.model.vista_model import ReconstructionDecoder
+from vista.model.vista_model import ReconstructionDecoder, VistaModel
 from vista.training.optimizers import Optimizers
 from vista.training.trainer import Trainer
 
@@ -97,6 +97,18 @@ def test_users_without_events_are_trained_on_their_impressions(make: SimpleNames
     assert torch.isfinite(losses.total) and float(losses.parts["next"].detach()) == 0.0
     assert model.summarizer is not None and model.summarizer.seeds.grad is not None
     assert model.summarizer.seeds.grad.any(), "the summary of an empty history is trained"
+
+
+def test_a_model_without_a_summary_starts_with_the_same_weights(make: SimpleNamespace) -> None:
+    made = make.model(counter_keys=["item"], pooled_dim=4)
+
+    def weights(num_seeds: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        return VistaModel(replace(made.config, num_seeds=num_seeds), made.schema, made.items, made.data).state_dict()
+
+    with_summary, without = weights(3), weights(0)
+    assert without.keys() < with_summary.keys()
+    assert all(torch.equal(with_summary[name], weight) for name, weight in without.items())
 
 
 def test_the_configuration_selects_the_losses(make: SimpleNamespace) -> None:

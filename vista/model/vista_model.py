@@ -149,8 +149,6 @@ class VistaModel(RankingModel):
     def __init__(self, config: ModelConfig, schema: Schema, items: Vocabulary, data: DataConfig) -> None:
         super().__init__(config, schema, items, data)
         dim = config.dim
-        self.summarizer = Summarizer(self.stage1, config.dropout) if config.num_seeds else None
-        self.decoder = ReconstructionDecoder(config) if schema.has_decoder else None
         self.target_attention = TargetAttention(config)
         self.request = nn.Parameter(torch.randn(dim) * dim**-0.5 / self.target_attention.scale)
         """The retrieval head's query token, to which the newest event is added."""
@@ -161,6 +159,9 @@ class VistaModel(RankingModel):
         self.candidate_head = CandidateHead(spec, 5 * dim, tasks, inputs) if tasks and (spec or inputs) else None
         """Added to candidates' vectors, projections in layer 1, and logits; None without tasks, or without counters and
         pooled vectors."""
+        # Last, so that from the same seed, a model without a summary starts with the same weights.
+        self.summarizer = Summarizer(self.stage1, config.dropout) if config.num_seeds else None
+        self.decoder = ReconstructionDecoder(config) if schema.has_decoder else None
         self._identified = b"", b""
         """Hash of the inputs that `summarizer_id` was last computed from, and the id."""
 
