@@ -22,8 +22,8 @@ MAX_THREADS = 1024
 MAX_DAYS = 36_500
 """The longest time in days that a setting may name."""
 PATHS = re.compile(
-    "(authentication_key_|client_|metrics_|report_|shadow_|token_|train_)?file|base|codebooks|data|events|folder|index|"
-    "init_from|models?|other_model|other_store|out|path|registry|results|run|run_dir|shadow_(model|store)|store|vectors"
+    "(authentication_key_|client_|metrics_|report_|shadow_|token_|train_)?file|adapter|base|codebooks|data|events|folder|"
+    "index|init_from|models?|other_model|other_store|out|path|registry|results|run|run_dir|shadow_(model|store)|store|vectors"
 )
 """Fields that name a file, a folder, or a store. As a path, an empty string would be the current folder."""
 Value = TypeVar("Value")
