@@ -12,15 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 import vista.examples.batch_source
 from vista.arrays import Float32s, Floats, Int
@@ -31,7 +29,6 @@ from vista.evaluation.metrics import mean_and_error
 from vista.examples.rewards import EventRewards
 from vista.log.event_log import EventLog
 from vista.log.splits import parse_until, visible_counts
-from vista.model.losses import LossPart
 from vista.model.vista_model import VistaModel
 from vista.simulation.simulate import generate
 from vista.simulation.streams import Queries, SimulatedLog, split_times
@@ -92,9 +89,8 @@ class SimulatedTruth:
             "timestamp": world.timestamp,
             "clicked": clicked.astype(np.float32),
             "item_mean": item_mean[world.item].astype(np.float32),
-            "true_probability": probability.astype(np.float32),
         }
-        numbers = ("clicked", "item_mean", "true_probability")
+        numbers = ("clicked", "item_mean")
         path = folder / "log"
         log = (
             EventLog.open(path) if path.exists() else EventLog.from_frame(frame, path, time_unit="ms", numbers=numbers)
@@ -168,7 +164,7 @@ def words(env: SimulatedTruth) -> list[str]:
     ]
 
 
-# Methods that the product lacks.
+# A method that the product lacks.
 
 
 class FilteredRewards(EventRewards):
@@ -180,70 +176,18 @@ class FilteredRewards(EventRewards):
         return weight
 
 
-class ItemBaselines(EventRewards):
-    """Advantages over the mean of the item instead of the user's."""
-
-    def _advantages(self, user: Int, events: Any) -> Floats:
-        columns = events.features.columns
-        advantage: Floats = columns["clicked"].astype(np.float64) - columns["item_mean"]
-        return advantage
-
-
 @contextmanager
 def filtering() -> Iterator[None]:
     with patch.object(vista.examples.batch_source, "EventRewards", FilteredRewards):
         yield
 
 
-@contextmanager
-def over_items() -> Iterator[None]:
-    with patch.object(vista.examples.batch_source, "EventRewards", ItemBaselines):
-        yield
-
-
-@contextmanager
-def preferring(base: VistaModel, strength: float = 0.1, share: float = 1.0) -> Iterator[None]:
-    """DPO: each clicked label is preferred to a random label of its window that was not clicked, plus next items."""
-    reference = base.eval()
-    plain = VistaModel._next_loss
-
-    def loss(self: VistaModel, batch: Any, item_vectors: Any, users: Any) -> LossPart:
-        weight = batch.labels.weight
-        bare = replace(batch, labels=replace(batch.labels, weight=None))
-        part = plain(self, bare, item_vectors, users)
-        is_label = batch.labels.item >= 0
-        chance = torch.rand(weight.shape).masked_fill(~is_label | (weight > 0), -1.0)
-        best, worse = chance.max(1)
-        window, place = ((weight > 0) & is_label & (best > 0)[:, None]).nonzero(as_tuple=True)
-        if not len(window):
-            return part
-        winner, loser = batch.labels.item[window, place], batch.labels.item[window, worse[window]]
-        with torch.no_grad():
-            old_context = reference._contexts(batch, item_vectors)[2]
-            old_user = reference.window_users(batch, old_context)[window, place]
-        items = self.training_items(batch, item_vectors)
-        gap = items[winner] - items[loser]
-        change = ((users[window, place] - old_user) * gap).sum(-1) / self.temperature
-        preference = -F.logsigmoid(strength * change).mean()
-        return LossPart(share * part.mean + preference / strength, part.count)
-
-    with (
-        patch.object(VistaModel, "_next_loss", loss),
-        patch.object(vista.examples.batch_source, "EventRewards", FilteredRewards),
-    ):
-        yield
-
-
-METHODS: dict[str, tuple[tuple[str, ...], Callable[[VistaModel], Any] | None]] = {
-    "plain": ((), None),
-    "A-SFT T=0.5": (("optim.reward=clicked", "optim.reward_temperature=0.5"), None),
-    "A-SFT T=1": (("optim.reward=clicked",), None),
-    "A-SFT T=2": (("optim.reward=clicked", "optim.reward_temperature=2"), None),
-    "item baselines": (("optim.reward=clicked",), lambda base: over_items()),
-    "item means": (("optim.reward=item_mean",), None),
-    "filtering": (("optim.reward=clicked",), lambda base: filtering()),
-    "DPO": (("optim.reward=clicked",), lambda base: preferring(base, 0.1)),
-    "DPO alone": (("optim.reward=clicked",), lambda base: preferring(base, 0.1, 0.0)),
+METHODS: dict[str, tuple[tuple[str, ...], Callable[[], AbstractContextManager[None]]]] = {
+    "plain": ((), nullcontext),
+    "A-SFT T=0.5": (("optim.reward=clicked", "optim.reward_temperature=0.5"), nullcontext),
+    "A-SFT T=1": (("optim.reward=clicked",), nullcontext),
+    "item means": (("optim.reward=item_mean",), nullcontext),
+    "filtering": (("optim.reward=clicked",), filtering),
 }
 
 
@@ -253,7 +197,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--split", default="test", choices=("validation", "test"))
-    parser.add_argument("--epochs", type=int, nargs=2, default=(4, 2), help="of the base, and of the fine-tuning")
+    parser.add_argument("--epochs", type=int, nargs=2, default=(3, 1), help="of the base, and of the fine-tuning")
     asked = parser.parse_args()
     found: dict[str, dict[str, list[Floats]]] = {}
     for seed in asked.seeds:
@@ -273,11 +217,8 @@ def main() -> None:
                 run = folder / "".join(c if c.isalnum() else "-" for c in name)
                 extra = [f"run_dir={run}", f"optim.epochs={asked.epochs[1]}", f"init_from={folder / 'base' / 'best'}"]
                 config = compose_config(TrainConfig, [*given, *extra, "init_freeze=summarizer", *own])
-                if patches is None:
+                with patches():
                     model = train(config, env.log)
-                else:
-                    with patches(base):
-                        model = train(config, env.log)
             measured = env.measure(model, cases, covered)
             _, index = np.unique(cases.user, return_inverse=True)
             for metric, values in measured.items():
