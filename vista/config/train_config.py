@@ -621,4 +621,5 @@ class SimulateOnlineConfig(Threads, Seeded, UsesModel):
         require_counts(self, "", ("rounds", "list_size"), most=MAX_TOP_K)
         require_counts(self, "", ("follow_events",), least=0, most=MAX_TOP_K)
         require_share(self, "", ("new_users",))
+        require(self.source != "", "source", "must not be empty")
         require(len({*self.policy}) == len(self.policy) > 0, "policy", "name one or more policies, each once")

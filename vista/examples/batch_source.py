@@ -166,8 +166,6 @@ class Examination:
         task = table.tasks.index(asked[0])
         rows = visible.row[table.known(visible.row, visible.hidden)[:, task]]
         weights = position_weights(columns[POSITION][rows], table.item[rows], np.asarray(table.label)[rows, task] == 1)
-        shown = ", ".join(f"{weight:.2f}" for weight in weights[1:11])
-        logger.info("estimated probabilities that users look at positions 1, 2, ...: %s", shown)
         return cls(is_examined, weights)
 
     def of_rows(self, features: RowFeatures) -> Float32s:
@@ -233,6 +231,9 @@ class VisibleImpressions:
         time = np.asarray(table.timestamp)[kept.row]
         use_time = log.has_time and config.model.reads("times")
         examination = Examination.of(log, config, tasks)
+        if examination is not None and examination.weights is not None:
+            weights = ", ".join(f"{weight:.2f}" for weight in examination.weights[1:11])
+            logger.info("estimated probabilities that users look at positions 1, 2, ...: %s", weights)
         shown = ChunkImpressions(
             chunk=kept.user,
             position=kept.position,
