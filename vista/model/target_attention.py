@@ -224,7 +224,7 @@ class TargetAttention(nn.Module):
         self.scale = 1.0 if config.target_attention is TargetAttentionKind.softmax else config.dim**0.5
         """Factor of tail and query tokens, whose vectors start small; pointwise layers keep HSTU's inputs."""
         self.summary_norm = norm(config.dim)
-        self.summary_kind = nn.Parameter(torch.randn(config.num_seeds, config.dim) * 0.02)
+        self.summary_kind = nn.Parameter(torch.zeros(config.num_seeds, config.dim))
         self.request_projection = nn.Linear(config.dim, 4 * config.dim, bias=False)
         """Projections of the request's vector in layer 1, apart from the item's, which are precomputed."""
         self.dropout = Dropout(config.dropout)

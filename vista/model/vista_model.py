@@ -160,6 +160,7 @@ class VistaModel(RankingModel):
         """Added to candidates' vectors, projections in layer 1, and logits; None without tasks, or without counters and
         pooled vectors."""
         # Last, so that from the same seed, a model without a summary starts with the same weights.
+        nn.init.normal_(self.target_attention.summary_kind, std=0.02)
         self.summarizer = Summarizer(self.stage1, config.dropout) if config.num_seeds else None
         self.decoder = ReconstructionDecoder(config) if schema.has_decoder else None
         self._identified = b"", b""
