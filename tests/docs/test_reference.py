@@ -18,7 +18,7 @@ PAGES = reference_pages()
 NO_UNIT_IN_MODEL = ("dim", "pooled_dim", "transitions", "dropout", "temperature")
 NO_UNIT_IN_DATA = ("staleness_share", "unknown_share", "validation_share", "test_share")
 NO_UNIT_IN_OPTIM = (
-    *("learning_rate", "table_rate", "logq_strength"),
+    *("learning_rate", "table_rate", "logq_strength", "reward_temperature"),
     *("next_weight", "window_weight", "task_weight", "reconstruction_weight"),
 )
 NO_UNIT_IN_PLAN = ("replicas",)
@@ -53,6 +53,7 @@ def test_every_number_has_a_unit_or_none_on_purpose() -> None:
     assert without == {f"model.{name}" for name in NO_UNIT_IN_MODEL} | {f"data.{name}" for name in NO_UNIT_IN_DATA} | {
         *(f"optim.{name}" for name in NO_UNIT_IN_OPTIM),
         *("seed", "generation", "to", "port", "trials", "workers", *NO_UNIT_IN_PLAN),
+        *("learning_rate", "rounds", "new_users", "new_items"),
         "impressions.from_events.min_rating",
     }
     units = {key.name: unit_of(key) for key in keys}

@@ -389,6 +389,7 @@ class TestResults:
             "target": "next",
             "exclude_seen": True,
             "codec": "float32",
+            "adapter": None,
             "metrics": result.metrics,
             "standard_errors": pytest.approx(
                 {name: np.std(value, ddof=1) / math.sqrt(14) for name, value in result.per_user.values.items()}

@@ -395,7 +395,8 @@ def test_reasons_say_what_parts_with_positive_shares_hold(opened: Opened, task: 
     assert {"history", "recent", "popularity", "rate" if task == "click" else "transitions"} <= parts
     # The drawn weights decide which counters raise scores.
     assert bool(products if task == "next" else actions) == (len(model.config.counter_keys or []) > 1)
-    assert "more events than " in texts and any(text.startswith("goes with the") for text in texts)
+    assert {text.split(" the")[0] for text in texts} & {"goes with", "is unlike"}
+    assert any("events than " in text for text in texts)
     reasons = next(found for found in told.reasons if found and found[0].items)
     assert f"item {reasons[0].items[0]}" in reasons[0].words(lambda ids: [f"item {one}" for one in ids])
 
