@@ -228,7 +228,11 @@ class Trainer:
             if self.validation is not None:
                 compare_with_baselines(self.progress, self.validation, counts=self.model.item_keys is not None)
                 if self.progress.wide and self.progress.best == self.progress.history[0][self.validation.metric]:
-                    logger.info("%s is the model of epoch 0: attention added nothing to it", self.run_dir / "best")
+                    logger.info(
+                        "%s is the model of epoch 0, which reads counters and pooled vectors: attention did not improve "
+                        "validation yet; train longer to give it more time",
+                        self.run_dir / "best",
+                    )
             best, share = self.run_dir / "best", self._clock.waiting_share
             waited = "" if share is None else f", {share:.1%} of their time spent waiting for batches"
             model = load_model(best, self.device)
