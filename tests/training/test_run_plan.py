@@ -125,6 +125,9 @@ def test_categories_and_actions_are_counted_where_labels_are_trained(tmp_path: P
         "item": of_items,
         "name": [f"problem {i}" for i in of_items],  # as many values as items
         "topics": [["a"], ["a", "b"]] * 20,  # several per item
+        **{
+            name: (of_items % 5).astype(str) for name in ("action", "weekday", "a*b")
+        },  # as keys, they are other counters
         "skill": [f"skill {i % 5}" for i in of_items],
         "difficulty": of_items / 40,
     }

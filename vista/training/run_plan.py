@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vista.config import OptimConfig, TrainConfig
 from vista.config.checks import TableKind, planned, require
 from vista.config.composition import flat_settings, value_text
-from vista.config.model_config import ACTION, ITEM, MOST_ACTIONS, NextItemConfig, RankingConfig
+from vista.config.model_config import ACTION, ITEM, MOST_ACTIONS, NextItemConfig, RankingConfig, is_category
 from vista.examples.batch_source import trained_tasks
 from vista.files import NUMBER, TABLE, FieldRule, check_fields, either, list_of, one_of, whole
 from vista.log.event_log import EventLog
@@ -131,6 +131,7 @@ def _keys_of_labels(model: RankingConfig, log: EventLog, *, by_action: bool) -> 
         name
         for name, column in (log.item_features if model.reads("item_features") else {}).items()
         if column.kind == "category" and column.size * ITEMS_PER_VALUE <= log.num_items
+        if "*" not in name and is_category(name)  # else a key means something else
         if column.offsets is None or np.diff(column.offsets).max(initial=0) <= 1
     ][:MOST_CATEGORIES]
     by_action &= 1 < len(log.actions) <= MOST_ACTIONS and not any("*" in name for name in log.actions)
