@@ -149,6 +149,10 @@ def test_categories_and_actions_are_counted_where_labels_are_trained(tmp_path: P
     assert keys(next_weight=0, ignore=("item_features",)) == ["item", "action"]
     assert keys(task_weight=0) == ["item"]
 
+    rewarded = OptimConfig(next_weight=0, reward="right")
+    with pytest.raises(ConfigError, match=r"^optim\.reward: weights the labels of next items and windows"):
+        plan_run(TrainConfig(optim=rewarded), log)  # labels alone
+
 
 def test_next_items_are_trained_where_validation_asks_for_them(event_log: EventLog) -> None:
     share = DataConfig(split=Split.share, validation_share=0.1, test_share=0.1)

@@ -329,6 +329,12 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
             "needs model.architecture=vista; set that, or leave this out",
         )
         require(
+            self.optim.reward is None or self.optim.next_weight != 0 or self.optim.window_weight != 0,
+            "optim.reward",
+            "weights the labels of next items and windows, of which none are trained; set optim.next_weight or "
+            "optim.window_weight, or leave this out",
+        )
+        require(
             not warm or self.base is None,
             "init_from",
             "training starts from `base`; leave out one of the two",
