@@ -276,7 +276,7 @@ API_CALLS: dict[str, ApiCall] = {
     **functions(
         Scorer.open,
         lambda folder: {"model": folder / "model", "store": folder / "store"},
-        {"model": PATHS, "store": PATHS, "key": KEYS, "max_age_s": FLOATS}
+        {"model": PATHS, "store": PATHS, "adapter": PATHS, "key": KEYS, "max_age_s": FLOATS}
         | dict.fromkeys(("on_missing", "task", "device", "precision"), WORDS),
     ),
     **methods(a_scorer, Scorer.score, REQUEST | {"candidates": IDS}, users=[100], candidates=[0]),

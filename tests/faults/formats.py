@@ -32,6 +32,7 @@ from vista.log import deletions
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS
 from vista.log.ingest.prepare import prepare
+from vista.model.serving_model import Adapter, ServingModel
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
@@ -253,6 +254,18 @@ def read_metrics(folder: Path, world: Path) -> str:
     return digest([metrics.users, *metrics.values.items(), metrics.question])
 
 
+def make_adapter(folder: Path) -> None:
+    model = loaded_model(folder)
+    served = ServingModel.of(model, model.empty_summary().numpy())
+    values = np.random.default_rng(0).standard_normal(served.num_adapted).astype(np.float32)
+    Adapter(values, served.stage2_id, model.data).write(folder / "de.adapter")
+
+
+def read_adapter(folder: Path, world: Path) -> str:
+    with Scorer.open(world / "model", world / "store", adapter=folder / "de.adapter") as scorer:
+        return digest(scorer.predict(list(USERS[:3]), [0, 10, 390]).items())
+
+
 def read_model(folder: Path, world: Path) -> str:
     with Scorer.open(folder / "model", world / "store") as scorer:
         scores = scorer.predict(list(USERS[:3]), [0, 10, 390])
@@ -300,6 +313,7 @@ FORMATS: dict[str, Format] = {
         make_log_with_impressions,
     ),
     "models": Format(("model/*",), read_model),
+    "adapters": Format(("de.adapter",), read_adapter, make_adapter),
     "references": Format(
         ("reference/*",), lambda folder, _: repr(Reference.read(folder / "reference")), write_reference
     ),
