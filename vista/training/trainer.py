@@ -229,8 +229,8 @@ class Trainer:
                 compare_with_baselines(self.progress, self.validation, counts=self.model.item_keys is not None)
                 if self.progress.wide and self.progress.best == self.progress.history[0][self.validation.metric]:
                     logger.info(
-                        "%s is the model of epoch 0, which reads counters and pooled vectors: attention did not improve "
-                        "validation yet; train longer to give it more time",
+                        "%s is the model of epoch 0, which reads counters and pooled vectors: attention has not "
+                        "improved validation yet; train longer to give it more time",
                         self.run_dir / "best",
                     )
             best, share = self.run_dir / "best", self._clock.waiting_share
