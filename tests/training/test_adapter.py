@@ -72,6 +72,26 @@ def test_it_learns_the_surface_and_leaves_the_base_as_it_is(
     assert (tmp_path / "b.adapter").read_bytes() == Path(config.out).read_bytes() and again.adapted == report.adapted
 
 
+def test_position_bias_is_corrected_as_in_training(
+    base: Served, surface: tuple[EventLog, Path], tmp_path: Path
+) -> None:
+    """Users look at half of the items that they are shown, and click nearly all of these."""
+    source = shutil.copytree(Path(surface[0].path).parent / "source", tmp_path / "source")
+    shown = pl.read_parquet(source / "impressions.parquet")
+    clicks = shown["click"].to_numpy() * (np.random.default_rng(1).random(len(shown)) < 0.5)
+    shown = shown.with_columns(pl.Series("click", clicks.astype(np.int8)), pl.lit(0.5).alias("propensity"))
+    shown.write_parquet(source / "impressions.parquet")
+    prepare(PrepareConfig(out=str(tmp_path / "log"), events=SourceConfig(kind="simulated", paths=[str(source)])))
+    config = replace(config_of(base, surface, tmp_path / "naive.adapter"), data=str(tmp_path / "log"))
+    adapt(config)
+    adapt(replace(config, out=str(tmp_path / "corrected.adapter"), examined_tasks=["click"]))
+    users = list(range(1, 9))
+    with Scorer.open(base.model_dir, surface[1], adapter=tmp_path) as scorer:
+        items = scorer.served.items.ids(np.arange(20))
+        means = {name: scorer.score(users, items, adapter=name).mean() for name in ("naive", "corrected")}
+    assert means["naive"] < 0.6 < 0.7 < means["corrected"]
+
+
 def test_the_command_and_the_evaluation_of_what_it_wrote(
     base: Served, surface: tuple[EventLog, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -415,6 +415,8 @@ class AdaptConfig(VerifiesLog, RunsOn, Keyed, Seeded, UsesStore, UsesLog):
     """Labels from this time on are test labels, written likewise. null takes that of the base."""
     ranks_items: bool = False
     """Train the ranking of next items too, if the base has labeled tasks. A base without tasks always trains it."""
+    examined_tasks: list[str] = field(default_factory=list)
+    """As `optim.examined_tasks` of the base's training, so that position bias is corrected here, too."""
     learning_rate: float = 1e-2
     """Learning rate of Adam. It stays constant, and the average of the newest values is written."""
     epochs: int = 30

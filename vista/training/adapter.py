@@ -123,6 +123,7 @@ def _run_config(config: AdaptConfig, log: EventLog) -> TrainConfig:
         window_weight=weight,
         task_weight=float(bool(schema.tasks)),
         tasks=schema.tasks,
+        examined_tasks=config.examined_tasks,
     )
     if schema.tasks and (found := trained_tasks(log, optim)) != schema.tasks:
         raise ConfigError(
