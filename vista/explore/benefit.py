@@ -36,7 +36,7 @@ class EmptySummaryScorer(Scorer):
     was trained with summaries, so a model that was trained without them can do better."""
 
     @contextmanager
-    def _call(self, users: Any, tail: Any, now: Any, adapter: Any) -> Iterator[Call]:
+    def _call(self, users: Any, tail: Any, now: Any, adapter: Any = None) -> Iterator[Call]:
         with super()._call(users, tail, now, adapter) as call:
             empty = np.broadcast_to(call.snapshot.served.empty, call.request.summary.shape).copy()
             yield replace(call, request=replace(call.request, summary=empty))

@@ -593,7 +593,7 @@ class Scorer:
         self._changing = threading.Lock()
 
     @contextmanager
-    def _call(self, users: Ids, tail: Tail | None, now: Any, adapter: str | None) -> Iterator[Call]:
+    def _call(self, users: Ids, tail: Tail | None, now: Any, adapter: str | None = None) -> Iterator[Call]:
         """One call, which is counted and timed."""
         with self._recorder.timed(), self.in_service() as snapshot:
             request = snapshot.read(users, tail, now, self.on_missing, self.max_age_s, self._recorder.add, adapter)
