@@ -89,13 +89,10 @@ def adapt(config: AdaptConfig, log: EventLog | None = None) -> AdaptReport:
             base.item_rates.copy_(torch.from_numpy(source.rates.of_all(1 + len(base.items))))
         served = ServingModel.of(base, base.empty_summary().cpu().numpy())
         values = torch.zeros(served.num_adapted, device=device, requires_grad=True)
-        history = _train(base, values, source, validation, run, device)
+        history, best = _train(base, values, source, validation, run, device)
         Adapter(values.detach().cpu().numpy(), served.stage2_id, run.data).write(out)
-    best = min(history, key=lambda row: row["rank"])
-    shown = [
-        {name: value for name, value in row.items() if name not in ("epoch", "rank")} for row in (history[0], best)
-    ]
-    if validation is not None and not best["epoch"]:
+    shown = [{name: value for name, value in history[epoch].items() if name != "epoch"} for epoch in (0, best)]
+    if validation is not None and not best:
         logger.warning("%s: no epoch improved %s of the base, so the adapter changes nothing", out, validation.metric)
     return AdaptReport(str(out), out.stat().st_size, len(history) - 1, time.perf_counter() - began, *shown)
 
@@ -148,15 +145,15 @@ def _train(
     validation: Validation | None,
     run: TrainConfig,
     device: torch.device,
-) -> list[dict[str, float]]:
+) -> tuple[list[dict[str, float]], int]:
     """Train the values of an adapter, and set them to the best ones.
 
     Returns:
-        Validation metrics of each epoch, first of the base, with "epoch", and "rank", which is lowest for the best.
+        Validation metrics of each epoch, first of the base, with "epoch"; and the best epoch.
     """
     optimizer = torch.optim.Adam([values], lr=run.optim.learning_rate, betas=BETAS)
     average, precision = WeightAverage({"values": values}), choose_precision(Precision.auto, device)
-    history, best = list[dict[str, float]](), values.detach().clone()
+    history, kept, best = list[dict[str, float]](), values.detach().clone(), 0
     for epoch in range(planned(run.optim.epochs, "optim.epochs") + 1):
         if epoch:
             base.train()
@@ -175,15 +172,12 @@ def _train(
             base.eval()
         with average.applied():
             measured = {} if validation is None else validation(base.with_adapter(values.detach()))
-            value = measured[validation.metric] if validation is not None else -float(epoch)
-            falls = validation is None or validation.metric != validation.ranking_metric
-            rank = value if falls else -value
-            if not history or rank < min(row["rank"] for row in history):
-                best = values.detach().clone()
-        history.append({"epoch": epoch, "rank": rank, **measured})
+            history.append({"epoch": epoch, **measured})
+            if validation is None or validation.better(measured[validation.metric], history[best][validation.metric]):
+                kept, best = values.detach().clone(), epoch
         logger.info("epoch %d: %s", epoch, ", ".join(f"{name} {number:.4f}" for name, number in measured.items()))
         if validation is not None and 0 < run.optim.patience <= validation.since_best(history):
             break
     with torch.no_grad():
-        values.copy_(best)
-    return history
+        values.copy_(kept)
+    return history, best
