@@ -33,7 +33,7 @@ from vista.training.optimizers import BETAS, WeightAverage
 from vista.training.run_plan import plan_run
 from vista.training.trainer import AVERAGED_PER_EPOCH
 from vista.training.validation import Validation
-from vista.training.warm_start import training_vectors
+from vista.training.warm_start import take_item_values, training_vectors
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +82,7 @@ def adapt(config: AdaptConfig, log: EventLog | None = None) -> AdaptReport:
         reads = model_reads(base, log)
         source = BatchSource(log, reads, run, origin.summaries)
         validation = Validation.of(log, reads.item_rows, run, ALONE)
-        # A store that is refreshed from this log serves these values of items.
-        if source.statistics is not None:
-            base.item_statistics.copy_(torch.from_numpy(source.statistics.latest(1 + len(base.items))))
-        if source.rates is not None:
-            base.item_rates.copy_(torch.from_numpy(source.rates.of_all(1 + len(base.items))))
+        take_item_values(base, source)  # those that a store serves which is refreshed from this log
         served = ServingModel.of(base, base.empty_summary().cpu().numpy())
         values = torch.zeros(served.num_adapted, device=device, requires_grad=True)
         history, best = _train(base, values, source, validation, run, device)

@@ -388,6 +388,14 @@ def drawn_model(config: TrainConfig, log: EventLog, schema: Schema, readers: Row
     return model
 
 
+def take_item_values(model: RankingModel, source: BatchSource) -> None:
+    """Give a model the statistics and label rates of items in the training part, where it reads them."""
+    if source.statistics is not None:
+        model.item_statistics.copy_(torch.from_numpy(source.statistics.latest(1 + len(model.items))))
+    if source.rates is not None:
+        model.item_rates.copy_(torch.from_numpy(source.rates.of_all(1 + len(model.items))))
+
+
 def start_model(
     model: RankingModel,
     log: EventLog,
@@ -398,10 +406,7 @@ def start_model(
 ) -> None:
     """Give a model what it takes from the training part: statistics and transitions of items, their vectors, its gate.
     `warm`: the warm start, if there is one; only its new items and heads are initialized."""
-    if source.statistics is not None:
-        model.item_statistics.copy_(torch.from_numpy(source.statistics.latest(1 + len(model.items))))
-    if source.rates is not None:
-        model.item_rates.copy_(torch.from_numpy(source.rates.of_all(1 + len(model.items))))
+    take_item_values(model, source)
     if source.spaces is not None and config.base is None and (warm is None or not warm.freezes):
         model.item_space.copy_(torch.from_numpy(source.spaces.of_all(1 + len(model.items))))
     if source.transitions is not None and model.transitions is not None:
