@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Floats, Int, offsets_of
+from vista.log.histories import DAY_MS
 from vista.simulation.streams import (
     EVENT_GAP_MS,
     EventStream,
@@ -125,7 +126,7 @@ class Environment:
     def counts(self, days: float) -> Int:
         """[num_items] events of each item in the last days."""
         events = self._past.events
-        recent = events.item[events.timestamp >= self.now - round(days * 86_400_000)]
+        recent = events.item[events.timestamp >= self.now - round(days * DAY_MS)]
         return np.bincount(recent, minlength=len(self.log.catalog.topic))
 
     def probabilities(self, users: Int, items: Int) -> Float32s:
@@ -146,8 +147,8 @@ class Environment:
                 np.repeat(offsets[own] - first, len(items)),
                 np.repeat(offsets[own + 1] - first, len(items)),
             )
-            logits = self.world.logits(self.log.catalog, known, asked)[:, 0].reshape(len(own), len(items))
-            out[begin : begin + len(own)] = 1 / (1 + np.exp(-logits))
+            of_click = self.world.probabilities(self.log.catalog, known, asked)[:, 0]
+            out[begin : begin + len(own)] = of_click.reshape(len(own), len(items))
         return out
 
     def examined(self, num_places: int) -> Floats:

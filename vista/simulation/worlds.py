@@ -9,7 +9,7 @@ import numpy as np
 from numpy.random import SFC64, Generator, SeedSequence
 from numpy.typing import NDArray
 
-from vista.arrays import Floats, Int, offsets_of
+from vista.arrays import Float32s, Floats, Int, offsets_of
 from vista.config import SimulateConfig
 from vista.config.checks import WorldName
 from vista.log.histories import DAY_MS
@@ -62,6 +62,10 @@ class World(ABC):
     def logits(self, catalog: Catalog, events: EventStream, asked: Queries) -> Floats:
         """Logits [N, tasks] of the labels of queries, from the known events."""
 
+    def probabilities(self, catalog: Catalog, events: EventStream, asked: Queries) -> Float32s:
+        """float32 [N, tasks] of the labels of queries, of items that the user looks at."""
+        return (1 / (1 + np.exp(-self.logits(catalog, events, asked)))).astype(np.float32)
+
     @abstractmethod
     def window_features(self, log: SimulatedLog, window: int | None, chosen: NDArray[np.bool_]) -> Floats:
         """Regressors [chosen.sum(), F] of the chosen impressions, from the last `window` events (None: all events)."""
@@ -81,7 +85,7 @@ class World(ABC):
         offsets = offsets_of(lengths)
         events, requests, candidate = self.draw(rng, config, catalog, offsets)
         asked = Queries(candidate, requests.time, offsets[requests.user], requests.stop)
-        probability = (1 / (1 + np.exp(-self.logits(catalog, events, asked)))).astype(np.float32)
+        probability = self.probabilities(catalog, events, asked)
         place = np.zeros(len(candidate), np.int64)
         if len(self.examination) > 1:
             place = places_by_popularity(rng, config, catalog, requests, candidate)
