@@ -233,12 +233,10 @@ def _single_categories(log: EventLog) -> list[Int]:
     """Codes int64 [V] of each category of which items have at most one value; 0 without a value."""
     found = []
     for column in log.item_features.values():
-        if column.kind == "category" and column.offsets is not None:
-            counts = np.diff(column.offsets)
-            if counts.max(initial=0) <= 1:
-                code = np.zeros(log.num_items, np.int64)
-                code[counts == 1] = 1 + column.data
-                found.append(code)
+        if column.is_single and column.offsets is not None:
+            code = np.zeros(log.num_items, np.int64)
+            code[column.is_known] = 1 + column.data
+            found.append(code)
     return found
 
 

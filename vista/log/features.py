@@ -48,6 +48,11 @@ class Column:
         return "number" if self.data.ndim == 1 else "vector"
 
     @property
+    def is_single(self) -> bool:
+        """Whether it is a category of which no row has several values."""
+        return self.values is not None and (self.offsets is None or np.diff(self.offsets).max(initial=0) <= 1)
+
+    @property
     def size(self) -> int:
         """Number of values of a category, or dimensions of a vector; 1 for a number."""
         if self.values is not None:

@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from vista.config import OptimConfig, TrainConfig
@@ -130,9 +129,8 @@ def _keys_of_labels(model: RankingConfig, log: EventLog, *, by_action: bool) -> 
     categories = [
         name
         for name, column in (log.item_features if model.reads("item_features") else {}).items()
-        if column.kind == "category" and column.size * ITEMS_PER_VALUE <= log.num_items
+        if column.is_single and column.size * ITEMS_PER_VALUE <= log.num_items
         if "*" not in name and is_category(name)  # else a key means something else
-        if column.offsets is None or np.diff(column.offsets).max(initial=0) <= 1
     ][:MOST_CATEGORIES]
     by_action &= 1 < len(log.actions) <= MOST_ACTIONS and not any("*" in name for name in log.actions)
     return [ITEM, *categories, *([ACTION, *(f"{name}*{ACTION}" for name in categories)] if by_action else [])]
