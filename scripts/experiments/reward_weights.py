@@ -77,7 +77,7 @@ class SimulatedTruth:
         user = np.repeat(np.arange(NUM_USERS), np.diff(world.offsets))
         place = np.arange(world.num_events)
         asked = Queries(world.item, world.timestamp, world.offsets[user], np.maximum(place, world.offsets[user] + 1))
-        probability = _probabilities(world, asked)[:, 0]
+        probability = WORLDS[config.world].probabilities(world.catalog, world, asked)[:, 0]  # type: ignore[arg-type]
         clicked = np.random.default_rng([seed, 1]).random(len(user)) < probability
         before = world.timestamp < split_times(config)[0]
         total = np.bincount(world.item[before], clicked[before], NUM_ITEMS)
@@ -134,7 +134,7 @@ class SimulatedTruth:
             np.repeat(start, TOP_K),
             np.repeat(place, TOP_K),
         )
-        shown = _probabilities(self.world, asked)
+        shown = WORLDS[self.world.config.world].probabilities(self.world.catalog, self.world, asked)  # type: ignore[arg-type]
         rewards = [
             self.log.slice(int(u), int(s), int(s) + 1).features.columns["clicked"][0]
             for u, s in zip(cases.user, cases.seen, strict=True)
@@ -146,11 +146,6 @@ class SimulatedTruth:
             "ndcg": ndcg,
             "reward ndcg": ndcg * reward / reward.mean(),
         }
-
-
-def _probabilities(world: SimulatedLog, asked: Queries) -> Floats:
-    """[N, tasks] true probabilities."""
-    return 1 / (1 + np.exp(-WORLDS[world.config.world].logits(world.catalog, world, asked)))  # type: ignore[arg-type]
 
 
 def words(env: SimulatedTruth) -> list[str]:
