@@ -254,6 +254,7 @@ def test_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("train --model.dim=3", ["--model.dim=3", "written without dashes: model.dim=3"]),
         ("prepare events=clicks.csv", ["events: is a group of keys", "events.paths"]),
         ("trian", ["unknown command 'trian'", "did you mean train?", *NAMES]),
+        ("rank", ["unknown command 'rank'", "did you mean score?"]),
     ],
 )
 def test_one_line_names_the_key_and_the_remedy(capsys: pytest.CaptureFixture[str], line: str, parts: list[str]) -> None:

