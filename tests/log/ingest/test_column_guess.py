@@ -37,13 +37,16 @@ def messages(caplog: pytest.LogCaptureFixture) -> str:
     return "\n".join(record.message for record in caplog.records)
 
 
-def test_a_bare_file_is_prepared_and_the_guess_can_be_pasted(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bare_file_is_prepared_and_the_guess_can_be_pasted(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("retail.csv").write_text(RETAIL)
     with caplog.at_level("INFO", "vista.prepare"):
         assert main(["prepare", "retail.csv", "out=guessed"]) == 0
     said = messages(caplog)
     assert "retail.csv: guessed events.user=CustomerID events.item=StockCode events.timestamp=InvoiceDate" in said
     assert "retail.csv: not read: InvoiceNo, Description, Quantity;" in said
+    assert (said + capsys.readouterr().out).count("is read with the month first") == 1
     asked = "to confirm, add to the command: "
     (confirming,) = (line for line in said.splitlines() if line.startswith(asked))
     assert main(["prepare", "retail.csv", *shlex.split(confirming.removeprefix(asked)), "out=named"]) == 0

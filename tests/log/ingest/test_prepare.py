@@ -151,7 +151,7 @@ def test_actions_are_added_by_later_segments(tmp_path: Path) -> None:
     later = write_csv(tmp_path / "b.csv", [(1, 3, 3, "add"), (1, 4, 4, "view")], "user,item,timestamp,kind")
     old = "all times are before 1971; check events.time_unit, in case seconds were read as milliseconds"
     report = run(tmp_path / "log", [first], action="kind")
-    assert report.warnings == [old] and f"warning: {old}" in str(report)
+    assert report.warnings == [old]
     warned = run(tmp_path / "log", [later], append=True, action="kind").warnings
     assert warned[1:] == [
         "the log has the new actions add; models that use actions do not know them, so retrain these models before the "

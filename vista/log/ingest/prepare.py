@@ -149,7 +149,7 @@ class PrepareReport:
         ]
         if self.quarantine is not None:
             lines.append(f"{self.num_quarantined:,} bad rows set aside in {self.quarantine}")
-        return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
+        return "\n".join(lines)
 
 
 class StageTimes(dict[str, float]):
