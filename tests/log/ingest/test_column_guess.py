@@ -56,6 +56,33 @@ def test_a_bare_file_is_prepared_and_the_guess_can_be_pasted(
         assert log[17850].timestamp.tolist() == [1483357980000, 1485334860000]
 
 
+@pytest.mark.parametrize("name", ["action", "eventType", "Type", "event"])
+def test_columns_of_actions(name: str) -> None:
+    Path("log.csv").write_text(f"user,item,time,{name}\n1,2,2017-01-25,view\n1,3,2017-01-26,buy\n1,2,2017-01-27,view\n")
+    run("files=[log.csv]")
+    log = EventLog.open("data/log")
+    assert [log.actions[code] for code in log[1].action] == ["view", "buy", "view"]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("kind", ["view"] * 21),
+        ("type", [str(n % 2) for n in range(21)]),
+        ("action", [f"word-{chr(97 + n)}" for n in range(21)]),
+        ("action,event", ["view,click"] * 21),
+    ],
+)
+def test_columns_that_are_not_taken_for_actions(name: str, values: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """By their names, numbers, or many texts, or because there are two."""
+    rows = [f"1,{n},{1112486027 + n},{value}\n" for n, value in enumerate(values)]
+    Path("log.csv").write_text("".join([f"user,item,time,{name}\n", *rows]))
+    with caplog.at_level("INFO", "vista.prepare"):
+        run("files=[log.csv]")
+    assert len(EventLog.open("data/log").actions) == 1
+    assert f"log.csv: not read: {name.replace(',', ', ')};" in messages(caplog)
+
+
 @pytest.mark.parametrize(
     ("header", "row", "guess"),
     [

@@ -39,6 +39,10 @@ _ITEMS = (
     "offer isbn show recipe restaurant business merchant goods"
 )
 _TIMES = "timestamp datetime time date ts created when"
+_ACTIONS = frozenset(["action", "event", "event_type", "type"])
+"""Names of columns of actions."""
+_MAX_ACTIONS = 20
+"""A column with more distinct texts is not taken for actions."""
 _WORDS = {"user": frozenset(_USERS.split()), "item": frozenset(_ITEMS.split()), "timestamp": frozenset(_TIMES.split())}
 """What names of columns contain, by role."""
 _IDS = frozenset(["id", "ids", "uid", "uuid", "code", "key", "no", "number", "num", "index", "sk"])
@@ -94,7 +98,8 @@ def with_guesses(config: SourceConfig, files: Sequence[str], parser: SourceParse
     """The configuration of files of events, where what it leaves open is guessed and logged.
 
     A folder of a public data set and a file in a known format are read as such. Of other files, the columns of users,
-    items, and times are guessed, and a separator that is not a comma; columns that the configuration names are kept.
+    items, times, and actions are guessed, and a separator that is not a comma; columns that the configuration names are
+    kept.
 
     Args:
         config: kind, columns, separator.
@@ -179,6 +184,10 @@ def guess_columns(file: Path, config: SourceConfig, required: Sequence[str]) -> 
     if doubts:
         texts = [_doubt(role, candidates, rows.select(left)) for role, candidates in doubts.items()]
         raise ConfigError(f"{file}: {'; '.join(texts)}")
+    actions = [name for name in left if _is_action(name, rows[name])] if config.action is None else []
+    if len(actions) == 1:
+        guesses["action"] = actions[0]
+        left.remove(actions[0])
     unit = times.get(guesses.get("timestamp", ""), "")
     if unit and config.time_form is None:
         guesses["time_unit"] = unit
@@ -227,10 +236,22 @@ def _time_unit(values: pl.Series) -> str | None:
     return "" if max(shares) > 0.5 else None
 
 
+def _parts(name: str) -> list[str]:
+    """The words of a column's name, in lower case."""
+    return [part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
+
+
+def _is_action(name: str, values: pl.Series) -> bool:
+    """Whether a column has few distinct texts, none of them a number, and the name of a column of actions."""
+    if "_".join(_parts(name)) not in _ACTIONS or values.dtype not in (pl.String, pl.Categorical, pl.Enum):
+        return False
+    texts = values.drop_nulls().cast(pl.String).unique()
+    return 0 < len(texts) <= _MAX_ACTIONS and texts.cast(pl.Float64, strict=False).is_null().all()
+
+
 def _rank(role: str, name: str) -> int | None:
     """How well a column's name says its role, from 0 for the best; None if it does not."""
-    parts = [part.lower() for part in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
-    words = _WORDS[role]
+    parts, words = _parts(name), _WORDS[role]
     if parts and parts[-1].endswith("id") and parts[-1][:-2] in words:  # such as visitorid
         parts = [*parts[:-1], parts[-1][:-2], "id"]
     others = [part for part in parts if part not in words]
