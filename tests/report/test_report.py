@@ -209,7 +209,7 @@ def test_shows_how_much_lists_follow_popularity(reported: Reported) -> None:
 
 def test_opens_with_a_verdict(reported: Reported) -> None:
     better, added, fresh = reported.report.verdict
-    assert re.match(r"Better than simple baselines\? AUC of click 0\.\d{4}: (ahead of|tie with|behind) \w+", better)
+    assert re.match(r"Better than simple baselines\? AUC of click 0\.\d{4}: (ahead of|level with|behind) \w+", better)
     assert re.match(r"What does the summary add to the same model without one, k0\? AUC of click [+-]0\.\d{4}", added)
     assert re.match(r"Is it fresh\? The store is refreshed once, so half of the impressions come at most \d+ ev", fresh)
     page = html.unescape(re.sub(r"</?[bp]>", "", reported.page))

@@ -45,7 +45,7 @@ def test_an_estimate_of_users() -> None:
     assert estimate.text() == f"2.3333 ± {estimate.error:.4f}"
     assert Estimate(float("nan")).text() == "–" and Estimate(0.5).text(signed=True) == "+0.5000"
     standings = [Estimate(value, 0.1).standing for value in (0.21, 0.2, -0.2, -0.21)]
-    assert standings == ["ahead", "tie", "tie", "behind"] and Estimate(0.1).standing == "unknown"
+    assert standings == ["ahead", "level", "level", "behind"] and Estimate(0.1).standing == "unknown"
 
 
 def test_drawn_aucs_are_those_of_repeated_users() -> None:

@@ -214,7 +214,7 @@ def decided_by(metric: str) -> Any:
 
 @pytest.mark.parametrize("counts", [False, True])
 @pytest.mark.parametrize(
-    ("reached", "standing"), [(0.27, "behind"), (0.29, "tie"), (0.3, "tie"), (0.31, "tie"), (0.33, "ahead")]
+    ("reached", "standing"), [(0.27, "behind"), (0.29, "level"), (0.3, "level"), (0.31, "level"), (0.33, "ahead")]
 )
 def test_the_last_lines_compare_with_the_best_baseline_by_two_standard_errors(
     reached: float, standing: str, counts: bool, caplog: pytest.LogCaptureFixture

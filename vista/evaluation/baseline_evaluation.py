@@ -14,7 +14,7 @@ from vista.config import DataConfig, EvaluateConfig
 from vista.config.checks import AskedBaselines, Split, Target
 from vista.errors import ConfigError
 from vista.evaluation.cases import ImpressionCases
-from vista.evaluation.comparison import Estimate, PerUserMetrics, mean_cell, per_user_path
+from vista.evaluation.comparison import LEVEL, Estimate, PerUserMetrics, mean_cell, per_user_path
 from vista.evaluation.counting_baselines import (
     CountingBaseline,
     Ease,
@@ -43,7 +43,7 @@ from vista.model.ranking_model import RankingModel
 from vista.progress_bar import progress_bar, ticking
 from vista.text_table import text_table
 
-STANDING = "ahead, tie, behind: the model against the baseline, by two standard errors over users (paired)"
+STANDING = f"ahead, behind: the model against the baseline, by two standard errors over users (paired); {LEVEL}"
 LOSS = "log_loss"
 """Metrics whose name begins with this are better if they are smaller."""
 
@@ -64,13 +64,13 @@ class BaselineReport:
         return {name: own.means() for name, own in self.per_user.items()}
 
     def standing(self, baseline: str, metric: str) -> str:
-        """Whether the model is ahead of a baseline, behind it, or neither (tie): by two standard errors of the paired
+        """Whether the model is ahead of a baseline, behind it, or neither (level): by two standard errors of the paired
         difference. A dash if the metric is undefined."""
         gains = self.model.values[metric] - self.per_user[baseline].values[metric]
         gain = Estimate.of_users(-gains if metric.startswith(LOSS) else gains)
         if not math.isfinite(gain.value):
             return "–"
-        return gain.standing if math.isfinite(gain.error) else "tie"
+        return gain.standing if math.isfinite(gain.error) else "level"
 
     def save(self, out: str) -> None:
         """Write the metrics of each user where `vista compare` finds them under the name <out>.<baseline>."""

@@ -210,7 +210,8 @@ def compare(config: CompareConfig) -> Comparison:
 
 
 ERRORS_APART = 2
-"""Standard errors of a difference that is ahead or behind; a smaller one is a tie."""
+"""Standard errors of a difference that is ahead or behind; a smaller one is level."""
+LEVEL = "level: within two standard errors, which does not mean equal"
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,11 +237,11 @@ class Estimate:
 
     @property
     def standing(self) -> str:
-        """Of a difference: ahead or behind by two standard errors, else tie; unknown without an error."""
+        """Of a difference: ahead or behind by two standard errors, else level; unknown without an error."""
         if not math.isfinite(self.error):
             return "unknown"
         if abs(self.value) <= ERRORS_APART * self.error:
-            return "tie"
+            return "level"
         return "ahead" if self.value > 0 else "behind"
 
     def text(self, *, signed: bool = False) -> str:

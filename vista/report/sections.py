@@ -14,7 +14,7 @@ from vista.arrays import Floats, Int
 from vista.config import TrainConfig
 from vista.config.checks import to_dict
 from vista.config.composition import value_text
-from vista.evaluation.comparison import AucMeasure, Estimate, Measure
+from vista.evaluation.comparison import LEVEL, AucMeasure, Estimate, Measure
 from vista.evaluation.metrics import calibration, gauc, mean_and_error, normalized_entropy
 from vista.log.event_log import EventLog
 from vista.log.splits import Until, split_until
@@ -83,15 +83,16 @@ def _against_baselines(data: ComparisonData, measure: Measure) -> str:
     if best is None:
         return f"{measure.title} is {own.value:.4f}; no baseline was measured."
     gain = measure.difference(data.own, best)
-    return f"{measure.title} {own.value:.4f}: {_standing(gain)} {best} ({gain.text(signed=True)})."
+    within = ", within two standard errors" if gain.standing == "level" else ""
+    return f"{measure.title} {own.value:.4f}: {_standing(gain)} {best} ({gain.text(signed=True)}{within})."
 
 
 def _standing(gain: Estimate) -> str:
-    return {"ahead": "ahead of", "behind": "behind", "tie": "tie with"}.get(gain.standing, "not comparable to")
+    return {"ahead": "ahead of", "behind": "behind", "level": "level with"}.get(gain.standing, "not comparable to")
 
 
 def _added(gain: Estimate) -> str:
-    return {"ahead": "better", "behind": "worse", "tie": "tie"}.get(gain.standing, "unknown")
+    return {"ahead": "better", "behind": "worse", "level": "level"}.get(gain.standing, "unknown")
 
 
 def _freshness(own: MeasuredRun, log: EventLog, split: str) -> str:
@@ -127,7 +128,7 @@ def quality_text(data: ComparisonData) -> str:
                 row += [gains[row[0]].text(signed=True), gains[row[0]].standing]
         head = [measure.title, "", f"{data.own} minus it", data.own]
         tables.append(text_table(head, [[*row, "", ""][: len(head)] for row in rows]))
-    return "\n\n".join(tables)
+    return "\n\n".join([*tables, LEVEL])
 
 
 def quality_section(data: ComparisonData, split: str) -> PageSection:
@@ -155,7 +156,7 @@ def quality_section(data: ComparisonData, split: str) -> PageSection:
     body.append(
         paragraph(
             "± is one standard error over users. Differences are paired: both models answer the same cases of the same "
-            "users. Ahead and behind mean by two standard errors. The baselines count events, or fit a "
+            f"users. Ahead and behind mean by two standard errors; {LEVEL}. The baselines count events, or fit a "
             "logistic regression to earlier labels (item rate, counter baseline, and pooled-vector baseline), and read "
             "all events before each question."
         )

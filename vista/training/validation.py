@@ -530,7 +530,7 @@ def compare_with_baselines(progress: Progress, validation: Validation, *, counts
     if lead.standing == "behind":
         logger.warning("%s: behind; %s", found, WITH_COUNTERS if counts else WITHOUT_COUNTERS)
     else:
-        logger.info("%s: %s", found, lead.standing)
+        logger.info("%s: %s", found, "level, within two standard errors" if lead.standing == "level" else lead.standing)
 
 
 def _best_baseline(measured: dict[str, dict[str, float]], metric: str) -> str:
