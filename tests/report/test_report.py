@@ -209,7 +209,9 @@ def test_shows_how_much_lists_follow_popularity(reported: Reported) -> None:
 
 def test_opens_with_a_verdict(reported: Reported) -> None:
     better, added, fresh = reported.report.verdict
-    assert re.match(r"Better than simple baselines\? AUC of click 0\.\d{4}: (ahead of|level with|behind) \w+", better)
+    assert re.match(
+        r"Better than simple baselines\? AUC of click on test 0\.\d{4}: (ahead of|level with|behind) \w+", better
+    )
     assert re.match(r"What does the summary add to the same model without one, k0\? AUC of click [+-]0\.\d{4}", added)
     assert re.match(r"Is it fresh\? The store is refreshed once, so half of the impressions come at most \d+ ev", fresh)
     page = html.unescape(re.sub(r"</?[bp]>", "", reported.page))
@@ -365,7 +367,7 @@ def test_progress_is_shown(
     words = [f"run={served_tasks.config.run_dir}", f"store={served_tasks.test_store}", f"out={tmp_path / 'r.html'}"]
     assert main(["report", *words, "num_threads=1"]) == 0
     out, err = capsys.readouterr()
-    assert f"{tmp_path / 'r.html'}: " in out and "Better than simple baselines? AUC of click 0." in out
+    assert f"{tmp_path / 'r.html'}: " in out and "Better than simple baselines? AUC of click on test 0." in out
     for part in PROGRESS:
         assert re.search(rf"^{part}: \d+ of \d+ \w+ \(\d+%\), .+/\w+, \S+ left", err, re.M), (part, err)
     assert re.search(r"^latency: \d round, ", err, re.M)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 from xml.etree import ElementTree
 
@@ -22,7 +23,14 @@ from vista.report import case_parts
 from vista.report.case_parts import CasePart, age_parts, ages_by_vectors, category_ages, length_parts, similar_ages
 from vista.report.html_page import PageSection, Series, interval_chart, line_chart, render_page
 from vista.report.report_data import MAX_ROUNDS, MIN_ROUNDS, ORACLE, REQUESTS_PER_ROUND, ComparisonData, Latency, _shown
-from vista.report.sections import latency_section, quality_section, split_section
+from vista.report.sections import (
+    _against_baselines,
+    _of_one_day,
+    latency_section,
+    quality_section,
+    quality_text,
+    split_section,
+)
 from vista.scorer import CandidateSet, Scorer
 
 
@@ -190,6 +198,31 @@ def test_an_undefined_baseline_is_neither_shown_nor_listed_first() -> None:
     page = "\n".join(quality_section(data, "test").body)
     rows = re.findall(r"<tr[^>]*><t[dh][^>]*>([^<]*)", page)
     assert [row for row in rows if row in values] == ["best", "run", "weak", "undefined"]
+
+
+def test_a_difference_within_two_errors_is_called_level_on_the_split() -> None:
+    user, own = np.arange(40), np.linspace(0, 1, 40)
+    noise = 0.1 * np.cos(np.pi * user)
+    for shift, word in ((-0.03, "level with"), (0.03, "level with"), (-0.1, "ahead of"), (0.1, "behind")):
+        values = {"run": own, "best": own + noise + shift}
+        measure = MeanMeasure("hr@10", "hr@10", user, user, None, values)
+        ranking = {name: PerUserMetrics(user, {"hr@10": each}, {}) for name, each in values.items()}
+        data = ComparisonData(["run"], ranking, None, {}, [measure], ["run", "best"])
+        said, printed = _against_baselines(data, measure, "test"), quality_text(data, "test")
+        assert said.startswith(f"hr@10 on test 0.5000: {word} best (")
+        assert ("within two standard errors" in said) == (word == "level with")
+        assert printed.startswith("hr@10, test ") and f" {word.split()[0]}\n" in printed
+
+
+def test_days_whose_events_the_tail_has_room_for(tmp_path: Path) -> None:
+    day = 86_400_000
+    times = {1: [0, 1, 2, day], 2: [day - 5, day - 4, day - 3, day - 2, day - 1], 3: [-31 * day]}
+    rows = [(user, 7, 1_500_000_000_000 // day * day + ms) for user, each in times.items() for ms in each]
+    log = EventLog.from_frame(
+        dict(zip(("user", "item", "timestamp"), zip(*rows, strict=True), strict=True)), tmp_path / "log", time_unit="ms"
+    )
+    shares = {tail_len: re.findall(r"On (\d+)% of the days", _of_one_day(log, tail_len)) for tail_len in (1, 3, 5)}
+    assert shares == {1: ["33"], 3: ["67"], 5: ["100"]}, "user 3 was not active in the newest 30 days"
 
 
 def test_ages_by_category(impression_log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:

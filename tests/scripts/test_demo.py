@@ -32,7 +32,9 @@ def test_on_the_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     ):
         assert shown in text, shown
     better, added, fresh = report.verdict
-    assert better.startswith("Better than simple baselines? AUC of click 0.") and "without-summary? AUC" in added
+    assert (
+        better.startswith("Better than simple baselines? AUC of click on test 0.") and "without-summary? AUC" in added
+    )
     assert "The store is refreshed every 7 days" in fresh
     assert {"Quality by history length", "Quality by user activity"} <= set(report.findings)
     capsys.readouterr()

@@ -229,7 +229,7 @@ def test_the_last_lines_compare_with_the_best_baseline_by_two_standard_errors(
         compare_with_baselines(progress, decided_by("ne/click"), counts=counts)
     (record,) = caplog.records
     lead = f"{reached - 0.3:+.4f} ± 0.0100 compared with the best counting baseline, own frequency: {standing}"
-    assert record.message.startswith(f"ndcg@10 {reached:.4f}, {lead}")
+    assert record.message.startswith(f"validation ndcg@10 {reached:.4f}, {lead}")
     assert (record.levelno == logging.WARNING) == (standing == "behind")
     assert standing != "behind" or ("count more" in caplog.text) == counts
 

@@ -146,7 +146,9 @@ def write_report(config: ReportConfig, *, latency: Latency | None = None, notes:
     page = render_page(f"Report: {name}", lines, intro, [*sections, limits_section(missing)])
     replace_text(out, page)
     findings = {section.title: section.finding for section in sections}
-    return WrittenReport(out, len(page.encode()), time.perf_counter() - began, lines, quality_text(data), findings)
+    return WrittenReport(
+        out, len(page.encode()), time.perf_counter() - began, lines, quality_text(data, config.split), findings
+    )
 
 
 def _name(folder: str, config: ReportConfig) -> str:

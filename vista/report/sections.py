@@ -17,6 +17,7 @@ from vista.config.composition import value_text
 from vista.evaluation.comparison import LEVEL, AucMeasure, Estimate, Measure
 from vista.evaluation.metrics import calibration, gauc, mean_and_error, normalized_entropy
 from vista.log.event_log import EventLog
+from vista.log.histories import DAY_MS
 from vista.log.splits import Until, split_until
 from vista.model.item_feature_table import category_codes
 from vista.model.vista_model import VistaModel
@@ -55,6 +56,8 @@ MOST_GROUPS = 20
 """Groups of items whose exposure is shown."""
 MOST_VALUES = 50
 """Values of a category that forms groups of items, if none is named."""
+FRESH_DAYS = 30
+"""Newest days of a log whose events per user are counted."""
 MIN_CASES = 30
 """A part with fewer cases is not shown."""
 
@@ -62,7 +65,8 @@ MIN_CASES = 30
 def verdict(data: ComparisonData, own: MeasuredRun, without: str | None, log: EventLog, split: str) -> list[str]:
     """Three lines: whether the run is better than the best baseline, what its summary adds, and whether it is fresh.
     `without`: the run whose model has no summary; None without one."""
-    lines = [" ".join(["Better than simple baselines?", *(_against_baselines(data, each) for each in data.measures)])]
+    found = (_against_baselines(data, each, split) for each in data.measures)
+    lines = [" ".join(["Better than simple baselines?", *found])]
     if without is None:
         lines.append(
             "What does the summary add? Not measured: train the same model with model.num_seeds=0, and name its run in "
@@ -77,14 +81,14 @@ def verdict(data: ComparisonData, own: MeasuredRun, without: str | None, log: Ev
     return lines
 
 
-def _against_baselines(data: ComparisonData, measure: Measure) -> str:
+def _against_baselines(data: ComparisonData, measure: Measure, split: str) -> str:
     estimates = measure.estimates()
     own, best = estimates[data.own], data.best_baseline(measure, estimates)
     if best is None:
-        return f"{measure.title} is {own.value:.4f}; no baseline was measured."
+        return f"{measure.title} on {split} is {own.value:.4f}; no baseline was measured."
     gain = measure.difference(data.own, best)
     within = ", within two standard errors" if gain.standing == "level" else ""
-    return f"{measure.title} {own.value:.4f}: {_standing(gain)} {best} ({gain.text(signed=True)}{within})."
+    return f"{measure.title} on {split} {own.value:.4f}: {_standing(gain)} {best} ({gain.text(signed=True)}{within})."
 
 
 def _standing(gain: Estimate) -> str:
@@ -104,10 +108,7 @@ def _freshness(own: MeasuredRun, log: EventLog, split: str) -> str:
         own.model.data.refresh_days,
     )
     if missing is None or not len(missing):
-        return (
-            "Not measured: without impressions, each question comes right after the refresh. `vista evaluate "
-            "staleness=N` measures summaries that lack each user's newest N events."
-        )
+        return f"Here, each question comes right after the refresh. {_of_one_day(log, tail_len)}"
     often = f"The store is refreshed every {refresh_days:g} days" if refresh_days else "The store is refreshed once"
     lost = float((missing > tail_len).mean())
     return (
@@ -116,7 +117,23 @@ def _freshness(own: MeasuredRun, log: EventLog, split: str) -> str:
     )
 
 
-def quality_text(data: ComparisonData) -> str:
+def _of_one_day(log: EventLog, tail_len: int) -> str:
+    """Whether the tail has room for the events that a summary lacks between two refreshes a day apart."""
+    measured = "`vista evaluate staleness=N` measures summaries that lack each user's newest N events."
+    if (times := log.time_range()) is None:
+        return measured
+    newest = times[1] // DAY_MS
+    midnights = range(newest - FRESH_DAYS + 1, newest + 2)
+    per_day = np.diff(np.stack([log.counts_before(day * DAY_MS) for day in midnights]), axis=0)
+    active = per_day[per_day > 0]
+    return (
+        "A store that is refreshed every night lacks the events of the day. On "
+        f"{(active <= tail_len).mean():.0%} of the days on which a user was active, these are at most {tail_len} "
+        f"events, which the tail has room for. {measured}"
+    )
+
+
+def quality_text(data: ComparisonData, split: str) -> str:
     """What the parts of the model add, and the run next to everything else, as plain-text tables."""
     tables = []
     for measure in data.measures:
@@ -126,7 +143,7 @@ def quality_text(data: ComparisonData) -> str:
         for row in rows:
             if row[0] in gains:
                 row += [gains[row[0]].text(signed=True), gains[row[0]].standing]
-        head = [measure.title, "", f"{data.own} minus it", data.own]
+        head = [f"{measure.title}, {split}", "", f"{data.own} minus it", data.own]
         tables.append(text_table(head, [[*row, "", ""][: len(head)] for row in rows]))
     return "\n\n".join([*tables, LEVEL])
 

@@ -389,7 +389,7 @@ class Validation:
             of_users[baseline.name] = self.ranked_users
         numbers = ", ".join(f"{name} {metrics[self.ranking_metric]:.4f}" for name, metrics in measured.items())
         seconds = time.perf_counter() - began
-        logger.info("counting baselines (%.1f s), %s: %s", seconds, self.ranking_metric, numbers)
+        logger.info("counting baselines (%.1f s), validation %s: %s", seconds, self.ranking_metric, numbers)
         return measured, of_users[_best_baseline(measured, self.ranking_metric)].tolist()
 
     def _ranking_metrics(
@@ -526,7 +526,8 @@ def compare_with_baselines(progress: Progress, validation: Validation, *, counts
         return
     name = _best_baseline(progress.baselines, metric)
     lead = Estimate(*progress.lead)
-    found = f"{metric} {best[0][metric]:.4f}, {lead.text(signed=True)} compared with the best counting baseline, {name}"
+    reached = f"validation {metric} {best[0][metric]:.4f}"
+    found = f"{reached}, {lead.text(signed=True)} compared with the best counting baseline, {name}"
     if lead.standing == "behind":
         logger.warning("%s: behind; %s", found, WITH_COUNTERS if counts else WITHOUT_COUNTERS)
     else:
