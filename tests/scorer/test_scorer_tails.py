@@ -238,7 +238,10 @@ def test_requests_without_a_time_come_now(served: Served, scorer: Scorer, monkey
 def test_unknown_user_by_policy(served: Served) -> None:
     with pytest.raises(UnknownUserError, match=r"users \[999\] have no record"):
         run_score(score_config(served, users=["999"], on_missing=OnMissing.error))
-    assert run_score(score_config(served, users=["999"], top_k=1)).count("user 999 (no record, now ") == 1
+    said = run_score(score_config(served, users=["999"], top_k=1))
+    assert "user 999 (no record, so scored like a new user: by the items alone, such as their popularity; now " in said
+    said = run_score(score_config(served, users=["999"], candidates=["10"], on_missing=OnMissing.nan))
+    assert "user 999 (no record; now " in said
 
 
 def test_items_are_explained_with_their_names(served: Served, scorer: Scorer, tmp_path: Path) -> None:

@@ -201,9 +201,12 @@ def _features(words: Sequence[str], num_candidates: int) -> dict[str, Any]:
 
 
 def _problem(scorer: Scorer, user: Any) -> str:
-    """What is wrong with a user's record, for the user's line."""
+    """What is wrong with a user's record, and what that means for the scores, for the user's line."""
     try:
-        return "" if scorer.store.get_many([user]).found[0] else "no record"
+        if scorer.store.get_many([user]).found[0]:
+            return ""
+        alike = ", so scored like a new user: by the items alone, such as their popularity"
+        return "no record" + alike * (scorer.on_missing is OnMissing.empty)
     except RecordError:
         if scorer.on_missing is not OnMissing.nan:
             raise
@@ -218,7 +221,7 @@ def _remarks(problem: str, scorer: Scorer | None) -> str:
     remarks = [problem] * bool(problem) + (
         [] if time_ms is None else [f"now {datetime.fromtimestamp(time_ms // 1000, UTC):%Y-%m-%dT%H:%M}"]
     )
-    return f" ({', '.join(remarks)})" if remarks else ""
+    return f" ({'; '.join(remarks)})" if remarks else ""
 
 
 def run_serve(config: ServeConfig) -> None:

@@ -192,7 +192,8 @@ def show_ranking(workspace: Workspace, user: int | str | None) -> None:
         return
     if not record_of(scorer, user).found[0]:
         st.warning(
-            f"User {escaped(user)} has no record, so this is the ranking of an empty history.",
+            f"User {escaped(user)} has no record, so this is the ranking for a new user: by the items alone, such as "
+            "their popularity.",
             icon=":material/person_off:",
         )
     names = [f"{place + 1}. {name}" for place, name in enumerate(ranking.names)]
