@@ -50,7 +50,8 @@ def test_devices() -> None:
 
 
 @pytest.mark.processor
-def test_precision(force_processor: Callable[[str], None]) -> None:
+def test_precision(force_processor: Callable[[str], None], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     cpu = torch.device("cpu")
     assert choose_precision(Precision.float32, cpu) is Precision.float32
     assert choose_precision(Precision.bfloat16, cpu) is Precision.bfloat16
@@ -62,6 +63,7 @@ def test_precision(force_processor: Callable[[str], None]) -> None:
         assert choose_precision(Precision.auto, cpu) is expected
         assert choose_precision(Precision.auto, torch.device("cuda")) is Precision.bfloat16
         assert choose_precision(Precision.auto, torch.device("mps")) is Precision.float32
+    assert not caplog.messages
 
 
 def test_a_wrong_processor_is_an_error_of_the_configuration(force_processor: Callable[[str], None]) -> None:

@@ -96,12 +96,12 @@ def cpu_settings(num_threads: int) -> Iterator[ThreadChoice]:
 
 
 def choose_precision(asked: Precision, device: torch.device) -> Precision:
-    """Return the precision of matrix products, and log it if it was left open. `auto` is bfloat16 on GPUs and on
-    processors that multiply it faster (`vista_kernels.processor`), else float32."""
+    """Return the precision of matrix products. `auto` is bfloat16 on GPUs and on processors that multiply it
+    faster (`vista_kernels.processor`), else float32."""
     if asked is not Precision.auto:
         return asked
     chosen = Precision.bfloat16 if multiplies_bfloat16(device.type) else Precision.float32
-    logger.info("precision=auto: %s on %s", chosen.value, device)
+    logger.debug("precision=auto: %s on %s", chosen.value, device)
     return chosen
 
 

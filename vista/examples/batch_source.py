@@ -402,7 +402,7 @@ class BatchSource:
             began = time.perf_counter()
             num_rows = 1 + largest  # those of items that histories do not know are 0
             self.spaces = ItemSpaces(log, self._history_rows, self.counts, dim, seed=config.seed, num_rows=num_rows)
-            logger.info("item vectors of %d values for pooled vectors (%.1f s)", dim, time.perf_counter() - began)
+            logger.debug("item vectors of %d values for pooled vectors (%.1f s)", dim, time.perf_counter() - began)
         self.rates: ItemRates | None = None
         """Of the model rows; None for a model without pooled vectors or tasks."""
         if self.spaces is not None and tasks:
@@ -419,7 +419,7 @@ class BatchSource:
         if self._reads_counts and (size := config.model.num_transitions):
             began = time.perf_counter()
             self.transitions = TransitionCounts(log, reads.item_rows, self.counts, size)
-            logger.info("the %d most frequent next items of each item (%.1f s)", size, time.perf_counter() - began)
+            logger.debug("the %d most frequent next items of each item (%.1f s)", size, time.perf_counter() - began)
         self._rewards = EventRewards(log, self.counts, config.optim) if config.optim.reward else None
         self._chunk_len = chunk_len(config)
         self._epoch = -1
