@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 
 from tests.conftest import DAY, Served, serve, small_config
 from tests.explore.conftest import places_of
+from vista.cli.serving_commands import run_score
+from vista.config import ScoreConfig, ServeConfig
 from vista.explore.rankings import (
     changes,
     common_task,
@@ -26,9 +29,40 @@ from vista.explore.workspace import Workspace, open_page_scorer, record_of
 from vista.log.event_log import EventLog
 from vista.log.histories import NO_TIMESTAMP
 from vista.refresh import refresh
-from vista.scorer import Ranking
+from vista.scorer import NOW, Ranking
+from vista.serve.scoring_service import ScoringService
 
 USER = 104
+
+
+@pytest.mark.parametrize("days_since", [5, 400])
+def test_shell_http_page_and_explanations_share_a_default_time(
+    workspace: Workspace, days_since: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The current time, but at most 30 days after the user's newest event."""
+    scorer, places = workspace.scorer, workspace.places
+    assert scorer is not None and places.store is not None
+    newest = int(record_of(scorer, USER).last_event_ts[0])
+    monkeypatch.setattr("vista.scorer.request.time.time_ns", lambda: (newest + days_since * DAY) * 1_000_000)
+    expected = newest + min(days_since, 30) * DAY
+    ranked = scorer.rank(USER, top_k=5, now=expected)
+
+    assert request_time(USER, scorer) == expected
+    page = explained_ranking(workspace, scorer, USER, top_k=5, now=request_time(USER, scorer))
+    assert page is not None and page.explanation.items == ranked.items.tolist()
+    service = ScoringService(scorer, ServeConfig())
+    asked = json.dumps({"user": USER, "top_k": 5}).encode()
+    answer = json.loads(service.rank(asked, "application/json", 60.0).body)
+    assert (answer["items"], answer["now"]) == (ranked.items.tolist(), expected)
+    asked = json.dumps({"user": USER, "items": ranked.items.tolist()}).encode()
+    told = json.loads(service.explain(asked, "application/json").body)
+    assert told["now"] == expected
+    np.testing.assert_allclose(told["value"], scorer.explain(USER, ranked.items, now=expected).value)
+    np.testing.assert_allclose(scorer.explain(USER, ranked.items, now=NOW).value, told["value"])
+    shell = ScoreConfig(model=str(places.model), store=str(places.store), users=[str(USER)], top_k=5)
+    (line,) = run_score(shell).splitlines()[1:]
+    pairs = ", ".join(f"{item} {score:.4f}" for item, score in zip(ranked.items, ranked.scores, strict=True))
+    assert line == f"user {USER} (now {np.datetime64(expected // 60_000, 'm')}): {pairs}"
 
 
 @pytest.mark.parametrize("task", ["click", "next"])
