@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -103,21 +104,27 @@ def test_an_unknown_name_is_refused(scorer: Scorer, served_tasks: Served) -> Non
         asked(plain, "de")
 
 
-def test_reload_finds_new_adapters_and_keeps_the_old_ones_while_one_is_damaged(
-    served_tasks: Served, folder: Path, tmp_path: Path
+def test_a_damaged_adapter_does_not_keep_a_reload_from_others(
+    served_tasks: Served, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "de.adapter").write_bytes((folder / "de.adapter").read_bytes())
+    de, fr = ((folder / f"{name}.adapter").read_bytes() for name in ("de", "fr"))
+    (tmp_path / "de.adapter").write_bytes(de)
     with Scorer.open(served_tasks.model_dir, served_tasks.store, adapter=tmp_path) as scorer:
-        before = asked(scorer, "de")
+        before = asked(scorer, "de")["next"]
         assert not scorer.reload()
-        whole = (folder / "fr.adapter").read_bytes()
-        (tmp_path / "fr.adapter").write_bytes(whole[:-5])
-        with pytest.raises(AdapterError, match="damaged or was cut off"):
-            scorer.reload()
-        np.testing.assert_array_equal(asked(scorer, "de")["next"], before["next"])
-        (tmp_path / "fr.adapter").write_bytes(whole)
+        (tmp_path / "de.adapter").write_bytes(fr[:-5])
+        (tmp_path / "new.adapter").write_bytes(fr[:-5])
+        (tmp_path / "fr.adapter").write_bytes(fr)
         assert scorer.reload()
-        assert np.abs(asked(scorer, "fr")["next"] - before["next"]).max() > 1e-3
+        assert re.search(r"de\.adapter.*; the old one stays in service", caplog.text)
+        assert re.search(r"new\.adapter.*; requests cannot name it", caplog.text)
+        np.testing.assert_array_equal(asked(scorer, "de")["next"], before)
+        assert np.abs(asked(scorer, "fr")["next"] - before).max() > 1e-3
+        with pytest.raises(ValueError, match=r"'new' is not one of this scorer's adapters \(de, fr\)"):
+            asked(scorer, "new")
+        (tmp_path / "de.adapter").write_bytes(fr)
+        assert scorer.reload()
+        np.testing.assert_array_equal(asked(scorer, "de")["next"], asked(scorer, "fr")["next"])
 
 
 def test_files_that_are_refused(served_tasks: Served, served: Served, folder: Path, tmp_path: Path) -> None:

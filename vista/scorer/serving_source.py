@@ -12,6 +12,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from vista.arrays import Float32s
 from vista.config.checks import Architecture, IndexKind, Precision, ScoringBackend
 from vista.errors import (
     AdapterError,
@@ -62,8 +63,11 @@ class ServingSource:
     adapter: str | Path | Mapping[str, str | Path] | None = None
     """As in `Scorer.open`."""
 
-    def open(self) -> ServingSnapshot:
+    def open(self, old: ServingSnapshot | None = None) -> ServingSnapshot:
         """Open both. Opens them again if the model is replaced meanwhile, as by an export or `vista items add`.
+
+        Args:
+            old: what is in service. Adapters of the same model that cannot be read keep its values, if it has them.
 
         Raises:
             StoreError, CheckpointError: the model or the store is missing or damaged, or they do not match.
@@ -71,7 +75,7 @@ class ServingSource:
         while True:
             identity = self._identity()
             try:
-                opened = self._open(identity)
+                opened = self._open(identity, old)
             except VistaError:
                 if self._identity() == identity:
                     raise
@@ -80,7 +84,7 @@ class ServingSource:
                     return opened
                 opened.store.close()
 
-    def _open(self, identity: tuple[int, ...]) -> ServingSnapshot:
+    def _open(self, identity: tuple[int, ...], old: ServingSnapshot | None) -> ServingSnapshot:
         stored = not self.project_per_request
         if isinstance(self.model, (str, Path)):
             is_cpu = self.device == "cpu" or (self.device == "auto" and not may_have_gpu())
@@ -98,7 +102,8 @@ class ServingSource:
                 from vista.device import choose_precision  # asks torch what the processor multiplies
 
                 precision = choose_precision(precision, resolved(device))
-            adapters = {name: Adapter.read(path, served).values for name, path in self._adapter_files().items()}
+            kept = None if old is None or old.checksum != checksum else old.adapters
+            adapters = self._adapters(served, kept)
             made = partial(ServingSnapshot, served, items, opened, device, precision, identity, checksum, index)
             return made(backend=self.backend, adapters=adapters)
         except BaseException:
@@ -137,7 +142,7 @@ class ServingSource:
         if self._identity() in (snapshot.identity, ()):
             return None
         try:
-            opened = self.open()
+            opened = self.open(snapshot)
         except (SummarizerMismatchError, ItemIndexMismatchError) as error:
             logger.warning("%s holds a new model, but the old one stays in service: %s", self.model, error)
             return None
@@ -176,6 +181,21 @@ class ServingSource:
             user_columns=[] if users is None else [UserColumn(*column) for column in users.digests()],
             generation=self.generation,
         )
+
+    def _adapters(self, served: ServingModel, kept: Mapping[str | None, Float32s] | None) -> dict[str | None, Float32s]:
+        """Values by name. With `kept`, one that cannot be read has the value there, or is left out."""
+        adapters = {}
+        for name, path in self._adapter_files().items():
+            try:
+                adapters[name] = Adapter.read(path, served).values
+            except AdapterError as error:
+                if kept is None:
+                    raise
+                if name in kept:
+                    adapters[name] = kept[name]
+                state = "the old one stays in service" if name in kept else "requests cannot name it"
+                logger.error("%s; %s", error, state)
+        return adapters
 
     def _adapter_files(self) -> dict[str | None, Path]:
         """By name, or None if requests need not name it."""
