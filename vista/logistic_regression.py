@@ -22,12 +22,17 @@ def fit_probability(features: NDArray[np.float64], probability: NDArray[np.float
     return _newton(features, probability, ridge, np.zeros(num_features), most_steps=12, tolerance=1e-6)
 
 
-def fit_calibration(logit: NDArray[np.floating], label: NDArray[np.floating]) -> tuple[float, float]:
+def fit_calibration(
+    logit: NDArray[np.floating], label: NDArray[np.floating], looks: NDArray[np.floating] | float = 1.0
+) -> tuple[float, float]:
     """Slope and shift of logits [N] that fit labels [N]: Platt scaling (1999), drawn to 1 and 0 as by CALIBRATION_PRIOR
     cases. A slope that is not positive, which would reverse the order, leaves logits as they are.
+
+    Args:
+        looks: [N] probabilities that users looked; a label is 1 with `looks` times the calibrated probability.
     """
     features, identity = np.stack([logit, np.ones(len(logit))], 1).astype(np.float64), np.array([1.0, 0.0])
-    weights = _newton(features, label, CALIBRATION_PRIOR, identity, most_steps=30, tolerance=1e-9)
+    weights = _newton(features, label, CALIBRATION_PRIOR, identity, most_steps=30, tolerance=1e-9, looks=looks)
     slope, shift = weights.tolist()
     return (slope, shift) if slope > 0 and np.isfinite(weights).all() else (1.0, 0.0)
 
@@ -40,14 +45,17 @@ def _newton(
     *,
     most_steps: int,
     tolerance: float,
+    looks: NDArray[np.floating] | float = 1.0,
 ) -> NDArray[np.float64]:
     """Weights [F] of a logistic regression of probabilities [N] on features [N, F], with a ridge around `center` [F].
     They start at 0, because Newton's method may diverge from large weights."""
     target, weights, penalty = probability.astype(np.float64), np.zeros(len(center)), ridge * np.eye(len(center))
     for _ in range(most_steps):
         estimate = predict_probability(features, weights)
-        gradient = features.T @ (target - estimate) - penalty @ (weights - center)
-        curvature = (features * (estimate * (1 - estimate))[:, None]).T @ features + penalty
+        rest = np.maximum(1 - estimate, 1e-300)
+        share = rest / (rest + estimate * (1 - looks))  # of 0s that were looked at; 1 where all are
+        gradient = features.T @ ((target - estimate * looks) * share) - penalty @ (weights - center)
+        curvature = (features * (estimate * (1 - estimate) * looks * share)[:, None]).T @ features + penalty
         step = np.linalg.solve(curvature, gradient)
         weights += step
         if np.abs(step).max() < tolerance:

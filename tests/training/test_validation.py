@@ -389,6 +389,14 @@ def assert_restored(model: RankingModel) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_calibration_of_labels_that_were_not_all_looked_at() -> None:
+    rng = np.random.default_rng(3)
+    logit, looks = rng.normal(size=200_000), rng.choice([1.0, 0.5, 0.25], 200_000)
+    label = (rng.random(200_000) < looks / (1 + np.exp(-(0.6 * logit + 0.8)))).astype(np.float32)
+    assert fit_calibration(logit, label, looks) == pytest.approx((0.6, 0.8), abs=0.04)
+    assert fit_calibration(logit, label)[1] < 0, "labels alone would lower the shift"
+
+
 def test_without_validated_labels_nothing_is_calibrated(served_tasks: Served, tmp_path: Path) -> None:
     """As in a split by counts, which does not say which impressions are held out."""
     config = small_config(served_tasks.log, tmp_path, optim__epochs=1, data__split=Split.leave_last_out)

@@ -78,12 +78,14 @@ from vista.training.run_plan import Progress
 CASES_PER_BATCH = 512
 
 
-def _calibrated(cases: ImpressionCases, predicted: Float32s) -> tuple[Float32s, Floats]:
+def _calibrated(cases: ImpressionCases, predicted: Float32s, looks: Float32s) -> tuple[Float32s, Floats]:
     """Probabilities float32 [N, num_tasks] after calibration, and the calibration, float64 [num_tasks, 2]. Both are
-    fitted to the same labels, which hardly matters: two numbers per task from thousands of labels."""
+    fitted to the same labels, which hardly matters: two numbers per task from thousands of labels. `looks`: float32
+    [N, num_tasks] as of `Examination.of_rows`."""
     exact = np.clip(predicted.astype(np.float64), 1e-9, 1 - 1e-9)
     logit = np.log(exact) - np.log1p(-exact)
-    found = [fit_calibration(logit[known, task], cases.label[known, task]) for task, known in enumerate(cases.mask.T)]
+    label = cases.label
+    found = [fit_calibration(logit[k, t], label[k, t], looks[k, t]) for t, k in enumerate(cases.mask.T)]
     calibration = np.array(found).reshape(len(found), 2)
     scaled = logit * calibration[:, 0] + calibration[:, 1]
     return (1 / (1 + np.exp(-scaled))).astype(np.float32), calibration
@@ -437,10 +439,12 @@ class Validation:
             if answers is not None:
                 predicted = self._finite(self._probabilities(model, shown, answers, growing), shown.user)
             predicted = self._ranks.of_all_cases({"predicted": predicted})["predicted"]
-            if self._examination is not None:  # probabilities of the labels as they were observed
-                predicted = predicted * self._examination.of_rows(self._impressions.features)
-            elif calibrates:
-                predicted, self.calibration = _calibrated(self._impressions, predicted)
+            looks = np.ones_like(predicted)
+            if self._examination is not None:
+                looks = self._examination.of_rows(self._impressions.features)
+            if calibrates:
+                predicted, self.calibration = _calibrated(self._impressions, predicted, looks)
+            predicted = predicted * looks  # probabilities of the labels as they were observed
             metrics |= impression_metrics(self._impressions, predicted)
             if self.metric != self.ranking_metric:
                 self.of_users = entropy_of_users(self._impressions, predicted, self.metric.removeprefix("ne/"))
