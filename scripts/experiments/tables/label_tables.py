@@ -1,4 +1,5 @@
-"""Labels of impressions on real logs: is the next answer correct, will the user rate the movie 4 or more?
+"""Labels of impressions on real logs: is the next answer correct, will the user rate the movie 4 or more, will the
+household buy the product again within 14 days?
 
 Trained rows and baselines are fitted to the labels before the validation part, which chooses the epoch. Then the test
 is read once per row, as served: summaries are from a store that is refreshed every five days, and tails are fresh.
@@ -43,6 +44,7 @@ COUNTED = {
 }
 TABLES = {
     "labels-assist17": _labels("assist17", "correct", 20, COUNTED),
+    "labels-cj": _labels("complete-journey-again", "again", 10),
     "labels-ml-1m-half": _labels("ml-1m-half-liked", "liked", 10),
     "labels-ml-latest-small": _labels("ml-latest-small-liked", "liked", 3),
 }
