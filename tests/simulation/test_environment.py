@@ -83,6 +83,37 @@ def test_clicks_become_events_that_raise_the_interest_in_their_topic() -> None:
     assert after[:, of_others].mean() < before[:, of_others].mean(), "shares of other topics fall"
 
 
+def test_users_tire_of_a_topic_that_they_are_shown_again_and_again() -> None:
+    tired, plain = started(satiation=2.0), started()
+    users, items = plain.users(), plain.items()
+    of_topic = plain.log.catalog.topic[items] == 3
+    shown, others = (np.tile(items[which][:6], (len(users), 1)) for which in (of_topic, ~of_topic))
+    for lists, lost in (
+        (shown, 1.0),
+        (shown, 1.5),
+        (others, 0.75),
+    ):  # of at most 2: the newest list has half the weight
+        for environment in (tired, plain):
+            environment.show(users, lists, np.zeros(lists.shape, np.float32))  # without clicks, so events are equal
+            environment.next_round()
+        p, q = (environment.probabilities(users, items).astype(np.float64) for environment in (tired, plain))
+        odds = p * (1 - q) / (q * (1 - p))
+        np.testing.assert_allclose(odds[:, of_topic], np.exp(-lost), rtol=1e-4)
+        if lists is shown:
+            np.testing.assert_allclose(odds[:, ~of_topic], 1, rtol=1e-5)
+
+
+def test_without_satiation_only_events_matter() -> None:
+    """Other lists without clicks give the same probabilities, to the bit."""
+    one, other = started(), started()
+    users, items = one.users(), one.items()
+    for environment, lists in ((one, items[:4]), (other, items[-4:])):
+        shown = np.tile(lists, (len(users), 1))
+        environment.show(users, shown, np.zeros(shown.shape, np.float32))
+        environment.next_round()
+    np.testing.assert_array_equal(one.probabilities(users, items), other.probabilities(users, items))
+
+
 def test_without_clicks_the_log_comes_true() -> None:
     log, environment = world(), Environment(world(), num_rounds=3)
     parts = []

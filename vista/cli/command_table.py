@@ -49,10 +49,10 @@ COMMANDS: dict[str, Command] = {
     "simulate online": Command(
         config.SimulateOnlineConfig,
         _handler("evaluation.online", "simulate_online"),
-        "Play a served model and simple policies against a simulated world: clicks and regret per round.",
+        "Let a trained model and simple policies choose what simulated users see: clicks and regret per round.",
         (
             "vista simulate online source=data/simulated model=runs/simulation/best",
-            "vista simulate online source=data/simulated policy=[popular,oracle] new_users=0.2",
+            "vista simulate online source=data/simulated policy=[popular,oracle] new_users=0.2 satiation=2",
         ),
     ),
     "prepare": Command(

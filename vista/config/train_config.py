@@ -407,16 +407,18 @@ class AdaptConfig(VerifiesLog, RunsOn, Keyed, Seeded, UsesStore, UsesLog):
     base: str = "runs/vista/best"
     """Folder of the exported model that the adapter belongs to."""
     out: str = "adapters/vista.adapter"
-    """File to write. A folder of files NAME.adapter can be served as a whole."""
+    """File to write. `vista serve` and `Scorer.open` take one such file, or a folder of files NAME.adapter, from which
+    each request chooses one by NAME."""
     validation_from: str | None = None
-    """Labels from this time on are not used for training. ISO date or time (UTC), or integer milliseconds. null takes
-    that of the base. Training labels begin at the `until` of the store's refresh."""
+    """End of the training labels, which begin at the `until` of the store's refresh. Later labels choose the best
+    epoch. ISO date or time (UTC), or integer milliseconds. null takes that of the base."""
     test_from: str | None = None
-    """Labels from this time on are test labels, written likewise. null takes that of the base."""
+    """End of the validation labels. Later labels are not read. Written as `validation_from`; null takes that of the
+    base."""
     ranks_items: bool = False
     """Train the ranking of next items too, if the base has labeled tasks. A base without tasks always trains it."""
     examined_tasks: list[str] = field(default_factory=list)
-    """As `optim.examined_tasks` of the base's training, so that position bias is corrected here, too."""
+    """Tasks whose labels are corrected for position bias, as `optim.examined_tasks` does in `vista train`."""
     learning_rate: float = 1e-2
     """Learning rate of Adam. It stays constant, and the average of the newest values is written."""
     epochs: int = 30
@@ -608,26 +610,33 @@ class SimulateOnlineConfig(Threads, Seeded, UsesModel):
     """Policies that play against a simulated world, round by round."""
 
     source: str = "data/simulated"
-    """Folder of `vista simulate`, whose users and items are played with from the start of its test part on."""
+    """Folder of `vista simulate`. Its users see lists during the test part, the last 15% of the period."""
     policy: list[OnlinePolicy] = field(default_factory=lambda: [*OnlinePolicy])
-    """What chooses the lists; each policy plays on its own copy of the world. `model` is the setting of that name."""
+    """What chooses the lists: a trained model (the key `model`), the items with the most events in the last 28 days,
+    any items, or the items with the highest true probabilities. Each policy plays on its own copy of the world."""
     task: str | None = None
     """Task whose scores the model ranks by; null takes click, or the model's first task."""
     rounds: int = 8
-    """Number of rounds, which divide the last 15% of the period."""
+    """Number of rounds, equal parts of the test part. Each user sees one list per round."""
     list_size: int = 10
-    """Number of items that each user sees per round."""
+    """Number of items in a list."""
     follow_events: int = 3
-    """Number of events on the item's topic that follow each click, which is an event itself."""
+    """Number of events on the item's topic that a user adds after each click, which is an event, too. In most worlds,
+    more events on a topic make later clicks on it more likely."""
+    satiation: float = 0.0
+    """How much users tire of a topic that they are shown again and again: what the logit of a click loses if all recent
+    lists showed nothing but this topic. Each list counts half as much as the next one. 0 turns it off."""
     new_users: float = 0.0
     """Share of the users who join in a random round, without a history."""
     out: str = "online.jsonl"
-    """File for the results: one line per policy and round. While the model plays, its log and store lie next to it."""
+    """File for the results, one line of JSON per policy and round. The model's log and store need space in the same
+    folder while it plays, and are removed afterwards."""
 
     def __post_init__(self) -> None:
         Seeded.__post_init__(self)
         require_counts(self, "", ("rounds", "list_size"), most=MAX_TOP_K)
         require_counts(self, "", ("follow_events",), least=0, most=MAX_TOP_K)
         require_share(self, "", ("new_users",))
+        require_finite(self, "", ("satiation",), most=20)
         require(self.source != "", "source", "must not be empty")
         require(len({*self.policy}) == len(self.policy) > 0, "policy", "name one or more policies, each once")

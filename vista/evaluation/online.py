@@ -58,6 +58,8 @@ class RoundMetrics:
     """Share of all items that were in at least one list."""
     diversity: float
     """Share of the pairs of items in a list that differ in topic."""
+    num_unknown: int
+    """Items that were never shown, because the model does not know them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,10 @@ class OnlineReport:
             + [f"{value:.3f}" for value in (one.clicks, one.regret, one.regret_error, one.coverage, one.diversity)]
             for one in self.rounds
         ]
-        return f"{text_table(header, cells)}\nwritten to {self.out}"
+        lines = [text_table(header, cells)]
+        if most := max((one.num_unknown for one in self.rounds), default=0):
+            lines.append(f"the model could not show up to {most} items, which it does not know; train on a newer log")
+        return "\n".join([*lines, f"written to {self.out}"])
 
 
 class PlayedModel:
@@ -119,11 +124,13 @@ class PlayedModel:
             self._scorer.reload()
 
     def scores(self, users: Int, items: Int, now: int) -> Float32s:
-        """Scores [U, I] of items for users, as rows of the simulation."""
+        """Scores [U, I] of items for users, as rows of the simulation; -inf for items that the model does not know."""
         assert self._scorer is not None
         parts = range(0, len(users), USERS_AT_ONCE)
         rows = [self._scorer.score((users[begin : begin + USERS_AT_ONCE] + 1), items + 1, now=now) for begin in parts]
-        return np.concatenate(rows)
+        scores = np.concatenate(rows)
+        scores[:, self._model.items.rows((items + 1).tolist()) < 0] = -np.inf
+        return scores
 
 
 def play(
@@ -151,6 +158,9 @@ def play(
             scores = np.tile(environment.counts(POPULAR_DAYS)[items].astype(np.float64), (len(users), 1))
         else:
             scores = environment.rng(policy.value).random(true.shape)
+        num_unknown = int(np.isneginf(scores[0]).sum())
+        if (num_known := len(items) - num_unknown) < size:
+            raise ConfigError(f"list_size: must be at most {num_known}, the items of the source that the model knows")
         order = np.argsort(-scores, axis=1, kind="stable")[:, :size]
         lists, chance = items[order], np.take_along_axis(true, order, 1)
         clicked = environment.show(users, lists, chance)
@@ -169,6 +179,7 @@ def play(
             regret_error=float(regret.std() / np.sqrt(len(users))),
             coverage=len(np.unique(lists)) / len(items),
             diversity=float(1 - same.mean() / max(size * (size - 1), 1)),
+            num_unknown=num_unknown,
         )
 
 
@@ -193,7 +204,8 @@ def simulate_online(config: SimulateOnlineConfig) -> OnlineReport:
 
     Raises:
         DataError: if the source is not a simulation.
-        ConfigError: if a list is longer than the catalog, or the model cannot read the simulation's log.
+        ConfigError: if a list is longer than the catalog or what the model knows of it, or the model cannot read the
+            simulation's log.
         CheckpointError: if there is no model.
     """
     log = read_simulation(config.source)
@@ -208,6 +220,7 @@ def simulate_online(config: SimulateOnlineConfig) -> OnlineReport:
             log,
             num_rounds=config.rounds,
             follow_events=config.follow_events,
+            satiation=config.satiation,
             new_users=config.new_users,
             seed=config.seed,
         )

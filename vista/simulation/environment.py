@@ -6,6 +6,7 @@ round, users do what the log says, and in addition:
 
 - Each click is an event, and some more events on the item's topic follow it. The world's rule reads all events, so the
   lists that were shown change what users click later.
+- Users can tire of topics (`satiation`): the more of the last lists a topic filled, the less likely are its clicks.
 - A share of the users joins in a random round, without a history. New items come from `SimulateConfig.new_items`.
 
 Letters: U users, I items, K places of a list, T events.
@@ -33,6 +34,8 @@ from vista.simulation.streams import (
 )
 from vista.simulation.worlds import WORLDS
 
+NEWEST_LIST = 0.5
+"""Weight of the newest list in what a user was shown lately. Each list before has half the weight of the next one."""
 USERS_AT_ONCE = 64
 """Users whose probabilities are computed at once."""
 
@@ -71,16 +74,26 @@ class Environment:
     """
 
     def __init__(
-        self, log: SimulatedLog, *, num_rounds: int, follow_events: int = 3, new_users: float = 0.0, seed: int = 1
+        self,
+        log: SimulatedLog,
+        *,
+        num_rounds: int,
+        follow_events: int = 3,
+        satiation: float = 0.0,
+        new_users: float = 0.0,
+        seed: int = 1,
     ) -> None:
         """
         Args:
             num_rounds: rounds from the start of the log's test part to its end.
             follow_events: events on the item's topic that follow each click.
+            satiation: what the logit of a click loses if all recent lists showed nothing but the item's topic.
             new_users: share of the users who join in a random round but the last; what they did before never happened.
         """
         self.log, self.world = log, WORLDS[log.config.world]
-        self._follow_events, self._seed = follow_events, seed
+        self._follow_events, self._satiation, self._seed = follow_events, satiation, seed
+        self._shown_lately = np.zeros((log.config.num_users, log.config.num_topics))
+        """Share of each topic in what users looked at, as a mean over their lists with weights of `NEWEST_LIST`."""
         begin, end = split_times(log.config)[1], period(log.config)[1]
         self.round_starts: Int = begin + (end - begin) * np.arange(num_rounds) // num_rounds
         """[num_rounds] ms."""
@@ -149,6 +162,9 @@ class Environment:
             )
             of_click = self.world.probabilities(self.log.catalog, known, asked)[:, 0]
             out[begin : begin + len(own)] = of_click.reshape(len(own), len(items))
+        if self._satiation:
+            lost = self._satiation * self._shown_lately[users][:, self.log.catalog.topic[items]]
+            out = (out / (out + (1 - out) * np.exp(lost))).astype(np.float32)
         return out
 
     def examined(self, num_places: int) -> Floats:
@@ -164,7 +180,11 @@ class Environment:
         config, size = self.log.config, lists.shape
         rng = self.rng("clicks")
         draws = rng.random((config.num_users, size[1]))[users]
-        clicked = draws < probability * self.examined(size[1])
+        looks = self.examined(size[1])
+        clicked = draws < probability * looks
+        self._shown_lately[users] *= 1 - NEWEST_LIST
+        each_topic = users[:, None], self.log.catalog.topic[lists]
+        np.add.at(self._shown_lately, each_topic, np.broadcast_to(NEWEST_LIST * looks / looks.sum(), size))
         row, place = np.nonzero(clicked)
         # A click, and then what follows it, one place after the other.
         each = 1 + self._follow_events
