@@ -6,7 +6,6 @@ processes than the one that wrote must find everything on the disk.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -383,20 +382,6 @@ def holds_simulated(folder: Path) -> None:
     prepare(PrepareConfig(out=str(folder / "check"), events=source), parser=parser())
 
 
-def play_online(folder: Path) -> None:
-    from vista.config import SimulateOnlineConfig
-    from vista.config.checks import OnlinePolicy
-    from vista.evaluation.online import simulate_online
-
-    source, out = str(folder / "simulated" / "new"), str(folder / "played" / "online.jsonl")
-    simulate_online(SimulateOnlineConfig(source=source, policy=[OnlinePolicy.oracle], rounds=2, list_size=5, out=out))
-
-
-def holds_played(folder: Path) -> None:
-    lines = (folder / "played" / "online.jsonl").read_text().splitlines()
-    assert [json.loads(line)["round"] for line in lines] == [0, 1]
-
-
 OPERATIONS: dict[str, Operation] = {
     "a full refresh": Operation(refresh_full, holds_everyone),
     "a full refresh into a new store": Operation(
@@ -448,7 +433,6 @@ OPERATIONS: dict[str, Operation] = {
     "an index of items": Operation(index_items, holds_index),
     "a training run": Operation(train_small, holds_trained, before=train_before),
     "a simulation": Operation(simulate_small, holds_simulated),
-    "online play": Operation(play_online, holds_played, before=simulate_small),
 }
 """By name, as in "a power cut during NAME"."""
 
