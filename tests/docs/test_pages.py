@@ -112,7 +112,7 @@ def written_pages() -> dict[str, str]:
 
 def test_the_site_and_the_readme_are_short() -> None:
     words = {name: len(text.split()) for name, text in written_pages().items()}
-    assert len(pages_of_nav(ROOT)) <= MOST_PAGES and len(words) > 20
+    assert len(pages_of_nav(ROOT)) <= MOST_PAGES and words["explanation/results.md"] <= 1_500
     assert sum(words.values()) - words["README.md"] - words[SPECIFICATION] <= MOST_WORDS, words
     readme = README.read_text()
     assert len(readme.split()) <= 1200 and len(readme.splitlines()) <= 150
