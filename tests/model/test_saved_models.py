@@ -103,6 +103,16 @@ def test_string_ids_survive_saving_and_loading(make: SimpleNamespace, tmp_path: 
     assert back.summarizer_id() == model.summarizer_id()
 
 
+def test_the_sign_of_a_zero_does_not_change_the_id(make: SimpleNamespace) -> None:
+    model = make.model()
+    weight = next(model.encoder.parameters()).data.view(-1)
+    ids = []
+    for value in (0.0, -0.0, 0.5):
+        weight[0] = value
+        ids.append(model.summarizer_id())
+    assert ids[0] == ids[1] != ids[2]
+
+
 def test_a_folder_with_something_else_is_not_replaced(make: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="holds something other than a model"):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -528,16 +528,14 @@ class VistaModel(RankingModel):
         """
         count = self.num_trained_items
         settings = json.dumps(self.stage1.to_dict(), sort_keys=True)
-        parts: list[bytes | memoryview] = [settings.encode() + self.items.part(0, count).digest().encode()]
+        parts: list[Any] = [settings.encode() + self.items.part(0, count).digest().encode()]
         for name, tensor in sorted(self.state_dict().items()):
             if name.startswith(STAGE1_WEIGHTS):
                 by_item = ("id_mask", "item_space", *(() if self.stage1.embedding_rows else ("item_table",)))
                 if name in by_item:
                     tensor = tensor[: 1 + count]
-                if tensor.is_floating_point():
-                    tensor = tensor + 0.0  # a step of an optimizer turns -0 into 0, and summaries do not change
                 parts.append(name.encode() + str(tuple(tensor.shape)).encode())
-                parts.append(tensor.detach().cpu().contiguous().numpy().reshape(-1).view(np.uint8).data)
+                parts.append(tensor.detach().cpu().contiguous().numpy().reshape(-1))
         if self.feature_table is not None:
             parts += self.feature_table.content(1 + count)
         if self.event_features is not None:
@@ -550,6 +548,8 @@ class VistaModel(RankingModel):
         if self._identified[0] != quick.digest():
             digest = hashlib.sha256()
             for part in parts:
-                digest.update(part)
+                # A step of an optimizer turns -0 into 0, and summaries do not change.
+                is_float = isinstance(part, np.ndarray) and part.dtype.kind == "f"
+                digest.update(part + 0.0 if is_float else part)
             self._identified = quick.digest(), digest.digest()
         return self._identified[1]
