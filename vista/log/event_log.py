@@ -47,6 +47,8 @@ class EventLog:
     def __init__(self, path: Path, segments: Sequence[Segment]) -> None:
         newest = segments[-1].manifest
         self.path = path
+        self._opened = segments
+        """As they are on disk, with the rows that later ones delete."""
         self.users, self.items = read_vocabularies(segments)
         self.actions: list[str] = list(newest["actions"])
         self.has_time: bool = newest["has_time"]
@@ -288,6 +290,10 @@ class EventLog:
         high = np.clip(high, low, lengths)
         tables = self._tables if features else [replace(table, features={}) for table in self._tables]
         return take_histories(tables, rows, low, high)
+
+    def as_of(self, segment: int) -> EventLog:
+        """The log as it was when `segment`, a boundary (`has_boundary`), was its newest segment. No file is opened."""
+        return EventLog(self.path, [opened for opened in self._opened if opened.last <= segment])
 
     def has_boundary(self, after: int) -> bool:
         """Whether `EventLog.open(path, last_segment=after)` can read the log as it was after segment `after`.

@@ -462,7 +462,7 @@ class BatchRefresher:
     def _log_at(self, segment: int) -> EventLog:
         """The log as it was when `segment` was its newest one."""
         if segment not in self._older_logs:
-            self._older_logs[segment] = EventLog.open(self._log.path, last_segment=segment)
+            self._older_logs[segment] = self._log.as_of(segment)
         return self._older_logs[segment]
 
     def _lengths_at(self, users: Int, segment: int) -> Int:
