@@ -65,8 +65,8 @@ SETS = {
     },
     # Labels of impressions, at the times of `vista.log.ingest.public.public_sets`.
     "assist17": DataSet(words=("experiment=assist17",), prepare=("set=assist17",)),
-    "complete-journey-again": DataSet(
-        words=("experiment=complete-journey-again",), prepare=("set=complete-journey-again",), folder="complete-journey"
+    "bought-again": DataSet(
+        words=("experiment=bought-again",), prepare=("set=bought-again",), folder="complete-journey"
     ),
     **{
         f"{name}-liked": DataSet(words=("experiment=assist17",), folder=name, liked=True)

@@ -59,6 +59,6 @@ def test_prepare_and_train(tmp_path: Path, name: str) -> None:
                 shown = np.asarray(log.impressions.timestamp)
                 assert ((shown >= (begin or 0)) & (shown < (stop or 1 << 62))).any(), f"no impression in {part}"
     model = train(config, log)
-    assert model.schema.tasks == {"assist17": ["correct"], "complete-journey-again": ["again"]}.get(name, [])
+    assert model.schema.tasks == {"assist17": ["correct"], "bought-again": ["again"]}.get(name, [])
     assert len(model.items) <= 2 * len(ITEMS) and log.num_users == len(USERS)
     assert (tmp_path / "run" / "best").is_dir()

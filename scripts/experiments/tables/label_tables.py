@@ -44,7 +44,7 @@ COUNTED = {
 }
 TABLES = {
     "labels-assist17": _labels("assist17", "correct", 20, COUNTED),
-    "labels-cj": _labels("complete-journey-again", "again", 10),
+    "labels-cj": _labels("bought-again", "again", 10),
     "labels-ml-1m-half": _labels("ml-1m-half-liked", "liked", 10),
     "labels-ml-latest-small": _labels("ml-latest-small-liked", "liked", 3),
 }

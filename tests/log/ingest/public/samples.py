@@ -128,7 +128,7 @@ SAMPLES: dict[str, Callable[[Path], None]] = {
     "ml-latest-small": movielens_csv,
     "ml-100k": movielens_100k,
     "complete-journey": complete_journey,
-    "complete-journey-again": complete_journey,
+    "bought-again": complete_journey,
     "amazon-reviews-2023": amazon_reviews,
     "kuairand": kuairand,
     "yambda": yambda,
