@@ -53,7 +53,7 @@ def test_every_number_has_a_unit_or_none_on_purpose() -> None:
     assert without == {f"model.{name}" for name in NO_UNIT_IN_MODEL} | {f"data.{name}" for name in NO_UNIT_IN_DATA} | {
         *(f"optim.{name}" for name in NO_UNIT_IN_OPTIM),
         *("seed", "generation", "to", "port", "trials", "workers", *NO_UNIT_IN_PLAN),
-        *("learning_rate", "rounds", "new_users", "new_items"),
+        *("learning_rate", "rounds", "new_users", "new_items", "satiation"),
         "impressions.from_events.min_rating",
     }
     units = {key.name: unit_of(key) for key in keys}

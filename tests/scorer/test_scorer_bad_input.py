@@ -238,7 +238,7 @@ def test_an_invalid_user_gets_nan_with_that_policy_and_fails_the_call_with_other
         with pytest.raises(RecordError):
             run_score(command)
         command.on_missing = OnMissing.nan
-        assert f"user {USERS[1]} (damaged record, now " in run_score(command)
+        assert f"user {USERS[1]} (damaged record; now " in run_score(command)
     with Scorer.open(served.model, served.store) as intact:
         expected = intact.score(USERS, ITEMS, now=LATE + DAY)
     with Scorer.open(served.model, tmp_path / "store", on_missing="nan") as scorer:

@@ -60,7 +60,7 @@ def test_all_items_and_users_that_are_left_have_enough_events(tmp_path: Path, mi
     assert events_of(log) == sorted(expected, key=lambda event: (event[0], event[2]))
     assert log.num_items == len({event[1] for event in expected})
     assert report.num_events == len(expected)
-    assert f"the filter kept {len(expected):,} of 300 events\n" in str(report)
+    assert f"the filter kept {len(expected):,} of 300 events" in str(report)
 
 
 def test_actions_are_chosen_before_events_are_counted(tmp_path: Path) -> None:
