@@ -48,7 +48,7 @@ NOT_CALLED = {
         *("StoredBatch.concatenated", "StoredBatch.spread"),
     ),
     "takes what only vista itself makes": (
-        *("RefreshOptions.require_only", "Explanation.why", "EventLog.event_sources"),
+        *("RefreshOptions.require_only", "Explanation.why", "EventLog.event_sources", "EventLog.as_of"),
         *("Manifest.spec", "Manifest.with_records", "Manifest.with_items"),
     ),
     "without arguments, from fields that were checked when the manifest was read (`test_crafted_fields`)": (
