@@ -320,7 +320,7 @@ def outputs(model: VistaModel, cut: Batch) -> tuple[Tensor, Tensor]:
         shown = model.shown_vectors(events, vectors)
         encoded = model.encoder(shown, events.action, events.gap, events.rating, events.features)
         context = model.window_context(cut, shown, model.cut_summaries(cut, encoded))
-        return model.window_users(cut, context), model.window_logits(cut, vectors, context)
+        return model.window_users(cut, context), model.window_logits(cut, vectors, context)[0]
 
 
 def anchor_users(model: VistaModel, cut: Batch) -> Tensor:

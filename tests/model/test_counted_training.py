@@ -32,7 +32,7 @@ from vista.examples.transitions import NUM_SUMS, anchor_events, transition_sums
 from vista.log.histories import Histories
 from vista.model import inference
 from vista.model.layers import CandidateHead, CountedItemHead, StatisticsTerm
-from vista.model.losses import CountedSlots, log_others, window_loss
+from vista.model.losses import CountedSlots, attention_alone, log_others, window_loss
 from vista.model.ranking_model import RankingModel
 from vista.model.serving_model import PaddedTail
 from vista.model.target_attention import TargetContext
@@ -523,10 +523,29 @@ def test_epoch_0_trains_what_scores_read_without_attention(make: SimpleNamespace
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with model.wide_alone(), torch.no_grad():
         whole = model.losses(batch, model.item_table[batch.rows], optim)
-    assert wide.parts.keys() == whole.parts.keys() == {"next", "window", "click", "like"}
-    for name, value in whole.parts.items():
-        torch.testing.assert_close(wide.parts[name].detach(), value, rtol=1e-5, atol=1e-6)
+    of_attention = {attention_alone("click"), attention_alone("like")}
+    assert wide.parts.keys() == whole.parts.keys() - of_attention == {"next", "window", "click", "like"}
+    for name, value in wide.parts.items():
+        torch.testing.assert_close(value.detach(), whole.parts[name], rtol=1e-5, atol=1e-6)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), "the norm is back"
     wide.total.backward()
     trained = {name.split(".")[0] for name, weight in model.named_parameters() if weight.grad is not None}
     assert trained <= {"statistics", "counted", "candidate_head", "task_head"} and "statistics" in trained
+
+
+def test_attention_learns_to_predict_labels_by_itself(make: SimpleNamespace) -> None:
+    """A head of its own trains it, besides that of all parts. No score reads it, and a frozen one has no loss."""
+    model = make.model(counter_keys=["item"], dropout=0.0)
+    draw_counter_weights(model)
+    chunks, _ = make.chunks(make.histories([30, 9]), 1, impressions=5, keys=model.item_keys)
+    batch, optim = make.batch(chunks, make.plan(model)), OptimConfig(next_weight=0.0, window_weight=0.0)
+    before = make.outputs(model, batch)[1]
+    own = model.losses(batch, model.item_table[batch.rows], optim).parts[attention_alone("click")]
+    own.backward()
+    trained = {name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
+    assert {"item_table", "attention_head.weight", "summarizer.seeds"} <= trained
+    assert not any(name.startswith(("task_head.", "candidate_head.network.")) for name in trained)
+    torch.nn.init.normal_(model.attention_head.weight)
+    assert torch.equal(make.outputs(model, batch)[1], before)
+    frozen = model.requires_grad_(False)
+    assert attention_alone("click") not in frozen.losses(batch, model.item_table[batch.rows], optim).parts

@@ -28,6 +28,8 @@ class LossPart:
     """Number of labels that it is the mean of."""
 
 
+ATTENTION_WEIGHT = 3.0
+"""Weight of the losses `attention_alone`, as a multiple of the task's."""
 ROWS_PER_TILE = 256
 """Rows of the softmax that are held at once: 1 MiB with 1,024 negatives, which stays in a core's cache."""
 
@@ -39,7 +41,8 @@ class Losses:
     total: Tensor
     """The weighted sum that training minimizes."""
     parts: dict[str, Tensor]
-    """By name: "next", "window", "reconstruction", one per labeled task, and "search_unit/TASK" per task of SIM."""
+    """By name: "next", "window", "reconstruction", one per labeled task, and per task, "attention/TASK" of a model that
+    reads more than attention, and "search_unit/TASK" of SIM."""
     counts: dict[str, Tensor | int]
     """Number of labels that each part is the mean of."""
 
@@ -50,7 +53,12 @@ def loss_names(tasks: Iterable[str]) -> list[str]:
     Args:
         tasks: of the model.
     """
-    return ["next", "window", "reconstruction", *tasks, *map(search_unit, tasks)]
+    return ["next", "window", "reconstruction", *tasks, *map(attention_alone, tasks), *map(search_unit, tasks)]
+
+
+def attention_alone(task: str) -> str:
+    """Name of the loss of what attention predicts for a task without counters and pooled vectors."""
+    return f"attention/{task}"
 
 
 def search_unit(task: str) -> str:
@@ -69,7 +77,10 @@ def weighted_losses(parts: Mapping[str, LossPart], optim: OptimConfig) -> Losses
         "window": planned(optim.window_weight, "optim.window_weight"),
         "reconstruction": optim.reconstruction_weight,
     }
-    weighted = (weights.get(name, optim.task_weight) * part.mean for name, part in parts.items())
+    weighted = (
+        weights.get(name, optim.task_weight * (ATTENTION_WEIGHT if name.startswith("attention/") else 1)) * part.mean
+        for name, part in parts.items()
+    )
     total = sum(weighted, torch.zeros(()))
     means = {name: part.mean for name, part in parts.items()}
     return Losses(total, means, {name: part.count for name, part in parts.items()})

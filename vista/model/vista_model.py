@@ -45,6 +45,7 @@ from vista.model.losses import (
     Losses,
     LossPart,
     anchor_losses,
+    attention_alone,
     next_loss,
     reconstruction_loss,
     task_parts,
@@ -159,6 +160,9 @@ class VistaModel(RankingModel):
         self.candidate_head = CandidateHead(spec, 5 * dim, tasks, inputs) if tasks and (spec or inputs) else None
         """Added to candidates' vectors, projections in layer 1, and logits; None without tasks, or without counters and
         pooled vectors."""
+        self.attention_head = None if self.candidate_head is None else nn.Linear(dim, tasks)
+        """Predicts labels from attention's outputs alone, for a loss in training. Without it, attention only learns
+        what is left by `candidate_head`, which is fitted first, and item vectors learn little of what items share."""
         # Last, so that from the same seed, a model without a summary starts with the same weights.
         nn.init.normal_(self.target_attention.summary_kind, std=0.02)
         self.summarizer = Summarizer(self.stage1, config.dropout) if config.num_seeds else None
@@ -198,12 +202,8 @@ class VistaModel(RankingModel):
             assert anchors is not None
             return self.retrieval_users(outputs(anchors.window), anchors.pooled)
 
-        def logits() -> Tensor:
-            assert self.task_head is not None
-            of_outputs: Tensor = self.task_head(outputs(shown.item))
-            if self.candidate_head is None:
-                return of_outputs
-            return of_outputs + self.candidate_head.logits(shown.codes, shown.inputs)
+        def logits() -> tuple[Tensor, None]:
+            return self.logits_of(outputs(shown.item), shown.codes, shown.inputs), None
 
         parts = self._head_losses(
             batch,
@@ -241,7 +241,7 @@ class VistaModel(RankingModel):
         *,
         users: Callable[[], Tensor],
         askers: Callable[[], Tensor],
-        logits: Callable[[], Tensor],
+        logits: Callable[[], tuple[Tensor, Tensor | None]],
     ) -> dict[str, LossPart]:
         """Losses of all heads, as far as they are trained. `users`: gives the `window_users`; askers: the user vectors
         at the anchors; logits: the `window_logits`."""
@@ -251,7 +251,11 @@ class VistaModel(RankingModel):
         if batch.anchors is not None:
             parts |= anchor_losses(self, batch, askers(), item_vectors, optim)
         if self.task_head is not None and optim.task_weight > 0 and shown.item.shape[1]:
-            parts |= task_parts(self.schema.tasks, logits(), shown.label, shown.mask, shown.examined)
+            tasks, labeled = self.schema.tasks, (shown.label, shown.mask, shown.examined)
+            of_all, of_attention = logits()
+            parts |= task_parts(tasks, of_all, *labeled)
+            if of_attention is not None:
+                parts |= task_parts(map(attention_alone, tasks), of_attention, *labeled)
         return parts
 
     def anchor_users(self, batch: Batch, item_vectors: Tensor) -> Tensor:
@@ -329,13 +333,18 @@ class VistaModel(RankingModel):
         own = context.select(anchors.window)
         return self.user_vectors(gap, seen.clamp(min=0).unsqueeze(1), own, pooled).squeeze(1)
 
-    def window_logits(self, batch: Batch, item_vectors: Tensor, context: TargetContext) -> Tensor:
-        """Task logits [NW, I, num_tasks] of the windows' impressions; item_vectors [R, M]."""
+    def window_logits(self, batch: Batch, item_vectors: Tensor, context: TargetContext) -> tuple[Tensor, Tensor | None]:
+        """Task logits [NW, I, num_tasks] of the windows' impressions, and those of `attention_head` if it is trained;
+        item_vectors [R, M]."""
         seen = self.config.tail_len - batch.labels.item.shape[1] + 1 + batch.impressions.position
         shown = batch.impressions
         vectors, requests = item_vectors[shown.item], self.request_vectors(shown.gap, shown.features)
         seen = seen.clamp(min=0)
-        return self.candidate_logits(vectors, requests, seen, context, codes=shown.codes, inputs=shown.inputs)
+        outputs = self.candidate_outputs(vectors, requests, seen, context, codes=shown.codes)
+        logits = self.logits_of(outputs, shown.codes, shown.inputs)
+        if self.attention_head is None or not self.attention_head.weight.requires_grad:  # as in `vista adapt`
+            return logits, None
+        return logits, self.attention_head(outputs)
 
     def _next_loss(self, batch: Batch, item_vectors: Tensor, users: Tensor) -> LossPart:
         label = batch.labels.item.flatten()
@@ -406,13 +415,31 @@ class VistaModel(RankingModel):
             inputs: float32 [B, C, I] of users and candidates (`candidate_inputs`). None without pooled vectors, or if
                 the caller adds what `candidate_head` adds to logits.
         """
-        assert self.task_head is not None
+        return self.logits_of(
+            self.candidate_outputs(vectors, request, seen, context, projections, codes), codes, inputs
+        )
+
+    def candidate_outputs(
+        self,
+        vectors: Tensor,
+        request: Tensor | None,
+        seen: Tensor,
+        context: TargetContext,
+        projections: Tensor | None = None,
+        codes: Tensor | None = None,
+    ) -> Tensor:
+        """Attention's outputs [B, C, M] of candidates; arguments as of `candidate_logits`."""
         stage = self.target_attention
         own = stage.layers[0].project(vectors) if projections is None else projections
         if self.candidate_head is not None and codes is not None:
             of_vectors, of_projections = self.candidate_head(codes).split([self.config.dim, own.shape[-1]], -1)
             vectors, own = vectors + of_vectors, own + of_projections
-        logits: Tensor = self.task_head(stage.query(vectors, own, request, seen, context))
+        return stage.query(vectors, own, request, seen, context)
+
+    def logits_of(self, outputs: Tensor, codes: Tensor | None, inputs: Tensor | None) -> Tensor:
+        """Task logits [..., num_tasks] from attention's outputs [..., M], counters, and inputs of the candidates."""
+        assert self.task_head is not None
+        logits: Tensor = self.task_head(outputs)
         if self.candidate_head is None or (codes is None and inputs is None):
             return logits
         return logits + self.candidate_head.logits(codes, inputs)
