@@ -206,7 +206,7 @@ def test_training_at_a_position_is_serving_from_the_store(
                 vectors = model.item_vectors(batch.rows)
                 events = model.shown_vectors(batch.events, vectors)
                 context = model.window_context(batch, events, model.cut_summaries(batch, events))
-                trained = model.window_logits(batch, vectors, context)[window, place, 0].sigmoid()
+                trained = model.window_logits(batch, vectors, context)[0][window, place, 0].sigmoid()
             row = int(batch.user[batch.windows.cut[window]])
             item = int(batch.rows[batch.impressions.item[window, place]]) - 1
             if len(shown[row, item]) > 1:
