@@ -17,6 +17,7 @@ from tests.conftest import small_config, untrained
 from tests.store.conftest import damage_record
 from vista.cli.main import main
 from vista.config import MonitorConfig, SourceColumns
+from vista.config.checks import OnMissing
 from vista.errors import CheckpointError
 from vista.evaluation.reference import (
     Reference,
@@ -31,8 +32,10 @@ from vista.evaluation.reference import (
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS
 from vista.model.saved_model import REFERENCE_FILE
+from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
-from vista.report.monitor import Action, MonitorReport, Reading, counted, judged, monitor, read_monitor
+from vista.report.monitor import Action, MonitorReport, Reading, counted, gauges, judged, monitor, read_monitor
+from vista.scorer import Scorer
 from vista.training.trainer import train
 
 START = 1_760_054_400_000
@@ -254,6 +257,81 @@ def test_limits_are_those_of_statistics(shop: Shop) -> None:
         assert math.isfinite(check.mean) and check.deviation >= 0
     name = "missing event.device"
     assert shop.reference.limit(name, 50) > shop.reference.limit(name, 5000)
+
+
+@dataclass(frozen=True)
+class Clicks:
+    """A log whose clicks depend on the item, a model of them, and its store, by the end of the training data."""
+
+    log: EventLog
+    model: Path
+    store: Path
+
+    def report(self, end_day: int, log: EventLog | None = None, model: VistaModel | None = None) -> MonitorReport:
+        scored = VistaModel.from_pretrained(self.model) if model is None else model
+        reference, end = Reference.read(self.model), START + end_day * DAY_MS
+        with Scorer.open(scored, self.store, on_missing=OnMissing.nan) as scorer:
+            return read_monitor(reference, log or self.log, self.model, end, scorer, is_live=False)
+
+
+def clicked(first: int, last: int, keep: float = 1.0) -> Frame:
+    """Two thousand impressions per day, with a click in 30% of those of even items and in 10% of others; `keep`: share
+    of clicks that arrive."""
+    rng = np.random.default_rng([11, first])
+    count = 2000 * (last - first)
+    item = rng.integers(0, ITEMS, count)
+    return {
+        "user": 1000 + rng.integers(0, USERS, count),
+        "item": 10 * item,
+        "timestamp": START + first * DAY_MS + rng.integers(0, (last - first) * DAY_MS, count),
+        "click": (rng.random(count) < np.where(item % 2, 0.1, 0.3) * keep).astype(np.int64),
+    }
+
+
+@pytest.fixture(scope="module")
+def clicks(tmp_path_factory: pytest.TempPathFactory) -> Clicks:
+    folder = tmp_path_factory.mktemp("clicks")
+    last = TRAINED + 20
+    events = {name: column[::5] for name, column in days(0, last).items()}
+    log = write(folder / "log", events, clicked(0, last))
+    config = small_config(log, folder / "run", optim__epochs=1, data__tokens_per_batch=2048, data__split="time")
+    config.data.validation_from = str(START + (TRAINED - 4) * DAY_MS)
+    config.data.test_from = str(START + TRAINED * DAY_MS)
+    config.optim.next_weight = 0.0
+    model = train(config, log)
+    refresh(model, log, folder / "store", until=START + TRAINED * DAY_MS)
+    return Clicks(log, folder / "run" / "best", folder / "store")
+
+
+CALIBRATION = "predicted / observed click"
+
+
+def test_predictions_are_compared_with_labels(clicks: Clicks, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for day in range(TRAINED + 1, TRAINED + 21, 5):
+        (healthy,) = [one for one in clicks.report(day).readings if one.name == CALIBRATION]
+        assert not healthy.is_alarm and healthy.error is not None
+        assert healthy.value == pytest.approx(1, abs=4 * healthy.error) and 0.03 < healthy.error < 0.1
+
+    shutil.copytree(clicks.log.path, tmp_path / "log")
+    last = TRAINED + 20
+    events = {name: column[::5] for name, column in days(last, last + 1).items()}
+    fewer = write(tmp_path / "log", events, clicked(last, last + 1, keep=2 / 3), append=True)
+    report = clicks.report(last + 1, fewer)
+    (alarm,) = [one for one in report.alarms if one.name == CALIBRATION]
+    assert 1.3 < alarm.value < 1.8 and alarm.action is Action.source, "only the last window has fewer clicks"
+    assert re.search(rf"{CALIBRATION}: 1\.\d+ ± 0\.\d+", str(report))
+    assert re.search(rf'vista_monitor_error{{check="{CALIBRATION}"}} 0\.\d+', gauges(report))
+
+    model = VistaModel.from_pretrained(clicks.model)
+    with model.calibrated(np.array([[1.0, 0.6]])):
+        (alarm,) = [one for one in clicks.report(last, model=model).alarms if one.name == CALIBRATION]
+    assert 1.4 < alarm.value < 2 and alarm.action is Action.retrain, "it was too high in the window before, too"
+
+    events["action"] = np.where(events["action"] == "buy", "order", events["action"])
+    renamed = write(tmp_path / "log", events, clicked(last, last + 1), append=True)
+    report = clicks.report(last + 1, renamed)
+    assert CALIBRATION not in {one.name for one in report.readings}
+    assert "predictions are not compared with labels" in caplog.text and "'order'" in caplog.text
 
 
 def test_page_gauges_and_records_of_a_trained_model(

@@ -409,8 +409,8 @@ class MonitorConfig(Threads, Keyed, UsesModel, UsesLog):
     """The newest window of a log, to compare with the training data of a model."""
 
     store: str | None = None
-    """Folder or URL of the model's summary store, to check its records and the scores of its users; null checks
-    neither."""
+    """Folder or URL of the model's summary store, to check its records, the scores of its users, and predicted against
+    observed labels; null checks none of these."""
     now: str | None = None
     """End of the window: ISO date or time (UTC), or integer milliseconds. null takes the current time."""
     out: str | None = "monitor.html"

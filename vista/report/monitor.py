@@ -6,7 +6,9 @@ Prometheus' text format, and says which action is due.
 
 from __future__ import annotations
 
+import logging
 import math
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,10 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from vista.arrays import Floats, Int
-from vista.config import MonitorConfig
+from vista.config import MonitorConfig, RefreshOptions
 from vista.config.checks import OnMissing
 from vista.device import cpu_settings
-from vista.errors import ConfigError, RecordError
+from vista.errors import ConfigError, RecordError, VistaError
+from vista.evaluation.answers import ScorerAnswers
+from vista.evaluation.cases import impression_cases, with_tasks
+from vista.evaluation.protocol import USERS_PER_BATCH
 from vista.evaluation.reference import (
     FALSE_ALARMS,
     Check,
@@ -43,17 +48,24 @@ from vista.log.event_log import EventLog
 from vista.log.splits import parse_time
 from vista.log.vocabulary import Vocabulary
 from vista.model.saved_model import ModelDescription
+from vista.model.vista_model import VistaModel
+from vista.refresh import refresh
 from vista.report.html_page import PageSection, Series, heading, line_chart, paragraph, render_page, table
 from vista.scorer import Scorer
 from vista.store.record_encoding import read_key
 from vista.text_table import fitted, text_table
 
+logger = logging.getLogger(__name__)
 NUM_EARLIER = 7
 """Earlier windows that are read too, to tell a sudden change from a slow one."""
 SUDDEN = 0.5
 """A change is sudden if at least this part of it came from one window to the next."""
 MOST_RECORDS = 512
 """Users of the window whose records are read."""
+MOST_IMPRESSIONS = 4096
+"""Impressions of a window whose labels are compared with predictions; of more, random ones."""
+CALIBRATION_SLACK = 0.1
+"""Relative difference between predicted and observed labels up to which there is no alarm, whatever chance explains."""
 DISTRIBUTIONS = "event.", "user.", "item.", "request.", "items", "action ", "label ", "score ", "mean score "
 """Beginnings of the names of checks that also change slowly, as tastes do."""
 
@@ -90,6 +102,8 @@ class Reading:
     """What to do if it is one."""
     earlier: Floats | None = None
     """float64 [earlier windows + 1] of the compared numbers, oldest first; None if there is no such series."""
+    error: float | None = None
+    """Standard error of the value, if it has one."""
 
     @property
     def is_alarm(self) -> bool:
@@ -118,16 +132,15 @@ class MonitorReport:
 
     def __str__(self) -> str:
         head = f"window {_time(self.begin)} to {_time(self.end)}: {len(self.readings)} checks"
+        ratios = [f"{one.name}: {_value(one)}" for one in self.readings if one.error is not None]
         if not self.alarms:
-            return f"{head}, nothing is due"
-        rows = [
-            [one.name, _number(one.value), one.expected, f"{one.deviation:.1f}", one.action.value]
-            for one in self.alarms
-        ]
+            return "\n".join([f"{head}, nothing is due", *ratios])
+        rows = [[one.name, _value(one), one.expected, f"{one.deviation:.1f}", one.action.value] for one in self.alarms]
         found = text_table(["check", "value", "normal", "of limit", "due"], rows)
         return "\n".join(
             [
                 f"{head}, {len(rows)} alarm{'s' * (len(rows) > 1)}",
+                *ratios,
                 found,
                 *(fitted(f"{a.value}: {MEANING[a]}") for a in self.due),
             ]
@@ -192,6 +205,8 @@ def read_monitor(
         if reference.items:
             _count_scores(newest, counts[-1], reference, scorer)
         extra += _record_readings(newest, reference, scorer, description.data.staleness_share)
+        if description.schema.tasks and log.impressions is not None:
+            extra += _calibration_readings(windows[-2:], reference, scorer.model)
     return MonitorReport(newest.begin, newest.end, [*judged(reference, counts, unknown), *extra])
 
 
@@ -303,6 +318,62 @@ def _record_readings(window: WindowRows, reference: Reference, scorer: Scorer, s
     ]
 
 
+def _calibration_readings(windows: Sequence[WindowRows], reference: Reference, model: VistaModel) -> list[Reading]:
+    """Predicted over observed labels of each task, of impressions of consecutive windows.
+
+    The impressions of a window are answered from summaries of what came before it, and from the events since. The store
+    in service does not do: it may cover what users did after an impression. Training has calibrated the ratio to 1.
+    """
+    log, found = windows[0].log, dict[str, list[tuple[float, float]]]()
+    try:
+        with tempfile.TemporaryDirectory(prefix="vista-monitor-") as folder:
+            for window in windows:
+                shown = impression_cases(log, window.begin, window.end, max_cases=MOST_IMPRESSIONS)
+                cases, store = with_tasks(shown, model.schema.tasks), Path(folder, str(window.begin))
+                if not len(cases.user):
+                    found = {}
+                    continue
+                options, users = RefreshOptions(verify_log=False), np.unique(cases.user)
+                refresh(model, log, store, until=window.begin, options=options, users=users)
+                with Scorer.open(model, store) as scorer:
+                    answers = ScorerAnswers(scorer, log, requests_per_batch=USERS_PER_BATCH).probabilities(cases)
+                found = {
+                    task: [*found.get(task, []), _ratio(cases.user[known], answers[known, place], label[known])]
+                    for place, (task, known, label) in enumerate(
+                        zip(cases.tasks, cases.mask.T, cases.label.T, strict=True)
+                    )
+                    if known.any()
+                }
+    except VistaError as error:
+        logger.warning("predictions are not compared with labels: %s", error)
+        return []
+    return [_calibration_reading(task, ratios, reference) for task, ratios in found.items()]
+
+
+def _ratio(user: Int, predicted: Floats, label: Floats) -> tuple[float, float]:
+    """Sum of probabilities [N] over sum of labels [N], and its standard error if the probabilities are true: that of
+    independent users, whose impressions may depend on each other, but not less than that of independent impressions."""
+    p, observed = predicted.astype(np.float64), max(float(label.sum()), 0.5)
+    _, owner = np.unique(user, return_inverse=True)
+    of_users = np.bincount(owner, p - label)
+    return float(p.sum()) / observed, math.sqrt(max((of_users**2).sum(), (p * (1 - p)).sum())) / observed
+
+
+def _calibration_reading(task: str, ratios: Sequence[tuple[float, float]], reference: Reference) -> Reading:
+    """That of the last window. Chance includes the usual change of the label's rate between training windows."""
+    values, (ratio, error) = np.array(ratios)[:, 0], ratios[-1]
+    deviation, degrees = error, 1000
+    if (check := reference.checks.get(f"label {task}")) is not None and 0 < check.mean < math.pi / 2:
+        change = 2 * check.deviation / math.tan(check.mean)  # the arcsine's deviation, as a share of the rate
+        deviation, degrees = max(error, change * math.sqrt(1 + 1 / check.num_windows)), check.num_windows - 1
+    tail = FALSE_ALARMS / 2 / (len(reference.checks) + 1)
+    limit, distance = max(student_quantile(tail, degrees) * deviation, CALIBRATION_SLACK), abs(ratio - 1)
+    slow = len(values) > 1 and spread(values) < SUDDEN * distance
+    action = Action.retrain if slow else Action.source
+    normal = f"{_number(max(1 - limit, 0.0))} to {_number(1 + limit)}"
+    return Reading(f"predicted / observed {task}", ratio, normal, distance / limit, action, values, error)
+
+
 def gauges(report: MonitorReport) -> str:
     """All readings in Prometheus' text format, for the textfile collector of its node exporter."""
     due = report.due
@@ -312,11 +383,13 @@ def gauges(report: MonitorReport) -> str:
             "Distance from what is normal, divided by the limit; above 1 is an alarm.",
             "deviation",
         ),
+        "vista_monitor_error": ("Standard error of a ratio of predicted to observed labels.", "error"),
     }
     lines = []
     for family, (what, attribute) in families.items():
         lines += [f"# HELP {family} {what}", f"# TYPE {family} gauge"]
-        lines += [f'{family}{{check="{_label(one.name)}"}} {getattr(one, attribute):.6g}' for one in report.readings]
+        rows = [(one.name, getattr(one, attribute)) for one in report.readings]
+        lines += [f'{family}{{check="{_label(name)}"}} {value:.6g}' for name, value in rows if value is not None]
     lines += ["# HELP vista_monitor_due Number of alarms by what to do.", "# TYPE vista_monitor_due gauge"]
     lines += [f'vista_monitor_due{{action="{action.value}"}} {len(due.get(action, []))}' for action in Action]
     end = "vista_monitor_window_end_timestamp_seconds"
@@ -364,11 +437,15 @@ def _page(report: MonitorReport, reference: Reference, config: MonitorConfig) ->
 def _cells(one: Reading) -> list[str]:
     return [
         one.name,
-        _number(one.value),
+        _value(one),
         one.expected,
         f"{one.deviation:.2f}",
         one.action.value if one.is_alarm else "",
     ]
+
+
+def _value(one: Reading) -> str:
+    return _number(one.value) + ("" if one.error is None else f" ± {_number(one.error)}")
 
 
 def _number(value: float) -> str:
