@@ -637,7 +637,8 @@ class TestExamination:
             ({"optim__examined_tasks": ["like"]}, "'like' is not a trained task; these are: click, buy"),
         ):
             with pytest.raises(ConfigError, match=r"optim\.examined_tasks: .*" + message):
-                Examination.of(log, small_config(log, tmp_path / "run", **changes), ["click", "buy"])
+                config = small_config(log, tmp_path / "run", **changes)
+                Examination.of(log, config.optim.examined_tasks, config.data, ["click", "buy"])
 
 
 def listed_log(folder: Path, column: str) -> EventLog:

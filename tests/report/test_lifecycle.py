@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import Served
+from tests.conftest import Served, small_config
+from tests.examples.test_batch_source import listed_log
 from vista.cli.main import main
 from vista.config import ModelListConfig, ModelPromoteConfig, ModelRollbackConfig, RefreshOptions
-from vista.config.checks import Alias, Codec
+from vista.config.checks import Alias, Codec, Split
 from vista.errors import ConfigError, PromotionError
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.report import lifecycle, report_data
-from vista.report.lifecycle import AUDIT_FILE, Promotion, audit_lines, list_models, promote, roll_back
+from vista.report.lifecycle import AUDIT_FILE, Promotion, audit_lines, list_models, measured_gates, promote, roll_back
 from vista.scorer import Scorer
+from vista.training.trainer import train
 
 
 def damaged(served: Served, folder: Path) -> Path:
@@ -73,6 +75,23 @@ def test_promotion_gates_and_rollback(served_tasks: Served, tmp_path: Path, monk
     assert not all(gate["passed"] for gate in lines[2]["gates"]) and "@" in lines[2]["who"]
     listed = list_models(ModelListConfig(registry=registry)).models
     assert {one["name"]: one["aliases"] for one in listed} == {"first": ["champion"], "bad": ["challenger"]}
+
+
+def test_gates_of_labels_that_were_not_all_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Users look at 1, 1/2, and 1/4 of the three places of a list, and the models know nothing else that matters."""
+    monkeypatch.setattr(report_data, "REQUESTS_PER_ROUND", 5)
+    log, folders = listed_log(tmp_path, "propensity"), dict[str, Path]()
+    for name, tasks in (("naive", []), ("corrected", ["click"])):
+        config = small_config(log, tmp_path / name, data__split=Split.time, optim__examined_tasks=tasks)
+        config.data.validation_from, config.data.test_from = "1970-01-01T00:10:00", "1970-01-01T00:14:00"
+        config.optim.next_weight, config.optim.epochs, config.optim.learning_rate = 0.0, 8, 2e-2
+        train(config, log)
+        folders[name] = tmp_path / name / "best"
+    for candidate, champion in (("corrected", "naive"), ("naive", "corrected"), ("corrected", "corrected")):
+        gates = {gate.name: gate for gate in measured_gates(folders[candidate], folders[champion], log)}
+        assert gates["predicted / observed click"].passed, gates
+        compared = gates["log loss of click against the champion"]
+        assert compared.passed and abs(float(compared.value.split()[0])) < 0.03, compared
 
 
 def test_another_model_cannot_take_a_name(served: Served, served_tasks: Served, tmp_path: Path) -> None:

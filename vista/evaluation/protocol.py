@@ -40,6 +40,7 @@ from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK, leaves_out_seen, part_counts, part_times, split_until, visible_counts
+from vista.logistic_regression import fit_calibration
 from vista.progress_bar import progress_bar
 from vista.ranks import ALONE, Ranks
 from vista.text_table import text_table
@@ -293,6 +294,19 @@ def impression_metrics(cases: ImpressionCases, probability: Float32s) -> dict[st
         metrics[f"ne/{task}"] = normalized_entropy(label, predicted)
         metrics[f"calibration/{task}"] = calibration(label, predicted).ratio
     return metrics
+
+
+def calibrated(cases: ImpressionCases, predicted: Float32s, looks: Float32s) -> tuple[Float32s, Floats]:
+    """Probabilities float32 [N, num_tasks] after calibration, and the calibration, float64 [num_tasks, 2]. Both are
+    fitted to the same labels, which hardly matters: two numbers per task from thousands of labels. `looks`: float32
+    [N, num_tasks] as of `Examination.of_rows`."""
+    exact = np.clip(predicted.astype(np.float64), 1e-9, 1 - 1e-9)
+    logit = np.log(exact) - np.log1p(-exact)
+    label = cases.label
+    found = [fit_calibration(logit[k, t], label[k, t], looks[k, t]) for t, k in enumerate(cases.mask.T)]
+    calibration = np.array(found).reshape(len(found), 2)
+    scaled = logit * calibration[:, 0] + calibration[:, 1]
+    return (1 / (1 + np.exp(-scaled))).astype(np.float32), calibration
 
 
 def entropy_of_users(cases: ImpressionCases, probability: Float32s, task: str) -> Floats:

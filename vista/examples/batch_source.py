@@ -141,13 +141,13 @@ class Examination:
     """[1 + MOST_POSITIONS] by position, where the first has weight 1; None where impressions have propensities."""
 
     @classmethod
-    def of(cls, log: EventLog, config: TrainConfig, tasks: list[str]) -> Examination | None:
-        """That of a run's tasks; None without `optim.examined_tasks`.
+    def of(cls, log: EventLog, asked: list[str], data: DataConfig, tasks: list[str]) -> Examination | None:
+        """That of some tasks; None if `asked`, those of `optim.examined_tasks`, is empty.
 
         Raises:
             ConfigError: if a task is not trained, or impressions have neither propensities nor positions.
         """
-        asked, table, key = config.optim.examined_tasks, log.impressions, "optim.examined_tasks"
+        table, key = log.impressions, "optim.examined_tasks"
         if not asked:
             return None
         for name in asked:
@@ -161,8 +161,8 @@ class Examination:
         require(num_missing == 0, key, f"{num_missing:,} impressions of {log.path} have no {name!r}; prepare it again")
         if name == PROPENSITY:
             return cls(is_examined, None)
-        counts = visible_counts(log, split_until(config.data, "train"))
-        visible = visible_rows(log, table, counts, config.data, None)
+        counts = visible_counts(log, split_until(data, "train"))
+        visible = visible_rows(log, table, counts, data, None)
         task = table.tasks.index(asked[0])
         rows = visible.row[table.known(visible.row, visible.hidden)[:, task]]
         weights = position_weights(columns[POSITION][rows], table.item[rows], np.asarray(table.label)[rows, task] == 1)
@@ -230,7 +230,7 @@ class VisibleImpressions:
         kept = visible.select(np.flatnonzero(mask.any(1)))
         time = np.asarray(table.timestamp)[kept.row]
         use_time = log.has_time and config.model.reads("times")
-        examination = Examination.of(log, config, tasks)
+        examination = Examination.of(log, config.optim.examined_tasks, config.data, tasks)
         if examination is not None and examination.weights is not None:
             weights = ", ".join(f"{weight:.2f}" for weight in examination.weights[1:11])
             logger.info("estimated probabilities that users look at positions 1, 2, ...: %s", weights)

@@ -138,9 +138,11 @@ class Schema:
     """Categories and numbers of users, which stage 2 and the retrieval head read."""
     has_decoder: bool = False
     """Whether summaries were trained to be decoded (`optim.reconstruction_weight`)."""
+    examined_tasks: list[str] = field(default_factory=list)
+    """Tasks whose scores are probabilities for items that users look at (`optim.examined_tasks`)."""
 
     def __post_init__(self) -> None:
-        for key, most in (("actions", MAX_ACTIONS), ("tasks", MAX_TASKS)):
+        for key, most in (("actions", MAX_ACTIONS), ("tasks", MAX_TASKS), ("examined_tasks", MAX_TASKS)):
             names = getattr(self, key)
             require(
                 type(names) is list and all(type(name) is str for name in names), f"schema.{key}", "must list texts"

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from vista.model.ranking_model import RankingModel
 
 
-FORMAT_VERSION = 15
+FORMAT_VERSION = 16
 CONFIG_FILE = "config.json"
 REFERENCE_FILE = "reference.json"
 """What is normal in the training data (`vista.evaluation.reference`). Loading a model does not read it."""

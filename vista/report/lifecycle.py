@@ -20,7 +20,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,11 @@ from vista.config import EvaluateConfig, ModelListConfig, ModelPromoteConfig, Mo
 from vista.config.checks import Alias, Architecture, Codec, ScoringBackend
 from vista.device import cpu_settings
 from vista.errors import ConfigError, PromotionError
+from vista.evaluation.cases import looks_at
 from vista.evaluation.comparison import Comparison, PerUserMetrics
 from vista.evaluation.evaluate import EvaluationReport, evaluate_scorer
 from vista.evaluation.metrics import log_losses, mean_and_error
+from vista.evaluation.protocol import calibrated
 from vista.files import make_folders, read_limited, replaced_folder, sync
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
@@ -310,9 +312,10 @@ def measured_gates(
         exact = folder / "exact"
         refresh(models[0], log, exact, until=until, options=RefreshOptions(verify_log=False, codec=Codec.float32))
         reference = stack.enter_context(Scorer.open(models[0], exact, backend=ScoringBackend.torch))
+        observed, compared = _of_labels(reports, models, log)
         return [
-            _metric_gate(reports),
-            *_calibration_gates(reports[0]),
+            _metric_gate(compared),
+            *_calibration_gates(observed),
             _parity_gate(scorers[0], reference, log),
             _latency_gate(scorers, log, max_latency_ms),
         ]
@@ -326,6 +329,28 @@ def _require_unseen(models: list[VistaModel], log: EventLog) -> None:
             "data: the champion was trained on validation labels of the new model, so they cannot be compared; train "
             "the new model with a data split that holds out later labels"
         )
+
+
+def _of_labels(
+    reports: list[EvaluationReport], models: list[VistaModel], log: EventLog
+) -> tuple[EvaluationReport, list[EvaluationReport]]:
+    """The candidate's report with probabilities of the labels as they were observed, and such reports to compare.
+
+    A model with `optim.examined_tasks` predicts what users do who look. Its scores are multiplied by the probability of
+    a look, which says more about a label than the scores of a model without. So if one of the models has none, both are
+    multiplied, once calibrated for this: the comparison is about what each knows of users and items.
+    """
+    cases = reports[0].impressions
+    if cases is None or not any(model.schema.examined_tasks for model in models):
+        return reports[0], reports
+    looks = [looks_at(log, cases, model) for model in models]
+    answers = [report.probabilities for report in reports if report.probabilities is not None]
+    observed = [replace(report, probabilities=p * own) for report, p, own in zip(reports, answers, looks, strict=True)]
+    if np.array_equal(looks[0], looks[-1]):
+        return observed[0], observed
+    shared = np.minimum(looks[0], looks[-1])
+    fitted = [calibrated(cases, p, shared)[0] * shared for p in answers]
+    return observed[0], [replace(report, probabilities=p) for report, p in zip(reports, fitted, strict=True)]
 
 
 def _metric_gate(reports: list[EvaluationReport]) -> Gate:

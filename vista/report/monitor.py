@@ -25,7 +25,7 @@ from vista.config.checks import OnMissing
 from vista.device import cpu_settings
 from vista.errors import ConfigError, RecordError, VistaError
 from vista.evaluation.answers import ScorerAnswers
-from vista.evaluation.cases import impression_cases, with_tasks
+from vista.evaluation.cases import impression_cases, looks_at, with_tasks
 from vista.evaluation.protocol import USERS_PER_BATCH
 from vista.evaluation.reference import (
     FALSE_ALARMS,
@@ -337,6 +337,7 @@ def _calibration_readings(windows: Sequence[WindowRows], reference: Reference, m
                 refresh(model, log, store, until=window.begin, options=options, users=users)
                 with Scorer.open(model, store) as scorer:
                     answers = ScorerAnswers(scorer, log, requests_per_batch=USERS_PER_BATCH).probabilities(cases)
+                answers = answers * looks_at(log, cases, model)
                 found = {
                     task: [*found.get(task, []), _ratio(cases.user[known], answers[known, place], label[known])]
                     for place, (task, known, label) in enumerate(

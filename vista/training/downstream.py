@@ -121,6 +121,7 @@ class Downstream:
             tasks=schema.tasks,
             has_retrieval=schema.has_retrieval,
             has_decoder=False,
+            examined_tasks=schema.examined_tasks,
             request_features=schema.request_features,
             user_features=self.base.schema.user_features if self.config.model.reads("user_features") else [],
         )

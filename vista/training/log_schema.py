@@ -306,6 +306,7 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
         features,
         num_tail_features=num_tail_features,
         has_decoder=config.trains_decoder,
+        examined_tasks=list(config.optim.examined_tasks),
         **{name: reader.columns for name, reader in readers.items()},
     )
     return schema, readers

@@ -32,6 +32,7 @@ from vista.evaluation.comparison import Estimate
 from vista.evaluation.counting_baselines import counting_baselines, scores_in_columns
 from vista.evaluation.protocol import (
     WindowReport,
+    calibrated,
     case_batches,
     entropy_of_users,
     impression_metrics,
@@ -56,7 +57,6 @@ from vista.log.splits import (
     part_counts,
     part_times,
 )
-from vista.logistic_regression import fit_calibration
 from vista.model import inference
 from vista.model.baselines.history_model import HistoryModel
 from vista.model.features import log_encoder
@@ -76,19 +76,6 @@ from vista.training.run_plan import Progress
 # Letters: N cases, V items of the model.
 
 CASES_PER_BATCH = 512
-
-
-def _calibrated(cases: ImpressionCases, predicted: Float32s, looks: Float32s) -> tuple[Float32s, Floats]:
-    """Probabilities float32 [N, num_tasks] after calibration, and the calibration, float64 [num_tasks, 2]. Both are
-    fitted to the same labels, which hardly matters: two numbers per task from thousands of labels. `looks`: float32
-    [N, num_tasks] as of `Examination.of_rows`."""
-    exact = np.clip(predicted.astype(np.float64), 1e-9, 1 - 1e-9)
-    logit = np.log(exact) - np.log1p(-exact)
-    label = cases.label
-    found = [fit_calibration(logit[k, t], label[k, t], looks[k, t]) for t, k in enumerate(cases.mask.T)]
-    calibration = np.array(found).reshape(len(found), 2)
-    scaled = logit * calibration[:, 0] + calibration[:, 1]
-    return (1 / (1 + np.exp(-scaled))).astype(np.float32), calibration
 
 
 class SummaryAnswers:
@@ -289,7 +276,7 @@ class Validation:
         if (tasks := trained_tasks(log, optim)) and begin is not None:
             shown = with_tasks(impression_cases(log, begin, end, max_cases=limit * 4), tasks)
             self._impressions = shown if len(shown.user) else None
-            self._examination = Examination.of(log, config, tasks)
+            self._examination = Examination.of(log, config.optim.examined_tasks, data, tasks)
             self._item_values: dict[int, ItemValues | None] = {}
             """By time of a refresh in ms, once a model was measured."""
         if config.ranks_items:
@@ -443,7 +430,7 @@ class Validation:
             if self._examination is not None:
                 looks = self._examination.of_rows(self._impressions.features)
             if calibrates:
-                predicted, self.calibration = _calibrated(self._impressions, predicted, looks)
+                predicted, self.calibration = calibrated(self._impressions, predicted, looks)
             predicted = predicted * looks  # probabilities of the labels as they were observed
             metrics |= impression_metrics(self._impressions, predicted)
             if self.metric != self.ranking_metric:

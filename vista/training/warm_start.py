@@ -295,8 +295,8 @@ class WarmStart:
         known = self.base.schema
         features: dict[str, Any] = {key: columns.columns for key, columns in grown.items()}
         if self.freezes:
-            features = {"request_features": schema.request_features} | features
-            return replace(known, tasks=schema.tasks, has_retrieval=schema.has_retrieval, has_decoder=False, **features)
+            names = ("tasks", "examined_tasks", "has_retrieval", "request_features")
+            return replace(known, has_decoder=False, **{name: getattr(schema, name) for name in names} | features)
         # Codes of actions are those of the log, so actions that only the model knows come last.
         actions = [*schema.actions, *(name for name in known.actions if name not in schema.actions)]
         features["num_tail_features"] = known.num_tail_features  # new columns come last, so stage 2 does not read them
