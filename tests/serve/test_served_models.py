@@ -22,6 +22,7 @@ from vista.config import ServeConfig
 from vista.errors import ConfigError, ModelUnavailableError, RecordError
 from vista.model.item_projections import RETRIEVAL_FILE
 from vista.model.saved_model import WEIGHTS_FILE
+from vista.model.serving_model import Adapter
 from vista.refresh import refresh
 from vista.scorer import Scorer
 from vista.serve import shadow
@@ -409,12 +410,42 @@ def test_an_error_of_the_challenger_is_a_line(served: Served) -> None:
     assert same["difference"] == pytest.approx(0) and same["correlation"] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("by_request", [True, False])
+def test_answers_with_an_adapter_are_not_compared(served: Served, tmp_path: Path, *, by_request: bool) -> None:
+    """The challenger has no adapters, so its answer would differ for another reason."""
+    with Scorer.open(served.model_dir, served.store) as scorer:
+        values = np.full(scorer.served.num_adapted, 0.1, np.float32)
+        Adapter(values, scorer.served.stage2_id, scorer.model.data).write(tmp_path / "music.adapter")
+    adapter, file = tmp_path if by_request else tmp_path / "music.adapter", tmp_path / "shadow.jsonl"
+    asked = [ASKED | {"adapter": "music"}, ASKED] if by_request else [ASKED]
+    config = ServeConfig(
+        model=str(served.model_dir),
+        store=str(served.store),
+        adapter=str(adapter),
+        shadow_model=str(served.model_dir),
+        shadow_store=str(served.store),
+        shadow_file=str(file),
+    )
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs, Scorer.open(served.model_dir, served.store, adapter=adapter) as scorer:
+        champion = ScoringService(scorer, config)
+        with ours:
+            for body in (json.dumps(one).encode() for one in asked):
+                answer = champion.scored(champion.checked(body, JSON), JSON)
+                ours.send(msgspec.msgpack.encode(("score", body, JSON, answer.body)))
+        shadow.run(theirs, config)
+    first, *others = lines_of(file)
+    assert first["not_compared"] == "adapter" and first["users"] == USERS and first["champion"]["scores"]
+    assert not first.keys() & {"challenger", "difference", "error"}
+    assert [line["difference"] for line in others] == [pytest.approx(0)] * by_request
+
+
 def test_an_unexpected_error_costs_one_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     outcomes: list[Any] = [RuntimeError("no memory"), OSError("no disk"), {"at": "a"}, {"at": "b"}, {"at": "c"}]
 
-    def answered(*_: object) -> dict[str, Any]:
+    def answered(*_: object, **__: object) -> dict[str, Any]:
         outcome = outcomes.pop(0)
         if isinstance(outcome, Exception):
             raise outcome

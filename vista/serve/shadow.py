@@ -10,6 +10,7 @@ A line of `shadow_file` is a JSON object:
     difference, correlation  of score: the mean absolute difference of all scores, and their correlation
     overlap                  of rank: the share of the champion's items that the challenger lists too
     error                    why the challenger has no answer
+    not_compared             "adapter", if the champion answered with one: adapters belong to its model
 """
 
 from __future__ import annotations
@@ -96,10 +97,16 @@ class ShadowProcess:
             self._process.wait()
 
 
-def compared(service: ScoringService, endpoint: str, body: bytes, media_type: str, answer: bytes) -> dict[str, Any]:
-    """A line about a request: the champion's answer next to that of the challenger's service."""
+def compared(
+    service: ScoringService, endpoint: str, body: bytes, media_type: str, answer: bytes, *, adapted: bool = False
+) -> dict[str, Any]:
+    """A line about a request: the champion's answer next to that of the challenger's service. `adapted`: whether the
+    champion answers all requests with an adapter."""
     line: dict[str, Any] = {"at": datetime.now(UTC).isoformat(timespec="milliseconds"), "endpoint": endpoint}
-    champion = _decoded(answer, media_type)
+    champion, asked = _decoded(answer, media_type), _decoded(body, media_type)
+    line |= {"users": asked.get("users", [asked.get("user")])[:MOST_SHOWN]}
+    if adapted or asked.get("adapter") is not None:
+        return line | {"champion": _shown(champion), "not_compared": "adapter"}
     try:
         if endpoint == "rank":
             own = service.rank(body, media_type, RANK_S)
@@ -108,8 +115,6 @@ def compared(service: ScoringService, endpoint: str, body: bytes, media_type: st
     except OF_REQUESTS as error:
         return line | {"champion": _shown(champion), "error": f"{type(error).__name__}: {error}"}
     challenger = _decoded(own.body, media_type)
-    asked = _decoded(body, media_type)
-    line |= {"users": asked.get("users", [asked.get("user")])[:MOST_SHOWN]}
     line |= {"champion": _shown(champion), "challenger": _shown(challenger)}
     if endpoint == "rank":
         items = champion["items"]
@@ -149,6 +154,7 @@ def run(listening: socket.socket, config: ServeConfig) -> None:
     model, store = config.shadow_model, config.shadow_store
     own = replace(config, model=model, store=store, index=None, adapter=None, shadow_model=None, shadow_store=None)
     service, tried, path = None, -own.reload_s, Path(config.shadow_file)
+    adapted = config.adapter is not None and not Path(config.adapter).is_dir()
     while message := listening.recv(2 * MAX_MESSAGE):
         try:
             if service is None and time.monotonic() - tried >= own.reload_s:
@@ -159,7 +165,8 @@ def run(listening: socket.socket, config: ServeConfig) -> None:
                 except VistaError as error:
                     logger.warning("shadow model %s cannot be opened: %s", model, error)
             if service is not None:
-                _append(path, compared(service, *msgspec.msgpack.decode(message, type=tuple[str, bytes, str, bytes])))
+                copy = msgspec.msgpack.decode(message, type=tuple[str, bytes, str, bytes])
+                _append(path, compared(service, *copy, adapted=adapted))
         except Exception:  # Of one request; the next one may succeed.
             logger.exception("a request was not compared with shadow model %s", model)
     if service is not None:
