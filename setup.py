@@ -26,7 +26,8 @@ class BuildLibrary(build_ext):
         except _BUILD["BuildError"] as error:
             self.library = []
             print(
-                f"vista's C++ library was not built, so scoring on CPUs takes twice as long: {error}", file=sys.stderr
+                f"vista's C++ library was not built, so scoring on CPUs takes 2 to 7 times as long: {error}",
+                file=sys.stderr,
             )
 
     def get_outputs(self) -> list[str]:

@@ -647,7 +647,7 @@ def check_processor(config: DoctorConfig) -> Iterator[Finding]:
         load()
         yield Finding("C++ library", "built; it scores requests")
     except LibraryError as error:
-        advice = f"requests on a CPU take about twice as long, because torch computes them: {error}"
+        advice = f"requests on a CPU take 2 to 7 times as long, because torch computes them: {error}"
         yield Finding("C++ library", "none", Verdict.limited, advice)
 
 

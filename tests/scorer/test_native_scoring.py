@@ -205,7 +205,7 @@ def test_a_missing_library_is_named(
     with caplog.at_level(logging.INFO), Scorer.open(model, tmp_path / "store") as scorer:
         assert scorer.backend == "torch: the C++ library was not built"
     assert caplog.messages.count(
-        "scores are computed by torch, which takes about twice as long on a CPU: the C++ library was not built"
+        "scores are computed by torch, which takes 2 to 7 times as long on a CPU: the C++ library was not built"
     )
     with pytest.raises(ConfigError, match="backend=native: the C\\+\\+ library was not built; or use backend=torch"):
         Scorer.open(model, tmp_path / "store", backend="native")

@@ -448,5 +448,5 @@ def native_scoring(
         if backend is ScoringBackend.native:
             raise ConfigError(f"backend=native: {error}; or use backend=torch") from error
         level = logging.INFO if device != "cpu" else logging.WARNING  # A device is a choice of the caller.
-        logger.log(level, "scores are computed by torch, which takes about twice as long on a CPU: %s", error)
+        logger.log(level, "scores are computed by torch, which takes 2 to 7 times as long on a CPU: %s", error)
         return str(error)
