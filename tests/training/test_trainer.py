@@ -160,7 +160,12 @@ def test_the_run_folder_is_complete_and_a_finished_run_does_not_change(
     assert (uninterrupted / "config.yaml").read_text() == to_yaml(small_config(event_log, uninterrupted, **LONG))
     run_dir = shutil.copytree(uninterrupted, tmp_path / "run")
     log_text = (run_dir / "train.log").read_text()
-    assert "EventLog" in log_text and "ndcg@10" in log_text and "done:" in log_text and "kernels: torch" in log_text
+    assert (
+        "EventLog" in log_text
+        and "s), validation: hr@10" in log_text
+        and "done:" in log_text
+        and "kernels: torch" in log_text
+    )
     weights = load_file(run_dir / "best" / "model.safetensors")
     model = train(small_config(event_log, run_dir, **LONG), event_log)
     assert not model.training

@@ -484,7 +484,7 @@ class Trainer:
         row = {"step": progress.step, "epoch": progress.epoch, "validation": measured, "is_best": is_best}
         metrics.write({**row, **times})
         numbers = ", ".join(f"{name} {number:.4f}" for name, number in measured.items())
-        logger.info("epoch %d (%.1f s): %s", progress.epoch, epoch_seconds, numbers)
+        logger.info("epoch %d (%.1f s), validation: %s", progress.epoch, epoch_seconds, numbers)
         if progress.wide:
             logger.info("attention changes %s by %+.4f ± %.4f from epoch 0", validation.metric, change, error)
         if is_best:
