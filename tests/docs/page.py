@@ -9,8 +9,8 @@
 
 In an output, `...` matches any text of a line. A line that is just `...` matches any number of lines. Metrics differ a
 little between processors and versions of torch. So with a tolerance, a shown number that has a decimal point stands
-for any printed number that differs by at most this share of it and has as many decimals. Integers and all other text
-must be the same.
+for any printed number that differs by at most this share of it and has as many decimals. A number with its standard
+error, such as `+0.034 ± 0.015`, may also differ by this error. Integers and all other text must be the same.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ _UNTESTED = ("", "bash", "sh", "shell", "zsh")
 """Languages in which a page must not hide commands from the tests."""
 ELLIPSIS = "..."
 _DECIMAL = r"\d+\.\d+"
-_PARTS = re.compile(rf"({re.escape(ELLIPSIS)}|{_DECIMAL})")
+_WITH_ERROR = rf"[+-]?{_DECIMAL} ± {_DECIMAL}"
+_PARTS = re.compile(rf"({re.escape(ELLIPSIS)}|{_WITH_ERROR}|{_DECIMAL})")
 _FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<info>[^`]*)$")
 
 
@@ -197,8 +198,8 @@ def line_matches(shown: str, printed: str, tolerance: float = 0.0) -> bool:
             return start == len(printed)
         if parts[i] == ELLIPSIS:
             return any(rest_matches(i + 1, n) for n in range(start, len(printed) + 1))
-        if tolerance and re.fullmatch(_DECIMAL, parts[i]):
-            number = re.compile(_DECIMAL).match(printed, start)
+        if tolerance and i % 2:
+            number = re.compile(_WITH_ERROR if "±" in parts[i] else _DECIMAL).match(printed, start)
             if number is None or not _is_close(parts[i], number[0], tolerance):
                 return False
             return rest_matches(i + 1, number.end())
@@ -208,8 +209,13 @@ def line_matches(shown: str, printed: str, tolerance: float = 0.0) -> bool:
 
 
 def _is_close(shown: str, printed: str, tolerance: float) -> bool:
-    decimals = [len(number.partition(".")[2]) for number in (shown, printed)]
-    return decimals[0] == decimals[1] and abs(float(printed) - float(shown)) <= tolerance * float(shown)
+    old, new = shown.split(" ± "), printed.split(" ± ")
+    allowed = [tolerance * abs(float(number)) for number in old]
+    allowed[0] = max(allowed[0], *map(float, old[1:]), 0.0)
+    return all(
+        len(a.partition(".")[2]) == len(b.partition(".")[2]) and abs(float(b) - float(a)) <= most
+        for a, b, most in zip(old, new, allowed, strict=True)
+    )
 
 
 def matches(shown: Sequence[str], printed: Sequence[str], tolerance: float = 0.0) -> bool:

@@ -12,7 +12,7 @@ import pytest
 from docs.build_site import PAGES_ELSEWHERE, pages_of_nav
 from docs.check_links import lines_outside_code
 from docs.notebook_pages import notebook_pages
-from tests.docs.page import blocks_of, steps_of
+from tests.docs.page import blocks_of, line_matches, steps_of
 from tests.docs.run_page import ROOT, TIME_LIMIT_S, PageFailed, check_page
 from tests.required_program import required
 
@@ -83,6 +83,14 @@ def test_another_output_fails(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text("```python\nprint(0.52)\n```\n\n```text within 3 %\n0.50\n```\n")
     with pytest.raises(PageFailed, match=r"page.md:6: the output is not what the page shows(.|\n)*-0.50\n\+0.52"):
         check_page(tmp_path / "page.md", tmp_path)
+
+
+def test_a_difference_may_vary_by_its_standard_error() -> None:
+    shown = "by +0.034 ± 0.015"
+    assert line_matches(shown, "by +0.048 ± 0.013", 0.2) and line_matches("-0.002 ± 0.005", "+0.003 ± 0.005", 0.2)
+    for other in ("by +0.050 ± 0.015", "by +0.034 ± 0.019", "by +0.034", "by +0.04 ± 0.015"):
+        assert not line_matches(shown, other, 0.2), other
+    assert not line_matches(shown, "by +0.035 ± 0.015")
 
 
 def test_blocks_that_are_not_run_have_a_reason() -> None:

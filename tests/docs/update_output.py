@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import tests.conftest  # noqa: F401, sets the processor profile that the tests have
 from tests.docs.page import matches, read_lines
 from tests.docs.run_page import TIME_LIMIT_S, run_page
 
