@@ -376,12 +376,7 @@ def test_a_reference_to_another_key_is_allowed() -> None:
 
 @pytest.mark.parametrize(
     ("key", "most"),
-    [
-        ("dim", 65_535),
-        ("num_seeds", 65_535),
-        ("conv_width", 1024),
-        ("history_limit", 2**31 - 1),
-    ],
+    [("dim", 65_535), ("num_seeds", 65_535), ("conv_width", 1024), ("history_limit", 2**31 - 1)],
 )
 def test_sizes_of_models(refused: Refused, key: str, most: int) -> None:
     others = {"dim": {"num_heads": 1}, "num_seeds": {"pooled_dim": 0}}.get(key, {})

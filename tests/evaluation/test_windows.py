@@ -286,13 +286,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, scores_per_chunk
         np.testing.assert_array_equal(got[name], value)
 
 
-ASKED: dict[str, Any] = {
-    "target": Target.window,
-    "horizon_events": [3, 8],
-    "min_seen": 5,
-    "min_after": 2,
-    "top_k": [4],
-}
+ASKED: dict[str, Any] = {"target": Target.window, "horizon_events": [3, 8], "min_seen": 5, "min_after": 2, "top_k": [4]}
 
 
 def plain_precision(

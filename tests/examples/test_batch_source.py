@@ -73,12 +73,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         },
         tmp_path_factory.mktemp("batches") / "log",
         time_unit="s",
-        impressions={
-            "user": shown_user,
-            "item": shown_item,
-            "timestamp": shown_time,
-            "click": rng.integers(0, 2, 150),
-        },
+        impressions={"user": shown_user, "item": shown_item, "timestamp": shown_time, "click": rng.integers(0, 2, 150)},
         columns=SourceColumns(labels=["click"]),
     )
     return World(log, time * MS, offsets, shown_user, shown_time * MS, shown_item)

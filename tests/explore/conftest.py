@@ -25,11 +25,7 @@ def close_scorers() -> Iterator[None]:
 
 def places_of(served: Served, **changes: object) -> Places:
     """The places of a served model, with some changed."""
-    fields: dict[str, object] = {
-        "model": served.model_dir,
-        "store": str(served.store),
-        "data": served.log.path,
-    }
+    fields: dict[str, object] = {"model": served.model_dir, "store": str(served.store), "data": served.log.path}
     return Places(**(fields | changes))  # type: ignore[arg-type]
 
 

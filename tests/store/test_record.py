@@ -40,11 +40,7 @@ SUMMARY = np.array(
 TAIL = Tail(
     np.array([9, 1], np.int32), np.array([-1, 1 << 40], np.int64), np.array([0, 255], np.uint8), np.array([0, 2, 2])
 )
-USER_COLUMNS = (
-    UserColumn("region", 255, "ab" * 32),
-    UserColumn("city", 256, "cd" * 32),
-    UserColumn("age", None),
-)
+USER_COLUMNS = (UserColumn("region", 255, "ab" * 32), UserColumn("city", 256, "cd" * 32), UserColumn("age", None))
 USER_FEATURES = {
     "region": np.array([254, -1], np.int32),
     "city": np.array([-1, 255], np.int32),

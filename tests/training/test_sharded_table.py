@@ -32,12 +32,7 @@ pytest.importorskip("torchrec", reason="TorchRec is not installed; `make test-to
 pytestmark = [pytest.mark.torchrec, pytest.mark.timeout(900)]
 SHARDED = {"model__table": TableKind.torchrec}
 BY_ROW = SHARDED | {"optim__table_optimizer": TableOptimizer.rowwise_adagrad, "optim__table_rate": 5.0}
-HASHED = {
-    "model__embedding_rows": 50,
-    "data__tokens_per_batch": 16,
-    "optim__epochs": 2,
-    "optim__validate_every": 1,
-}
+HASHED = {"model__embedding_rows": 50, "data__tokens_per_batch": 16, "optim__epochs": 2, "optim__validate_every": 1}
 """Some of the batches have a single chunk, so one of two ranks has none, and yet reads with the other one."""
 
 
