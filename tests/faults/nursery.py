@@ -227,6 +227,9 @@ def _run(job: int, module: str, function: str, arguments: list[Any]) -> int:
 def main() -> None:
     """Fork a child per line of standard input."""
     global _messages
+    # What modules of tests import, but not polars, whose threads would end with a fork.
+    import hypothesis  # noqa: F401
+    import pytest  # noqa: F401
     import torch
 
     import vista.refresh
