@@ -100,12 +100,15 @@ DETERMINISM = """
 import sys
 from vista.config import PrepareConfig, SourceConfig
 from vista.log.ingest.prepare import prepare
+from vista.log.ingest.source_parser import SourceParser
 folder, out, bucket = sys.argv[1:]
+parser = SourceParser()
 for form in ("csv", "parquet"):
     paths = [f"{folder}/{name}.{form}" for name in ("two", "one")]
     source = SourceConfig(paths=paths, timestamp="timestamp", time_unit="s", action="kind", rating="stars")
     source.categories, source.numbers = ["device", "hour"], ["dwell"]
-    prepare(PrepareConfig(out=f"{out}/{form}", events=source), bucket_events=int(bucket))
+    prepare(PrepareConfig(out=f"{out}/{form}", events=source), bucket_events=int(bucket), parser=parser)
+parser.close()
 """
 
 

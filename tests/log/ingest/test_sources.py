@@ -21,7 +21,7 @@ import polars as pl
 import pytest
 
 from tests.conftest import real_set
-from tests.log.conftest import run, write_csv
+from tests.log.conftest import PARSER, run, write_csv
 from vista.config import ImpressionsConfig, PrepareConfig, SimulateConfig, SourceColumns, SourceConfig
 from vista.config.checks import IdType, OnBadRows, to_dict
 from vista.errors import ConfigError, DataError
@@ -473,7 +473,7 @@ def refuse_number(folder: Path, column: str, value: float | None, message: str) 
             impressions=ImpressionsConfig(**to_dict(table)),
         )
         with pytest.raises(DataError, match=rf"{name}: row 2, column '{column}': .*{message}"):
-            prepare(config)
+            prepare(config, parser=PARSER)
         assert not (folder / "log").exists()
 
 
