@@ -179,7 +179,6 @@ def groups(rng: random.Random, asked: list[tuple[str, bytes, bool]]) -> Iterator
     fault="fuzzed requests to the service, including pipelined, abandoned, and 4 MB ones",
     full=100_000,
     each=EACH,
-    smoke=True,
 )
 def test_fuzzed_requests(trial: Trial, fuzzed: Fuzzed) -> None:
     service, above, most_bytes = fuzzed.service, 0, 0

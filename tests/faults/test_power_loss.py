@@ -396,7 +396,7 @@ def check_images_after_exchange(
     full=2 * CUTS,
     each=EXCHANGE_IMAGES,
     kinds=["an addition of items", "a training run"],
-    smoke=True,
+    smoke=["a training run"],
 )
 def test_power_loss_after_an_exchange(trial: Trial, traced: Nursery, trace_of: Callable[[str], Trace]) -> None:
     name = trial.promise.kind

@@ -378,6 +378,7 @@ def encoder() -> TextEncoder:
     return made
 
 
+@pytest.mark.nightly
 def test_the_command(encoder: TextEncoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pl.DataFrame({"item": ["a", "b", "c", "d"], "title": [*TEXTS[:2], None, TEXTS[0]]}).write_parquet(
         tmp_path / "products.parquet"

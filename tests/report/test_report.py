@@ -226,6 +226,7 @@ def test_the_latency_states_the_load(reported: Reported) -> None:
     assert re.search(r"Medians over [3-9] rounds", reported.page)
 
 
+@pytest.mark.nightly
 def test_a_browser_without_a_network_shows_it(reported: Reported, tmp_path: Path) -> None:
     picture = tmp_path / "page.png"
     assert requests_of(reported.report.path, picture) == []
