@@ -121,14 +121,15 @@ def scores_of(scorer: Scorer) -> dict[int, list[Any]]:
     return {user: [scorer.score([user], ITEMS, now=NOW)[0].tolist()] for user in USERS}
 
 
-def test_reloads_erasures_and_killed_workers(served: Served, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.nightly)])
+def test_reloads_erasures_and_killed_workers(served: Served, tmp_path: Path, fresh: bool) -> None:
     """Two workers under load: refreshes and an erasure lose no request, a killed worker only breaks connections."""
     store = tmp_path / "store"
     refresh(served.model, served.log, store)
     with Scorer.open(served.model_dir, store) as scorer:
         expected = scores_of(scorer)
     before = set(NUMBERS.glob("vista-serve-*"))
-    with running(f"model={served.model_dir}", f"store={store}", "workers=2", "reload_s=0.1", fresh=True) as service:
+    with running(f"model={served.model_dir}", f"store={store}", "workers=2", "reload_s=0.1", fresh=fresh) as service:
         with Load(service, expected).applied() as load:
             load.until_more(20)
             for generation in (2, 3):
