@@ -8,7 +8,7 @@
 //
 // Letters as in scoring.h; N tokens of the context, R rows of a block.
 #include <cstring>
-#ifdef VISTA_BFLOAT16
+#if VISTA_LANES == 16
 #include <immintrin.h>
 #endif
 
@@ -57,10 +57,18 @@ inline float largest(Lanes x) {
     return x[0] < x[1] ? x[1] : x[0];
 }
 
-// e^x within 2e-7 of its size: 2^n times a polynomial of the rest in base 2. NaN stays NaN.
-inline Lanes exp(Lanes x) {
-    x = x > 88.0f ? splat(88.0f) : x;
-    x = x < -87.0f ? splat(-87.0f) : x;
+// x, but between -87 and 87. Whether NaN stays NaN depends on the processor.
+inline Lanes clamped(Lanes x) {
+#if VISTA_LANES == 16  // for which GCC makes two instructions each of a comparison
+    return (Lanes)_mm512_max_ps((__m512)splat(-87.0f), _mm512_min_ps((__m512)splat(87.0f), (__m512)x));
+#else
+    x = x < 87.0f ? x : splat(87.0f);
+    return x > -87.0f ? x : splat(-87.0f);
+#endif
+}
+
+// e^x within 2e-7 of its size, for x between -87 and 87: 2^n times a polynomial of the rest in base 2.
+inline Lanes bounded_exp(Lanes x) {
     const Lanes shifted = x * 1.44269504f + 12582912.0f;  // rounds to whole numbers, which are its last bits
     const Lanes n = shifted - 12582912.0f;
     const Lanes r = x * 1.92596299e-8f + (x * 1.44269504f - n);
@@ -70,12 +78,13 @@ inline Lanes exp(Lanes x) {
     p = p * r + 2.4022242427e-01f;
     p = p * r + 6.9314700365e-01f;
     p = p * r + 1.0f;
-    const Lanes result = (Lanes)((Ints)p + ((Ints)shifted << 23));
-    return x == x ? result : x;
+    return (Lanes)((Ints)p + ((Ints)shifted << 23));
 }
 
+// e^x; NaN stays NaN.
+inline Lanes exp(Lanes x) { return x == x ? bounded_exp(clamped(x)) : x; }
 inline Lanes sigmoid(Lanes x) { return 1.0f / (1.0f + exp(-x)); }
-inline Lanes silu(Lanes x) { return x / (1.0f + exp(-x)); }
+inline Lanes silu(Lanes x) { return x / (1.0f + bounded_exp(-clamped(x))); }  // NaN stays NaN by x itself
 
 // Inner product of two vectors of any length.
 inline float dot(const float *a, const float *b, int count) {
