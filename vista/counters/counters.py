@@ -113,8 +113,7 @@ class CounterSpec:
     def half_lives(self) -> Int:
         """Half-lives τ·ln 2 of the horizons: int64 [len(days) + len(events)], in ms and in millionths of an event.
         Whole numbers, so that the half-life that an event lies in is exact."""
-        scales = [days * DAY_MS for days in self.days] + [events * STEPS_PER_EVENT for events in self.events]
-        return np.array([round(scale * math.log(2)) for scale in scales], np.int64)
+        return _half_lives(self).copy()
 
     def decay(self, elapsed_ms: Int, num_events: Int) -> NDArray[np.float64]:
         """Weights of n events at a later time: float64 [n, len(days) + len(events)].
@@ -123,10 +122,10 @@ class CounterSpec:
             elapsed_ms: int64 [n] time since each event, at least 0.
             num_events: int64 [n] number of later events of the same user.
         """
-        passed = np.repeat(
-            np.stack([elapsed_ms, num_events * STEPS_PER_EVENT], 1), [len(self.days), len(self.events)], axis=1
-        )
-        weights: NDArray[np.float64] = np.exp2(-passed / self.half_lives)
+        passed, half_lives = np.empty((len(elapsed_ms), self.num_horizons), np.int64), _half_lives(self)
+        passed[:, : len(self.days)] = elapsed_ms[:, None]
+        passed[:, len(self.days) :] = num_events[:, None] * STEPS_PER_EVENT
+        weights: NDArray[np.float64] = np.exp2(-passed / half_lives)
         return weights
 
     def age(self, elapsed_ms: Int, num_events: Int) -> NDArray[np.float64]:
@@ -145,6 +144,12 @@ class CounterSpec:
         check_fields(fields, _RULES)
         days, events = (tuple(map(float, fields[name])) for name in ("days", "events"))
         return cls(tuple(fields["fields"]), tuple(fields["keys"]), days, events, fields["has_time"])
+
+
+@lru_cache
+def _half_lives(spec: CounterSpec) -> Int:
+    scales = [days * DAY_MS for days in spec.days] + [events * STEPS_PER_EVENT for events in spec.events]
+    return np.array([round(scale * math.log(2)) for scale in scales], np.int64)
 
 
 _RULES = {
@@ -194,7 +199,7 @@ def encode_values(spec: CounterSpec, values: NDArray[np.float64]) -> NDArray[np.
     code = round(63 · ln(1 + c/ε) / ln(1 + c_max/ε)), at most 63, with ε and c_max from `code_scales`. A count of at
     least 1 has a code of at least 7, so count code 0 marks an absent key.
     """
-    return _codes(values, *code_scales(spec))
+    return _codes(values, code_scales(spec)[0], _codes_per_log(spec))
 
 
 def encode_event_counts(num_events: Int) -> NDArray[np.uint8]:
@@ -202,11 +207,22 @@ def encode_event_counts(num_events: Int) -> NDArray[np.uint8]:
 
     code = round(63 · ln(1 + n/ε) / ln(1 + n_max/ε)), at most 63, with ε = `EVENTS_RESOLUTION` and n_max = `MAX_EVENTS`.
     """
-    return _codes(num_events, EVENTS_RESOLUTION, MAX_EVENTS)
+    return _codes(num_events, EVENTS_RESOLUTION, _EVENT_CODES_PER_LOG)
 
 
-def _codes(values: NDArray[Any], resolution: NDArray[np.float64] | float, largest: Any) -> NDArray[np.uint8]:
-    levels = np.rint(np.log1p(values / resolution) * (MAX_CODE / np.log1p(largest / resolution)))
+_EVENT_CODES_PER_LOG = MAX_CODE / np.log1p(MAX_EVENTS / EVENTS_RESOLUTION)
+
+
+@lru_cache
+def _codes_per_log(spec: CounterSpec) -> NDArray[np.float64]:
+    """float64 [F]."""
+    resolution, largest = code_scales(spec)
+    factors: NDArray[np.float64] = MAX_CODE / np.log1p(largest / resolution)
+    return factors
+
+
+def _codes(values: NDArray[Any], resolution: NDArray[np.float64] | float, factor: Any) -> NDArray[np.uint8]:
+    levels = np.rint(np.log1p(values / resolution) * factor)
     codes: NDArray[np.uint8] = np.minimum(levels, MAX_CODE).astype(np.uint8)
     return codes
 
@@ -246,7 +262,7 @@ class CounterCodes:
     @property
     def owner(self) -> Int:
         """User of each key, 0 .. N - 1: int64 [E]."""
-        return np.repeat(np.arange(len(self.clock)), np.diff(self.offsets))
+        return np.arange(len(self.clock)).repeat(self.offsets[1:] - self.offsets[:-1])
 
     def values(self) -> NDArray[np.float64]:
         """The decoded values, float64 [E, F], in the units of `CounterSpec`."""
@@ -269,13 +285,7 @@ class CounterCodes:
         if now is None:
             now = self.clock.copy()
             np.maximum.at(now, new_owner, time)
-        old = self.values()
-        elapsed, passed = np.maximum(now[owner] - self.clock[owner], 0), counts[owner]
-        old[:, 1:-1] *= spec.decay(elapsed, passed)
-        old[:, -1] += spec.age(elapsed, passed)
-        if not len(key):
-            return CounterCodes(spec, self.key, encode_values(spec, old), self.offsets, now)
-
+        old = self._values_at(now, counts)
         known = np.flatnonzero(key)
         elapsed, passed = np.maximum(now[new_owner] - time, 0), offsets[1:][new_owner] - 1 - np.arange(len(key))
         new = np.column_stack([np.ones(len(key)), spec.decay(elapsed, passed), spec.age(elapsed, passed)])[known]
@@ -290,6 +300,24 @@ class CounterCodes:
         np.minimum.at(values[:, -1], place, added[:, -1])
         bounds = np.searchsorted(cells, cells_of(np.arange(len(counts) + 1), 0))
         return CounterCodes(spec, cells.astype(np.uint32).astype(np.int32), encode_values(spec, values), bounds, now)
+
+    def decayed(self, now: Int | None) -> CounterCodes:
+        """`advanced` without new events."""
+        now = self.clock if now is None else now
+        values = self._values_at(now, np.zeros(len(now), np.int64))
+        return CounterCodes(self.spec, self.key, encode_values(self.spec, values), self.offsets, now)
+
+    def _values_at(self, now: Int, passed: Int) -> NDArray[np.float64]:
+        """The decoded values at times int64 [N], and after int64 [N] further events of the users: float64 [E, F]."""
+        elapsed, counts = np.maximum(now - self.clock, 0), self.offsets[1:] - self.offsets[:-1]
+        decay, age, values = self.spec.decay(elapsed, passed), self.spec.age(elapsed, passed), self.values()
+        if len(now) == 1:  # whose row NumPy repeats
+            values[:, 1:-1] *= decay
+            values[:, -1] += age
+        else:
+            values[:, 1:-1] *= decay.repeat(counts, 0)
+            values[:, -1] += age.repeat(counts)
+        return values
 
     def lookup(self, user: Int, key: Int) -> NDArray[np.uint8]:
         """Codes of n pairs of user (0 .. N - 1) and key: uint8 [n, F]; zeros where the user has no such key."""

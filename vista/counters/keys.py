@@ -122,7 +122,9 @@ def calendar_code(part: str, time: Any) -> Any:
 
 def newest_items(item: NDArray[Any], offsets: Int) -> Int:
     """The item of the newest event of each of N packed histories, int64 [N]; 0 for an empty history."""
-    return np.where(np.diff(offsets) > 0, np.append(item, 0)[offsets[1:] - 1], 0).astype(np.int64)
+    if not len(item):
+        return np.zeros(len(offsets) - 1, np.int64)
+    return np.where(offsets[1:] > offsets[:-1], item[np.maximum(offsets[1:] - 1, 0)], 0).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,5 +216,6 @@ class UserCounters:
         """Codes uint8 [n, G * F] of pairs, with the codes of the numbers of events of users int64 [n]: uint8
         [n, G * F + 1]."""
         is_counted = codes[:, :: self.codes.spec.num_columns].any(1)
-        num_events = np.where(is_counted, encode_event_counts(self.num_events)[user], np.uint8(0))
-        return np.column_stack([codes, num_events])
+        both = np.empty((len(codes), codes.shape[1] + 1), np.uint8)
+        both[:, :-1], both[:, -1] = codes, np.where(is_counted, encode_event_counts(self.num_events)[user], 0)
+        return both

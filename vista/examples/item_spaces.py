@@ -201,7 +201,10 @@ def pooled_vectors(space: Float32s, sums: Floats, recent: Int) -> Float32s:
         sums: float64 [B, r] of the vectors of the events that the record covers, and of the newer ones in the tail.
         recent: int64 [B, L] model rows of the tail, right-aligned; 0 pads.
     """
-    return unit(np.stack([sums, space[recent[:, -NUM_POOLED:]].sum(1, dtype=np.float64)], 1))
+    both = np.empty((len(sums), 2, space.shape[1]))
+    both[:, 0] = sums
+    space[recent[:, -NUM_POOLED:]].sum(1, dtype=np.float64, out=both[:, 1])
+    return unit(both)
 
 
 def unit(sums: Floats) -> Float32s:

@@ -395,7 +395,8 @@ def pad_tail(
     length = model.config.tail_len
     index = offsets[1:, None] - length + np.arange(length)
     valid = index >= offsets[:-1, None]
-    index = np.where(valid, index, 0)
+    is_full = np.count_nonzero(valid) == valid.size  # as most tails are; then nothing is padded
+    index = index if is_full else np.where(valid, index, 0)
     reader = model.tail_features
     encoded = None if reader is None else reader.encode(RowFeatures(features or {}), len(item))
     if len(item) == 0:
@@ -406,15 +407,18 @@ def pad_tail(
     times = time[index]
     gap = np.zeros(index.shape, np.int64)
     if model.has_gap:
-        known = valid[:, 1:] & valid[:, :-1]
-        gap[:, 1:] = np.where(known, gap_bucket(np.diff(times, axis=1)), UNKNOWN_GAP)
-    last_time = time[np.maximum(offsets[1:] - 1, 0)]
+        known = gap_bucket(times[:, 1:] - times[:, :-1])
+        gap[:, 1:] = known if is_full else np.where(valid[:, 1:] & valid[:, :-1], known, UNKNOWN_GAP)
+
+    def padded(values: NDArray[Any]) -> Int:
+        return (values[index] if is_full else np.where(valid, values[index], 0)).astype(np.int64)
+
     return PaddedTail(
-        np.where(valid, item[index], 0).astype(np.int64),
-        np.where(valid, action[index], 0).astype(np.int64),
+        padded(item),
+        padded(action),
         gap,
         valid,
-        last_time,
+        time[np.maximum(offsets[1:] - 1, 0)],
         None if encoded is None else encoded.select(index),
     )
 

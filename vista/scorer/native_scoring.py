@@ -76,8 +76,12 @@ class Pairs:
 
     def blocks(self) -> Iterator[tuple[int, Int, Int]]:
         """All pairs, some at a time: the first one, and their users and model rows, int64 [n] each."""
-        for first in range(0, int(self.offsets[-1]), PAIRS_LOOKED_UP):
-            pair = np.arange(first, min(first + PAIRS_LOOKED_UP, int(self.offsets[-1])))
+        num_pairs = int(self.offsets[-1])
+        if len(self.offsets) == 2 and num_pairs <= PAIRS_LOOKED_UP:  # the usual request
+            yield 0, np.zeros(num_pairs, np.int64), np.arange(num_pairs) if self.rows is None else self.rows
+            return
+        for first in range(0, num_pairs, PAIRS_LOOKED_UP):
+            pair = np.arange(first, min(first + PAIRS_LOOKED_UP, num_pairs))
             user = np.searchsorted(self.offsets, pair, side="right") - 1
             place = pair - self.offsets[user] if self.shared else pair
             yield first, user, place if self.rows is None else self.rows[place]
@@ -113,6 +117,8 @@ class NativeScoring:
         if self._vectors is None and is_plain:
             self._vectors = weights["item_table"]
         self._reads = ItemReads(*(weights.get(name) for name in ("item_space", "item_statistics", "item_rates")))
+        of_items = self._reads.space, self._reads.statistics, self._reads.rates, weights.get("transition_weights")
+        self._native.keep(self._candidates, self._retrieval, self._vectors, *of_items)
         of_head = [weights[name] for name in ADAPTED_BIASES if name in weights]
         self._biases = np.concatenate([np.zeros(model.num_adapted - sum(map(len, of_head)), np.float32), *of_head])
         """[model.num_adapted] what the values of an adapter are added to: the library replaces biases of networks."""

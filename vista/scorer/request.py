@@ -121,13 +121,15 @@ class RequestCounters(UserCounters):
             is_fresh: bool [T] its events that the records do not cover.
             now: int64 [B] ms, or None if unknown.
         """
-        fresh = np.flatnonzero(is_fresh)
+        fresh, newest = np.flatnonzero(is_fresh), newest_items(tail.items, tail.offsets)
+        if not len(fresh):
+            codes, *others = [one.decayed(now) for one in stored.counters]
+            return cls._made_of(codes, stored.event_count, tuple(others), keys, newest)
         offsets = np.searchsorted(fresh, tail.offsets)
         keys_of_tail = keys.of_events(tail.items, tail.actions, tail.times, tail.offsets)
         of_fields = zip(stored.counters, keys_of_tail, strict=True)
         codes, *others = [one.advanced(now, key[fresh], tail.times[fresh], offsets) for one, key in of_fields]
-        num_events, newest = stored.event_count + np.diff(offsets), newest_items(tail.items, tail.offsets)
-        return cls._made_of(codes, num_events, tuple(others), keys, newest)
+        return cls._made_of(codes, stored.event_count + np.diff(offsets), tuple(others), keys, newest)
 
     @classmethod
     def _made_of(
@@ -514,6 +516,8 @@ def request_times(now: Any, num_users: int) -> Int | None:
     """Times of a request in ms, int64 [B], from one time or [B]; None stays None."""
     if now is None:
         return None
+    if type(now) is int and -(1 << 63) <= now < 1 << 63:  # as most callers pass it
+        return np.full(num_users, now, np.int64)
     times = integers(now, "now", "integer milliseconds")
     if times.shape not in ((), (num_users,)):
         raise ValueError(f"now: must be one time, or one for each of {num_users} users, got shape {times.shape}")

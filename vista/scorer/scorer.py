@@ -619,11 +619,11 @@ def _predict(call: Call, candidates: Any, features: Any, tasks: list[str]) -> di
         require_most(num_users * rows.shape[-1], MAX_SCORES, "candidates", "pairs of a user and a candidate")
         scores = call.snapshot.scores(call.asked(features, rows.shape[-1]), rows, tasks)
         missing = missing[:, None]
-    unknown = np.broadcast_to(rows == UNKNOWN_ITEM, scores[tasks[0]].shape)
+    unknown, num_pairs = rows == UNKNOWN_ITEM, scores[tasks[0]].size
     if call.on_missing is OnMissing.nan:
-        nobody = missing | unknown
-        scores = {task: np.where(nobody, np.float32(np.nan), cells) for task, cells in scores.items()}
-    call.tally(candidates=unknown.size, unknown_candidates=np.count_nonzero(unknown))
+        scores = {task: np.where(missing | unknown, np.float32(np.nan), cells) for task, cells in scores.items()}
+    num_unknown = np.count_nonzero(unknown) * (num_pairs // max(1, rows.size))  # Users may share the candidates.
+    call.tally(candidates=num_pairs, unknown_candidates=num_unknown)
     if is_tensor(values):
         return {task: values.new_tensor(cells, dtype=sys.modules["torch"].float32) for task, cells in scores.items()}
     return scores

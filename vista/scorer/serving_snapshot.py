@@ -218,9 +218,10 @@ class ServingSnapshot:
             times = np.where(is_open, current_times(np.zeros(len(bad), np.int64)), times)
         if times is not None and model.schema.has_time:
             wrong = impossible_times(times, stored.last_event_ts)
-            if np.count_nonzero(wrong) and on_missing is not OnMissing.nan:
-                raise not_a_time("now", times[wrong][0])
-            times, bad = np.where(wrong, np.maximum(stored.last_event_ts, 0), times), bad | wrong
+            if np.count_nonzero(wrong):
+                if on_missing is not OnMissing.nan:
+                    raise not_a_time("now", times[wrong][0])
+                times, bad = np.where(wrong, np.maximum(stored.last_event_ts, 0), times), bad | wrong
         num_found = np.count_nonzero(stored.found)
         if max_age_s is not None:
             now_ms, max_age_ms = time.time_ns() // 1_000_000, int(1000 * max_age_s)

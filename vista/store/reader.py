@@ -483,7 +483,8 @@ def assembled(num_users: int, parts: Sequence[tuple[Int, RawRecords]], spec: Rec
     )
     found = StoredBatch(
         found=np.ones(len(rows), np.bool_),
-        summary=np.empty((len(rows), 0, spec.dim), np.float32),  # the large part, which is already in its place
+        # Of several parts, it is already in its place.
+        summary=summary if is_complete else np.empty((len(rows), 0, spec.dim), np.float32),
         tail=Tail.concatenated([raw.tail for _, raw in parts]),
         event_count=event_count,
         last_event_ts=last_event_ts,
@@ -493,7 +494,7 @@ def assembled(num_users: int, parts: Sequence[tuple[Int, RawRecords]], spec: Rec
         features={name: _join([raw.features[name] for _, raw in parts]) for name in parts[0][1].features},
         counters=tuple(map(CounterCodes.concatenated, zip(*(raw.counters for _, raw in parts), strict=True))),
     )
-    return replace(found if is_complete else found.spread(rows, num_users), summary=summary)
+    return found if is_complete else replace(found.spread(rows, num_users), summary=summary)
 
 
 def _join(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:

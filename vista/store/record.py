@@ -431,9 +431,9 @@ class JoinedRecords:
         self, values: Sequence[bytes | memoryview], lengths: NDArray[np.int64], header: np.dtype[np.void]
     ) -> None:
         self.content = bytearray().join(values)
-        self.stops = np.cumsum(lengths)
+        self.stops = lengths.cumsum()
         self.starts = self.stops - lengths
-        self.one_length = len(lengths) > 0 and bool((lengths == lengths[0]).all())
+        self.one_length = len(lengths) > 0 and not np.count_nonzero(lengths != lengths[0])
         """Whether all records have the same length: the usual case, in which fields are columns of a matrix."""
         size = header.itemsize
         self.headers = self.cut(0, size).reshape(-1).copy().view(header)

@@ -130,9 +130,7 @@ class RecordDecoder:
         sizes = np.empty((count, fields + 1), np.int64)
         of_sizes = sizes.__array_interface__["data"][0]
         of_headers = headers.view(np.uint8).__array_interface__["data"][0]  # describing the fields would take 10 µs
-        sums, hashes = (np.frombuffer(part, np.uint8) for part in (checksums, key_hashes))
-        of_sums, of_hashes = (part.__array_interface__["data"][0] for part in (sums, hashes))
-        if self._check(layout, data, at, count, of_headers, of_sums, of_hashes, of_sizes) != count:
+        if self._check(layout, data, at, count, of_headers, checksums, key_hashes, of_sizes) != count:
             return None
         *num_keys, num_events = sizes.sum(0).tolist()
         made = DecodedRecords(
@@ -161,4 +159,4 @@ class RecordDecoder:
 
 
 def _pointers(arrays: Sequence[NDArray[Any]]) -> Any:
-    return (c_void_p * len(arrays))(*(array.__array_interface__["data"][0] for array in arrays))
+    return None if not arrays else (c_void_p * len(arrays))(*(array.__array_interface__["data"][0] for array in arrays))
