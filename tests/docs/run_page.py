@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -23,6 +24,8 @@ from tests.docs.page import Step, matches, steps_of
 ROOT = Path(__file__).resolve().parents[2]
 XXHASH_INCLUDE = Path(sysconfig.get_path("purelib"), "pyarrow", "include", "arrow", "vendored", "xxhash")
 """xxhash.h, which pages take from the system, as pyarrow brings it."""
+_PROGRESS = re.compile(r"[^:]+: .*\d:\d\d (left|so far)(, \S+=.*)?")
+"""A line of `vista.progress_bar`, which only work on a slow machine prints."""
 TIME_LIMIT_S = 1800
 """For all blocks of one page together."""
 
@@ -92,7 +95,9 @@ class _Session:
             if line.startswith(f"{mark} "):
                 return printed, int(line.split()[1])
             # What stays on a terminal of a line that a progress bar has overwritten.
-            printed.append(line.removesuffix("\r").rpartition("\r")[2])
+            line = line.removesuffix("\r").rpartition("\r")[2]
+            if not _PROGRESS.fullmatch(line):
+                printed.append(line)
         return printed, None
 
     def stderr(self) -> str:

@@ -93,6 +93,13 @@ def test_a_difference_may_vary_by_its_standard_error() -> None:
     assert not line_matches(shown, "by +0.035 ± 0.015")
 
 
+def test_progress_of_slow_work_is_no_output(tmp_path: Path) -> None:
+    lines = ["epoch 1/3: 26 of 71 batch (37%),  2.52batch/s, 00:17 left, loss=10.3, run=01:16 left", "12:30 left"]
+    lines += ["latency: 8 round,  1.25s/round, 00:10 so far", "publish: 00:10 so far", "done"]
+    (tmp_path / "page.md").write_text(f"```python\nprint(*{lines}, sep='\\n')\n```\n\n```text\n12:30 left\ndone\n```\n")
+    assert check_page(tmp_path / "page.md", tmp_path) == 1
+
+
 def test_blocks_that_are_not_run_have_a_reason() -> None:
     """Also checks that every block is closed, and that console blocks begin with a command."""
     for page in [README, ROOT / "CONTRIBUTING.md", KERNELS, *PAGES]:
