@@ -28,7 +28,7 @@ from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
-from vista.scorer import Scorer, Tail
+from vista.scorer import NOW, Scorer, Tail
 from vista.scorer.request import Request, RequestCounters
 from vista.training.log_schema import schema_of
 
@@ -355,7 +355,7 @@ def times(number: float) -> str:
 def test_reasons_say_what_parts_with_positive_shares_hold(opened: Opened, task: str) -> None:
     user, tail = opened.users[2], opened.tail(TAIL_LEN, np.array([2]))
     model, items = opened.scorer.model, opened.scorer.item_vectors()[0].tolist()
-    told = opened.scorer.explain(user, items, task=task, tail=tail)
+    told = opened.scorer.explain(user, items, task=task, tail=tail, now=NOW)
     space, texts, parts, products = model.item_space.double(), set[str](), set[str](), set[str]()
     actions = set[str]()
     newest = [item for item in told.tail_items if item is not None]
