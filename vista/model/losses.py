@@ -78,7 +78,8 @@ def weighted_losses(parts: Mapping[str, LossPart], optim: OptimConfig) -> Losses
         "reconstruction": optim.reconstruction_weight,
     }
     weighted = (
-        weights.get(name, optim.task_weight * (ATTENTION_WEIGHT if name.startswith("attention/") else 1)) * part.mean
+        weights.get(name, optim.task_weight * (ATTENTION_WEIGHT if name.startswith(attention_alone("")) else 1))
+        * part.mean
         for name, part in parts.items()
     )
     total = sum(weighted, torch.zeros(()))
