@@ -82,9 +82,8 @@ def weighted_losses(parts: Mapping[str, LossPart], optim: OptimConfig) -> Losses
         * part.mean
         for name, part in parts.items()
     )
-    total = sum(weighted, torch.zeros(()))
     means = {name: part.mean for name, part in parts.items()}
-    return Losses(total, means, {name: part.count for name, part in parts.items()})
+    return Losses(sum(weighted, torch.zeros(())), means, {name: part.count for name, part in parts.items()})
 
 
 def next_loss(
