@@ -263,9 +263,11 @@ class BatchImpressions:
         """The impressions of some batches that have a label, [N, 1] each, in order, without features. Their items are
         indices into the rows of the batch that they come from."""
         own = [part.mask.any(-1) for part in shown]
-        given = [field.name for field in fields(cls) if isinstance(getattr(shown[0], field.name), Tensor)]
-        columns = {name: [getattr(part, name)[kept] for part, kept in zip(shown, own, strict=True)] for name in given}
-        return cls(**{name: torch.cat(column).unsqueeze(1) for name, column in columns.items()})
+        columns: dict[str, Any] = {}
+        for name in (field.name for field in fields(cls) if isinstance(getattr(shown[0], field.name), Tensor)):
+            kept = [getattr(part, name)[index] for part, index in zip(shown, own, strict=True)]
+            columns[name] = torch.cat(kept).unsqueeze(1)
+        return cls(**columns)
 
     def select(self, windows: Tensor) -> BatchImpressions:
         """Those of windows int64 [n]."""

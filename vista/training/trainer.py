@@ -352,7 +352,8 @@ class Trainer:
         of a few users, and each step would follow these."""
         shown, draws = labeled.impressions, np.random.default_rng(self.config.seed)
         while len(shown.item):
-            for index in torch.from_numpy(draws.permutation(len(shown.item))).split(LABELS_PER_STEP):
+            order = torch.from_numpy(draws.permutation(len(shown.item)))
+            for index in torch.split(order, LABELS_PER_STEP):
                 yield replace(labeled, impressions=shown.select(index[self._ranks.rank :: self._ranks.size]))
 
     def _run_epoch(self, metrics: MetricsWriter, interrupted: list[bool]) -> None:
