@@ -69,7 +69,7 @@ SETS = {
         words=("experiment=bought-again",), prepare=("set=bought-again",), folder="complete-journey"
     ),
     **{
-        f"{name}-liked": DataSet(words=("experiment=assist17",), folder=name, liked=True)
+        f"{name}-liked": DataSet(words=("experiment=assist17", "model.num_counters=64"), folder=name, liked=True)
         for name in ("ml-1m-half", "ml-latest-small")
     },
 }

@@ -113,7 +113,9 @@ def test_counters_are_for_logs_with_returns(event_log: EventLog, served_tasks: S
     )
     assert plan(tasks, served_tasks.log)[:2] == on[:2]  # labeled impressions, and items
     labels_alone = replace(tasks, optim=OptimConfig(next_weight=0))
-    assert plan(labels_alone, served_tasks.log) == (["item", "action"], 0.3, 0.0)
+    assert plan(labels_alone, served_tasks.log) == (["item", "action", "item*action"], 0.3, 0.0)
+    once = replace(labels_alone, data=replace(tasks.data, exclude_seen=True))
+    assert plan(once, served_tasks.log) == (["item", "action"], 0.3, 0.0)
 
 
 def test_categories_and_actions_are_counted_where_labels_are_trained(tmp_path: Path) -> None:
@@ -145,8 +147,9 @@ def test_categories_and_actions_are_counted_where_labels_are_trained(tmp_path: P
         return plan_run(config, log).model.counter_keys
 
     assert keys() == ["item", "skill"]
-    assert keys(next_weight=0) == keys(next_weight=0, window_weight=0) == ["item", "skill", "action", "skill*action"]
-    assert keys(next_weight=0, ignore=("item_features",)) == ["item", "action"]
+    by_action = ["action", "skill*action", "item*action"]
+    assert keys(next_weight=0) == keys(next_weight=0, window_weight=0) == ["item", "skill", *by_action]
+    assert keys(next_weight=0, ignore=("item_features",)) == ["item", "action", "item*action"]
     assert keys(task_weight=0) == ["item"]
 
     rewarded = OptimConfig(next_weight=0, reward="right")

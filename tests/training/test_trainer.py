@@ -11,8 +11,11 @@ import re
 import shutil
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -22,16 +25,19 @@ from safetensors.torch import load_file
 
 from tests.conftest import Served, small_config, small_frame
 from tests.faults.nursery import Say
+from tests.thread_ranks import ThreadRank
 from tests.training.ranks_of_run import forked
 from vista.config import SourceColumns
 from vista.config.composition import to_yaml
 from vista.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
+from vista.examples.batch import BatchImpressions
 from vista.examples.batch_source import BatchSource, ModelReads
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
+from vista.ranks import ALONE, Ranks
 from vista.training import trainer
 from vista.training.checkpoint import STATE_FILE, latest_checkpoint, load_checkpoint
-from vista.training.trainer import Trainer, train
+from vista.training.trainer import LABELS_PER_STEP, Trainer, train
 from vista.training.validation import Validation
 
 
@@ -310,6 +316,40 @@ def test_epoch_0_is_exported_until_attention_adds_something(event_log: EventLog,
     is_better = bool((changes[:, 0] > changes[:, 1]).any())
     assert isinstance(trained, VistaModel) and trained.target_attention.final_norm.weight.any() == is_better
     assert ("is the model of epoch 0" in said) != is_better
+
+
+def test_epoch_0_of_labels_alone_mixes_the_users(served_tasks: Served, tmp_path: Path) -> None:
+    """Each pass has all labels once, in another order, and ranks divide each step."""
+    data = {
+        f"data__{name}": getattr(served_tasks.config.data, name) for name in ("split", "validation_from", "test_from")
+    }
+    own = {"optim__next_weight": 0.0, "model__counter_keys": ["item"], "model__pooled_dim": 8}
+    config = small_config(served_tasks.log, tmp_path, **data, **own)
+
+    def rows(parts: Iterable[BatchImpressions]) -> np.ndarray:
+        columns = []
+        for part in parts:
+            kept = part.mask.any(-1)
+            assert part.codes is not None and part.inputs is not None
+            values = (part.codes[kept], part.inputs[kept], part.label[kept] * part.mask[kept], part.mask[kept])
+            columns.append(torch.cat([value.double() for value in values], -1))
+        return torch.cat(columns).numpy()
+
+    def steps(ranks: Ranks) -> list[np.ndarray]:
+        made._ranks = ranks
+        return [rows([batch.impressions]) for batch in islice(made._mixed_batches(labeled), 2)]
+
+    made = Trainer(config, served_tasks.log)
+    labeled = made._labeled([])
+    first, second = steps(ALONE)
+    source = rows(made.source.batch(0, index).impressions for index in range(made.source.num_batches(0)))
+    assert 50 < len(source) < LABELS_PER_STEP
+    assert not np.array_equal(first, source) and not np.array_equal(first, second)
+    for drawn in (first, second):
+        np.testing.assert_array_equal(drawn[np.lexsort(drawn.T)], source[np.lexsort(source.T)])
+    for rank in range(3):
+        _, part = steps(ThreadRank(rank, [None] * 3, Barrier(1)))
+        np.testing.assert_array_equal(part, second[rank::3])
 
 
 def test_a_disk_that_fills_up_leaves_no_part_of_epoch_0(

@@ -236,9 +236,9 @@ class NextItemConfig(AttentionConfig):
     are scored by their counters. Other items are scored by how popular they are and how many users discover them, too,
     by a learned amount per user. Labeled tasks read the counters of every candidate. [] is a model without counters.
     null: [item] if items are ranked and users return to them (`data.exclude_seen` is false). Where labels are trained,
-    also up to two categories of items. Where these alone are trained, in a log of 2 to 16 actions, also actions, and
-    the categories by action. Else []. Over a base (`base`), null takes this and the settings that follow from it from
-    the base."""
+    also up to two categories of items. Where these alone are trained, in a log of 2 to 16 actions, also actions, the
+    categories by action, and, if users return to items, the items by action. Else []. Over a base (`base`), null takes
+    this and the settings that follow from it from the base."""
     num_counters: int = 64
     """Number of counted values stored per user for each of counter_keys: those with the highest counts."""
     counter_days: list[float] = field(default_factory=lambda: [7.0, 30.0])

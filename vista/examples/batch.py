@@ -9,6 +9,7 @@ reconstructed stretches, R distinct item rows, S seeds of stored summaries, M mo
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -256,6 +257,21 @@ class BatchImpressions:
     examined: Tensor | None = None
     """float32 [NW, I, num_tasks] probabilities that the user looked at the item; None without
     `optim.examined_tasks`."""
+
+    @classmethod
+    def of_batches(cls, shown: Sequence[BatchImpressions]) -> BatchImpressions:
+        """The impressions of some batches that have a label, [N, 1] each, in order, without features. Their items are
+        indices into the rows of the batch that they come from."""
+        own = [part.mask.any(-1) for part in shown]
+        columns: dict[str, Any] = {}
+        for name in (field.name for field in fields(cls) if isinstance(getattr(shown[0], field.name), Tensor)):
+            kept = [getattr(part, name)[index] for part, index in zip(shown, own, strict=True)]
+            columns[name] = torch.cat(kept).unsqueeze(1)
+        return cls(**columns)
+
+    def select(self, windows: Tensor) -> BatchImpressions:
+        """Those of windows int64 [n]."""
+        return _rows(self, windows)
 
 
 @dataclass(frozen=True, slots=True)

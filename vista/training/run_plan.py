@@ -103,7 +103,7 @@ def _plan_counters(
             if config.base is not None or not (counts_items or labels_alone):
                 model.counter_keys = []
             elif has_labels:
-                model.counter_keys = _keys_of_labels(model, log, by_action=labels_alone)
+                model.counter_keys = _keys_of_labels(model, log, by_action=labels_alone, returns=returns)
             else:
                 model.counter_keys = [ITEM]
         model.temperature = model.softmax_temperature
@@ -124,8 +124,9 @@ def _plan_counters(
     return [f"{key}={value_text(chosen[key]).removesuffix('.0')}{why.get(key, '')}" for key in nulls]
 
 
-def _keys_of_labels(model: RankingConfig, log: EventLog, *, by_action: bool) -> list[str]:
-    """What to count where labels are trained: items and categories of items, and all events and these by action."""
+def _keys_of_labels(model: RankingConfig, log: EventLog, *, by_action: bool, returns: bool) -> list[str]:
+    """What to count where labels are trained: items and categories of items, and all events and these by action; items
+    by action only if users return to them."""
     categories = [
         name
         for name, column in (log.item_features if model.reads("item_features") else {}).items()
@@ -133,7 +134,8 @@ def _keys_of_labels(model: RankingConfig, log: EventLog, *, by_action: bool) -> 
         if "*" not in name and is_category(name)  # else a key means something else
     ][:MOST_CATEGORIES]
     by_action &= 1 < len(log.actions) <= MOST_ACTIONS and not any("*" in name for name in log.actions)
-    return [ITEM, *categories, *([ACTION, *(f"{name}*{ACTION}" for name in categories)] if by_action else [])]
+    names = [*categories, *([ITEM] if returns else [])]
+    return [ITEM, *categories, *([ACTION, *(f"{name}*{ACTION}" for name in names)] if by_action else [])]
 
 
 def warn_of_few_steps(optim: OptimConfig, steps: int) -> None:

@@ -6,7 +6,9 @@ import logging
 import math
 import shutil
 import time
-from contextlib import ExitStack, nullcontext
+from collections.abc import Generator
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -24,7 +26,7 @@ from vista.device import announce, autocast, choose_precision, cpu_settings, res
 from vista.errors import ConfigError, NonFiniteLossError
 from vista.evaluation.metrics import mean_and_error
 from vista.evaluation.reference import make_reference
-from vista.examples.batch import Batch
+from vista.examples.batch import Batch, BatchImpressions
 from vista.examples.batch_source import BatchPrefetcher, BatchSource
 from vista.files import replace_file, replace_text, replaced_folder
 from vista.installation import __version__
@@ -75,8 +77,10 @@ RESERVE = 0.03
 """Share of optim.minutes that checkpoints and the export take."""
 WIDE_STEPS, WIDE_PASSES = 200, 4
 """Most steps of epoch 0, and most passes over the training histories."""
-LABELS_ALONE = 3
-"""Factor of these where labels alone are trained: each step is short, and the network has more to learn."""
+LABEL_STEPS, LABEL_PASSES, LABELS_PER_STEP = 3000, 16, 4096
+"""Where labels alone are trained: most steps, most passes over the labels, and impressions per step."""
+MOST_LABELED = 1 << 20
+"""Most impressions, give or take a batch, that these steps draw from."""
 NAMED_USERS = 20
 """Most users of a refused batch that the error names."""
 
@@ -301,28 +305,56 @@ class Trainer:
         interrupted epoch 0 starts over."""
         began, progress = time.perf_counter(), self.progress
         optimizers = self._new_optimizers(trains_tables=False)
-        total, step = min(WIDE_STEPS, WIDE_PASSES * self.source.num_batches(0)), 0
-        total *= 1 if self.config.ranks_items else LABELS_ALONE
         model.train()
-        with progress_bar(total=total, desc="epoch 0", unit="batch") as bar:
-            for epoch in count():
-                with BatchPrefetcher(self.source, epoch, 0) as batches:
-                    for batch in islice(batches, total - step):
-                        optimizers.schedule(step, 0)
-                        self._update(optimizers, batch, wide=True)
-                        optimizers.average.add()
-                        step += 1
-                        bar.update()
-                        if self._ranks.any(bool(interrupted)):
-                            raise _stopped(progress)
-                if step == total:
-                    break
+        total, batches = min(WIDE_STEPS, WIDE_PASSES * self.source.num_batches(0)), self._every_batch()
+        if not self.config.ranks_items:
+            shown = self._labeled(interrupted)
+            total = min(LABEL_STEPS, LABEL_PASSES * -(-len(shown.impressions.item) // LABELS_PER_STEP))
+            batches = self._mixed_batches(shown)
+        bar = progress_bar(total=total, desc="epoch 0", unit="batch")
+        with bar, closing(batches):
+            for step, batch in enumerate(islice(batches, total)):
+                optimizers.schedule(step, 0)
+                self._update(optimizers, batch, wide=True)
+                optimizers.average.add()
+                bar.update()
+                if self._ranks.any(bool(interrupted)):
+                    raise _stopped(progress)
         optimizers.average.settle()
         if self.validation is not None:
             with model.wide_alone():
                 self._validate(metrics, time.perf_counter() - began)
             progress.wide = self.validation.of_users.tolist()
         self._save()
+
+    def _every_batch(self) -> Generator[Batch]:
+        """The batches of the source, epoch by epoch."""
+        for epoch in count():
+            with BatchPrefetcher(self.source, epoch, 0) as batches:
+                yield from batches
+
+    def _labeled(self, interrupted: list[bool]) -> Batch:
+        """A batch of the source with the labeled impressions of as many batches as `MOST_LABELED` asks for."""
+        shown, total, number = [], 0, self.source.num_batches(0)
+        with progress_bar(total=number, desc="labels", unit="batch") as bar, closing(self._every_batch()) as batches:
+            for batch in islice(batches, number):
+                shown.append(BatchImpressions.of_batches([batch.impressions]))
+                total += len(shown[-1].item)
+                bar.update()
+                if self._ranks.any(bool(interrupted)):
+                    raise _stopped(self.progress)
+                if total >= MOST_LABELED:
+                    break
+        return replace(batch, impressions=BatchImpressions.of_batches(shown))
+
+    def _mixed_batches(self, labeled: Batch) -> Generator[Batch]:
+        """This rank's parts of batches of LABELS_PER_STEP random impressions. A batch of the source has the impressions
+        of a few users, and each step would follow these."""
+        shown, draws = labeled.impressions, np.random.default_rng(self.config.seed)
+        while len(shown.item):
+            order = torch.from_numpy(draws.permutation(len(shown.item)))
+            for index in torch.split(order, LABELS_PER_STEP):
+                yield replace(labeled, impressions=shown.select(index[self._ranks.rank :: self._ranks.size]))
 
     def _run_epoch(self, metrics: MetricsWriter, interrupted: list[bool]) -> None:
         """Train the rest of an epoch, then validate."""
@@ -420,7 +452,9 @@ class Trainer:
     def _losses(self, batch: Batch, *, wide: bool) -> Losses:
         """The losses of a batch, or of this rank's part of it, which may be empty. Only the rows of the batch take
         part. A trained table's gradient is sparse, so no pass reads the whole table."""
-        part = batch if self._parallel is None else self._parallel.part(batch, self.progress.step)
+        part: Batch | None = batch
+        if self._parallel is not None and (not wide or self.config.ranks_items):  # else from `_mixed_batches`
+            part = self._parallel.part(batch, self.progress.step)
         if part is None:
             if self.model.sharded_table is not None and not wide:  # all ranks read together
                 self.model.id_vectors(torch.zeros(0, dtype=torch.int64, device=self.device))
