@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shutil
 import time
+import tracemalloc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,6 +34,7 @@ from vista.model.layers import with_bias
 from vista.model.serving_model import Adapter, ServingModel
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
+from vista.scorer import Scorer
 from vista.simulation.simulate import generate
 from vista.simulation.streams import split_times
 from vista.training.adapter import adapt
@@ -39,6 +42,8 @@ from vista.training.trainer import train
 
 SURFACE_SHARE = 4
 """One of so many users is on the new surface."""
+NUM_ADAPTERS = 100
+"""In one process, to measure their memory and time."""
 LEARNING_RATE = 0.02  # of the adapter and of LoRA
 WORDS = "experiment=simulation data.tokens_per_batch=2000 optim.warmup_steps=20 optim.next_weight=0 verify_log=false"
 METRICS = ("auc/click", "gauc/click", "ne/click")
@@ -74,38 +79,42 @@ def make_logs(config: SimulateConfig, folder: Path) -> tuple[EventLog, EventLog]
     return base, surface
 
 
-# LoRA: updates of rank 1 of the output projections of stage 2, and the bias of the task. It is trained as the adapter.
+# LoRA: updates of rank 1 of two matrices, and the bias of the task. It is trained as the adapter.
+
+
+def adapted_matrices(model: VistaModel) -> list[nn.Linear]:
+    """The output projection of the last layer of stage 2, and the hidden layer of the head that reads the candidate."""
+    assert model.candidate_head is not None
+    found = model.target_attention.layers[-1].get_submodule("out"), model.candidate_head.network[2]
+    return list(found)  # type: ignore[arg-type]
 
 
 def num_lora(model: ServingModel | VistaModel) -> int:
-    return 2 * model.config.dim * model.config.num_target_layers + len(model.schema.tasks)
-
-
-def outputs(model: VistaModel) -> list[nn.Linear]:
-    """The output projection of each layer."""
-    return [layer.get_submodule("out") for layer in model.target_attention.layers]  # type: ignore[misc]
+    vista = model if isinstance(model, VistaModel) else model.vista_model
+    return sum(sum(linear.weight.shape) for linear in adapted_matrices(vista)) + len(model.schema.tasks)
 
 
 def lora_weights(model: VistaModel, values: Tensor) -> list[Tensor]:
-    """Those of the projections. One factor starts as a fixed random vector, the other at 0."""
-    start = torch.randn(model.config.dim, generator=torch.Generator().manual_seed(0)) * model.config.dim**-0.5
-    factors = values[: 2 * model.config.dim * len(outputs(model))].reshape(-1, 2, model.config.dim)
-    updates = (torch.outer(into, start + out_of) for into, out_of in factors)
-    return [out.weight.detach() + update for out, update in zip(outputs(model), updates, strict=True)]
+    """Those of the matrices. One factor starts as a fixed random vector, the other at 0."""
+    random, weights, place = torch.Generator().manual_seed(0), [], 0
+    for linear in adapted_matrices(model):
+        rows, columns = linear.weight.shape
+        into, out_of = values[place : place + rows + columns].split([rows, columns])
+        start = torch.randn(columns, generator=random) * columns**-0.5
+        weights.append(linear.weight.detach() + torch.outer(into, start + out_of))
+        place += rows + columns
+    return weights
 
 
 def with_lora(model: VistaModel, values: Tensor) -> VistaModel:
-    """In place of `VistaModel.with_adapter`."""
-    other, stage, layers = copy.copy(model), copy.copy(model.target_attention), []
-    for layer, out, weight in zip(stage.layers, outputs(model), lora_weights(model, values), strict=True):
-        moved, out = copy.copy(layer), copy.copy(out)
-        out._parameters = {"weight": weight, "bias": None}  # type: ignore[dict-item]
-        moved._modules = {**layer._modules, "out": out}
-        layers.append(moved)
-    stage._modules = {**stage._modules, "layers": nn.ModuleList(layers)}
-    assert model.task_head is not None
-    task_head = with_bias(model.task_head, values[-len(model.schema.tasks) :])
-    other._modules = {**model._modules, "target_attention": stage, "task_head": task_head}
+    """In place of `VistaModel.with_adapter`: a copy of all modules, with other weights in the adapted ones."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    shared |= {id(buffer): buffer for buffer in model.buffers()}
+    other = copy.deepcopy(model, shared)  # type: ignore[arg-type]
+    for linear, weight in zip(adapted_matrices(other), lora_weights(model, values), strict=True):
+        linear._parameters["weight"] = weight  # type: ignore[assignment]
+    assert other.task_head is not None
+    other.task_head = with_bias(other.task_head, values[-len(model.schema.tasks) :])
     return other
 
 
@@ -125,12 +134,39 @@ def merged(base: Path, file: Path, folder: Path) -> Path:
     with training_lora():
         values = torch.from_numpy(Adapter.read(file, served).values)
     with torch.no_grad():
-        for out, weight in zip(outputs(model), lora_weights(model, values), strict=True):
-            out.weight.copy_(weight)
+        for linear, weight in zip(adapted_matrices(model), lora_weights(model, values), strict=True):
+            linear.weight.copy_(weight)
         assert model.task_head is not None
         model.task_head.bias.add_(values[-len(model.schema.tasks) :])
     model.save_pretrained(folder)
     return folder
+
+
+def cost(base: Path, store: Path, file: Path, folder: Path) -> dict[str, float]:
+    """Memory of 100 adapters in one scorer, and CPU time of a request with one of them over one without."""
+    folder.mkdir(exist_ok=True)
+    names = [f"surface-{number}" for number in range(NUM_ADAPTERS)]
+    for name in names:
+        shutil.copy(file, folder / f"{name}.adapter")
+    with Scorer.open(base, store) as scorer:
+        user, items = [next(iter(scorer.store.keys()))], scorer.served.items.ids(np.arange(500))
+    with ExitStack() as stack:
+        tracemalloc.start()
+        plain = stack.enter_context(Scorer.open(base, store))
+        before = tracemalloc.get_traced_memory()[0]
+        stack.enter_context(Scorer.open(base, store))
+        other = tracemalloc.get_traced_memory()[0]
+        adapted = stack.enter_context(Scorer.open(base, store, adapter=folder))
+        num_bytes = tracemalloc.get_traced_memory()[0] - other - (other - before)
+        tracemalloc.stop()
+        times: list[list[float]] = [[], []]
+        for call in range(4 * NUM_ADAPTERS):
+            for own, scorer, name in zip(times, (plain, adapted), (None, names[call % NUM_ADAPTERS]), strict=True):
+                began = time.thread_time()
+                scorer.score(user, items, adapter=name)
+                own.append(time.thread_time() - began)
+    without, with_one = (float(np.median(own)) * 1000 for own in times)
+    return {"bytes_of_100": num_bytes, "ms_without": round(without, 3), "ms_with": round(with_one, 3)}
 
 
 def main() -> None:
@@ -148,6 +184,7 @@ def main() -> None:
     base, past, served = asked.out / "base" / "best", asked.out / "past", asked.out / "served"
     if not served.exists():
         run = [f"run_dir={base.parent}", f"data.path={log.path}", f"optim.epochs={asked.epochs[0]}"]
+        run.append("optim.validate_every=0")  # exports the last epoch: epoch 0 reads no layer of stage 2
         model = train(compose_config(TrainConfig, [*words, *run]), log)
         for store, until in ((past, (first + validation) // 2), (served, test)):
             refresh(model, log, store, until=until, options=RefreshOptions(verify_log=False))
@@ -170,8 +207,6 @@ def main() -> None:
         found.setdefault(name, []).append([metrics[metric] for metric in METRICS])
         print(json.dumps({"method": name, "seed": seed, **row, "bytes": size, "seconds": seconds}), flush=True)
 
-    if not VistaModel.from_pretrained(base).reads_attention:
-        parser.error("epoch 0 of the base was the best, so LoRA would change nothing; raise --users or --epochs")
     measure("base", None, 0, 0.0, base)
     for seed in asked.seeds:
         folder = asked.out / f"seed-{seed}"
@@ -188,6 +223,7 @@ def main() -> None:
         train(compose_config(TrainConfig, [*words, *run, f"base={base}", f"store={past}"]), surface)
         num_bytes = sum(file.stat().st_size for file in (run_dir / "best").iterdir())
         measure("new stage 2", seed, num_bytes, round(time.perf_counter() - began, 1), run_dir / "best")
+    print(json.dumps(cost(base, served, asked.out / f"seed-{asked.seeds[0]}" / "plain.adapter", asked.out / "copies")))
     for name, rows in found.items():
         cells = []
         for metric, values in zip(METRICS, np.array(rows).T, strict=True):
