@@ -99,7 +99,7 @@ def lora_weights(model: VistaModel, values: Tensor) -> list[Tensor]:
     random, weights, place = torch.Generator().manual_seed(0), [], 0
     for linear in adapted_matrices(model):
         rows, columns = linear.weight.shape
-        into, out_of = values[place : place + rows + columns].split([rows, columns])
+        into, out_of = torch.split(values[place : place + rows + columns], [rows, columns])
         start = torch.randn(columns, generator=random) * columns**-0.5
         weights.append(linear.weight.detach() + torch.outer(into, start + out_of))
         place += rows + columns
@@ -108,13 +108,12 @@ def lora_weights(model: VistaModel, values: Tensor) -> list[Tensor]:
 
 def with_lora(model: VistaModel, values: Tensor) -> VistaModel:
     """In place of `VistaModel.with_adapter`: a copy of all modules, with other weights in the adapted ones."""
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    shared |= {id(buffer): buffer for buffer in model.buffers()}
-    other = copy.deepcopy(model, shared)  # type: ignore[arg-type]
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    other = copy.deepcopy(model, shared)
     for linear, weight in zip(adapted_matrices(other), lora_weights(model, values), strict=True):
         linear._parameters["weight"] = weight  # type: ignore[assignment]
-    assert other.task_head is not None
-    other.task_head = with_bias(other.task_head, values[-len(model.schema.tasks) :])
+    assert model.task_head is not None
+    other._modules["task_head"] = with_bias(model.task_head, values[-len(model.schema.tasks) :])
     return other
 
 
@@ -143,9 +142,9 @@ def merged(base: Path, file: Path, folder: Path) -> Path:
 
 
 def cost(base: Path, store: Path, file: Path, folder: Path) -> dict[str, float]:
-    """Memory of 100 adapters in one scorer, and CPU time of a request with one of them over one without."""
+    """Memory of 100 adapters in one scorer, and ms of CPU time of a request without and with one of them."""
     folder.mkdir(exist_ok=True)
-    names = [f"surface-{number}" for number in range(NUM_ADAPTERS)]
+    names: list[str | None] = [f"surface-{number}" for number in range(NUM_ADAPTERS)]
     for name in names:
         shutil.copy(file, folder / f"{name}.adapter")
     with Scorer.open(base, store) as scorer:
