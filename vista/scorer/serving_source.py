@@ -185,7 +185,7 @@ class ServingSource:
     def _adapters(self, served: ServingModel, kept: Mapping[str | None, Float32s] | None) -> dict[str | None, Float32s]:
         """Values by name. With `kept`, one that cannot be read has the value there, or is left out."""
         adapters = {}
-        for name, path in self._adapter_files().items():
+        for name, path in adapter_files(self.adapter).items():
             try:
                 adapters[name] = Adapter.read(path, served).values
             except AdapterError as error:
@@ -197,20 +197,13 @@ class ServingSource:
                 logger.error("%s; %s", error, state)
         return adapters
 
-    def _adapter_files(self) -> dict[str | None, Path]:
-        """By name, or None if requests need not name it."""
-        if self.adapter is None or isinstance(self.adapter, Mapping):
-            return {name: checked_path(path, AdapterError) for name, path in (self.adapter or {}).items()}
-        path = checked_path(self.adapter, AdapterError)
-        return {file.stem: file for file in sorted(path.glob(f"*{ADAPTER_SUFFIX}"))} if path.is_dir() else {None: path}
-
     def _identity(self) -> tuple[int, ...]:
         """Identifies the export in the folder, the index, and adapters, all of which may be replaced; () if there is
         none."""
         if not isinstance(self.model, (str, Path)):
             return ()
         files = [checked_path(self.model, CheckpointError) / CONFIG_FILE]
-        files += self._adapter_files().values()
+        files += adapter_files(self.adapter).values()
         if self.index is not None:
             files.append(checked_path(self.index, ItemIndexError) / INDEX_MANIFEST)
         try:
@@ -218,6 +211,14 @@ class ServingSource:
         except OSError:
             return ()  # such as between the two renames of an export, where names cannot be exchanged
         return tuple(number for status in found for number in (status.st_dev, status.st_ino, status.st_mtime_ns))
+
+
+def adapter_files(adapter: str | Path | Mapping[str, str | Path] | None) -> dict[str | None, Path]:
+    """Files by the names of requests; that of None is for all requests. `adapter`: as in `Scorer.open`."""
+    if adapter is None or isinstance(adapter, Mapping):
+        return {name: checked_path(path, AdapterError) for name, path in (adapter or {}).items()}
+    path = checked_path(adapter, AdapterError)
+    return {file.stem: file for file in sorted(path.glob(f"*{ADAPTER_SUFFIX}"))} if path.is_dir() else {None: path}
 
 
 def resolved(device: str) -> torch.device:

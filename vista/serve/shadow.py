@@ -38,6 +38,7 @@ from vista.config import ServeConfig
 from vista.config.checks import from_dict, to_dict
 from vista.device import cpu_settings
 from vista.errors import VistaError, log_to_stderr
+from vista.scorer.serving_source import adapter_files
 from vista.serve.scoring_service import MSGPACK, OF_REQUESTS, ScoringService
 from vista.serve.served_models import open_warm_scorer
 
@@ -154,7 +155,7 @@ def run(listening: socket.socket, config: ServeConfig) -> None:
     model, store = config.shadow_model, config.shadow_store
     own = replace(config, model=model, store=store, index=None, adapter=None, shadow_model=None, shadow_store=None)
     service, tried, path = None, -own.reload_s, Path(config.shadow_file)
-    adapted = config.adapter is not None and not Path(config.adapter).is_dir()
+    adapted = None in adapter_files(config.adapter)
     while message := listening.recv(2 * MAX_MESSAGE):
         try:
             if service is None and time.monotonic() - tried >= own.reload_s:
