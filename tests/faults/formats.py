@@ -258,7 +258,7 @@ def make_adapter(folder: Path) -> None:
     model = loaded_model(folder)
     served = ServingModel.of(model, model.empty_summary().numpy())
     values = np.random.default_rng(0).standard_normal(served.num_adapted).astype(np.float32)
-    Adapter(values, served.stage2_id, model.data).write(folder / "de.adapter")
+    Adapter(values, served.stage2_id, model.data, []).write(folder / "de.adapter")
 
 
 def read_adapter(folder: Path, world: Path) -> str:

@@ -26,7 +26,7 @@ def write_adapter(model: VistaModel, path: Path, rng: np.random.Generator | None
     """An adapter of a model with drawn values, or with zeros."""
     served = ServingModel.of(model, model.empty_summary().numpy())
     values = np.zeros(served.num_adapted) if rng is None else 0.3 * rng.standard_normal(served.num_adapted)
-    Adapter(values.astype(np.float32), served.stage2_id, model.data).write(path)
+    Adapter(values.astype(np.float32), served.stage2_id, model.data, []).write(path)
 
 
 @pytest.fixture(scope="module")
@@ -143,22 +143,22 @@ def test_files_that_are_refused(served_tasks: Served, served: Served, folder: Pa
     write_adapter(served.model, path)
     refused("was trained for another model")
     head = json.loads(good.partition(b"\n")[0])
-    Adapter(np.zeros(3, np.float32), head["base"], DataConfig()).write(path)
+    Adapter(np.zeros(3, np.float32), head["base"], DataConfig(), []).write(path)
     refused(r"must hold \d+ finite numbers")
     nan = np.full_like(np.frombuffer(good.partition(b"\n")[2], np.float32), np.nan)
-    Adapter(nan, head["base"], DataConfig()).write(path)
+    Adapter(nan, head["base"], DataConfig(), []).write(path)
     refused(r"must hold \d+ finite numbers")
 
 
 def test_golden_bytes(tmp_path: Path) -> None:
     data = DataConfig(path="x")
-    Adapter(np.array([1.0, -2.5], np.float32), "0" * 64, data).write(tmp_path / "a")
+    Adapter(np.array([1.0, -2.5], np.float32), "0" * 64, data, ["click"]).write(tmp_path / "a")
     head, _, payload = (tmp_path / "a").read_bytes().partition(b"\n")
     assert payload.hex() == "0000803f000020c0"
     fields = json.loads(head)
     assert fields["data"]["path"] == "x"
     checksum = fields.pop("checksum")
-    assert list(fields) == ["format", "version", "base", "data"] and fields["version"] == 1
+    assert list(fields) == ["format", "version", "base", "data", "examined_tasks"] and fields["version"] == 2
     inner = xxhash.xxh3_64_hexdigest(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode())
     assert checksum == xxhash.xxh3_64_hexdigest(inner.encode() + payload)
 

@@ -415,7 +415,7 @@ def test_answers_with_an_adapter_are_not_compared(served: Served, tmp_path: Path
     """The challenger has no adapters, so its answer would differ for another reason."""
     with Scorer.open(served.model_dir, served.store) as scorer:
         values = np.full(scorer.served.num_adapted, 0.1, np.float32)
-        Adapter(values, scorer.served.stage2_id, scorer.model.data).write(tmp_path / "music.adapter")
+        Adapter(values, scorer.served.stage2_id, scorer.model.data, []).write(tmp_path / "music.adapter")
     adapter, file = tmp_path if by_request else tmp_path / "music.adapter", tmp_path / "shadow.jsonl"
     asked = [ASKED | {"adapter": "music"}, ASKED] if by_request else [ASKED]
     config = ServeConfig(

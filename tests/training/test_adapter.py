@@ -90,6 +90,10 @@ def test_position_bias_is_corrected_as_in_training(
         items = scorer.served.items.ids(np.arange(20))
         means = {name: scorer.score(users, items, adapter=name).mean() for name in ("naive", "corrected")}
     assert means["naive"] < 0.6 < 0.7 < means["corrected"]
+    asked = EvaluateConfig(model=str(base.model_dir), store=str(base.test_store), data=str(tmp_path / "log"))
+    for name in ("naive", "corrected"):
+        found = evaluate(replace(asked, adapter=str(tmp_path / f"{name}.adapter"))).metrics
+        assert found["calibration/click"] == pytest.approx(1, abs=0.15), "of labels as they were observed"
 
 
 def test_the_command_and_the_evaluation_of_what_it_wrote(

@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Int, offsets_of
+from vista.config import DataConfig
 from vista.examples.batch_source import Examination, events_before
 from vista.examples.item_statistics import CounterRequests, WholeHistories
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS, Histories, RowFeatures, token_groups
 from vista.log.splits import EVENTS_PER_BLOCK
-from vista.model.ranking_model import RankingModel
 from vista.progress_bar import progress_bar
 
 
@@ -184,12 +184,12 @@ def with_tasks(cases: ImpressionCases, tasks: list[str]) -> ImpressionCases:
     )
 
 
-def looks_at(log: EventLog, cases: ImpressionCases, model: RankingModel) -> Float32s:
+def looks_at(log: EventLog, cases: ImpressionCases, examined_tasks: list[str], data: DataConfig) -> Float32s:
     """Probabilities float32 [N, num_tasks] that users looked at impressions, as the training of a model assumed: the
-    scores times these are probabilities of the labels. 1 for tasks without `optim.examined_tasks`.
+    scores times these are probabilities of the labels. 1 for tasks that are not in `examined_tasks`.
 
     Raises ConfigError if the log has neither positions nor propensities."""
-    found = Examination.of(log, model.schema.examined_tasks, model.data, cases.tasks)
+    found = Examination.of(log, examined_tasks, data, cases.tasks)
     return np.ones_like(cases.label) if found is None else found.of_rows(cases.features)
 
 

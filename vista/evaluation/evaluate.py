@@ -19,7 +19,7 @@ from vista.device import cpu_settings, resolve_device
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.answers import RawHistoryAnswers, RefreshedAnswers, ScorerAnswers
 from vista.evaluation.baseline_evaluation import BaselineReport, measure_baselines, measure_label_baselines
-from vista.evaluation.cases import ImpressionCases, impression_cases, with_tasks
+from vista.evaluation.cases import ImpressionCases, impression_cases, looks_at, with_tasks
 from vista.evaluation.comparison import PerUserMetrics, per_user_path
 from vista.evaluation.popularity_report import PopularityReport, popularity_report
 from vista.evaluation.protocol import (
@@ -59,6 +59,9 @@ class EvaluationReport:
     ranks: Int | None = None
     impressions: ImpressionCases | None = None
     probabilities: Float32s | None = None
+    """[N, num_tasks] of the labels as they were observed: scores times `looks`."""
+    looks: Float32s | None = None
+    """[N, num_tasks] probabilities that users looked at impressions; 1 for tasks that are not examined."""
     popularity: PopularityReport | None = None
     per_user: PerUserMetrics | None = None
     windows: WindowReport | None = None
@@ -149,7 +152,9 @@ def evaluate(config: EvaluateConfig) -> EvaluationReport:
                 key, adapter = read_key(config.authentication_key_file), config.adapter
                 with Scorer.open(model, config.store, key=key, adapter=adapter) as scorer:
                     if adapter is not None:
-                        model.data = Adapter.read(adapter, scorer.served).data
+                        trained = Adapter.read(adapter, scorer.served)
+                        schema = replace(model.schema, examined_tasks=trained.examined_tasks)
+                        model.data, model.schema = trained.data, schema
                     _agree(ranks, config, log, scorer.store.manifest.records_digest)
                     result = evaluate_scorer(scorer, log, config, ranks)
                     codec = scorer.store.manifest.codec
@@ -286,7 +291,7 @@ def _measure_next_items(
 ) -> EvaluationReport:
     """Next items, and labels of impressions."""
     metrics: dict[str, float] = {}
-    places = impressions = probabilities = report = per_user = labels = None
+    places = impressions = probabilities = looks = report = per_user = labels = None
     num_cases = 0
     if model.has_retrieval:
         lists = RecommendedLists(len(model.items), config.top_k[0]) if config.popularity else None
@@ -305,7 +310,8 @@ def _measure_next_items(
         impressions = with_tasks(impression_cases(log, begin, end), model.schema.tasks)
         own = impressions.part(ranks.part_of(np.ones_like(impressions.user)))
         answered = answers.probabilities(own)
-        probabilities = ranks.of_all_cases({"probability": answered})["probability"]
+        looks = looks_at(log, impressions, model.schema.examined_tasks, model.data)
+        probabilities = ranks.of_all_cases({"probability": answered})["probability"] * looks
         metrics |= impression_metrics(impressions, probabilities)
         labels = measure_labels(log, impressions, probabilities, config.split)
         num_cases += len(impressions.user)
@@ -315,7 +321,7 @@ def _measure_next_items(
             f"{split_until(model.data, config.split)}, and no impression of its tasks; choose another split"
         )
     return EvaluationReport(
-        metrics, num_cases, 0.0, places, impressions, probabilities, report, per_user=per_user, labels=labels
+        metrics, num_cases, 0.0, places, impressions, probabilities, looks, report, per_user=per_user, labels=labels
     )
 
 

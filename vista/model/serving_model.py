@@ -27,7 +27,7 @@ from vista.counters.keys import ItemKeys
 from vista.errors import AdapterError, CheckpointError, LogFormatError
 from vista.examples.item_spaces import Pooled
 from vista.examples.item_statistics import NUM_RECENT
-from vista.files import TABLE, check_fields, hexadecimal, one_of, read_limited, replace_file
+from vista.files import TABLE, check_fields, hexadecimal, list_of, one_of, read_limited, replace_file, text
 from vista.log.histories import UNKNOWN_GAP, RowColumn, RowFeatures, gap_bucket
 from vista.log.vocabulary import Ids, Vocabulary
 from vista.model.features import EncodedRows, RowFeatureReader, Schema
@@ -265,12 +265,13 @@ STAGE2_WEIGHTS = (
 """Prefixes of the names of the weights of stage 2 and the heads."""
 ADAPTED_BIASES = "candidate_head.network.0.bias", "candidate_head.network.2.bias"
 ADAPTER_SUFFIX = ".adapter"
-ADAPTER_FORMAT = {"format": "vista-adapter", "version": 1}
+ADAPTER_FORMAT = {"format": "vista-adapter", "version": 2}
 _MAX_ADAPTER_BYTES = 16 << 20
 _ADAPTER_RULES = {
     **{name: one_of(value) for name, value in ADAPTER_FORMAT.items()},
     "base": hexadecimal(64),
     "data": TABLE,
+    "examined_tasks": list_of(text()),
     "checksum": hexadecimal(16),
 }
 
@@ -286,11 +287,14 @@ class Adapter:
     """`ServingModel.stage2_id` of the model that it belongs to."""
     data: DataConfig
     """How its training data were split, which decides what evaluation may use."""
+    examined_tasks: list[str]
+    """Tasks whose scores are probabilities for items that users look at, in place of those of the model's schema."""
 
     def write(self, path: str | Path) -> None:
         """Write the file (docs/reference/file-formats.md), atomically. Raises OSError."""
         payload = self.values.astype("<f4").tobytes()
-        fields = {**ADAPTER_FORMAT, "base": self.base, "data": to_dict(self.data)}
+        own = {"base": self.base, "data": to_dict(self.data), "examined_tasks": self.examined_tasks}
+        fields: dict[str, Any] = {**ADAPTER_FORMAT, **own}
         head = json.dumps(fields | {"checksum": _checksum(fields, payload)}, separators=(",", ":"))
         replace_file(Path(path), head.encode() + b"\n" + payload)
 
@@ -317,7 +321,7 @@ class Adapter:
             )
         if values.shape != (model.num_adapted,) or not np.isfinite(values).all():
             raise AdapterError(f"{path}: must hold {model.num_adapted} finite numbers; train it again")
-        return cls(values, fields["base"], data)
+        return cls(values, fields["base"], data, fields["examined_tasks"])
 
 
 def _checksum(fields: Mapping[str, Any], payload: bytes) -> str:

@@ -32,7 +32,6 @@ from vista.config import EvaluateConfig, ModelListConfig, ModelPromoteConfig, Mo
 from vista.config.checks import Alias, Architecture, Codec, ScoringBackend
 from vista.device import cpu_settings
 from vista.errors import ConfigError, PromotionError
-from vista.evaluation.cases import looks_at
 from vista.evaluation.comparison import Comparison, PerUserMetrics
 from vista.evaluation.evaluate import EvaluationReport, evaluate_scorer
 from vista.evaluation.metrics import log_losses, mean_and_error
@@ -312,10 +311,9 @@ def measured_gates(
         exact = folder / "exact"
         refresh(models[0], log, exact, until=until, options=RefreshOptions(verify_log=False, codec=Codec.float32))
         reference = stack.enter_context(Scorer.open(models[0], exact, backend=ScoringBackend.torch))
-        observed, compared = _of_labels(reports, models, log)
         return [
-            _metric_gate(compared),
-            *_calibration_gates(observed),
+            _metric_gate(_comparable(reports)),
+            *_calibration_gates(reports[0]),
             _parity_gate(scorers[0], reference, log),
             _latency_gate(scorers, log, max_latency_ms),
         ]
@@ -331,26 +329,21 @@ def _require_unseen(models: list[VistaModel], log: EventLog) -> None:
         )
 
 
-def _of_labels(
-    reports: list[EvaluationReport], models: list[VistaModel], log: EventLog
-) -> tuple[EvaluationReport, list[EvaluationReport]]:
-    """The candidate's report with probabilities of the labels as they were observed, and such reports to compare.
+def _comparable(reports: list[EvaluationReport]) -> list[EvaluationReport]:
+    """The reports with probabilities that know equally well who looked.
 
-    A model with `optim.examined_tasks` predicts what users do who look. Its scores are multiplied by the probability of
-    a look, which says more about a label than the scores of a model without. So if one of the models has none, both are
-    multiplied, once calibrated for this: the comparison is about what each knows of users and items.
+    A model with `optim.examined_tasks` predicts what users do who look. Times the probability of a look, its scores say
+    more about a label than those of a model without. So if one of the models has none, both are multiplied, once
+    calibrated for this: the comparison is about what each knows of users and items.
     """
-    cases = reports[0].impressions
-    if cases is None or not any(model.schema.examined_tasks for model in models):
-        return reports[0], reports
-    looks = [looks_at(log, cases, model) for model in models]
-    answers = [report.probabilities for report in reports if report.probabilities is not None]
-    observed = [replace(report, probabilities=p * own) for report, p, own in zip(reports, answers, looks, strict=True)]
-    if np.array_equal(looks[0], looks[-1]):
-        return observed[0], observed
-    shared = np.minimum(looks[0], looks[-1])
-    fitted = [calibrated(cases, p, shared)[0] * shared for p in answers]
-    return observed[0], [replace(report, probabilities=p) for report, p in zip(reports, fitted, strict=True)]
+    cases, looks = reports[0].impressions, [report.looks for report in reports]
+    if cases is None or looks[0] is None or looks[-1] is None or np.array_equal(looks[0], looks[-1]):
+        return reports
+    shared, found = np.minimum(looks[0], looks[-1]), []
+    for report, own in zip(reports, looks, strict=True):
+        assert report.probabilities is not None and own is not None
+        found.append(replace(report, probabilities=calibrated(cases, report.probabilities / own, shared)[0] * shared))
+    return found
 
 
 def _metric_gate(reports: list[EvaluationReport]) -> Gate:

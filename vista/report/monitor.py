@@ -337,7 +337,7 @@ def _calibration_readings(windows: Sequence[WindowRows], reference: Reference, m
                 refresh(model, log, store, until=window.begin, options=options, users=users)
                 with Scorer.open(model, store) as scorer:
                     answers = ScorerAnswers(scorer, log, requests_per_batch=USERS_PER_BATCH).probabilities(cases)
-                answers = answers * looks_at(log, cases, model)
+                answers = answers * looks_at(log, cases, model.schema.examined_tasks, model.data)
                 found = {
                     task: [*found.get(task, []), _ratio(cases.user[known], answers[known, place], label[known])]
                     for place, (task, known, label) in enumerate(

@@ -276,8 +276,8 @@ class ComparisonData:
             ranking |= _as_baselines(_ranking_baselines(own, log, config))
         if baselines and cases is not None:
             probabilities |= _as_baselines(label_baselines(log, own.model.data, cases, trained=False))
-        if cases is not None and cases.probability is not None:
-            probabilities[ORACLE] = cases.probability.astype(np.float32)
+        if cases is not None and cases.probability is not None and own.evaluation.looks is not None:
+            probabilities[ORACLE] = cases.probability.astype(np.float32) * own.evaluation.looks
         names = [run.name for run in runs]
         measures: list[Measure] = []
         if cases is not None and cases.tasks:

@@ -86,7 +86,7 @@ def adapt(config: AdaptConfig, log: EventLog | None = None) -> AdaptReport:
         served = ServingModel.of(base, base.empty_summary().cpu().numpy())
         values = torch.zeros(served.num_adapted, device=device, requires_grad=True)
         history, best = _train(base, values, source, validation, run, device)
-        Adapter(values.detach().cpu().numpy(), served.stage2_id, run.data).write(out)
+        Adapter(values.detach().cpu().numpy(), served.stage2_id, run.data, config.examined_tasks).write(out)
     shown = [{name: value for name, value in history[epoch].items() if name != "epoch"} for epoch in (0, best)]
     if validation is not None and not best:
         logger.warning("%s: no epoch improved %s of the base, so the adapter changes nothing", out, validation.metric)

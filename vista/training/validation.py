@@ -24,6 +24,7 @@ from vista.evaluation.cases import (
     WindowCases,
     case_requests,
     impression_cases,
+    looks_at,
     next_item_cases,
     window_cases,
     with_tasks,
@@ -43,7 +44,7 @@ from vista.evaluation.protocol import (
     window_lengths,
     window_metric,
 )
-from vista.examples.batch_source import Examination, trained_tasks
+from vista.examples.batch_source import trained_tasks
 from vista.examples.item_spaces import PooledHistories
 from vista.examples.item_statistics import CounterRequests, HistoryCounters
 from vista.log.event_log import EventLog
@@ -276,7 +277,7 @@ class Validation:
         if (tasks := trained_tasks(log, optim)) and begin is not None:
             shown = with_tasks(impression_cases(log, begin, end, max_cases=limit * 4), tasks)
             self._impressions = shown if len(shown.user) else None
-            self._examination = Examination.of(log, config.optim.examined_tasks, data, tasks)
+            self._looks = looks_at(log, shown, optim.examined_tasks, data)
             self._item_values: dict[int, ItemValues | None] = {}
             """By time of a refresh in ms, once a model was measured."""
         if config.ranks_items:
@@ -426,12 +427,9 @@ class Validation:
             if answers is not None:
                 predicted = self._finite(self._probabilities(model, shown, answers, growing), shown.user)
             predicted = self._ranks.of_all_cases({"predicted": predicted})["predicted"]
-            looks = np.ones_like(predicted)
-            if self._examination is not None:
-                looks = self._examination.of_rows(self._impressions.features)
             if calibrates:
-                predicted, self.calibration = calibrated(self._impressions, predicted, looks)
-            predicted = predicted * looks  # probabilities of the labels as they were observed
+                predicted, self.calibration = calibrated(self._impressions, predicted, self._looks)
+            predicted = predicted * self._looks  # probabilities of the labels as they were observed
             metrics |= impression_metrics(self._impressions, predicted)
             if self.metric != self.ranking_metric:
                 self.of_users = entropy_of_users(self._impressions, predicted, self.metric.removeprefix("ne/"))
