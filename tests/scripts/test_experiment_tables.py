@@ -266,9 +266,9 @@ def test_labels_as_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     kept = ("vista", "tail-only", "din", "label trees", "stack")
     pairs = tuple(pair for pair in table.pairs if {*pair} <= {*kept})
     assert ("vista", "tail-only") in pairs and ("vista", "stack") in pairs
-    rows = {row: table.rows[row] for row in kept}
-    tiny = replace(table, words=(*table.words, *TINY_MODEL), rows=rows, pairs=pairs)
+    tiny = replace(table, words=(*table.words, *TINY_MODEL), rows={row: table.rows[row] for row in kept}, pairs=pairs)
     monkeypatch.setitem(TABLES, "labels-assist17", tiny)
+    monkeypatch.setattr("vista.evaluation.label_baselines._TREES", {"min_samples_leaf": 4})  # 48 answers, not 100
     work, places = tmp_path / "work", ["--work", str(tmp_path / "work"), "--results", str(tmp_path)]
     words = ["labels-assist17", "--data", str(tmp_path / "files"), *places, "--threads", "1"]
     assert reproduce.main([*words, "--rows", "stack"]) == 1
@@ -280,7 +280,7 @@ def test_labels_as_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert set(lines["stack"]["metrics"]) == set(lines["din"]["metrics"]) == of_test
     assert set(lines["vista"]["metrics"]) == {*of_test, *(f"validation {name}" for name in of_test)}
     log = EventLog.open(next((work / "logs").glob("assist17")))
-    cases = part_cases(log, train_config(tiny, rows["vista"]).data, "test", "correct")
+    cases = part_cases(log, train_config(tiny, tiny.rows["vista"]).data, "test", "correct")
     assert len(cases.user) == 48  # of 8 students with 40 answers each
     for name in kept:
         answers = np.load(next(work.rglob(f"{name}, test.npy")))
