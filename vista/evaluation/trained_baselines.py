@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -206,16 +207,11 @@ def pooled_means(log: EventLog, vectors: Floats, user: Int, seen: Int) -> Floats
     """Means of `vectors` float64 [V, M] over the first `seen` events of users [n]: float64 [K, n, M] of length 1. Users
     without events have 0."""
     events = log.gather(user, seen, features=False)
-    # One more row, because reduceat needs an event after the last offset.
-    of_events = np.append(vectors[events.item], np.zeros((1, vectors.shape[1])), axis=0)
-    empty = np.diff(events.offsets) == 0
-    means = []
-    for weight in mean_weights(events.age):
-        weighted = of_events * np.append(weight, 0)[:, None]
-        total = np.add.reduceat(weighted, events.offsets[:-1])
-        total[empty] = 0  # reduceat gives the next user's first event there
-        means.append(_unit(total))
-    return np.stack(means)
+    weights = mean_weights(events.age)
+    means = np.empty((len(weights), len(user), vectors.shape[1]))
+    for row, (begin, end) in enumerate(pairwise(events.offsets.tolist())):
+        means[:, row] = weights[:, begin:end] @ vectors[events.item[begin:end]]
+    return _unit(means)
 
 
 def factor_vectors(log: EventLog, counts: Int, dim: int, seed: int) -> Floats:
@@ -228,7 +224,7 @@ def factor_vectors(log: EventLog, counts: Int, dim: int, seed: int) -> Floats:
 
 
 def _unit(vectors: Floats) -> Floats:
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
     return vectors / np.where(length > 0, length, 1)
 
 
