@@ -72,8 +72,6 @@ from vista.refresh.log_reading import item_values
 from vista.store.item_values import ItemValues
 from vista.training.run_plan import Progress
 
-# The protocol's cases, answered by VISTA with float32 summaries and no store.
-#
 # Letters: N cases, V items of the model.
 
 CASES_PER_BATCH = 512
@@ -152,7 +150,10 @@ class SummaryAnswers:
                 inputs = model.candidate_inputs(cosines.unsqueeze(1), candidates)
             features = self._encode_requests(cases.features.select(part), len(user))
             asked = inference.request_vectors(model, time, tail, features)
-            logits = inference.candidate_logits(model, self._context(user, tail), asked, candidates, codes, inputs)
+            _, first, request = np.unique(user * (seen.max() + 1) + seen, return_index=True, return_inverse=True)
+            context = self._context(user[first], self._tail(user[first], seen[first]))  # once per request
+            of_cases = context.select(torch.from_numpy(request).to(model.device))
+            logits = inference.candidate_logits(model, of_cases, asked, candidates, codes, inputs)
             out[part] = logits[:, 0].sigmoid().float().cpu().numpy()
         return out
 
@@ -406,8 +407,7 @@ class Validation:
         answers with it."""
         was_training = model.training
         model.eval()
-        metrics: dict[str, float] = {}
-        users, shown = [], None
+        metrics, users, shown = dict[str, float](), [], None
         if self._ranked is not None:
             users.append(self._ranked.user[self._ranks.part_of(self._ranked.seen + 1)])
         if self._impressions is not None:
