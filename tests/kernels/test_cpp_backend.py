@@ -15,9 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.scoring_oracle import NUM_ITEMS, drawn_plan, drawn_request, oracle
-from tests.required_program import require_compiler
+from tests.kernels.scoring_oracle import NUM_GAPS, NUM_ITEMS, drawn_plan, drawn_request, oracle
+from tests.required_program import require_compiler, require_library
+from tests.store.test_record_decoder import cases, mutated
+from vista.store import record_reading
+from vista.store.record_reading import StoredRecord, checked_records
 from vista_kernels.cpp_backend import build as building
+from vista_kernels.cpp_backend.answering import CounterScale, RecordScoring
 from vista_kernels.cpp_backend.build import LIBRARY, BuildError, build
 from vista_kernels.cpp_backend.library import LibraryError, ScoringModel, load
 
@@ -265,6 +269,56 @@ def test_a_build_without_a_compiler_or_for_an_unknown_machine_says_so(
     assert list(tmp_path.iterdir()) == []
 
 
+def answer_mutated_records(library: Path, count: int) -> list[bool]:
+    """Score from `count` damaged records of each kind; returns whether each was accepted. Those that are must be
+    accepted by vista's reader as well."""
+    rng, accepted = np.random.default_rng(3), []
+    for spec, held, keys in cases().values():
+        if (decoder := record_reading.record_decoder(spec)) is None:
+            continue
+        layout, scale = spec.counters, None
+        columns = 0 if layout is None else layout.spec.num_fields * layout.spec.num_columns
+        if layout is not None:
+            size = layout.spec.num_columns
+            levels, of_each = np.arange(64.0)[:, None].repeat(size, 1), np.ones(size)
+            genres = (np.arange(NUM_ITEMS) % 3).astype(np.int32)
+            days = layout.spec.half_lives[: len(layout.spec.days)]
+            others = [genres] * (layout.spec.num_fields - 1)
+            scale = CounterScale(levels, of_each, of_each, days, layout.spec.has_time, (10.0, 5.0), others)
+        shape = {"heads": 1, "head_dim": spec.dim, "seeds": spec.num_tokens, "tail": 3, "num_layers": 2, "tasks": 1}
+        plan = drawn_plan(rng, softmax=True, **shape, columns=columns, space=0, recent=2)
+        model = ScoringModel(plan, library=library)
+        options = {"shared": True, "catalog": False, "projected": True, "features": False, "whole_events": False}
+        drawn = drawn_request(rng, plan, lengths=[9], num_events=[3], **options)
+        assert drawn.recent is not None and drawn.events.vectors is not None and drawn.rows is not None
+        scoring = RecordScoring(
+            model,
+            decoder,
+            vectors=drawn.events.vectors,
+            candidates=drawn.candidates,
+            retrieval=drawn.retrieval,
+            reads=drawn.reads,
+            followers=(drawn.recent.items, drawn.recent.weights),
+            times=None,
+            num_gaps=NUM_GAPS,
+            num_pooled=32,
+            counters=scale,
+        )
+        for index in rng.integers(0, len(held), count).tolist():
+            value = held[index] if rng.random() < 0.1 else mutated(held[index], rng)
+            stored, now = StoredRecord(value, keys[index], spec), int(rng.choice([-(1 << 62), 0, 1 << 41]))
+            made = scoring.score(value, *stored.digests(), now, drawn.rows, None, logits=True, scores=True, threads=1)
+            accepted.append(made is not None)
+            if made is not None:
+                checked_records([value], [keys[index]], spec)
+    return accepted
+
+
+def test_scores_come_only_from_records_that_vista_accepts(library: Path) -> None:
+    require_library()
+    assert 0.05 < np.mean(answer_mutated_records(library, 200)) < 0.95
+
+
 RANDOM_CASES = """
 import sys
 import numpy as np
@@ -316,11 +370,15 @@ from vista.store import record_reading
 rng, accepted = np.random.default_rng(0), []
 for spec, held, keys in cases().values():
     if spec.key is None:
-        decoder = record_reading._decoder(spec)
+        decoder = record_reading.record_decoder(spec)
         for index in rng.integers(0, len(held), int(sys.argv[2])):
             values = [held[0], mutated(held[index], rng)]
             accepted.append(record_reading._decoded(decoder, values, [keys[0], keys[index]], spec) is not None)
 assert 0.05 < np.mean(accepted) < 0.95
+
+from tests.kernels.test_cpp_backend import answer_mutated_records
+
+assert 0.05 < np.mean(answer_mutated_records(Path(sys.argv[1]), int(sys.argv[2]))) < 0.95
 print("fine")
 """
 

@@ -25,7 +25,8 @@ from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
-from vista.scorer import Scorer, Tail
+from vista.scorer import NOW, Scorer, Tail
+from vista.scorer.native_scoring import NativeScoring
 from vista.training.log_schema import schema_of
 from vista_kernels.cpp_backend.library import LibraryError
 
@@ -42,6 +43,7 @@ KINDS = {
     "counters of a category and pairs, without transitions": {
         "counter_keys": ["item", "brand", "previous*item", "action"]
     },
+    "counters of a category and actions": POOLED | {"counter_keys": ["item", "brand", "action", "item*action"]},
     "features, projected per request": POINTWISE | POOLED | {"counter_keys": ["item"]},
     "unified table, projected per request": POOLED | {"embedding_rows": 50, "num_heads": 4},
     "next alone": POINTWISE | POOLED | {"counter_keys": ["item"]},
@@ -161,6 +163,35 @@ def test_scores_agree(data: st.DataObject, both: Both) -> None:
     if both.native.model.has_retrieval:
         both.compare("user_vectors", users, **options)
         both.compare("counted_items", users, **options)
+
+
+def test_one_user_gets_the_bits_of_a_batch(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores from the record in one call of the library are those of a request that Python has read."""
+    made, answered = NativeScoring.scores_of_record, []
+
+    def counted(*arguments: Any) -> Any:
+        answered.append(made(*arguments))
+        return answered[-1]
+
+    monkeypatch.setattr(NativeScoring, "scores_of_record", counted)
+    values = np.append(both.items, 10**6)
+    for user in both.users:
+        newest = int(both.native.store.get_many([user]).last_event_ts[0])
+        for now in (None, NOW, both.now, both.now + 400 * DAY, *([newest, newest + 1] if newest > 0 else [])):
+            for adapter in (None, "de"):
+                alone = both.native.predict([user], values, now=now, adapter=adapter)
+                source = both.native.answered_from
+                together = both.native.predict([user, user], values, now=now, adapter=adapter)
+                for task, scores in together.items():
+                    np.testing.assert_array_equal(alone[task], scores[:1])
+                expected = both.native.answered_from
+                assert source is not None and expected is not None and source.known[0] == expected.known[0]
+                if now is not NOW:
+                    assert (source.now is None) == (expected.now is None)
+                    assert source.now is None or expected.now is None or source.now[0] == expected.now[0]
+    # Features, and keys that depend on the request, are left to Python; so are users without a record.
+    by_record = not any(part in both.kind for part in ("features", "unified", "pairs"))
+    assert bool(answered) == by_record and None not in answered
 
 
 def test_whole_catalogs_agree(both: Both) -> None:

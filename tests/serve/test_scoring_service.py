@@ -415,15 +415,19 @@ USER = 103
 
 def at_the_first_read(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], None], *, after: bool = False) -> None:
     """Let something happen in the middle of a request, just before or after it reads a record."""
-    bare, waiting = StoreReader.get_many, [happens]
+    waiting = [happens]
 
-    def get_many(reader: StoreReader, users: list[int]) -> object:
-        found = bare(reader, users) if after else None
-        if waiting:
-            waiting.pop()()
-        return found or bare(reader, users)
+    def instead_of(bare: Callable[[StoreReader, list[int]], object]) -> Callable[[StoreReader, list[int]], object]:
+        def read(reader: StoreReader, users: list[int]) -> object:
+            found = bare(reader, users) if after else None
+            if waiting:
+                waiting.pop()()
+            return found or bare(reader, users)
 
-    monkeypatch.setattr(StoreReader, "get_many", get_many)
+        return read
+
+    monkeypatch.setattr(StoreReader, "get_many", instead_of(StoreReader.get_many))
+    monkeypatch.setattr(StoreReader, "record", instead_of(StoreReader.record))
 
 
 def publish(served: Served, store: Path, scorer: Scorer) -> None:

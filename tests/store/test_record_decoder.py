@@ -228,9 +228,9 @@ def assert_equal(ours: record_reading.RawRecords, expected: record_reading.RawRe
 @pytest.mark.parametrize("name", [name for name in cases() if not name.startswith("authenticated")])
 def test_the_library_reads_and_refuses_what_vista_does(name):
     require_library()
-    record_reading._decoder.cache_clear()
+    record_reading.record_decoder.cache_clear()
     spec, records, keys = cases()[name]
-    decoder = record_reading._decoder(spec)
+    decoder = record_reading.record_decoder(spec)
     several = records + records[::-1] * 3, keys + keys[::-1] * 3
     assert_equal(record_reading._decoded(decoder, *several, spec), checked_records(*several, spec))
     rng = np.random.default_rng(1)
@@ -256,12 +256,12 @@ def test_the_library_reads_and_refuses_what_vista_does(name):
 @pytest.mark.parametrize("dim", [8, 33])
 def test_rows_of_the_library(codec, dim):
     require_library()
-    record_reading._decoder.cache_clear()
+    record_reading.record_decoder.cache_clear()
     rng = np.random.default_rng(dim)
     summary = (rng.standard_normal((2, 6, dim)) * 10.0 ** rng.integers(-7, 4, (2, 6, 1))).astype(np.float32)
     spec = dataclasses.replace(plain.SPEC, codec=codec, dim=dim, num_tokens=6)
     records = plain.encode(spec, summary)
-    found = record_reading._decoded(record_reading._decoder(spec), records, KEYS, spec)
+    found = record_reading._decoded(record_reading.record_decoder(spec), records, KEYS, spec)
     assert_equal(found, checked_records(records, KEYS, spec))
 
 

@@ -36,10 +36,11 @@ class EmptySummaryScorer(Scorer):
     was trained with summaries, so a model that was trained without them can do better."""
 
     @contextmanager
-    def _call(self, users: Any, tail: Any, now: Any, adapter: Any = None) -> Iterator[Call]:
+    def _call(self, users: Any, tail: Any, now: Any, adapter: Any = None, *, by_record: bool = False) -> Iterator[Call]:
         with super()._call(users, tail, now, adapter) as call:
             empty = np.broadcast_to(call.snapshot.served.empty, call.request.summary.shape).copy()
-            yield replace(call, request=replace(call.request, summary=empty))
+            request = replace(call.request, summary=empty)
+            yield replace(call, read=lambda: request)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,9 +17,11 @@ import numpy as np
 
 from vista.arrays import Int
 from vista.config.checks import Precision, ScoringBackend, TargetAttentionKind
-from vista.counters.counters import MAX_CODE
+from vista.config.model_config import CALENDAR, PREVIOUS, parts_of
+from vista.counters.counters import EVENTS_RESOLUTION, MAX_CODE, MAX_EVENTS, code_scales, decode_values
+from vista.counters.keys import ItemKeys
 from vista.errors import CheckpointError, ConfigError
-from vista.examples.item_spaces import Pooled
+from vista.examples.item_spaces import NUM_POOLED, Pooled
 from vista.examples.item_statistics import NUM_RECENT, RECENT_DECAY
 from vista.log.histories import NUM_GAPS
 from vista.model.features import EncodedRows
@@ -35,7 +37,10 @@ from vista.model.serving_model import (
 )
 from vista.scorer.request import Request
 from vista.scorer.request_features import PairFeatures
+from vista.store.record import RecordSpec
+from vista.store.record_reading import StoredRecord, record_decoder
 from vista.threads import num_threads
+from vista_kernels.cpp_backend.answering import CounterScale, RecordScoring
 from vista_kernels.cpp_backend.library import (
     CountedItems,
     CountedPairs,
@@ -125,6 +130,8 @@ class NativeScoring:
         self._projection = weights["target_attention.request_projection.weight"].T.astype(np.float64)
         self._times = None if self._gaps is None else self._projected(self._gaps)
         """[NUM_GAPS, 5M] what the time of a request adds to candidates; None without times."""
+        self._by_spec: dict[int, tuple[RecordSpec, RecordScoring | None]] = {}
+        """By id of the spec of a generation, or of a shard."""
         self._prepared: Floats | None = None
         """[R, 5M] what each value of features of requests, then each dense input, adds to candidates; None without
         features, or if there are too many values."""
@@ -145,6 +152,71 @@ class NativeScoring:
         """
         labeled = tasks != [NEXT_TASK]
         made = self.run(request, pairs, logits=labeled, scores=NEXT_TASK in tasks, probabilities=True)
+        return self._by_task(made, tasks)
+
+    def scores_of_record(
+        self, stored: StoredRecord, now: int | None, adapter: Floats | None, rows: Int, tasks: list[str]
+    ) -> dict[str, Floats] | None:
+        """Scores per task, float32 [C], of one user; None if the record is damaged.
+
+        Args:
+            stored: of a generation with a `record_scoring`.
+            now: ms; None if unknown.
+            adapter: as of `Request`; rows: int64 [C] model rows.
+        """
+        scoring = self.record_scoring(stored.spec)
+        assert scoring is not None
+        made = scoring.score(
+            stored.value,
+            *stored.digests(),
+            now,
+            np.ascontiguousarray(rows),
+            None if adapter is None else adapter + self._biases,
+            logits=tasks != [NEXT_TASK],
+            scores=NEXT_TASK in tasks,
+            threads=num_threads(),
+        )
+        return None if made is None else self._by_task(made, tasks)
+
+    def record_scoring(self, spec: RecordSpec) -> RecordScoring | None:
+        """What scores from records of a generation; None if the model reads more than such a call prepares: features,
+        or counters whose keys depend on the request."""
+        known = self._by_spec.get(id(spec))
+        if known is None or known[0] is not spec:
+            known = self._by_spec[id(spec)] = spec, self._record_scoring(spec)
+        return known[1]
+
+    def _record_scoring(self, spec: RecordSpec) -> RecordScoring | None:
+        model, weights = self._model, self._model.weights
+        decoder, config, keys = record_decoder(spec), model.config, model.item_keys
+        readers = model.tail_features, model.user_features, model.request_features
+        shape = config.num_seeds + (config.space_dim > 0), config.dim
+        if decoder is None or self._vectors is None or any(one is not None for one in readers):
+            return None
+        if (spec.num_tokens, spec.dim) != shape:
+            return None
+        scale = None
+        if keys is not None:
+            parts = {part for field in keys.spec.fields for part in parts_of(field)}
+            if spec.counters is None or spec.counters.spec != keys.spec or parts & {*CALENDAR, PREVIOUS}:
+                return None
+            scale = _counter_scale(keys)
+        followers = weights.get("transition_items")
+        return RecordScoring(
+            self._native,
+            decoder,
+            vectors=self._vectors,
+            candidates=self._candidates if self._candidates is not None else self._vectors,
+            retrieval=self._retrieval,
+            reads=self._reads,
+            followers=None if followers is None else (followers, weights["transition_weights"]),
+            times=self._times if model.has_gap else None,
+            num_gaps=NUM_GAPS if model.has_gap else 0,
+            num_pooled=NUM_POOLED,
+            counters=scale,
+        )
+
+    def _by_task(self, made: ScoredPairs, tasks: list[str]) -> dict[str, Floats]:
         scores = {}
         if made.scores is not None:
             scores[NEXT_TASK] = made.scores
@@ -301,8 +373,25 @@ class NativeScoring:
         return counted, CountedItems(
             _joined(items),
             np.ascontiguousarray(counters.of_counted_items()[place]),
-            (np.log1p(counters.num_events) - 6).astype(np.float32),
+            # By the same function as `RecordScoring`, which has the same bits.
+            np.array([math.log1p(count) - 6 for count in counters.num_events.tolist()], np.float32),
         )
+
+
+def _counter_scale(keys: ItemKeys) -> CounterScale:
+    """How counters are decayed whose keys do not depend on requests."""
+    spec, rows = keys.spec, np.arange(keys.num_rows)
+    levels = np.arange(MAX_CODE + 1, dtype=np.uint8)[:, None].repeat(spec.num_columns, 1)
+    resolution, largest = code_scales(spec)
+    return CounterScale(
+        levels=decode_values(spec, levels),
+        resolution=resolution,
+        factor=MAX_CODE / np.log1p(largest / resolution),
+        half_lives=spec.half_lives[: len(spec.days)],
+        has_time=spec.has_time,
+        of_events=(EVENTS_RESOLUTION, float(MAX_CODE / np.log1p(MAX_EVENTS / EVENTS_RESOLUTION))),
+        keys=[one.astype(np.int32) for one in keys.of(rows, np.zeros_like(rows), np.zeros_like(rows))[1:]],
+    )
 
 
 def event_tables(model: ServingModel) -> tuple[Floats | None, Floats | None]:

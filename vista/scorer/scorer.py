@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from vista.machine import reuse_freed_memory
 from vista.model.serving_model import UNKNOWN_ITEM, ServingModel
 from vista.scorer.explanation import Explanation
 from vista.scorer.ranking import ItemFilter, Ranking, ranked, retrieved
-from vista.scorer.request import MAX_SCORES, ragged_offsets, require_max_age, require_most, split_ragged
+from vista.scorer.request import MAX_SCORES, Request, ragged_offsets, require_max_age, require_most, split_ragged
 from vista.scorer.serving_snapshot import Call, CandidateSet, ServingSnapshot
 from vista.scorer.serving_source import Follower, ServingSource, repair_after_fork
 from vista.store.manifest import Manifest
@@ -329,7 +330,7 @@ class Scorer:
         Raises:
             UnknownUserError, UnknownItemError, StoreError, ValueError, TypeError: as in `predict`.
         """
-        with self._call(users, tail, now, adapter) as call:
+        with self._call(users, tail, now, adapter, by_record=request is None) as call:
             return _predict(call, candidates, request, [self.task])[self.task]
 
     def predict(
@@ -370,7 +371,7 @@ class Scorer:
             StoreError: the scorer is closed, or a record is damaged.
             ValueError, TypeError: an argument is invalid or too long; the message names it.
         """
-        with self._call(users, tail, now, adapter) as call:
+        with self._call(users, tail, now, adapter, by_record=request is None) as call:
             return _predict(call, candidates, request, call.snapshot.tasks)
 
     def rank(
@@ -593,19 +594,43 @@ class Scorer:
         self._changing = threading.Lock()
 
     @contextmanager
-    def _call(self, users: Ids, tail: Tail | None, now: Any, adapter: str | None = None) -> Iterator[Call]:
-        """One call, which is counted and timed."""
+    def _call(
+        self, users: Ids, tail: Tail | None, now: Any, adapter: str | None = None, *, by_record: bool = False
+    ) -> Iterator[Call]:
+        """One call, which is counted and timed. With `by_record`, the request may be read when it is first used."""
+        tally = self._recorder.add
         with self._recorder.timed(), self.in_service() as snapshot:
-            request = snapshot.read(users, tail, now, self.on_missing, self.max_age_s, self._recorder.add, adapter)
-            now = request.now if snapshot.served.schema.has_time else None
-            self._latest.source = AnswerSource(request.generation, snapshot.checksum, now, ~request.missing)
-            yield Call(snapshot, request, self.on_missing, self._recorder.add)
+            has_time = snapshot.served.schema.has_time
+
+            @cache
+            def read() -> Request:
+                request = snapshot.read(users, tail, now, self.on_missing, self.max_age_s, tally, adapter)
+                times = request.now if has_time else None
+                self._latest.source = AnswerSource(request.generation, snapshot.checksum, times, ~request.missing)
+                return request
+
+            record = None
+            if by_record and tail is None and self.max_age_s is None:
+                record = snapshot.record(users, now, adapter)
+            if record is None:
+                read()
+            else:
+                times = np.array([record.now]) if has_time and record.now is not None else None
+                generation = record.stored.spec.generation
+                self._latest.source = AnswerSource(generation, snapshot.checksum, times, np.ones(1, np.bool_))
+            yield Call(snapshot, read, self.on_missing, tally, record)
 
 
 def _predict(call: Call, candidates: Any, features: Any, tasks: list[str]) -> dict[str, Any]:
     """Scores of some tasks; arguments, result and errors are those of `Scorer.predict`."""
     values, given = split_ragged(candidates)
     rows = call.snapshot.candidates(values, call.on_missing).rows
+    by_record = None
+    if call.record is not None and given is None and (rows.ndim == 1 or len(rows) == 1):
+        by_record = call.snapshot.scores_of_record(call.record, rows.reshape(-1), tasks)
+    if by_record is not None:
+        call.tally(hits=1)
+        return _answer(call, values, rows, np.zeros((1, 1), np.bool_), by_record)
     num_users, missing = len(call.request), call.request.missing
     if given is not None:
         offsets = ragged_offsets(rows, given, num_users)
@@ -619,7 +644,12 @@ def _predict(call: Call, candidates: Any, features: Any, tasks: list[str]) -> di
         require_most(num_users * rows.shape[-1], MAX_SCORES, "candidates", "pairs of a user and a candidate")
         scores = call.snapshot.scores(call.asked(features, rows.shape[-1]), rows, tasks)
         missing = missing[:, None]
-    unknown, num_pairs = rows == UNKNOWN_ITEM, scores[tasks[0]].size
+    return _answer(call, values, rows, missing, scores)
+
+
+def _answer(call: Call, values: Any, rows: Int, missing: NDArray[np.bool_], scores: dict[str, Any]) -> dict[str, Any]:
+    """Scores of candidates, whose given values are `values`, in the form that callers get."""
+    unknown, num_pairs = rows == UNKNOWN_ITEM, next(iter(scores.values())).size
     if call.on_missing is OnMissing.nan:
         scores = {task: np.where(missing | unknown, np.float32(np.nan), cells) for task, cells in scores.items()}
     num_unknown = np.count_nonzero(unknown) * (num_pairs // max(1, rows.size))  # Users may share the candidates.

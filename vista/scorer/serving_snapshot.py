@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -46,7 +46,8 @@ from vista.scorer.request import (
 )
 from vista.store.item_values import ItemValues
 from vista.store.reader import ShardedReader, StoredBatch, StoreReader
-from vista.store.record import Tail
+from vista.store.record import HEADER_BYTES, Tail
+from vista.store.record_reading import StoredRecord
 
 if TYPE_CHECKING:
     from vista.model.item_index import ItemIndex
@@ -257,6 +258,22 @@ class ServingSnapshot:
         missing = unknown | bad
         return Request(summary, padded, times, missing, stored.generation, counters, pooled, users=own, adapter=values)
 
+    def record(self, users: Any, now: Any, adapter: str | None) -> UserRecord | None:
+        """The record of one user, if the C++ library scores from it; None if `read` has to read the request, which also
+        reports what is wrong. Arguments as of `read`."""
+        values = self.adapter(adapter)
+        if self._native is None or length_of(users) != 1 or not (now is None or type(now) is int):
+            return None
+        stored = self.store.record(ids_of(users, "users"))
+        if stored is None or len(stored.value) < HEADER_BYTES or self._native.record_scoring(stored.spec) is None:
+            return None
+        newest = stored.last_event_ts
+        if now == NOW:
+            now = int(current_times(np.array([newest]))[0])
+        if now is not None and self.served.schema.has_time and impossible_times(np.array([now]), np.array([newest]))[0]:
+            return None
+        return UserRecord(stored, now, values)
+
     def adapter(self, name: str | None) -> Float32s | None:
         """The values of an adapter; None without one. ValueError for an unknown name."""
         if name is not None and name not in self.adapters:
@@ -343,6 +360,12 @@ class ServingSnapshot:
         flat = self._native.task_scores(request, Pairs.of(rows, len(request), count), tasks)
         return {task: of_pairs.reshape(len(request), count) for task, of_pairs in flat.items()}
 
+    def scores_of_record(self, record: UserRecord, rows: Int, tasks: list[str]) -> dict[str, Float32s] | None:
+        """`scores` of rows [C], float32 [1, C], from a record; None if it is damaged."""
+        assert self._native is not None
+        flat = self._native.scores_of_record(record.stored, record.now, record.adapter, rows, tasks)
+        return None if flat is None else {task: scores[None] for task, scores in flat.items()}
+
     def logits(self, request: Request, rows: Int) -> Float32s:
         """Logits of the labeled tasks, float32 [B, C, num_tasks], whose sigmoid `scores` gives.
 
@@ -390,17 +413,35 @@ class ServingSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class UserRecord:
+    """What a request of one user reads."""
+
+    stored: StoredRecord
+    now: int | None
+    """Ms; None if unknown."""
+    adapter: Float32s | None
+    """Values of an `Adapter`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """One call of a scorer."""
 
     snapshot: ServingSnapshot
     """What is in service."""
-    request: Request
-    """What it reads."""
+    read: Callable[[], Request]
+    """Gives what the call reads, which is read once."""
     on_missing: OnMissing
     """How the scorer treats what is missing."""
     tally: Tally
     """The scorer's counters."""
+    record: UserRecord | None = None
+    """That of the only user, which nothing has checked; None if the request was read."""
+
+    @property
+    def request(self) -> Request:
+        """What the call reads."""
+        return self.read()
 
     def rows(self, given: Any, name: str = "candidates") -> Int:
         """Model rows int64 [C] of candidates, which must be the same for every user."""

@@ -35,7 +35,7 @@ from vista.store.keys import INT_PREFIX, STR_PREFIX, common_kind, user_id, user_
 from vista.store.layout import StoreUrl, complete_shards, shards_in, shards_of, store_address, stores_in
 from vista.store.manifest import Manifest
 from vista.store.record import RecordSpec, Tail, TailColumn, UserColumn
-from vista.store.record_reading import RawRecords
+from vista.store.record_reading import RawRecords, StoredRecord
 from vista.store.state_record import StateArrays
 
 if TYPE_CHECKING:
@@ -152,6 +152,20 @@ class StoreReader:
                     raise
                 continue  # It was removed, or another thread reloaded: read the whole batch from the new generation.
             return assembled(len(keys), parts, opened.spec)
+
+    def record(self, user_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> StoredRecord | None:
+        """The record of one user, unchecked; None without one. User id and errors as in `get_many`."""
+        keys = user_keys(user_ids)
+        while True:
+            opened = self._current()
+            _require_kind(keys, opened.manifest)
+            try:
+                value = opened.value(keys[0])
+            except StoreClosedError:
+                if self._opened is opened and not self.reload():
+                    raise
+                continue
+            return None if value is None else StoredRecord(value, keys[0], opened.spec)
 
     def states(self, user_ids: Sequence[int] | Sequence[str]) -> tuple[NDArray[np.int64], StateArrays] | None:
         """Rows of the users who have a state, and these states; None if the generation keeps no states.
@@ -607,6 +621,11 @@ class ShardedReader:
         # Shards without a user of the batch are read too, for the shapes and errors of an empty batch.
         batches = [reader.get_many(users) for reader, users in zip(self._readers, users_of, strict=True)]
         return StoredBatch.concatenated(batches).take(np.argsort(order, kind="stable"))
+
+    def record(self, user_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> StoredRecord | None:
+        """The record of one user; as `StoreReader.record`."""
+        owner = shards_of(user_keys(user_ids), len(self._readers))
+        return self._readers[int(owner[0])].record(user_ids)
 
     def item_values(self) -> ItemValues | None:
         """Those of the first shard, as all shards are of one log; see `StoreReader.item_values`."""

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from vista.arrays import Int, offsets_of
 from vista.counters.counters import CounterCodes
 from vista.store.record import (
+    CHECKSUM_BYTES,
+    CHECKSUM_OFFSET,
     CODEC_NUMBERS,
     HEADER,
     HEADER_BYTES,
@@ -53,6 +55,30 @@ class RawRecords:
     """Of the users, [B] by name: codes or numbers; empty if the generation has none."""
 
 
+@dataclass(frozen=True, slots=True)
+class StoredRecord:
+    """A record as it is stored, which nothing has checked."""
+
+    value: bytes
+    """At least a header."""
+    key: bytes
+    """Of the user."""
+    spec: RecordSpec
+    """Of the generation."""
+
+    @property
+    def last_event_ts(self) -> int:
+        return int.from_bytes(self.value[_LAST_EVENT_BYTES], "little", signed=True)
+
+    def digests(self) -> tuple[bytes, bytes]:
+        """Checksums that the record must hold, of itself and of the key: 8 bytes each, big-endian."""
+        parts = self.value[:CHECKSUM_OFFSET], bytes(CHECKSUM_BYTES), self.value[HEADER_BYTES:]
+        return xxhash.xxh3_64_digest(b"".join(parts)), xxhash.xxh3_64_digest(self.key)
+
+
+_LAST_EVENT_BYTES = slice(80, 88)
+
+
 def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> RawRecords:
     """Check a batch of stored values and copy them out; the values need not stay valid afterwards.
 
@@ -65,7 +91,7 @@ def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], sp
         RecordError: a value is truncated, corrupt, of another format, generation or summarizer; the message names the
             user and the field.
     """
-    decoder = _decoder(spec)
+    decoder = record_decoder(spec)
     decoded = None if decoder is None else _decoded(decoder, values, keys, spec)
     return checked_records(values, keys, spec) if decoded is None else decoded
 
@@ -97,7 +123,7 @@ def present_records(
 
 
 @lru_cache(maxsize=16)
-def _decoder(spec: RecordSpec) -> RecordDecoder | None:
+def record_decoder(spec: RecordSpec) -> RecordDecoder | None:
     """A decoder of the generation's records; None without the library, and for records with authentication codes."""
     if spec.key is not None:
         return None

@@ -1,4 +1,4 @@
-"""Compiles `library.cpp`, `records.cpp` and `lanes.cpp`, with g++ or clang++, to the library that `library.py` loads.
+"""Compiles the C++ sources of this folder, with g++ or clang++, to the library that `library.py` loads.
 
 `setup.py` runs this when vista is installed; in a checkout, run `python -m vista_kernels.cpp_backend.build`. It imports
 nothing of vista, since vista is not installed yet.
@@ -56,6 +56,7 @@ def build(out: Path = LIBRARY, extra: Sequence[str] = ()) -> Path:
         compiles: list[tuple[str, str, tuple[str, ...]]] = [
             ("library.cpp", "library.o", ()),
             ("records.cpp", "records.o", ()),
+            ("answering.cpp", "answering.o", ("-ffp-contract=off",)),
         ]
         compiles += [
             ("lanes.cpp", f"lanes{count}.o", (f"-DVISTA_LANES={count}", *flags))

@@ -123,6 +123,7 @@ def load(path: Path = LIBRARY) -> ctypes.CDLL:
         "vista_bfloat16",
         "vista_score",
         "vista_check_records",
+        "vista_answer",
     )
     is_known = all(hasattr(library, name) for name in names)
     if is_known:

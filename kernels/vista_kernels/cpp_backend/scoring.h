@@ -122,7 +122,15 @@ int32_t vista_score(const VistaModel *, const VistaRequest *, int32_t threads);
 }
 #pragma GCC visibility pop
 
-enum VistaError { FINE = 0, NO_MEMORY = 1, BAD_CANDIDATE = 2, BAD_EVENT = 3, BAD_FEATURE = 4, BAD_COUNTED = 5 };
+enum VistaError {
+    FINE = 0,
+    NO_MEMORY = 1,
+    BAD_CANDIDATE = 2,
+    BAD_EVENT = 3,
+    BAD_FEATURE = 4,
+    BAD_COUNTED = 5,
+    NOT_ACCEPTED = 6  // a record (answering.h)
+};
 
 // What follows is shared by `library.cpp` and by `lanes.cpp`, which is compiled once per width of vectors. So it holds
 // no function that could be compiled twice: the linker keeps one copy, which another processor might not run.
