@@ -311,12 +311,8 @@ class CounterCodes:
         """The decoded values at times int64 [N], and after int64 [N] further events of the users: float64 [E, F]."""
         elapsed, counts = np.maximum(now - self.clock, 0), self.offsets[1:] - self.offsets[:-1]
         decay, age, values = self.spec.decay(elapsed, passed), self.spec.age(elapsed, passed), self.values()
-        if len(now) == 1:  # whose row NumPy repeats
-            values[:, 1:-1] *= decay
-            values[:, -1] += age
-        else:
-            values[:, 1:-1] *= decay.repeat(counts, 0)
-            values[:, -1] += age.repeat(counts)
+        values[:, 1:-1] *= decay.repeat(counts, 0)
+        values[:, -1] += age.repeat(counts)
         return values
 
     def lookup(self, user: Int, key: Int) -> NDArray[np.uint8]:

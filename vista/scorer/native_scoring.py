@@ -35,10 +35,10 @@ from vista.model.serving_model import (
     input_scale,
     newest_first,
 )
-from vista.scorer.request import Request
+from vista.scorer.request import Request, UserRecord
 from vista.scorer.request_features import PairFeatures
 from vista.store.record import RecordSpec
-from vista.store.record_reading import StoredRecord, record_decoder
+from vista.store.record_reading import record_decoder
 from vista.threads import num_threads
 from vista_kernels.cpp_backend.answering import CounterScale, RecordScoring
 from vista_kernels.cpp_backend.library import (
@@ -82,9 +82,6 @@ class Pairs:
     def blocks(self) -> Iterator[tuple[int, Int, Int]]:
         """All pairs, some at a time: the first one, and their users and model rows, int64 [n] each."""
         num_pairs = int(self.offsets[-1])
-        if len(self.offsets) == 2 and num_pairs <= PAIRS_LOOKED_UP:  # the usual request
-            yield 0, np.zeros(num_pairs, np.int64), np.arange(num_pairs) if self.rows is None else self.rows
-            return
         for first in range(0, num_pairs, PAIRS_LOOKED_UP):
             pair = np.arange(first, min(first + PAIRS_LOOKED_UP, num_pairs))
             user = np.searchsorted(self.offsets, pair, side="right") - 1
@@ -154,24 +151,17 @@ class NativeScoring:
         made = self.run(request, pairs, logits=labeled, scores=NEXT_TASK in tasks, probabilities=True)
         return self._by_task(made, tasks)
 
-    def scores_of_record(
-        self, stored: StoredRecord, now: int | None, adapter: Floats | None, rows: Int, tasks: list[str]
-    ) -> dict[str, Floats] | None:
-        """Scores per task, float32 [C], of one user; None if the record is damaged.
-
-        Args:
-            stored: of a generation with a `record_scoring`.
-            now: ms; None if unknown.
-            adapter: as of `Request`; rows: int64 [C] model rows.
-        """
-        scoring = self.record_scoring(stored.spec)
+    def scores_of_record(self, record: UserRecord, rows: Int, tasks: list[str]) -> dict[str, Floats] | None:
+        """Scores per task, float32 [C], of model rows int64 [C]; None if the record is damaged. `record`: of a
+        generation with a `record_scoring`."""
+        scoring = self.record_scoring(record.stored.spec)
         assert scoring is not None
         made = scoring.score(
-            stored.value,
-            *stored.digests(),
-            now,
+            record.stored.value,
+            *record.stored.digests(),
+            record.now,
             np.ascontiguousarray(rows),
-            None if adapter is None else adapter + self._biases,
+            None if record.adapter is None else record.adapter + self._biases,
             logits=tasks != [NEXT_TASK],
             scores=NEXT_TASK in tasks,
             threads=num_threads(),

@@ -26,6 +26,7 @@ from vista.model.serving_model import PaddedTail, Readings, ServingModel
 from vista.scorer.request_features import PairFeatures, of_users
 from vista.store.reader import StoredBatch
 from vista.store.record import Tail
+from vista.store.record_reading import StoredRecord
 
 Tally = Callable[..., None]
 """Adds to counters of `ScorerStats` by name."""
@@ -96,6 +97,17 @@ class Request:
         pooled = None if self.pooled is None else self.pooled[users]
         summary, tail, missing = self.summary[users], self.tail.select(users), self.missing[users]
         return Request(summary, tail, now, missing, self.generation, counters, pooled, features, own, self.adapter)
+
+
+@dataclass(frozen=True, slots=True)
+class UserRecord:
+    """A request of one user, whose record is scored as it is stored."""
+
+    stored: StoredRecord
+    now: int | None
+    """Ms; None if unknown."""
+    adapter: Float32s | None
+    """Values of an `Adapter`."""
 
 
 @dataclass(frozen=True, slots=True)

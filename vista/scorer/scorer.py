@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Int, is_tensor
+from vista.arrays import Int
 from vista.config.checks import OnMissing, Precision, ScoringBackend, choice_of
 from vista.errors import StoreError, VistaError
 from vista.log.vocabulary import Ids
 from vista.machine import reuse_freed_memory
-from vista.model.serving_model import UNKNOWN_ITEM, ServingModel
+from vista.model.serving_model import ServingModel
 from vista.scorer.explanation import Explanation
 from vista.scorer.ranking import ItemFilter, Ranking, ranked, retrieved
-from vista.scorer.request import MAX_SCORES, Request, ragged_offsets, require_max_age, require_most, split_ragged
+from vista.scorer.request import MAX_SCORES, Request, require_max_age, require_most
 from vista.scorer.serving_snapshot import Call, CandidateSet, ServingSnapshot
 from vista.scorer.serving_source import Follower, ServingSource, repair_after_fork
 from vista.store.manifest import Manifest
@@ -331,7 +331,7 @@ class Scorer:
             UnknownUserError, UnknownItemError, StoreError, ValueError, TypeError: as in `predict`.
         """
         with self._call(users, tail, now, adapter, by_record=request is None) as call:
-            return _predict(call, candidates, request, [self.task])[self.task]
+            return call.predict(candidates, request, [self.task])[self.task]
 
     def predict(
         self,
@@ -372,7 +372,7 @@ class Scorer:
             ValueError, TypeError: an argument is invalid or too long; the message names it.
         """
         with self._call(users, tail, now, adapter, by_record=request is None) as call:
-            return _predict(call, candidates, request, call.snapshot.tasks)
+            return call.predict(candidates, request, call.snapshot.tasks)
 
     def rank(
         self,
@@ -619,44 +619,6 @@ class Scorer:
                 generation = record.stored.spec.generation
                 self._latest.source = AnswerSource(generation, snapshot.checksum, times, np.ones(1, np.bool_))
             yield Call(snapshot, read, self.on_missing, tally, record)
-
-
-def _predict(call: Call, candidates: Any, features: Any, tasks: list[str]) -> dict[str, Any]:
-    """Scores of some tasks; arguments, result and errors are those of `Scorer.predict`."""
-    values, given = split_ragged(candidates)
-    rows = call.snapshot.candidates(values, call.on_missing).rows
-    by_record = None
-    if call.record is not None and given is None and (rows.ndim == 1 or len(rows) == 1):
-        by_record = call.snapshot.scores_of_record(call.record, rows.reshape(-1), tasks)
-    if by_record is not None:
-        call.tally(hits=1)
-        return _answer(call, values, rows, np.zeros((1, 1), np.bool_), by_record)
-    num_users, missing = len(call.request), call.request.missing
-    if given is not None:
-        offsets = ragged_offsets(rows, given, num_users)
-        scores = call.snapshot.ragged_scores(call.asked(features, offsets), rows, offsets, tasks)
-        missing = np.repeat(missing, np.diff(offsets))
-    else:
-        if rows.ndim == 2 and len(rows) != num_users:
-            raise ValueError(
-                f"candidates: shape {rows.shape} does not match {num_users} users; pass [C], or one row per user"
-            )
-        require_most(num_users * rows.shape[-1], MAX_SCORES, "candidates", "pairs of a user and a candidate")
-        scores = call.snapshot.scores(call.asked(features, rows.shape[-1]), rows, tasks)
-        missing = missing[:, None]
-    return _answer(call, values, rows, missing, scores)
-
-
-def _answer(call: Call, values: Any, rows: Int, missing: NDArray[np.bool_], scores: dict[str, Any]) -> dict[str, Any]:
-    """Scores of candidates, whose given values are `values`, in the form that callers get."""
-    unknown, num_pairs = rows == UNKNOWN_ITEM, next(iter(scores.values())).size
-    if call.on_missing is OnMissing.nan:
-        scores = {task: np.where(missing | unknown, np.float32(np.nan), cells) for task, cells in scores.items()}
-    num_unknown = np.count_nonzero(unknown) * (num_pairs // max(1, rows.size))  # Users may share the candidates.
-    call.tally(candidates=num_pairs, unknown_candidates=num_unknown)
-    if is_tensor(values):
-        return {task: values.new_tensor(cells, dtype=sys.modules["torch"].float32) for task, cells in scores.items()}
-    return scores
 
 
 def nan_for(missing: NDArray[np.bool_], values: NDArray[np.float32], on_missing: OnMissing) -> NDArray[np.float32]:

@@ -6,6 +6,7 @@ B users, C candidates, N requests or pairs, V items of the vocabulary, M' width 
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Float32s, Int, id_array, offsets_of
+from vista.arrays import Float32s, Int, id_array, is_tensor, offsets_of
 from vista.config.checks import OnMissing, Precision, ScoringBackend
 from vista.errors import ItemIndexError, RecordError, UnknownItemError, UnknownUserError, shown
 from vista.examples.item_spaces import Pooled
@@ -27,10 +28,12 @@ from vista.model.serving_model import NEXT_TASK, UNKNOWN_ITEM, ServingModel, fol
 from vista.scorer.native_scoring import NativeScoring, Pairs, native_scoring
 from vista.scorer.request import (
     MAX_IDS,
+    MAX_SCORES,
     NOW,
     Request,
     RequestCounters,
     Tally,
+    UserRecord,
     array_of,
     current_times,
     ids_of,
@@ -39,15 +42,16 @@ from vista.scorer.request import (
     length_of,
     no_tally,
     not_a_time,
+    ragged_offsets,
     request_pooled,
     request_times,
     require_most,
+    split_ragged,
     with_fresh_events,
 )
 from vista.store.item_values import ItemValues
 from vista.store.reader import ShardedReader, StoredBatch, StoreReader
 from vista.store.record import HEADER_BYTES, Tail
-from vista.store.record_reading import StoredRecord
 
 if TYPE_CHECKING:
     from vista.model.item_index import ItemIndex
@@ -363,7 +367,7 @@ class ServingSnapshot:
     def scores_of_record(self, record: UserRecord, rows: Int, tasks: list[str]) -> dict[str, Float32s] | None:
         """`scores` of rows [C], float32 [1, C], from a record; None if it is damaged."""
         assert self._native is not None
-        flat = self._native.scores_of_record(record.stored, record.now, record.adapter, rows, tasks)
+        flat = self._native.scores_of_record(record, rows, tasks)
         return None if flat is None else {task: scores[None] for task, scores in flat.items()}
 
     def logits(self, request: Request, rows: Int) -> Float32s:
@@ -413,17 +417,6 @@ class ServingSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class UserRecord:
-    """What a request of one user reads."""
-
-    stored: StoredRecord
-    now: int | None
-    """Ms; None if unknown."""
-    adapter: Float32s | None
-    """Values of an `Adapter`."""
-
-
-@dataclass(frozen=True, slots=True)
 class Call:
     """One call of a scorer."""
 
@@ -450,9 +443,42 @@ class Call:
             raise ValueError(f"{name}: must be of shape [C], got {rows.shape}")
         return rows
 
+    def predict(self, candidates: Any, features: Any, tasks: list[str]) -> dict[str, Any]:
+        """Scores of some tasks; arguments, result and errors are those of `Scorer.predict`."""
+        values, given = split_ragged(candidates)
+        rows, scores = self.snapshot.candidates(values, self.on_missing).rows, None
+        if self.record is not None and given is None and (rows.ndim == 1 or len(rows) == 1):
+            scores, missing = self.snapshot.scores_of_record(self.record, rows.reshape(-1), tasks), _NOT_MISSING
+        if scores is not None:
+            self.tally(hits=1)
+        elif given is not None:
+            offsets = ragged_offsets(rows, given, len(self.request))
+            scores = self.snapshot.ragged_scores(self.asked(features, offsets), rows, offsets, tasks)
+            missing = np.repeat(self.request.missing, np.diff(offsets))
+        else:
+            num_users, missing = len(self.request), self.request.missing[:, None]
+            if rows.ndim == 2 and len(rows) != num_users:
+                raise ValueError(
+                    f"candidates: shape {rows.shape} does not match {num_users} users; pass [C], or one row per user"
+                )
+            require_most(num_users * rows.shape[-1], MAX_SCORES, "candidates", "pairs of a user and a candidate")
+            scores = self.snapshot.scores(self.asked(features, rows.shape[-1]), rows, tasks)
+        unknown, num_pairs = rows == UNKNOWN_ITEM, scores[tasks[0]].size
+        if self.on_missing is OnMissing.nan:
+            scores = {task: np.where(missing | unknown, np.float32(np.nan), cells) for task, cells in scores.items()}
+        num_unknown = np.count_nonzero(unknown) * (num_pairs // max(1, rows.size))  # Users may share the candidates.
+        self.tally(candidates=num_pairs, unknown_candidates=num_unknown)
+        if is_tensor(values):
+            dtype = sys.modules["torch"].float32
+            return {task: values.new_tensor(cells, dtype=dtype) for task, cells in scores.items()}
+        return scores
+
     def asked(self, features: Any, candidates: int | Int | None) -> Request:
         """The request with the features that the caller passes (`Request.with_features`)."""
         return self.request.with_features(self.snapshot.served, features, candidates)
+
+
+_NOT_MISSING = np.zeros((1, 1), np.bool_)
 
 
 def _as_of_generation(
