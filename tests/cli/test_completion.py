@@ -84,6 +84,7 @@ class Terminal:
         os.waitpid(self._process, 0)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("shell", ["bash", "zsh"], indirect=True)
 def test_tab_in_a_terminal(shell: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = script(shell, folder, capsys)

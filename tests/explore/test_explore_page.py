@@ -133,7 +133,7 @@ def test_names_and_ids_are_shown_as_they_are(draw: Draw, tmp_path: Path) -> None
     users = np.array([image, "a]b", "$5 $6", "`u`"])[np.arange(80) // 20]
     named = {"user": users, "item": np.array(["M*A*S*H", "a]b", "$5 $6", ":red[x]", "_a_"])[np.arange(80) % 5]}
     log = EventLog.from_frame(named, tmp_path / "log", columns=SourceColumns(timestamp=None))
-    served = serve(log, small_config(log, tmp_path / "run"), tmp_path)
+    served = serve(log, small_config(log, tmp_path / "run", optim__epochs=1), tmp_path)
     for tab in TABS:
         page = draw(tab, user=image, **of(served, other_store=served.test_store))
         assert f"User {image}" in texts(page) and "![x" not in markdown(page) and not page.error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .conftest import needs_triton
+from .conftest import OPERATORS, needs_triton
 
 if TYPE_CHECKING:
     from .conftest import Inputs, Operator
@@ -50,20 +51,24 @@ TRITON_LENGTHS = {
 }
 
 
-def each_backend(torch: dict[str, list[int]], triton: dict[str, list[int]]) -> pytest.MarkDecorator:
-    """Parametrize a test by backend and lengths."""
-    cases = [pytest.param("torch", lengths, id=f"torch-{name}") for name, lengths in torch.items()]
-    cases += [
-        pytest.param(
-            "triton",
-            lengths,
-            id=f"triton-{name}",
-            # In Triton's interpreter, each case takes seconds; one of them has short, long, and empty segments.
-            marks=[needs_triton, *([] if name in ("chunks-among-short", "poisoned-long") else [pytest.mark.nightly])],
-        )
-        for name, lengths in triton.items()
-    ]
-    return pytest.mark.parametrize(("backend", "lengths"), cases, indirect=["backend"])
+def each_case(torch: dict[str, list[int]], triton: dict[str, list[int]], *quick: str) -> pytest.MarkDecorator:
+    """Parametrize a test by operator, backend, and lengths.
+
+    In Triton's interpreter, each case takes seconds. Outside `make nightly`, the operators `quick` run there, with one
+    case, which has segments of several lengths.
+    """
+    several = ("chunks-among-short", "poisoned-long", "several")
+    cases = []
+    for backend, name, (key, lengths) in [
+        *itertools.product(["torch"], OPERATORS, torch.items()),
+        *itertools.product(["triton"], OPERATORS, triton.items()),
+    ]:
+        is_quick = backend == "torch" or (name in quick and key in several)
+        marks = [*([needs_triton] if backend == "triton" else []), *([] if is_quick else [pytest.mark.nightly])]
+        cases.append(pytest.param(name, backend, lengths, id=f"{name}-{backend}-{key}", marks=marks))
+    return pytest.mark.parametrize(
+        ("torch_operator", "backend", "lengths"), cases, indirect=["torch_operator", "backend"]
+    )
 
 
 def err(actual: Tensor, expected: Tensor) -> float:
@@ -86,7 +91,7 @@ def check_against_oracle(operator: Operator, inputs: Inputs, unit: float) -> Non
         assert err(ours, precise) <= 2 * err(theirs, precise) + slack
 
 
-@each_backend(LENGTHS, TRITON_LENGTHS)
+@each_case(LENGTHS, TRITON_LENGTHS, *OPERATORS)
 @pytest.mark.usefixtures("small_windows")
 def test_float32_error(operator: Operator, lengths: list[int]) -> None:
     # Twice the rounding unit: processors add in different orders, and an Intel Xeon without AMX needs 1.99 units.
@@ -94,10 +99,11 @@ def test_float32_error(operator: Operator, lengths: list[int]) -> None:
 
 
 @pytest.mark.processor
+@each_case({"ragged": RAGGED}, {"several": [0, 19, 3]}, "accumulate_state", "read_state")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_error(operator: Operator, dtype: torch.dtype) -> None:
-    # Float32 takes Triton's long segments to the oracle.
-    inputs = operator.make([0, 19, 3] if operator.backend == "triton" else RAGGED, dtype)
+def test_low_precision_error(operator: Operator, lengths: list[int], dtype: torch.dtype) -> None:
+    # Float32 takes Triton's long segments to the oracle, so these are short.
+    inputs = operator.make(lengths, dtype)
     unit = 2.0**-9 if dtype == torch.bfloat16 else 2.0**-12
     check_against_oracle(operator, inputs, unit)
 
@@ -188,9 +194,12 @@ def test_batch_equals_segments_alone(torch_operator: Operator) -> None:
             torch.testing.assert_close(part, whole[operator.rows(result, inputs, b)], rtol=tolerance, atol=tolerance)
 
 
-@each_backend(
+@each_case(
     {"ragged": RAGGED, "equal": [5] * 6, "long": [200, 3, 3]},
     {"long": [53, 3, 2], "poisoned-long": [3, 53, 2]},
+    "accumulate_state",
+    "read_state",
+    "scan_states",
 )
 @pytest.mark.usefixtures("small_windows")
 def test_poison_stays_in_its_segment(operator: Operator, lengths: list[int]) -> None:
@@ -232,9 +241,10 @@ def test_no_uninitialised_memory(
         assert torch.equal(a, b)
 
 
-def test_strided_inputs(operator: Operator) -> None:
+@each_case({"ragged": RAGGED}, {"several": [3, 0, 19]}, "accumulate_state")
+def test_strided_inputs(operator: Operator, lengths: list[int]) -> None:
     """Parts of one fused projection give the same results as contiguous tensors."""
-    inputs = operator.make(RAGGED if operator.backend == "torch" else [3, 0, 19], torch.float32)
+    inputs = operator.make(lengths, torch.float32)
     fused = dict(inputs)
     for name in operator.packed:
         x = inputs[name]

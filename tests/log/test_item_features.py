@@ -73,7 +73,7 @@ class Model:
                     column[item] = value
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS, compacted=st.integers(0, 4))
 def test_segments_are_merged_like_dictionaries(
     steps: list[tuple[set[int] | None, dict[str, list[Any]]]], compacted: int, tmp_path_factory: pytest.TempPathFactory

@@ -342,7 +342,7 @@ def test_losses_are_those_of_served_scores(make: SimpleNamespace, data: st.DataO
     assert float(trained.total) == pytest.approx(0.5 * expected["next"] + expected["window"], rel=1e-4)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(data=st.data())
 def test_next_items_and_impressions_read_the_pooled_vectors_of_requests(
     make: SimpleNamespace, data: st.DataObject

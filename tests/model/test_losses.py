@@ -50,8 +50,9 @@ def formula(
     return total / max(len(label), 1)
 
 
-@pytest.mark.parametrize("is_weighted", [False, True])
-@pytest.mark.parametrize(("count", "temperature"), [(1, 1.0), (256, 0.05), (257, 0.05), (600, 1.0)])
+@pytest.mark.parametrize(
+    ("count", "temperature", "is_weighted"), [(1, 1.0, True), (256, 0.05, False), (257, 0.05, True), (600, 1.0, False)]
+)
 def test_sampled_softmax_equals_its_formula(count: int, temperature: float, is_weighted: bool) -> None:
     user, items, label = problem(count, 40)
     negatives = torch.arange(0, 40, 2)

@@ -46,6 +46,8 @@ SHAPES = {
     "event features, one in the tail": {"num_tail_features": 1, "decay": Decay.time, "decay_horizons": [0.0, 3.0]},
     "user features": {"user_features": True},
 }
+CLOSE_TO_OTHERS = ["decay by position", "one layer", "event features"]
+"""Shapes whose code the others run, too, in the slowest test."""
 SOME_SHAPES = ["separable", "bidirectional", "no summary", "softmax", "event features", "user features"]
 LENGTHS = [0, 1, 2, 23, 7, 0, 12]
 """Events per user: empty histories, some shorter than the tail, some longer."""
@@ -95,7 +97,9 @@ def served_context(
     return inference.request_context(model, summary, tail, users=own), tail
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(each, marks=pytest.mark.nightly if each in CLOSE_TO_OTHERS else ()) for each in SHAPES]
+)
 def test_training_at_a_position_is_serving_after_its_events(make: SimpleNamespace, shape: str) -> None:
     """Every next item, impression, and anchor of a batch, each compared with a request of its own."""
     model = make.model(seed=3, **SHAPES[shape])

@@ -112,7 +112,11 @@ class Both:
         return ours
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# "counters" has all parts of "pointwise".
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(kind, marks=pytest.mark.nightly if kind == "pointwise" else ()) for kind in KINDS],
+)
 def both(
     request: pytest.FixtureRequest, impression_log: EventLog, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Both]:

@@ -36,7 +36,7 @@ NAMES = [f"u{number}" for number in range(12)]
 SKUS = [f"sku-{number}" for number in range(20)]
 STATUSES = (200, 400, 404, 413, 422)
 """404 is for a `model` that does not exist, and for unknown users and items."""
-LENIENT = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+LENIENT = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def detailed_command(factory: pytest.TempPathFactory) -> tuple[str, ...]:
@@ -492,7 +492,7 @@ METHODS = st.sampled_from(["GET", "GET", "POST", "PUT", "DELETE", "HEAD", "OPTIO
 PREFIXES = ("/v1/users/", "/v1/", "/", "", "/v1/users?", "/healthz/", "/docs?", "/v1/score?", "http://x/v1/users/")
 
 
-@settings(LENIENT, max_examples=20)
+@LENIENT
 @given(method=METHODS, path=PATHS, query=st.none() | PATHS)
 @example(method="GET", path="../../etc/passwd", query=None)
 @example(method="GET", path="%2e%2e%2f%00", query="%00=%ff")
