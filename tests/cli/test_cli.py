@@ -208,11 +208,7 @@ def test_words_override_the_file_and_the_file_overrides_its_experiment(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("content", "part"),
-    [
-        ("model: [1", "invalid YAML"),
-        ("model: {num_seed: 3}", "did you mean model.num_seeds"),
-    ],
+    ("content", "part"), [("model: [1", "invalid YAML"), ("model: {num_seed: 3}", "did you mean model.num_seeds")]
 )
 def test_bad_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, part: str) -> None:
     (tmp_path / "bad.yaml").write_text(content)

@@ -159,10 +159,7 @@ TIME = DataConfig(split=Split.time, validation_from="2024-01-01", test_from="202
             r"model\.table_precision: .* set optim\.table_optimizer=rowwise_adagrad, or model\.table_precision=float32",
         ),
         ({"init_from": "runs/base/best"}, r"init_from: .* set model\.table=plain, or leave this out"),
-        (
-            {"base": "b", "store": "s", "data": TIME},
-            r"base: .* set model\.table=plain, or leave this out",
-        ),
+        ({"base": "b", "store": "s", "data": TIME}, r"base: .* set model\.table=plain, or leave this out"),
     ],
 )
 def test_what_a_sharded_table_cannot_do(changes: dict[str, Any], message: str) -> None:
@@ -376,8 +373,7 @@ def test_a_reference_to_another_key_is_allowed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "most"),
-    [("dim", 65_535), ("num_seeds", 65_535), ("conv_width", 1024), ("history_limit", 2**31 - 1)],
+    ("key", "most"), [("dim", 65_535), ("num_seeds", 65_535), ("conv_width", 1024), ("history_limit", 2**31 - 1)]
 )
 def test_sizes_of_models(refused: Refused, key: str, most: int) -> None:
     others = {"dim": {"num_heads": 1}, "num_seeds": {"pooled_dim": 0}}.get(key, {})

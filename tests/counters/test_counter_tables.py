@@ -35,15 +35,7 @@ from vista.counters.counters import (
     encode_event_counts,
     encode_values,
 )
-from vista.counters.keys import (
-    MAX_KEY,
-    ItemKeys,
-    calendar_code,
-    key_of,
-    largest_key,
-    newest_items,
-    values_of,
-)
+from vista.counters.keys import MAX_KEY, ItemKeys, calendar_code, key_of, largest_key, newest_items, values_of
 
 
 def test_half_lives_are_whole_ms_and_millionths_of_an_event() -> None:

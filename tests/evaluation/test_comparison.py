@@ -19,12 +19,7 @@ from vista.config import CompareConfig, DataConfig, DinConfig, EvaluateConfig
 from vista.config.checks import AskedBaselines, Split, Target
 from vista.errors import ConfigError
 from vista.evaluation import baseline_evaluation
-from vista.evaluation.baseline_evaluation import (
-    BaselineReport,
-    asked_horizons,
-    measure_baseline,
-    measure_by_horizon,
-)
+from vista.evaluation.baseline_evaluation import BaselineReport, asked_horizons, measure_baseline, measure_by_horizon
 from vista.evaluation.cases import next_item_cases
 from vista.evaluation.comparison import Comparison, PerUserMetrics, compare, per_user_path
 from vista.evaluation.counting_baselines import OwnFrequency, Popularity, Transitions, scores_in_columns

@@ -14,13 +14,7 @@ from numpy.typing import NDArray
 
 from tests.examples.test_item_statistics import visible
 from vista.arrays import Int
-from vista.examples.item_statistics import (
-    REACH,
-    SMOOTHING,
-    PairCounts,
-    item_factors,
-    pair_counts,
-)
+from vista.examples.item_statistics import REACH, SMOOTHING, PairCounts, item_factors, pair_counts
 from vista.log.event_log import EventLog
 
 HIDDEN = 2

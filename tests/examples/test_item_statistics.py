@@ -16,13 +16,7 @@ from vista.config import SourceColumns
 from vista.config.checks import Split
 from vista.counters.counters import CounterSpec
 from vista.examples.batch_source import BatchSource, ModelReads
-from vista.examples.item_statistics import (
-    LEAST_DEVIATION,
-    MOST_TIMES,
-    RECENT_DAYS,
-    ItemStatistics,
-    num_statistics,
-)
+from vista.examples.item_statistics import LEAST_DEVIATION, MOST_TIMES, RECENT_DAYS, ItemStatistics, num_statistics
 from vista.log.event_log import EventLog
 from vista.log.histories import DAY_MS
 

@@ -18,12 +18,7 @@ from vista.config.checks import OnMissing, Precision
 from vista.errors import ConfigError, LeakageError
 from vista.evaluation.comparison import Estimate
 from vista.evaluation.evaluate import evaluate_scorer
-from vista.explore.benefit import (
-    BenefitRow,
-    EmptySummaryScorer,
-    SummaryBenefit,
-    summary_benefit,
-)
+from vista.explore.benefit import BenefitRow, EmptySummaryScorer, SummaryBenefit, summary_benefit
 from vista.explore.user_page import (
     MAX_KINDS,
     NUM_BINS,
@@ -220,13 +215,7 @@ def test_counters_have_the_counts_of_the_history(tmp_path: Path) -> None:
     model = untrained(log, model__counter_keys=["item"])
     model.save_pretrained(tmp_path / "model")
     refresh(model, log, tmp_path / "store")
-    opened = Workspace.open(
-        Places(
-            model=tmp_path / "model",
-            store=str(tmp_path / "store"),
-            data=log.path,
-        )
-    )
+    opened = Workspace.open(Places(model=tmp_path / "model", store=str(tmp_path / "store"), data=log.path))
     assert opened.scorer is not None
     with opened.scorer as scorer:
         rows = counter_rows(opened, scorer, record_of(scorer, USER))["item"]

@@ -85,10 +85,7 @@ def write_until_full(say: Say, store: str, filler: str, words: dict[str, Any]) -
 
 
 @promise(
-    "Disk full",
-    fault="a file system of 64 MiB without room left, for writers and for new readers",
-    full=16,
-    smoke=True,
+    "Disk full", fault="a file system of 64 MiB without room left, for writers and for new readers", full=16, smoke=True
 )
 def test_disk_full(trial: Trial, small_disk: tuple[Nursery, Path]) -> None:
     nursery, disk = small_disk
@@ -261,11 +258,7 @@ def check_after_power_cut(say: Say, folder: str, runs: list[dict[str, Any]], tur
     return updates.check_and_continue(say, str(image), turn, least)
 
 
-@promise(
-    "Honest fsync failure",
-    fault="EIO at the n-th fsync or write of an incremental refresh with states",
-    full=100,
-)
+@promise("Honest fsync failure", fault="EIO at the n-th fsync or write of an incremental refresh with states", full=100)
 def test_io_errors_of_updates(trial: Trial, traced: Nursery) -> None:
     messages = meet_fault(trial, traced, MOST_UPDATE_CALLS, endure_updates)
     turn, least = updates.acknowledged(messages)

@@ -282,10 +282,7 @@ def call_commands(say: Say, world: str, scratch: str, numbers: list[int]) -> Non
 
 
 @promise(
-    "Errors are typed or documented",
-    fault="a hostile word on the command line",
-    full=ROUNDS * len(RUN),
-    each=len(RUN),
+    "Errors are typed or documented", fault="a hostile word on the command line", full=ROUNDS * len(RUN), each=len(RUN)
 )
 def test_hostile_words(trial: Trial, nursery: Nursery, world_of_commands: Path) -> None:
     # A child per word: what one command leaves in memory does not count against the next one's limit.

@@ -139,10 +139,7 @@ def publish(say: Say, store: str, words: dict[str, Any], kill_at: int) -> int:
 
 
 @promise(
-    "Atomic flip",
-    fault="2 readers; kill -9 of the writer before any system call of publishing",
-    full=60,
-    each=FLIPS,
+    "Atomic flip", fault="2 readers; kill -9 of the writer before any system call of publishing", full=60, each=FLIPS
 )
 def test_flips(trial: Trial, nursery: Nursery, traced: Nursery) -> None:
     store = trial.folder.resolve() / "store"
@@ -210,12 +207,7 @@ def rewrite(say: Say, store: str, rewrites: int) -> float:
     return largest / live
 
 
-@promise(
-    "Bounded size",
-    fault="rewrites under reads of 100 ms, a reader killed during each",
-    full=20,
-    each=REWRITES,
-)
+@promise("Bounded size", fault="rewrites under reads of 100 ms, a reader killed during each", full=20, each=REWRITES)
 def test_bounded_size(trial: Trial, nursery: Nursery) -> None:
     store = trial.folder / "store"
     writer, readers = nursery.start(rewrite, store, len(trial.numbers)), list[Child]()

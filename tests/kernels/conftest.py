@@ -43,12 +43,7 @@ class Operator:
     backend: str = "torch"
 
     def make(
-        self,
-        lengths: list[int],
-        dtype: torch.dtype,
-        seed: int = 0,
-        width: int = WIDTH,
-        value_width: int = VALUE_WIDTH,
+        self, lengths: list[int], dtype: torch.dtype, seed: int = 0, width: int = WIDTH, value_width: int = VALUE_WIDTH
     ) -> Inputs:
         """Return random inputs for segments of these lengths."""
         generator = torch.Generator().manual_seed(seed)

@@ -370,10 +370,7 @@ def test_forgetting_or_inserting_no_events_changes_no_bit(make: SimpleNamespace)
     model = make.model(seed=6, **CHANGED_SHAPES["convolution, gaps and decay"])
     history = make.histories([LENGTH], 7)
     state = history_states(model, history)
-    for changed in (
-        remove_events(model, state, history, []),
-        insert_events(model, state, history, []),
-    ):
+    for changed in (remove_events(model, state, history, []), insert_events(model, state, history, [])):
         for name in ("z", "n", "removed", "clock", "num_events"):
             assert torch.equal(getattr(changed, name), getattr(state, name))
 

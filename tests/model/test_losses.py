@@ -13,14 +13,7 @@ from torch import Tensor
 from vista.examples.batch_source import NegativeSampler
 from vista.examples.item_spaces import FOLDS, Pooled
 from vista.model.layers import StatisticsTerm
-from vista.model.losses import (
-    AskedStatistics,
-    CountedSlots,
-    log_others,
-    sampled_softmax,
-    task_losses,
-    window_loss,
-)
+from vista.model.losses import AskedStatistics, CountedSlots, log_others, sampled_softmax, task_losses, window_loss
 
 
 def problem(count: int, items: int, dim: int = 6, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:

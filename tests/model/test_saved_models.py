@@ -217,11 +217,7 @@ def test_damage_is_named(make: SimpleNamespace, tmp_path: Path, damage: str) -> 
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"tail_len": 4096, "dim": 4096, "num_heads": 1},
-        {"embedding_rows": 2**31 - 1},
-        {"num_layers": 64, "dim": 1024},
-    ],
+    [{"tail_len": 4096, "dim": 4096, "num_heads": 1}, {"embedding_rows": 2**31 - 1}, {"num_layers": 64, "dim": 1024}],
     ids=str,
 )
 def test_a_config_that_asks_for_more_than_the_weights_hold(

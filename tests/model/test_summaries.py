@@ -73,14 +73,7 @@ def test_gradients_are_those_of_the_formula(make: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize(("codec", "lost_share"), [(Codec.int8, 0.01), (Codec.float16, 0.002), (Codec.int4, 0.15)])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"mixing": Mixing.separable},
-        {"mixing": Mixing.bidirectional},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [{"mixing": Mixing.separable}, {"mixing": Mixing.bidirectional}], ids=str)
 def test_stored_summaries_change_scores_little(
     make: SimpleNamespace, options: dict[str, Any], codec: Codec, lost_share: float
 ) -> None:

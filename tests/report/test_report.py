@@ -274,10 +274,7 @@ def test_windows(served_tasks: Served, tmp_path: Path) -> None:
 
 def report_config(served: Served, folder: Path) -> ReportConfig:
     return ReportConfig(
-        run=served.config.run_dir,
-        store=str(served.test_store),
-        out=str(folder / "r.html"),
-        num_threads=1,
+        run=served.config.run_dir, store=str(served.test_store), out=str(folder / "r.html"), num_threads=1
     )
 
 

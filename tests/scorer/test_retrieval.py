@@ -13,16 +13,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from tests.conftest import (
-    DAY,
-    LENGTHS,
-    START,
-    Served,
-    draw_counter_weights,
-    small_frame,
-    tail_of,
-    untrained,
-)
+from tests.conftest import DAY, LENGTHS, START, Served, draw_counter_weights, small_frame, tail_of, untrained
 from vista.cli.item_commands import run_index, run_items_add
 from vista.config import IndexConfig, ItemsAddConfig, ItemTableConfig
 from vista.config.checks import IndexKind
@@ -224,8 +215,7 @@ def test_users_without_a_record(scorer: Scorer, exported: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error"),
-    [({"top_k": 0}, ValueError), ({"top_k": 1.5}, TypeError), ({"num_candidates": 0}, ValueError)],
+    ("options", "error"), [({"top_k": 0}, ValueError), ({"top_k": 1.5}, TypeError), ({"num_candidates": 0}, ValueError)]
 )
 def test_bad_numbers(scorer: Scorer, options: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error, match=next(iter(options))):

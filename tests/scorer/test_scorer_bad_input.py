@@ -21,10 +21,7 @@ from tests.conftest import DAY, ITEMS, ROUNDING, START, USERS, Served, tail_of
 from vista.cli.serving_commands import run_score
 from vista.config import ScoreConfig
 from vista.config.checks import OnMissing
-from vista.errors import (
-    RecordError,
-    UserKeyError,
-)
+from vista.errors import RecordError, UserKeyError
 from vista.scorer import Scorer, Tail
 from vista.store.folder_files import open_environment
 from vista.store.keys import user_keys
@@ -280,10 +277,7 @@ def damage_record(store: Path, user: int) -> None:
     [
         (lambda s: s.score(range((1 << 24) + 1), ITEMS), "users: 16,777,217 ids, but at most 16,777,216 per call"),
         (lambda s: s.score([100], range((1 << 24) + 1)), "candidates: 16,777,217 ids, but at most"),
-        (
-            lambda s: s.encode(np.broadcast_to(np.int64(10), (1 << 13, 1 << 12))),
-            "candidates: 33,554,432 ids, but at",
-        ),
+        (lambda s: s.encode(np.broadcast_to(np.int64(10), (1 << 13, 1 << 12))), "candidates: 33,554,432 ids, but at"),
         (lambda s: s.rank(100, exclude=range(1 << 25)), "exclude: 33,554,432 ids, but at most"),
         (
             lambda s: s.score([100] * 1025, np.broadcast_to(np.int64(10), 1 << 18)),
@@ -312,12 +306,7 @@ def test_refusals(scorer: Scorer, call: Call, message: str) -> None:
         ([100, 103], [[10], [20, 30]], ValueError, "candidates: the rows differ in length"),
         ([100], ["a"], TypeError, "integer ids, got str 'a'"),
         ([100], (ITEMS, [0, 3]), ValueError, r"candidates: offsets must rise from 0 to 6, got 0 to 3"),
-        (
-            [100],
-            (ITEMS, [0.0, 6.0]),
-            ValueError,
-            r"candidates: must be values \[N\] and integer offsets \[2\]",
-        ),
+        ([100], (ITEMS, [0.0, 6.0]), ValueError, r"candidates: must be values \[N\] and integer offsets \[2\]"),
         ([100], ([[1], [2]], [0, 2]), ValueError, r"candidates: must be values \[N\] and .*\(2, 1\)"),
         ([100, 103], (ITEMS, [0, 6]), ValueError, r"integer offsets \[3\], got values of shape \(6,\)"),
     ],

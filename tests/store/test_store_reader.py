@@ -172,8 +172,7 @@ def test_an_unfinished_run_is_resumed(tmp_path, build):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"summarizer_id": bytes(32).hex()}, {"until": "leave-last-out"}, {"total_users": 41}],
+    "change", [{"summarizer_id": bytes(32).hex()}, {"until": "leave-last-out"}, {"total_users": 41}]
 )
 def test_a_run_with_another_identity_starts_over(tmp_path, build, change, caplog):
     with build.open_writer(tmp_path) as writer:

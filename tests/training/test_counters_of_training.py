@@ -18,14 +18,7 @@ from tests.counters.counter_histories import counters_of_request
 from tests.training.conftest import assert_served_as_validated
 from tests.training.worlds import begun
 from vista.cli.item_commands import run_items_add
-from vista.config import (
-    ExploreConfig,
-    ItemsAddConfig,
-    ItemTableConfig,
-    ModelConfig,
-    SourceColumns,
-    TrainConfig,
-)
+from vista.config import ExploreConfig, ItemsAddConfig, ItemTableConfig, ModelConfig, SourceColumns, TrainConfig
 from vista.config.checks import Architecture, Codec, Split, StateDtype
 from vista.counters.counters import CounterSpec
 from vista.counters.keys import UserCounters
@@ -377,14 +370,8 @@ def test_added_items_have_the_counters_of_their_category(trained: Path, brand_lo
         ({"counter_keys": ["a"]}, "must be distinct and begin with item, got"),
         ({"counter_keys": ["item", "a*"]}, r"'a\*' must have distinct parts, such as a\*b"),
         ({"counter_keys": ["item", "a*month*a"]}, r"'a\*month\*a' must have distinct parts"),
-        (
-            {"counter_keys": ["item", "previous*month"]},
-            r"'previous\*month' is the same for all candidates; add",
-        ),
-        (
-            {"counter_keys": ["item", "item*month"], "ignore": ["times"]},
-            r"'item\*month' needs times, which",
-        ),
+        ({"counter_keys": ["item", "previous*month"]}, r"'previous\*month' is the same for all candidates; add"),
+        ({"counter_keys": ["item", "item*month"], "ignore": ["times"]}, r"'item\*month' needs times, which"),
         ({"counter_keys": ["item", "a"], "ignore": ["item_features"]}, "'a' needs item_features, which model.ignore"),
     ],
 )

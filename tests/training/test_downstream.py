@@ -178,10 +178,7 @@ def read_as_served(source: BatchSource, model: VistaModel) -> None:
 
 
 def test_training_at_a_position_is_serving_from_the_store(
-    served_tasks: Served,
-    liked: tuple[TrainConfig, VistaModel],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    served_tasks: Served, liked: tuple[TrainConfig, VistaModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For impressions with a full tail: the scorer gives the same probability from the record and the events since.
 

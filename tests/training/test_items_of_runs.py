@@ -81,11 +81,7 @@ def test_a_decoder_is_only_made_where_it_is_trained(event_log: EventLog) -> None
 def test_a_label_named_like_a_key_of_metrics_is_refused(tmp_path: Path, name: str) -> None:
     events = {"user": [1], "item": [1], "timestamp": [1]}
     log = EventLog.from_frame(
-        events,
-        tmp_path / "log",
-        time_unit="s",
-        impressions={**events, name: [1]},
-        columns=SourceColumns(labels=[name]),
+        events, tmp_path / "log", time_unit="s", impressions={**events, name: [1]}, columns=SourceColumns(labels=[name])
     )
     with pytest.raises(ConfigError, match=f"a label cannot be named '{name}'"):
         schema_of(log, TrainConfig())
@@ -291,14 +287,8 @@ def test_every_kind_of_model_trains_without_rare_items(
     counts = np.sort(np.bincount(log.gather(np.arange(log.num_users), features=False).item))
     config = replace(
         served_tasks.config,
-        model=model_config(
-            architecture,
-            **(to_dict(served_tasks.config.model) | {"history_limit": 20}),
-        ),
-        data=replace(
-            served_tasks.config.data,
-            min_item_events=int(counts[len(counts) // 2]),
-        ),
+        model=model_config(architecture, **(to_dict(served_tasks.config.model) | {"history_limit": 20})),
+        data=replace(served_tasks.config.data, min_item_events=int(counts[len(counts) // 2])),
         optim=replace(served_tasks.config.optim, epochs=1),
         run_dir=str(tmp_path / "run"),
     )

@@ -129,8 +129,7 @@ OFTEN = (Architecture.vista, Architecture.hstu, Architecture.sim)
 
 
 @pytest.mark.parametrize(
-    "architecture",
-    [pytest.param(each, marks=() if each in OFTEN else pytest.mark.nightly) for each in Architecture],
+    "architecture", [pytest.param(each, marks=() if each in OFTEN else pytest.mark.nightly) for each in Architecture]
 )
 def test_every_model_learns_every_part(log: EventLog, tmp_path: Path, architecture: Architecture) -> None:
     model = train_model(feature_config(log, tmp_path / "run", **of_architecture(architecture)), log)
@@ -537,10 +536,7 @@ def test_logs_with_features_of_another_kind_are_refused(
     log: EventLog, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Those that a log lacks are missing, with a warning."""
-    model, asked = (
-        VistaModel.from_pretrained(Path(run[0].run_dir) / "best"),
-        EvaluateConfig(split="validation"),
-    )
+    model, asked = (VistaModel.from_pretrained(Path(run[0].run_dir) / "best"), EvaluateConfig(split="validation"))
     until = split_until(run[0].data, "validation")
     refresh(model, log, tmp_path / "store", until=until)
     tables, others = frames(), []

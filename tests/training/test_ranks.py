@@ -184,10 +184,7 @@ def test_a_rank_with_other_weights_ends_the_job_before_they_are_saved(event_log:
 @pytest.mark.nightly
 def test_ranks_that_differ_are_refused_by_name(event_log: EventLog, tmp_path: Path) -> None:
     other = EventLog.from_frame(
-        small_frame(seed=1),
-        tmp_path / "other",
-        time_unit="ms",
-        columns=SourceColumns(action="action", rating="rating"),
+        small_frame(seed=1), tmp_path / "other", time_unit="ms", columns=SourceColumns(action="action", rating="rating")
     )
     config = config_of(event_log, tmp_path / "run")
     done = start(config, 2, f"1:data.path={other.path}", "1:model.dim=8", "0:data.num_negatives=7", version="1:9.9")

@@ -15,17 +15,7 @@ import torch.nn.functional as F
 from tests.conftest import small_config, small_frame
 from tests.training.conftest import assert_served_as_validated, copies_of_run
 from tests.training.test_trainer import assert_same_result
-from tests.training.worlds import (
-    COLUMNS,
-    FROZEN,
-    NEW_ITEMS,
-    Run,
-    begun,
-    features,
-    kept_ids,
-    more_events,
-    warm_config,
-)
+from tests.training.worlds import COLUMNS, FROZEN, NEW_ITEMS, Run, begun, features, kept_ids, more_events, warm_config
 from vista.config.checks import Architecture, Codec, InitFreeze, Split
 from vista.errors import ConfigError, LeakageError
 from vista.log.event_log import EventLog
@@ -270,10 +260,7 @@ def test_another_shape(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"base": "a", "store": "b", "data__split": Split.time},
-            "^init_from: training starts from `base`",
-        ),
+        ({"base": "a", "store": "b", "data__split": Split.time}, "^init_from: training starts from `base`"),
         ({"init_from": None, **FROZEN}, "^init_freeze: only applies with init_from"),
         ({"model__architecture": Architecture.hstu, "model__history_limit": 8, **FROZEN}, "a baseline has no summ"),
         ({"model__embedding_rows": 8, **FROZEN}, "items share the rows of a hashed table"),
@@ -324,14 +311,8 @@ def test_a_model_in_the_run_folder(feature_log: EventLog, earlier: Run) -> None:
 @pytest.mark.parametrize(
     ("split", "message"),
     [
-        (
-            {"validation_from": "2020-10-01", "test_from": "2020-10-20"},
-            "trained on events until leave-last-two-out",
-        ),
-        (
-            {"validation_share": 0.1, "test_share": 0.1},
-            "but this run holds out what comes after leave-last-20-percent",
-        ),
+        ({"validation_from": "2020-10-01", "test_from": "2020-10-20"}, "trained on events until leave-last-two-out"),
+        ({"validation_share": 0.1, "test_share": 0.1}, "but this run holds out what comes after leave-last-20-percent"),
     ],
 )
 def test_a_model_that_may_know_the_labels(

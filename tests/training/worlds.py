@@ -128,20 +128,12 @@ PARTS = {
         lambda model: model.features,
     ),
     "events": Part(
-        (("surface", "category"), ("dwell", "number")),
-        "event_features",
-        lambda model: model.encoder.features,
+        (("surface", "category"), ("dwell", "number")), "event_features", lambda model: model.encoder.features
     ),
     "impressions": Part(
-        (("device", "category"), ("hour", "number")),
-        "request_features",
-        lambda model: model.request_encoder,
+        (("device", "category"), ("hour", "number")), "request_features", lambda model: model.request_encoder
     ),
-    "users": Part(
-        (("region", "category"), ("age", "number")),
-        "user_features",
-        lambda model: model.user_encoder,
-    ),
+    "users": Part((("region", "category"), ("age", "number")), "user_features", lambda model: model.user_encoder),
 }
 
 

@@ -232,10 +232,7 @@ COMMANDS: dict[str, Command] = {
         config.IndexConfig,
         _handler("cli.item_commands", "run_index"),
         "Index a model's item vectors, so that a scorer retrieves candidates from a large catalog.",
-        (
-            "vista index model=runs/mine/best",
-            "vista index model=runs/mine/best kind=hnsw out=indexes/mine",
-        ),
+        ("vista index model=runs/mine/best", "vista index model=runs/mine/best kind=hnsw out=indexes/mine"),
     ),
     "export": Command(
         config.ExportConfig,
@@ -285,21 +282,14 @@ COMMANDS: dict[str, Command] = {
         config.CompletionConfig,
         _handler("cli.completion", "run_completion"),
         "Print a script that lets a shell complete commands, keys, and values.",
-        (
-            "vista completion bash",
-            "vista completion zsh",
-            "vista completion fish",
-        ),
+        ("vista completion bash", "vista completion zsh", "vista completion fish"),
         positional="shell",
     ),
     "model promote": Command(
         config.ModelPromoteConfig,
         _handler("report.lifecycle", "promote"),
         "Copy a model into a registry as the challenger, or as the champion if it passes all gates.",
-        (
-            "vista model promote model=runs/february/best alias=challenger",
-            "vista model promote data=data/mine",
-        ),
+        ("vista model promote model=runs/february/best alias=challenger", "vista model promote data=data/mine"),
     ),
     "model rollback": Command(
         config.ModelRollbackConfig,

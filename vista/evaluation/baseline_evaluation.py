@@ -24,19 +24,8 @@ from vista.evaluation.counting_baselines import (
     scores_in_columns,
 )
 from vista.evaluation.label_baselines import label_baselines
-from vista.evaluation.protocol import (
-    measure_labels,
-    measure_next_items,
-    measure_windows,
-    window_lengths,
-    window_metric,
-)
-from vista.evaluation.trained_baselines import (
-    CounterTrees,
-    NewItemTrees,
-    PooledFactors,
-    PooledItemVectors,
-)
+from vista.evaluation.protocol import measure_labels, measure_next_items, measure_windows, window_lengths, window_metric
+from vista.evaluation.trained_baselines import CounterTrees, NewItemTrees, PooledFactors, PooledItemVectors
 from vista.log.event_log import EventLog
 from vista.log.splits import leaves_out_seen, split_until, visible_counts
 from vista.model.ranking_model import RankingModel

@@ -19,13 +19,7 @@ from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Floats, Int
 from vista.config import DataConfig
-from vista.evaluation.cases import (
-    EarlierEvents,
-    ImpressionCases,
-    impression_cases,
-    questions_by_user,
-    with_tasks,
-)
+from vista.evaluation.cases import EarlierEvents, ImpressionCases, impression_cases, questions_by_user, with_tasks
 from vista.evaluation.trained_baselines import factor_vectors
 from vista.examples.item_statistics import item_counts
 from vista.installation import require_module

@@ -421,10 +421,7 @@ def reference_windows(log: EventLog, end: int) -> tuple[int, int] | None:
 
 
 def make_reference(
-    log: EventLog,
-    end: int,
-    items: Vocabulary,
-    score: Callable[[Int, Int, Int, Int], Scores] | None = None,
+    log: EventLog, end: int, items: Vocabulary, score: Callable[[Int, Int, Int, Int], Scores] | None = None
 ) -> Reference | None:
     """What is normal in the windows before `end`; None if the log has no times, or too few windows.
 

@@ -372,14 +372,7 @@ def cut_batch(
     anchor_window = np.searchsorted(keep, anchor_window)
     if anchors is not None and (histories := chunks.histories) is not None:
         requests = _window_requests(
-            histories,
-            windows,
-            covered,
-            plan.tail_len,
-            anchor_window,
-            anchors.position,
-            anchors.time,
-            anchors.is_timed,
+            histories, windows, covered, plan.tail_len, anchor_window, anchors.position, anchors.time, anchors.is_timed
         )
         counted = None if histories.counters is None else histories.counters.at(requests)
         pooled = None if histories.pooled is None else _tensor(histories.pooled.at(requests, plan.tail_len))
@@ -408,14 +401,7 @@ def cut_batch(
         labels=_labels(chunks, plan, windows, covered, item, is_timeless),
         negatives=BatchNegatives(_tensor(negative), _tensor(negative_log_weight)),
         impressions=_impressions(
-            chunks,
-            plan,
-            windows,
-            covered,
-            impression,
-            candidate.reshape(impression.shape),
-            is_timeless,
-            is_featureless,
+            chunks, plan, windows, covered, impression, candidate.reshape(impression.shape), is_timeless, is_featureless
         ),
         reconstruction=reconstruction,
         anchors=of_anchors,
@@ -510,12 +496,7 @@ def _tail_index(chunks: Chunks, plan: CutPlan, windows: ChunkWindows) -> Tensor:
 
 
 def _labels(
-    chunks: Chunks,
-    plan: CutPlan,
-    windows: ChunkWindows,
-    covered: Int | None,
-    item: Int,
-    is_timeless: NDArray[np.bool_],
+    chunks: Chunks, plan: CutPlan, windows: ChunkWindows, covered: Int | None, item: Int, is_timeless: NDArray[np.bool_]
 ) -> BatchLabels:
     """covered: from `_covered`; item: int64 [T] indices into the batch's rows; is_timeless: bool [NW]."""
     chunk = windows.chunk

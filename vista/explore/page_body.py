@@ -11,14 +11,7 @@ import streamlit as st
 from vista.config import ExploreConfig
 from vista.errors import VistaError, without_password
 from vista.explore.page_cache import SCORERS, user_search, workspace_of
-from vista.explore.tabs import (
-    show_comparison,
-    show_ranking,
-    show_results,
-    show_store,
-    show_user,
-    show_what_if,
-)
+from vista.explore.tabs import show_comparison, show_ranking, show_results, show_store, show_user, show_what_if
 from vista.explore.user_page import Freshness, store_freshness
 from vista.explore.workspace import Places, UserSearch, Workspace, escaped, record_of
 

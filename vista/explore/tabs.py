@@ -19,13 +19,7 @@ from vista.explore.charts import (
     tail_chart,
     timeline_chart,
 )
-from vista.explore.page_cache import (
-    measured_benefit,
-    other_scorer,
-    overlap_of_users,
-    scorer_for,
-    user_search,
-)
+from vista.explore.page_cache import measured_benefit, other_scorer, overlap_of_users, scorer_for, user_search
 from vista.explore.rankings import (
     common_task,
     compare_rankings,
@@ -178,9 +172,7 @@ def show_ranking(workspace: Workspace, user: int | str | None) -> None:
         scorer = chosen_task(workspace, "ranking-task")
     top_k = options[1].segmented_control("Items", RANKING_TOP_K, default=10, required=True, key="top-k") or 10
     exclude_tail = options[2].toggle(
-        "Hide the tail's items",
-        key="exclude-tail",
-        help="Leave out the items of the tail. Scores do not change.",
+        "Hide the tail's items", key="exclude-tail", help="Leave out the items of the tail. Scores do not change."
     )
     now = request_time(user, scorer)
     if now is not None:
@@ -452,11 +444,7 @@ def _show_health(workspace: Workspace, scorer: Scorer) -> RecordSample:
         ("Generation in service", f"{manifest.generation}", f"Refreshed {refreshed} UTC"),
         ("Users", f"{manifest.count:,}", "Users with a record"),
         ("Without a record", _share(sample.without_record, sample.num_users), of_sample),
-        (
-            "Behind the log",
-            _share(sample.behind, sample.num_users),
-            f"{of_sample}: records that lack events",
-        ),
+        ("Behind the log", _share(sample.behind, sample.num_users), f"{of_sample}: records that lack events"),
     ]
     for column, (label, value, note) in zip(st.columns(len(cells)), cells, strict=True):
         column.metric(label, value, help=note)

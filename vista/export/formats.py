@@ -16,16 +16,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from vista.errors import ExportError
-from vista.export.serving_graph import (
-    CANDIDATES,
-    EVENTS,
-    KEYS,
-    USERS,
-    Arrays,
-    ExportRunner,
-    GraphInput,
-    ServingGraph,
-)
+from vista.export.serving_graph import CANDIDATES, EVENTS, KEYS, USERS, Arrays, ExportRunner, GraphInput, ServingGraph
 from vista.installation import require_module
 
 ONNX_FILE, AOTINDUCTOR_FILE = "model.onnx", "model.pt2"

@@ -26,13 +26,7 @@ from vista.config.checks import OnBadRows, to_dict
 from vista.errors import ConfigError, LogFormatError, UnknownUserError, shown
 from vista.files import checked_path
 from vista.log.event_keys import Impressions, obey_deletions, read_impressions
-from vista.log.features import (
-    Column,
-    declared_columns,
-    merged_features,
-    values_of,
-    verified_columns,
-)
+from vista.log.features import Column, declared_columns, merged_features, values_of, verified_columns
 from vista.log.histories import ColumnValues, Histories, PackedTable, take_histories
 from vista.log.segment import Segment, features_of, read_segments, read_vocabularies, with_row_features
 from vista.log.segment_files import EVENTS, IMPRESSIONS, ITEMS, USERS, sources_of_events, stream_offsets

@@ -21,16 +21,7 @@ from torch import Tensor
 from vista.arrays import Float32s, Int
 from vista.config.checks import IndexKind
 from vista.errors import ItemIndexError, ItemIndexMismatchError
-from vista.files import (
-    TABLE,
-    check_fields,
-    checked_path,
-    hexadecimal,
-    one_of,
-    read_limited,
-    replaced_folder,
-    whole,
-)
+from vista.files import TABLE, check_fields, checked_path, hexadecimal, one_of, read_limited, replaced_folder, whole
 from vista.model.codebooks import load_faiss, one_thread
 from vista.model.ranking_model import UNKNOWN_ITEM
 from vista.model.saved_model import INDEX_MANIFEST, FileEntry, checksum_of
@@ -251,11 +242,7 @@ class ItemIndex:
             )
 
     def nearest(
-        self,
-        table: Tensor | Float32s,
-        user: Tensor | Float32s,
-        count: int,
-        allowed: NDArray[np.bool_] | None = None,
+        self, table: Tensor | Float32s, user: Tensor | Float32s, count: int, allowed: NDArray[np.bool_] | None = None
     ) -> Int:
         """Model rows of the nearest items, at most `count`, best first; the result does not depend on other calls.
 

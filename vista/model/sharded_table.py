@@ -245,11 +245,7 @@ def _sharded(shape: torch.Size, ranks: JobRanks, precision: TablePrecision) -> A
     )
     whole = EmbeddingCollection(tables=[config], device=torch.device("meta"))
     # Its state takes 4 bytes per row, also where another optimizer trains the rows.
-    fused = {
-        "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-        "eps": EPSILON,
-        "output_dtype": SparseType.FP32,
-    }
+    fused = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "eps": EPSILON, "output_dtype": SparseType.FP32}
     sharder = EmbeddingCollectionSharder(fused_params=fused)
     plan = construct_module_sharding_plan(
         whole,

@@ -438,13 +438,7 @@ class Summarizer(nn.Module):
 
     def _read(self, query: Tensor, z: Tensor, n: Tensor, offsets: Tensor) -> Tensor:
         return read_state(
-            query,
-            z,
-            n,
-            offsets,
-            normalization=self.config.normalization,
-            activation=PHI,
-            state_activation=PHI,
+            query, z, n, offsets, normalization=self.config.normalization, activation=PHI, state_activation=PHI
         )
 
 

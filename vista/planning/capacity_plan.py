@@ -467,10 +467,7 @@ def _refresh(plan: CapacityPlan) -> list[tuple[str, str]]:
     full = f"{cores(plan.full_refresh_cores)}, {duration(full_s / plan.full_refresh_cores)} ({hours(full_s)})"
     return [
         ("new events in the busiest hour", f"{count(plan.events_per_s)} per s"),
-        (
-            "changed users per refresh",
-            f"{count(plan.changed_users)} of {count(config.users * ACTIVE_SHARE)} active",
-        ),
+        ("changed users per refresh", f"{count(plan.changed_users)} of {count(config.users * ACTIVE_SHARE)} active"),
         ("incremental refresh", f"{cores(plan.refresh_workers)}, {duration(plan.refresh_s)} each time"),
         ("lag of an event", f"mean {duration(plan.mean_lag_s)}, longest {duration(plan.longest_lag_s)}"),
         ("full refresh", full),

@@ -17,13 +17,4 @@ from vista.refresh.log_reading import check_log
 from vista.refresh.merging import merge
 from vista.store.writer import erase
 
-__all__ = [
-    "RefreshOptions",
-    "RefreshReport",
-    "check_log",
-    "erase",
-    "forget",
-    "merge",
-    "refresh",
-    "refresh_incremental",
-]
+__all__ = ["RefreshOptions", "RefreshReport", "check_log", "erase", "forget", "merge", "refresh", "refresh_incremental"]

@@ -176,8 +176,7 @@ def merge(
     """
     options = options or RefreshOptions()
     options.require_only(
-        ("users_per_batch", "verify_log", "shared_with_group"),
-        "is taken from the stores that are merged; leave it out",
+        ("users_per_batch", "verify_log", "shared_with_group"), "is taken from the stores that are merged; leave it out"
     )
     if not parts:
         raise ConfigError("parts: name the stores to merge, at least one")

@@ -101,10 +101,7 @@ def write_report(config: ReportConfig, *, latency: Latency | None = None, notes:
     if config.verify_log:
         log.verify()
     asked = EvaluateConfig(
-        split=config.split,
-        target=config.target,
-        horizon_events=[config.horizon_events],
-        top_k=[config.top_k],
+        split=config.split, target=config.target, horizon_events=[config.horizon_events], top_k=[config.top_k]
     )
     with ExitStack() as stack, cpu_settings(config.num_threads):
         name = _name(config.run, config)

@@ -423,11 +423,7 @@ class RunComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return {
-            "runs": [str(run.path) for run in self.runs],
-            "settings": self.differences(),
-            "metrics": self.metrics(),
-        }
+        return {"runs": [str(run.path) for run in self.runs], "settings": self.differences(), "metrics": self.metrics()}
 
     def __str__(self) -> str:
         width, names = terminal_width(), [run.name for run in self.runs]

@@ -457,11 +457,7 @@ class TrackedRun:
     def _read_state(self) -> dict[str, Any]:
         """The content of tracking.json, or that of a new run if there is none, or another tracker has the run."""
         path = self._run_dir / STATE_FILE
-        place = {
-            "tracker": self._tracking.kind.value,
-            "server": self._server,
-            "project": self._tracking.project,
-        }
+        place = {"tracker": self._tracking.kind.value, "server": self._server, "project": self._tracking.project}
         try:
             state = json.loads(read_limited(path, _MAX_STATE_BYTES))
             check_fields(state, _FIELDS)

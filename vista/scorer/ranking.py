@@ -19,13 +19,7 @@ from vista.config.checks import OnMissing
 from vista.errors import DeadlineError
 from vista.log.vocabulary import Vocabulary
 from vista.model.serving_model import NEXT_TASK, UNKNOWN_ITEM, follower_rows
-from vista.scorer.request import (
-    MAX_SCORES,
-    Request,
-    ids_of,
-    item_rows,
-    require_most,
-)
+from vista.scorer.request import MAX_SCORES, Request, ids_of, item_rows, require_most
 from vista.scorer.serving_snapshot import Call, ServingSnapshot
 
 if TYPE_CHECKING:

@@ -179,12 +179,7 @@ class TorchScoring:
 
     @torch.inference_mode()
     def _logits(
-        self,
-        request: Request,
-        context: TargetContext,
-        bucket: Tensor | None,
-        rows: Tensor | None,
-        lengths: Int,
+        self, request: Request, context: TargetContext, bucket: Tensor | None, rows: Tensor | None, lengths: Int
     ) -> Iterator[tuple[Cells, Tensor]]:
         """Ranges of users and columns, and their logits, float32 [users, columns, num_tasks].
 

@@ -66,12 +66,7 @@ class ServedModels:
         metrics: count what the models do.
     """
 
-    def __init__(
-        self,
-        configs: Mapping[str, ServeConfig],
-        split: UserSplit | None,
-        metrics: ServiceMetrics,
-    ) -> None:
+    def __init__(self, configs: Mapping[str, ServeConfig], split: UserSplit | None, metrics: ServiceMetrics) -> None:
         self.configs = dict(configs)
         self.split = split
         self._metrics = metrics

@@ -33,11 +33,7 @@ from vista.store.folder_files import (
     open_environment,
 )
 from vista.store.keys import ITEMS_KEY
-from vista.store.layout import (
-    environment_path,
-    read_current,
-    state_path,
-)
+from vista.store.layout import environment_path, read_current, state_path
 from vista.store.manifest import Manifest, Tally, read_manifest
 from vista.store.record import RecordSpec, check_keys, check_records
 from vista.store.record_reading import RawRecords, present_records

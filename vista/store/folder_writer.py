@@ -106,11 +106,7 @@ class FolderWriter:
             raise StoreError(f"{path}: the states that its manifest names are missing; run a full refresh")
 
     def put(
-        self,
-        keys: Sequence[bytes],
-        records: Sequence[bytes],
-        states: Sequence[bytes],
-        meta: Mapping[bytes, bytes],
+        self, keys: Sequence[bytes], records: Sequence[bytes], states: Sequence[bytes], meta: Mapping[bytes, bytes]
     ) -> int:
         """Write a batch durably, without erased users: first the states, then records, manifest and `meta` together.
 

@@ -31,15 +31,7 @@ from vista.store.admin import PublishReport
 from vista.store.backend import Folder, settled
 from vista.store.folder_generation import FolderGeneration
 from vista.store.keys import user_id
-from vista.store.layout import (
-    GROUP,
-    PRIVATE,
-    Permissions,
-    StoreUrl,
-    check_place,
-    next_number,
-    store_path,
-)
+from vista.store.layout import GROUP, PRIVATE, Permissions, StoreUrl, check_place, next_number, store_path
 from vista.store.manifest import Manifest, Tally
 from vista.store.record import check_records
 from vista.store.record_encoding import restamp_records

@@ -20,12 +20,7 @@ from vista.store.layout import pointer_to
 from vista.store.manifest import Manifest, Tally, parse_cursor
 from vista.store.record import HEADER_BYTES, RecordSpec, check_records, user_of
 from vista.store.record_reading import RawRecords, present_records
-from vista.store.server_connection import (
-    Command,
-    GenerationKeys,
-    ServerConnection,
-    ServerLock,
-)
+from vista.store.server_connection import Command, GenerationKeys, ServerConnection, ServerLock
 from vista.store.state_record import FoundStates, StateSpec, decode_states
 
 if TYPE_CHECKING:
@@ -266,11 +261,7 @@ class ServerWriter:
         return bool(self._server.command("EXISTS", self.names.complete))
 
     def put(
-        self,
-        keys: Sequence[bytes],
-        records: Sequence[bytes],
-        states: Sequence[bytes],
-        meta: Mapping[bytes, bytes],
+        self, keys: Sequence[bytes], records: Sequence[bytes], states: Sequence[bytes], meta: Mapping[bytes, bytes]
     ) -> int:
         """Write a batch as `FolderWriter.put` does, but in bounded parts; the last part also puts `meta`."""
         if keys and bool(states) != self._keeps_states:
@@ -409,10 +400,7 @@ class ServerWriter:
     def _remove(self, keys: Sequence[bytes]) -> int:
         def plan(manifest: Manifest) -> Plan:
             old = [header for header in self.headers(keys) if header is not None]
-            commands: list[Command] = [
-                ("UNLINK", *self.names.values(keys)),
-                ("ZREM", self.names.users, *keys),
-            ]
+            commands: list[Command] = [("UNLINK", *self.names.values(keys)), ("ZREM", self.names.users, *keys)]
             manifest = manifest.with_records(old, [], [], partial(self._other_headers, set(keys)))
             return manifest, {}, commands, len(old)
 

@@ -157,12 +157,7 @@ class StoreUpdate:
     """
 
     def __init__(
-        self,
-        store: StoreBackend,
-        writer: GenerationWriter,
-        created_at: int,
-        applied_segment: int,
-        key: bytes | None,
+        self, store: StoreBackend, writer: GenerationWriter, created_at: int, applied_segment: int, key: bytes | None
     ) -> None:
         self.path = store.address
         self._store = store

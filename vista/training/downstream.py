@@ -33,10 +33,7 @@ from vista.store.record_encoding import read_key
 
 logger = logging.getLogger(__name__)
 COUNTER_KEYS = ("counter_keys", "num_counters", "counter_days", "counter_events")
-KEYS_OF_STAGE_1 = {
-    "has_gap": ("ignore",),
-    "counters": COUNTER_KEYS,
-}
+KEYS_OF_STAGE_1 = {"has_gap": ("ignore",), "counters": COUNTER_KEYS}
 """Fields of Stage1Config -> the fields of ModelConfig that set them, where these have other names."""
 INHERITED_KEYS = ("counter_keys", "temperature", "tail_features")
 """Fields of ModelConfig that are the base's if they are null."""

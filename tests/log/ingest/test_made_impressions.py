@@ -10,13 +10,7 @@ import pytest
 
 from tests.log.conftest import PARSER, write_csv
 from tests.log.ingest.test_prepare import fingerprint
-from vista.config import (
-    FromEventsConfig,
-    ImpressionsConfig,
-    PrepareConfig,
-    SourceColumns,
-    SourceConfig,
-)
+from vista.config import FromEventsConfig, ImpressionsConfig, PrepareConfig, SourceColumns, SourceConfig
 from vista.config.composition import compose_config
 from vista.errors import ConfigError, DataError
 from vista.evaluation.cases import impression_cases
@@ -127,11 +121,7 @@ def test_a_file_and_a_frame_give_the_same_log(tmp_path: Path) -> None:
     prepare(config, parser=PARSER, bucket_events=7)
     assert fingerprint(tmp_path / "blocks") == fingerprint(tmp_path / "log")
     made = EventLog.from_frame(
-        frame_of(events),
-        tmp_path / "frame",
-        time_unit="ms",
-        columns=COLUMNS,
-        from_events=FromEventsConfig(**settings),
+        frame_of(events), tmp_path / "frame", time_unit="ms", columns=COLUMNS, from_events=FromEventsConfig(**settings)
     )
     assert rows_of(made) == rows_of(EventLog.open(tmp_path / "log"))
 

@@ -414,9 +414,7 @@ def test_impressions_need_labels_and_times(tmp_path: Path, change: dict, message
     file = str(write_csv(tmp_path / "a.csv", [(1, 10, 1)]))
     given_ = {"paths": [file], "labels": ["item"], **COLUMNS} | change
     config = PrepareConfig(
-        out=str(tmp_path / "log"),
-        events=SourceConfig(paths=[file], **COLUMNS),
-        impressions=ImpressionsConfig(**given_),
+        out=str(tmp_path / "log"), events=SourceConfig(paths=[file], **COLUMNS), impressions=ImpressionsConfig(**given_)
     )
     with pytest.raises(ConfigError, match=message):
         prepare(config, parser=PARSER)

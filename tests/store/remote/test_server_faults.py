@@ -82,12 +82,7 @@ def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "greeting",
-    [
-        b"HTTP/1.1 400 Bad Request\r\n\r\n",
-        b"$x\r\n",
-        pytest.param(b"*1\r\n" * 100_000, id="nested"),
-    ],
+    "greeting", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"$x\r\n", pytest.param(b"*1\r\n" * 100_000, id="nested")]
 )
 def test_another_protocol_on_the_port(greeting):
     refused = pytest.raises(StoreError, match=r"not a Valkey or Redis server|cannot be reached")

@@ -427,10 +427,7 @@ class _Ingest:
         kinds = {"user": self.users.kind, "item": self.items.kind}
         total = sum(source.size for files in self.sources.values() for source in files)
         parts: dict[str, list[Part]] = {}
-        with (
-            progress_bar(total=total, desc="read", unit="B", unit_scale=True) as bar,
-            ticking(bar),
-        ):
+        with progress_bar(total=total, desc="read", unit="B", unit_scale=True) as bar, ticking(bar):
             for table, files in self.sources.items():
                 parts[table] = []
                 for number, source in enumerate(files):

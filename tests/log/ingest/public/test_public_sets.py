@@ -298,13 +298,7 @@ def test_events_and_named_features(tmp_path: Path, form: str, files: str) -> Non
     assert found == dict(zip(YAMBDA_EVENTS, of_rows, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("kind", "file", "lost"),
-    [
-        ("assist17", "answers", "skill"),
-        ("yambda", "listens", "uid"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "file", "lost"), [("assist17", "answers", "skill"), ("yambda", "listens", "uid")])
 def test_a_missing_column_of_parquet_is_named(tmp_path: Path, kind: str, file: str, lost: str) -> None:
     folder, path = tmp_path / "set", tmp_path / "set" / f"{file}.parquet"
     folder.mkdir()
