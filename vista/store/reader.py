@@ -154,8 +154,10 @@ class StoreReader:
             return assembled(len(keys), parts, opened.spec)
 
     def record(self, user_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> StoredRecord | None:
-        """The record of one user, unchecked; None without one. User id and errors as in `get_many`."""
+        """The record of one user, unchecked; None without one. Errors as in `get_many`; ValueError if the ids are not one."""
         keys = user_keys(user_ids)
+        if len(keys) != 1:
+            raise ValueError(f"user_ids: needs one id, got {len(keys)}")
         while True:
             opened = self._current()
             _require_kind(keys, opened.manifest)
