@@ -478,7 +478,7 @@ class Call:
         return self.request.with_features(self.snapshot.served, features, candidates)
 
 
-_NOT_MISSING = np.zeros((1, 1), np.bool_)
+_NOT_MISSING: NDArray[np.bool_] = np.zeros((1, 1), np.bool_)
 
 
 def _as_of_generation(

@@ -154,7 +154,7 @@ class StoreReader:
             return assembled(len(keys), parts, opened.spec)
 
     def record(self, user_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> StoredRecord | None:
-        """The record of one user, unchecked; None without one. Errors as in `get_many`; ValueError if the ids are not one."""
+        """The record of one user, unchecked; None without one. Errors as in `get_many`; ValueError without one id."""
         keys = user_keys(user_ids)
         if len(keys) != 1:
             raise ValueError(f"user_ids: needs one id, got {len(keys)}")

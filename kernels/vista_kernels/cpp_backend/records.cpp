@@ -121,14 +121,14 @@ int64_t vista_decode_records(const VistaRecordLayout *layout, const uint8_t *con
             }
         }
         const int width = short_times ? 4 : 8;
-        std::memcpy(out->items + first, at, 4 * size_t(events));
+        if (events) std::memcpy(out->items + first, at, 4 * size_t(events));
         at += 4 * events;
         for (int64_t i = 0; i < events; ++i) {
             const uint64_t time = number_at(at + width * i, width);
             out->times[first + i] = int64_t(short_times ? uint64_t(newest) - time : time);
         }
         at += width * events;
-        std::memcpy(out->actions + first, at, size_t(events));
+        if (events) std::memcpy(out->actions + first, at, size_t(events));
         at += events;
         for (int i = 0; i < layout->num_tail; at += column_bytes(layout->tail_columns[i++]) * events)
             if (!decode_column(at, layout->tail_columns[i], events, out->tail[i], first)) return b;
