@@ -9,15 +9,6 @@
 #include "answering.h"
 
 namespace {
-constexpr int64_t HEADER = 128;
-constexpr int MOST_FIELDS = 64;
-
-int64_t number_at(const uint8_t *at) {
-    int64_t value;
-    std::memcpy(&value, at, 8);
-    return value;
-}
-
 int64_t difference(int64_t later, int64_t earlier) { return int64_t(uint64_t(later) - uint64_t(earlier)); }
 
 // `gap_bucket` of vista/log/histories.py.
@@ -164,7 +155,8 @@ extern "C" int32_t vista_answer(const VistaAnswering *answering, const uint8_t *
     const Sizes &s = a.model->sizes;
     Record record;
     if (!decode(*a.layout, bytes, length, checksum, key_hash, record)) return NOT_ACCEPTED;
-    const int64_t newest = number_at(bytes + 80), event_count = number_at(bytes + 88);
+    const auto newest = int64_t(number_at(bytes + NEWEST_EVENT, 8));
+    const auto event_count = int64_t(number_at(bytes + EVENT_COUNT, 8));
     if (event_count < 0) return NOT_ACCEPTED;
     VistaRequest request = *a.tables;
     auto outside = [&](int64_t row) { return row < 0 || row >= a.num_rows; };

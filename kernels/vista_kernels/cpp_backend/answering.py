@@ -13,8 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from vista_kernels.cpp_backend.library import Floats, Ints, ItemReads, LibraryError, ScoredPairs, ScoringModel, _Request
-from vista_kernels.cpp_backend.records import RecordDecoder
+from vista_kernels.cpp_backend.library import (
+    Floats,
+    Ints,
+    ItemReads,
+    LibraryError,
+    ScoredPairs,
+    ScoringModel,
+    _address,
+    _Request,
+)
+from vista_kernels.cpp_backend.records import RecordDecoder, _pointers
 
 Doubles = NDArray[np.float64]
 
@@ -102,20 +111,19 @@ class RecordScoring:
                     raise ValueError(f"{name}: must have {len(vectors)} rows, got {len(table)}")
                 setattr(given, name, model._table(table, name))
         if followers is not None:
-            given.follower_items = followers[0].__array_interface__["data"][0]
+            given.follower_items = _address(followers[0])
             given.follower_weights = model._table(followers[1], "followers")
         scale = (
             None if counters is None else (counters.levels, counters.resolution, counters.factor, counters.half_lives)
         )
         keys = () if counters is None else tuple(np.ascontiguousarray(one, np.int32) for one in counters.keys)
-        addresses = [None] * 4 if scale is None else [part.__array_interface__["data"][0] for part in scale]
-        pointers = (c_void_p * max(1, len(keys)))(*(one.__array_interface__["data"][0] for one in keys))
+        addresses = [None] * 4 if scale is None else [_address(part) for part in scale]
         self._answering = _Answering(
             model._handle,
             ctypes.addressof(decoder._layout),
             ctypes.pointer(given),
             len(vectors),
-            None if times is None else times.__array_interface__["data"][0],
+            _address(times),
             num_gaps,
             num_pooled,
             0 if counters is None else 1 + len(keys),
@@ -124,7 +132,7 @@ class RecordScoring:
             counters is not None and counters.has_time,
             *addresses,
             *((1.0, 1.0) if counters is None else counters.of_events),
-            pointers,
+            _pointers(keys),
         )
         self._held = model, decoder, tables, followers, times, scale, keys
         self._reference = ctypes.byref(self._answering)
@@ -166,12 +174,12 @@ class RecordScoring:
             key_hash,
             now or 0,
             now is not None,
-            rows.__array_interface__["data"][0],
+            _address(rows),
             count,
-            None if adapter is None else adapter.__array_interface__["data"][0],
+            _address(adapter),
             1,
-            None if made.logits is None else made.logits.__array_interface__["data"][0],
-            None if made.scores is None else made.scores.__array_interface__["data"][0],
+            _address(made.logits),
+            _address(made.scores),
             threads,
         )
         return None if status else made

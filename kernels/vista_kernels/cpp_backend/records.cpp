@@ -6,15 +6,7 @@
 #include "scoring.h"
 
 namespace {
-constexpr int64_t HEADER = 128;
 constexpr uint32_t SHORT_TIMES = 2;
-constexpr int MOST_FIELDS = 64;
-
-uint64_t number_at(const uint8_t *at, int size) {  // little-endian
-    uint64_t value = 0;
-    for (int i = 0; i < size; ++i) value |= uint64_t(at[i]) << 8 * i;
-    return value;
-}
 
 int row_bytes(const VistaRecordLayout &layout) {
     const int dim = layout.dim;
@@ -103,7 +95,7 @@ int64_t vista_decode_records(const VistaRecordLayout *layout, const uint8_t *con
     for (int64_t b = 0; b < count; ++b, sizes += fields + 1) {
         const uint8_t *record = content + starts[b], *at = record + HEADER;
         const bool short_times = number_at(record + 8, 4) & SHORT_TIMES;
-        const int64_t events = sizes[fields], newest = int64_t(number_at(record + 80, 8));
+        const int64_t events = sizes[fields], newest = int64_t(number_at(record + NEWEST_EVENT, 8));
         kernels.dequantize(layout->codec, at, layout->tokens, layout->dim,
                            out->summary + b * layout->tokens * layout->dim);
         at += int64_t(layout->tokens) * row_bytes(*layout);

@@ -43,3 +43,12 @@ int64_t vista_decode_records(const VistaRecordLayout *, const uint8_t *content, 
                              const int64_t *sizes, const VistaRecordArrays *);
 }
 #pragma GCC visibility pop
+
+constexpr int64_t HEADER = 128, NEWEST_EVENT = 80, EVENT_COUNT = 88;  // bytes of a header, and where fields of it are
+constexpr int MOST_FIELDS = 64;
+
+static inline uint64_t number_at(const uint8_t *at, int size) {  // little-endian
+    uint64_t value = 0;
+    for (int i = 0; i < size; ++i) value |= uint64_t(at[i]) << 8 * i;
+    return value;
+}

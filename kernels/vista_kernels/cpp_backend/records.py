@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vista_kernels.cpp_backend.library import load
+from vista_kernels.cpp_backend.library import _address, load
 
 
 class _Layout(ctypes.Structure):
@@ -102,7 +102,7 @@ class RecordDecoder:
             np.array(key_bytes, np.uint8),
             np.array(most_keys, np.uint16),
         )
-        of_header, of_user, of_tail, of_keys, of_most = (array.__array_interface__["data"][0] for array in self._held)
+        of_header, of_user, of_tail, of_keys, of_most = (_address(array) for array in self._held)
         self._shape, self._values = (tokens, dim), values
         self._user, self._tail, self._num_fields = list(user_columns), list(tail_columns), len(key_bytes)
         counts = len(user_columns), len(tail_columns), len(key_bytes)
@@ -125,11 +125,11 @@ class RecordDecoder:
             raise ValueError("content, headers, checksums: their sizes do not match the records")
         if len(key_hashes) != 8 * count or np.count_nonzero(starts[1:] - starts[:-1] < 128):
             raise ValueError("starts, key_hashes: their sizes do not match the records")
-        data = np.frombuffer(content, np.uint8).__array_interface__["data"][0]
-        at, layout = starts.__array_interface__["data"][0], ctypes.byref(self._layout)
+        data = _address(np.frombuffer(content, np.uint8))
+        at, layout = _address(starts), ctypes.byref(self._layout)
         sizes = np.empty((count, fields + 1), np.int64)
-        of_sizes = sizes.__array_interface__["data"][0]
-        of_headers = headers.view(np.uint8).__array_interface__["data"][0]  # describing the fields would take 10 µs
+        of_sizes = _address(sizes)
+        of_headers = _address(headers.view(np.uint8))  # describing the fields would take 10 µs
         if self._check(layout, data, at, count, of_headers, checksums, key_hashes, of_sizes) != count:
             return None
         *num_keys, num_events = sizes.sum(0).tolist()
@@ -146,11 +146,11 @@ class RecordDecoder:
             num_events=sizes[:, fields].copy(),
         )
         arrays = _Arrays(
-            made.summary.__array_interface__["data"][0],
+            _address(made.summary),
             _pointers(made.user),
             _pointers(made.keys),
             _pointers(made.codes),
-            *(part.__array_interface__["data"][0] for part in (made.items, made.times, made.actions)),
+            *(_address(part) for part in (made.items, made.times, made.actions)),
             _pointers(made.tail),
         )
         if self._decode(layout, data, at, count, of_sizes, ctypes.byref(arrays)) != count:
@@ -159,4 +159,4 @@ class RecordDecoder:
 
 
 def _pointers(arrays: Sequence[NDArray[Any]]) -> Any:
-    return None if not arrays else (c_void_p * len(arrays))(*(array.__array_interface__["data"][0] for array in arrays))
+    return None if not arrays else (c_void_p * len(arrays))(*(_address(array) for array in arrays))
