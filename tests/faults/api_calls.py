@@ -315,7 +315,7 @@ API_CALLS: dict[str, ApiCall] = {
     "ScorerStats.latency_ms(quantile)": ApiCall(ScorerStats.latency_ms, FLOATS, latency),
     **functions(StoreReader.open, lambda folder: {"path": folder / "store"}, {"path": PATHS, "summarizer_id": KEYS}),
     **methods(a_store, StoreReader.get_many, {"user_ids": IDS}),
-    **methods(a_store, StoreReader.record, {"user_ids": IDS}),
+    **methods(a_store, StoreReader.record, {"user_ids": IDS}, wanted=lambda spec: True),
     **methods(a_store, StoreReader.states, {"user_ids": IDS}),
     **after(a_store, StoreReader.reload, StoreReader.close),
     "StoreReader.keys after": ApiCall(StoreReader.keys, EARLIER, list_keys),

@@ -417,12 +417,12 @@ def at_the_first_read(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], Non
     """Let something happen in the middle of a request, just before or after it reads a record."""
     waiting = [happens]
 
-    def instead_of(bare: Callable[[StoreReader, list[int]], object]) -> Callable[[StoreReader, list[int]], object]:
-        def read(reader: StoreReader, users: list[int]) -> object:
-            found = bare(reader, users) if after else None
+    def instead_of(bare: Callable[..., object]) -> Callable[..., object]:
+        def read(*arguments: Any) -> object:
+            found = bare(*arguments) if after else None
             if waiting:
                 waiting.pop()()
-            return found or bare(reader, users)
+            return found or bare(*arguments)
 
         return read
 

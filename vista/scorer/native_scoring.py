@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,8 @@ from vista_kernels.cpp_backend.library import (
     ScoringRequest,
 )
 
+MAX_SPECS = 1024
+"""Generations, or shards of them, whose `record_scoring` is kept."""
 PAIRS_LOOKED_UP = 1 << 18
 """Pairs that are looked up in the counters at once, which bounds the memory."""
 logger = logging.getLogger(__name__)
@@ -173,6 +176,8 @@ class NativeScoring:
         or counters whose keys depend on the request."""
         known = self._by_spec.get(id(spec))
         if known is None or known[0] is not spec:
+            if len(self._by_spec) >= MAX_SPECS:
+                self._by_spec = {}  # of earlier generations
             known = self._by_spec[id(spec)] = spec, self._record_scoring(spec)
         return known[1]
 
@@ -185,12 +190,8 @@ class NativeScoring:
             return None
         if (spec.num_tokens, spec.dim) != shape:
             return None
-        scale = None
-        if keys is not None:
-            parts = {part for field in keys.spec.fields for part in parts_of(field)}
-            if spec.counters is None or spec.counters.spec != keys.spec or parts & {*CALENDAR, PREVIOUS}:
-                return None
-            scale = _counter_scale(keys)
+        if keys is not None and (self._scale is None or spec.counters is None or spec.counters.spec != keys.spec):
+            return None
         followers = weights.get("transition_items")
         return RecordScoring(
             self._native,
@@ -203,8 +204,17 @@ class NativeScoring:
             times=self._times if model.has_gap else None,
             num_gaps=NUM_GAPS if model.has_gap else 0,
             num_pooled=NUM_POOLED,
-            counters=scale,
+            counters=self._scale,
         )
+
+    @cached_property
+    def _scale(self) -> CounterScale | None:
+        """How counters are decayed; None without them, or if their keys depend on requests. Its keys are as many as
+        items, so generations share it."""
+        keys = self._model.item_keys
+        if keys is None or {part for field in keys.spec.fields for part in parts_of(field)} & {*CALENDAR, PREVIOUS}:
+            return None
+        return _counter_scale(keys)
 
     def _by_task(self, made: ScoredPairs, tasks: list[str]) -> dict[str, Floats]:
         scores = {}

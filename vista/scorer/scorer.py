@@ -618,7 +618,11 @@ class Scorer:
                 times = np.array([record.now]) if has_time and record.now is not None else None
                 generation = record.stored.spec.generation
                 self._latest.source = AnswerSource(generation, snapshot.checksum, times, np.ones(1, np.bool_))
-            yield Call(snapshot, read, self.on_missing, tally, record)
+            try:
+                yield Call(snapshot, read, self.on_missing, tally, record)
+            finally:
+                if record is not None and not read.cache_info().misses:  # else `read` counted the user
+                    tally(hits=1)
 
 
 def nan_for(missing: NDArray[np.bool_], values: NDArray[np.float32], on_missing: OnMissing) -> NDArray[np.float32]:

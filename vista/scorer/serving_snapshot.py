@@ -266,10 +266,10 @@ class ServingSnapshot:
         """The record of one user, if the C++ library scores from it; None if `read` has to read the request, which also
         reports what is wrong. Arguments as of `read`."""
         values = self.adapter(adapter)
-        if self._native is None or length_of(users) != 1 or not (now is None or type(now) is int):
+        if (native := self._native) is None or length_of(users) != 1 or not (now is None or type(now) is int):
             return None
-        stored = self.store.record(ids_of(users, "users"))
-        if stored is None or len(stored.value) < HEADER_BYTES or self._native.record_scoring(stored.spec) is None:
+        stored = self.store.record(ids_of(users, "users"), lambda spec: native.record_scoring(spec) is not None)
+        if stored is None or len(stored.value) < HEADER_BYTES:
             return None
         newest = stored.last_event_ts
         if now == NOW:
@@ -446,23 +446,12 @@ class Call:
     def predict(self, candidates: Any, features: Any, tasks: list[str]) -> dict[str, Any]:
         """Scores of some tasks; arguments, result and errors are those of `Scorer.predict`."""
         values, given = split_ragged(candidates)
-        rows, scores = self.snapshot.candidates(values, self.on_missing).rows, None
+        rows = self.snapshot.candidates(values, self.on_missing).rows
+        scores, missing = None, _NOT_MISSING
         if self.record is not None and given is None and (rows.ndim == 1 or len(rows) == 1):
-            scores, missing = self.snapshot.scores_of_record(self.record, rows.reshape(-1), tasks), _NOT_MISSING
-        if scores is not None:
-            self.tally(hits=1)
-        elif given is not None:
-            offsets = ragged_offsets(rows, given, len(self.request))
-            scores = self.snapshot.ragged_scores(self.asked(features, offsets), rows, offsets, tasks)
-            missing = np.repeat(self.request.missing, np.diff(offsets))
-        else:
-            num_users, missing = len(self.request), self.request.missing[:, None]
-            if rows.ndim == 2 and len(rows) != num_users:
-                raise ValueError(
-                    f"candidates: shape {rows.shape} does not match {num_users} users; pass [C], or one row per user"
-                )
-            require_most(num_users * rows.shape[-1], MAX_SCORES, "candidates", "pairs of a user and a candidate")
-            scores = self.snapshot.scores(self.asked(features, rows.shape[-1]), rows, tasks)
+            scores = self.snapshot.scores_of_record(self.record, rows.reshape(-1), tasks)
+        if scores is None:
+            scores, missing = self._scores(rows, given, features, tasks)
         unknown, num_pairs = rows == UNKNOWN_ITEM, scores[tasks[0]].size
         if self.on_missing is OnMissing.nan:
             scores = {task: np.where(missing | unknown, np.float32(np.nan), cells) for task, cells in scores.items()}
@@ -472,6 +461,23 @@ class Call:
             dtype = sys.modules["torch"].float32
             return {task: values.new_tensor(cells, dtype=dtype) for task, cells in scores.items()}
         return scores
+
+    def _scores(
+        self, rows: Int, given: Any, features: Any, tasks: list[str]
+    ) -> tuple[dict[str, Float32s], NDArray[np.bool_]]:
+        """Scores of the request, and where users are missing. `given`: offsets of ragged candidates, or None."""
+        if given is not None:
+            offsets = ragged_offsets(rows, given, len(self.request))
+            scores = self.snapshot.ragged_scores(self.asked(features, offsets), rows, offsets, tasks)
+            return scores, np.repeat(self.request.missing, np.diff(offsets))
+        num_users = len(self.request)
+        if rows.ndim == 2 and len(rows) != num_users:
+            raise ValueError(
+                f"candidates: shape {rows.shape} does not match {num_users} users; pass [C], or one row per user"
+            )
+        require_most(num_users * rows.shape[-1], MAX_SCORES, "candidates", "pairs of a user and a candidate")
+        scores = self.snapshot.scores(self.asked(features, rows.shape[-1]), rows, tasks)
+        return scores, self.request.missing[:, None]
 
     def asked(self, features: Any, candidates: int | Int | None) -> Request:
         """The request with the features that the caller passes (`Request.with_features`)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -153,14 +153,19 @@ class StoreReader:
                 continue  # It was removed, or another thread reloaded: read the whole batch from the new generation.
             return assembled(len(keys), parts, opened.spec)
 
-    def record(self, user_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> StoredRecord | None:
-        """The record of one user, unchecked; None without one. Errors as in `get_many`; ValueError without one id."""
+    def record(
+        self, user_ids: Sequence[int] | Sequence[str] | NDArray[Any], wanted: Callable[[RecordSpec], bool]
+    ) -> StoredRecord | None:
+        """The record of one user, unchecked; None without one, or if records of its generation are not `wanted`.
+        Errors as in `get_many`; ValueError without one id."""
         keys = user_keys(user_ids)
         if len(keys) != 1:
             raise ValueError(f"user_ids: needs one id, got {len(keys)}")
         while True:
             opened = self._current()
             _require_kind(keys, opened.manifest)
+            if not wanted(opened.spec):
+                return None
             try:
                 value = opened.value(keys[0])
             except StoreClosedError:
@@ -624,10 +629,12 @@ class ShardedReader:
         batches = [reader.get_many(users) for reader, users in zip(self._readers, users_of, strict=True)]
         return StoredBatch.concatenated(batches).take(np.argsort(order, kind="stable"))
 
-    def record(self, user_ids: Sequence[int] | Sequence[str] | NDArray[Any]) -> StoredRecord | None:
-        """The record of one user; as `StoreReader.record`."""
+    def record(
+        self, user_ids: Sequence[int] | Sequence[str] | NDArray[Any], wanted: Callable[[RecordSpec], bool]
+    ) -> StoredRecord | None:
+        """As `StoreReader.record`."""
         owner = shards_of(user_keys(user_ids), len(self._readers))
-        return self._readers[int(owner[0])].record(user_ids)
+        return self._readers[int(owner[0])].record(user_ids, wanted)
 
     def item_values(self) -> ItemValues | None:
         """Those of the first shard, as all shards are of one log; see `StoreReader.item_values`."""

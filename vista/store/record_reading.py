@@ -73,10 +73,12 @@ class StoredRecord:
     def digests(self) -> tuple[bytes, bytes]:
         """Checksums that the record must hold, of itself and of the key: 8 bytes each, big-endian."""
         parts = self.value[:CHECKSUM_OFFSET], bytes(CHECKSUM_BYTES), self.value[HEADER_BYTES:]
-        return xxhash.xxh3_64_digest(b"".join(parts)), xxhash.xxh3_64_digest(self.key)
+        return xxhash.xxh3_64_digest(b"".join(parts)), key_hash_bytes([self.key])
 
 
-_LAST_EVENT_BYTES = slice(80, 88)
+assert HEADER.fields is not None
+_LAST_EVENT = HEADER.fields["last_event_ts"][1]
+_LAST_EVENT_BYTES = slice(_LAST_EVENT, _LAST_EVENT + 8)
 
 
 def read_records(values: Sequence[bytes | memoryview], keys: Sequence[bytes], spec: RecordSpec) -> RawRecords:
