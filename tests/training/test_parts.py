@@ -536,7 +536,7 @@ def test_logs_with_features_of_another_kind_are_refused(
     log: EventLog, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Those that a log lacks are missing, with a warning."""
-    model, asked = (VistaModel.from_pretrained(Path(run[0].run_dir) / "best"), EvaluateConfig(split="validation"))
+    model, asked = VistaModel.from_pretrained(Path(run[0].run_dir) / "best"), EvaluateConfig(split="validation")
     until = split_until(run[0].data, "validation")
     refresh(model, log, tmp_path / "store", until=until)
     tables, others = frames(), []

@@ -407,7 +407,8 @@ class Validation:
         answers with it."""
         was_training = model.training
         model.eval()
-        metrics, users, shown = dict[str, float](), [], None
+        metrics: dict[str, float] = {}
+        users, shown = [], None
         if self._ranked is not None:
             users.append(self._ranked.user[self._ranks.part_of(self._ranked.seen + 1)])
         if self._impressions is not None:
