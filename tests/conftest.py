@@ -54,7 +54,7 @@ from vista.config import (
 )
 from vista.config.checks import Architecture, Split, to_dict
 from vista.config.model_config import CONFIGS, RankingConfig
-from vista.examples.item_spaces import GRID
+from vista.examples.item_spaces import COARSE, GRID
 from vista.examples.transitions import TransitionTable
 from vista.log.event_log import EventLog
 from vista.model.baselines.sequence_models import SequenceModel
@@ -276,7 +276,19 @@ def draw_space(model: RankingModel, seed: int = 0) -> None:
     count = model.num_trained_items
     drawn = torch.randn(count, width, generator=torch.Generator().manual_seed(seed)).double()
     unit = drawn / drawn.norm(dim=1, keepdim=True)
-    model.item_space[1 : 1 + count] = ((unit / GRID).round() * GRID).float()
+    if model.item_space_weights is None:
+        model.item_space[1 : 1 + count] = ((unit / GRID).round() * GRID).float()
+        return
+    model.item_space[1 : 1 + count] = ((unit / COARSE).round() * COARSE).float()
+    weights = 2 * torch.rand(model.item_space_weights.shape, generator=torch.Generator().manual_seed(seed)) - 1
+    model.item_space_weights.copy_((weights / COARSE).round() * COARSE)
+
+
+def event_vectors(model: RankingModel, rows: NDArray[Any], action: NDArray[Any]) -> NDArray[np.float64]:
+    """What events of model rows add to pooled vectors, [n, r]."""
+    vectors = model.item_space.double().numpy()[rows]
+    weights = model.item_space_weights
+    return vectors if weights is None else vectors * weights.double().numpy()[rows, action, None]
 
 
 def pooled_of(model: VistaModel, rows: NDArray[Any], covered: int, seen: int) -> Tensor | None:

@@ -19,13 +19,16 @@ from vista.counters.counters import CounterSpec
 from vista.examples.batch import Batch
 from vista.examples.batch_source import BatchSource, ModelReads
 from vista.examples.item_spaces import (
+    COARSE,
     FOLDS,
     GRID,
     MIN_USERS,
     NUM_POOLED,
     RATE_PRIOR,
+    USER_PRIOR,
     ItemRates,
     ItemSpaces,
+    LabelResiduals,
     Pooled,
     PooledHistories,
     fold_of,
@@ -182,28 +185,107 @@ def test_pooled_vectors_equal_sums_over_events(data: st.DataObject) -> None:
     covered = (rng.random(12) * (seen + 1)).astype(np.int64)
     tail_start = np.maximum(seen - rng.integers(0, tail_len + 1, 12), 0)
     requests = CounterRequests(history, covered, tail_start, seen, seen, np.zeros(12, np.bool_))
-    histories = PooledHistories(spaces, fold, item, offsets)
+    weight = None
+    if data.draw(st.booleans()):
+        spaces = (np.round(spaces / COARSE) * COARSE).astype(np.float32)
+        weight = (rng.integers(-4096, 4097, offsets[-1]) * COARSE).astype(np.float32)
+    histories = PooledHistories(spaces, fold, item, offsets, weight)
     found = histories.at(requests, tail_len).reshape(12, len(Pooled), FOLDS, 5)
     asked = rng.integers(0, 30, 12)
     of_items = histories.of_items(requests, tail_len, asked)
     for row in range(12):
         own, others = fold[history[row]], 1 - fold[history[row]]
         space = spaces[own].astype(np.float64)
-        events = item[offsets[history[row]] : offsets[history[row] + 1]]
+        events = np.arange(offsets[history[row]], offsets[history[row] + 1])
         added = events[max(covered[row], tail_start[row]) : seen[row]]
         recent = events[max(seen[row] - min(tail_len, NUM_POOLED), 0) : seen[row]]
-        for kind, rows in enumerate((np.concatenate([events[: covered[row]], added]), recent)):
-            total = space[rows].sum(0)
+        vectors = space[item] if weight is None else space[item] * weight.astype(np.float64)[:, None]
+        for kind, chosen in enumerate((np.concatenate([events[: covered[row]], added]), recent)):
+            total = vectors[chosen].sum(0)
             expected = total / max(np.linalg.norm(total), 1e-30)
             # float32 results of sums without rounding errors.
             np.testing.assert_allclose(found[row, kind, own], expected, atol=1e-7)
             np.testing.assert_allclose(of_items[row, kind], expected @ space[asked[row]], atol=1e-6)
         assert not found[row, :, others].any()
-        sums = space[np.concatenate([events[: covered[row]], added])].sum(0)
-        tail = np.concatenate([np.zeros(60, np.int64), recent])[None, -max(tail_len, 1) :]
+        sums = vectors[np.concatenate([events[: covered[row]], added])].sum(0)
+        tail = np.concatenate([np.zeros(60, np.int64), item[recent]])[None, -max(tail_len, 1) :]
         tail[0, : tail.shape[1] - len(recent)] = 0
-        served = pooled_vectors(spaces[own], sums[None], tail)
+        of_tail = None
+        if weight is not None:
+            of_tail = np.concatenate([np.ones(60, np.float32), weight[recent]])[None, -max(tail_len, 1) :]
+        served = pooled_vectors(spaces[own], sums[None], tail, of_tail)
         np.testing.assert_array_equal(served[0], found[row, :, own])
+
+
+def test_spaces_of_labels_are_those_of_a_dense_svd(tmp_path: Path) -> None:
+    """Of what the rates of items and users leave; events weigh what their action tells, minus the item's rate."""
+    rng, num_users, dim = np.random.default_rng(0), 60, 3
+    user, row = rng.integers(0, num_users, 2000), rng.integers(0, 12, 2000)
+    label = (rng.random(2000) < 0.3 + 0.4 * (user % 2 == row % 2)).astype(np.float64)
+    of_action = np.array([1.0, np.nan, 0.25])
+    spaces = ItemSpaces(
+        drawn_log(tmp_path / "log"),
+        ROWS,
+        np.zeros(NUM_USERS + 1, np.int64),  # events are not read
+        dim,
+        seed=1,
+        num_rows=13,
+        residuals=LabelResiduals(user, row, label, of_action),
+    )
+    assert spaces.weights is not None and spaces.of_each.shape == (FOLDS + 1, 13, dim)
+    for number, left_out in enumerate((*range(FOLDS), None)):
+        kept = np.ones(2000, np.bool_) if left_out is None else fold_of(user) != left_out
+        mean, rate, shown = label[kept].mean(), np.zeros(13), np.zeros(13)
+        for item in range(13):
+            own = label[kept & (row == item)]
+            shown[item] = len(own) + RATE_PRIOR
+            rate[item] = (own.sum() + RATE_PRIOR * mean) / shown[item]
+        matrix = np.zeros((num_users, 13))
+        for one in range(num_users):
+            own = np.flatnonzero(kept & (user == one))
+            residual = label[own] - rate[row[own]]
+            np.add.at(
+                matrix[one], row[own], (residual - residual.sum() / (len(own) + USER_PRIOR)) / shown[row[own]] ** 0.5
+            )
+        matrix[:, 0] = 0
+        right = np.linalg.svd(matrix, full_matrices=False)[2][:dim].T
+        np.testing.assert_allclose(cosines(spaces.of_each[number]), cosines(right), atol=2e-3)
+        expected = np.where(np.isnan(of_action), 0, of_action - rate[:, None])
+        np.testing.assert_allclose(spaces.weights[number], expected, atol=COARSE)
+        product = spaces.of_each[number, :, None].astype(np.float64) * spaces.weights[number][..., None]
+        assert (product / GRID == np.round(product / GRID)).all() and (product == product.astype(np.float32)).all()
+    alike = cosines(spaces.of_each[-1])[1:, 1:]  # users are better at either even or odd items
+    assert alike[::2, ::2].mean() > alike[::2, 1::2].mean() + 0.5
+    assert not spaces.weights_of_all(20)[13:].any()
+
+
+@pytest.mark.parametrize(("told", "alone"), [(True, True), (False, True), (True, False)])
+def test_labels_make_the_space_where_actions_tell_them(tmp_path: Path, *, told: bool, alone: bool) -> None:
+    rng, n = np.random.default_rng(0), np.arange(600)
+    user, item, right = n % 12, rng.integers(0, 20, 600), rng.random(600) < 0.6
+    events = {"user": user, "item": item, "timestamp": 10 * n + 10, "action": np.where(right, "right", "wrong")}
+    label = right if told else rng.random(600) < 0.6
+    shown = {"user": user, "item": item, "timestamp": 10 * n + 9, "correct": label}
+    shown["item"] = np.where(n % 7 == 0, (item + 1) % 20, item)  # not followed by an event of the item
+    columns = SourceColumns(action="action", labels=["correct"])
+    log = EventLog.from_frame(events, tmp_path / "log", time_unit="s", impressions=shown, columns=columns)
+    config = small_config(log, tmp_path, model__pooled_dim=5, optim__next_weight=0.0 if alone else 1.0)
+    made = Trainer(config, log)
+    space, task = made.source.spaces, made.model.schema.residual_task
+    assert space is not None and (task == "correct") == (space.weights is not None) == (told and alone)
+    made._start(MetricsWriter(tmp_path))
+    if task is None:
+        assert made.model.item_space_weights is None
+        return
+    rows = made.model.item_rows(log.items.ids(np.arange(20)))
+    counts = made.source.counts.tolist()
+    known = np.concatenate([np.flatnonzero(user == one)[:count] for one, count in enumerate(counts)])
+    mean, weights = right[known].mean(), made.model.item_space_weights
+    assert weights is not None and log.actions == ["right", "wrong"]
+    for one in range(20):
+        own = right[known][shown["item"][known] == one]
+        rate = (own.sum() + RATE_PRIOR * mean) / (len(own) + RATE_PRIOR)
+        np.testing.assert_allclose(weights[rows[one]], [1 - rate, -rate], atol=COARSE)
 
 
 def test_label_rates_equal_a_loop(tmp_path: Path) -> None:

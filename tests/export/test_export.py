@@ -56,6 +56,7 @@ def drawn_model(
     num_layers: int = 2,
     categories: bool = False,
     pooled_dim: int = 7,
+    residual_task: str | None = None,
 ) -> VistaModel:
     """A model in eval mode. No weight that training starts at 0 is 0."""
     config = ModelConfig(
@@ -89,6 +90,7 @@ def drawn_model(
         num_tail_features=len(columns),
         request_features=columns,
         user_features=columns,
+        residual_task=residual_task,
     )
     torch.manual_seed(0)
     model = VistaModel(config, schema, Vocabulary.from_ids(np.arange(100) * 7), DataConfig()).eval()
@@ -111,6 +113,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "only next, without a summary": {"tasks": (), "num_seeds": 0, "features": False},
     "only tasks, without pooled vectors": {"has_retrieval": False, "pooled_dim": 0},
     "products": {"categories": True},
+    "only tasks, with labels in pooled vectors": {"has_retrieval": False, "residual_task": "like"},
     "little": {"counters": False, "features": False, "has_time": False, "num_seeds": 0, "pooled_dim": 0},
 }
 

@@ -42,7 +42,9 @@ READER = RowFeatureReader.of(
 """How models read features of events. The log has more surfaces, and in another order."""
 
 
-def model(seed: int = 0, num_tail_features: int | None = None, **config: Any) -> VistaModel:
+def model(
+    seed: int = 0, num_tail_features: int | None = None, residual_task: str | None = None, **config: Any
+) -> VistaModel:
     """An untrained model with every parameter moved away from its initial value.
 
     With `num_tail_features`, it reads features of events, and so many of them in stage 2. If it counts categories, its
@@ -63,6 +65,7 @@ def model(seed: int = 0, num_tail_features: int | None = None, **config: Any) ->
             item_features=genres,
             event_features=[] if num_tail_features is None else READER.columns,
             num_tail_features=num_tail_features or 0,
+            residual_task=residual_task,
         ),
         Vocabulary.from_ids(np.arange(NUM_ITEMS) * 10),
         DataConfig(),

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import ROUNDING
+from tests.conftest import ROUNDING, event_vectors
 from tests.counters.counter_histories import counted_by_loop, key_by_hand
 from tests.refresh.conftest import contents, fail_at, full, stored
 from vista.config import SourceColumns
@@ -43,6 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "a history limit": {"history_limit": 6},
     "no summary": {"num_seeds": 0, "pooled_dim": 0},
     "pooled vectors alone": {"num_seeds": 0},
+    "pooled vectors of labels": {"num_seeds": 0, "residual_task": "right"},
     "event features": {"num_tail_features": 1},
     "decay by time": {"decay": Decay.time, "decay_horizons": [3.0, 0.0]},
     "products, decay by position": PRODUCTS | {"decay": Decay.position, "decay_horizons": [8.0, 0.0]},
@@ -351,15 +352,14 @@ def assert_counted(path: Path, model: Any, log: EventLog) -> None:
 
 def assert_pooled(path: Path, model: VistaModel, log: EventLog) -> None:
     """Records and states hold the sum of the vectors of all events, added up one after another."""
-    space = model.item_space.double().numpy()
     with StoreReader.open(path) as store:
         users = list(store.keys())
         batch, states = store.get_many(users), store.states(users)
     for row, user in enumerate(users):
         history = log[user]
         total = np.zeros(model.config.space_dim)
-        for item in model.item_rows(log.items.ids(history.item)).tolist():
-            total += space[item]
+        for vector in event_vectors(model, model.item_rows(log.items.ids(history.item)), history.action):
+            total += vector
         expected = np.zeros(model.config.dim, np.float32)
         expected[: len(total)] = total / history.num_events
         assert total.any() and batch.summary[row, -1].tolist() == expected.tolist()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import START, draw_space, small_config, small_frame
+from tests.conftest import START, draw_space, event_vectors, small_config, small_frame
 from tests.refresh.conftest import fail_at
 from vista.cli.serving_commands import run_refresh, run_score
 from vista.config import RefreshConfig, ScoreConfig, SourceColumns
@@ -67,7 +67,7 @@ def assert_store_holds(path: Path, model: VistaModel, log: EventLog, counts: np.
             rows = type(seen)(model.item_rows(ids), seen.timestamp, seen.action, seen.rating, seen.offsets)
             expected = inference.summarize(model, rows)[0].numpy()
             if width := model.config.space_dim:
-                mean = model.item_space.double().numpy()[rows.item].mean(0)
+                mean = event_vectors(model, rows.item, rows.action).mean(0)
                 expected = np.concatenate([expected, np.pad(mean, (0, model.config.dim - width))[None]])
             np.testing.assert_allclose(stored.summary[row], expected, atol=atol)
 

@@ -13,7 +13,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.conftest import DAY, ROUNDING, START, candidate_inputs, draw_counter_weights, small_config, tail_of
+from tests.conftest import (
+    DAY,
+    ROUNDING,
+    START,
+    candidate_inputs,
+    draw_counter_weights,
+    event_vectors,
+    small_config,
+    tail_of,
+)
 from tests.counters.counter_histories import category, counters_of_request
 from vista.arrays import Int
 from vista.config.checks import Codec
@@ -68,11 +77,12 @@ class Opened:
 
     def pooled(self, tail_len: int = TAIL_LEN) -> NDArray[np.float64]:
         """Pooled vectors of a request for all users with their newest `tail_len` events, made from the log."""
-        space, pooled = self.scorer.model.item_space.double().numpy(), []
+        model, pooled = self.scorer.model, []
         for user in self.users:
-            rows = self.rows[self.log[user].item]
-            known = [*rows[: len(rows) - self.num_missing], *rows[-min(self.num_missing, tail_len) :]]
-            sums = [sum(space[row] for row in chosen) for chosen in (known, rows[-tail_len:])]
+            history = self.log[user]
+            vectors = event_vectors(model, self.rows[history.item], history.action)
+            known = [*vectors[: len(vectors) - self.num_missing], *vectors[-min(self.num_missing, tail_len) :]]
+            sums = [sum(chosen) for chosen in (known, vectors[-tail_len:])]
             pooled.append([total / np.linalg.norm(total) for total in sums])
         return np.array(pooled)
 
@@ -113,7 +123,8 @@ def untrained(log: EventLog, items: Vocabulary, **changes: Any) -> VistaModel:
     if "brand" in counted:
         has_brand = np.arange(len(items)) % 10 > 0
         columns, table = category("brand", np.where(has_brand, np.arange(len(items)) % 12, -1))
-        schema, config.model.counter_keys = replace(schema, item_features=columns), counted
+        schema = replace(schema, item_features=columns, residual_task="click")
+        config.model.counter_keys = counted
     model = VistaModel(config.model, schema, items, config.data).eval()
     model.set_item_features(table)
     draw_counter_weights(model)
@@ -180,7 +191,8 @@ def test_a_request_has_the_pooled_vectors_of_the_raw_history(opened: Opened) -> 
     assert nobody is not None and not nobody.any()
     item = opened.scorer.model.items.ids(np.array([3]))
     asked = opened.request([999], Tail(item, np.array([START]), np.zeros(1, int), np.array([0, 1])), None).pooled
-    assert asked is not None and np.allclose(asked[0], opened.scorer.model.item_space[[4, 4]])
+    own = event_vectors(opened.scorer.model, np.array([4, 4]), np.zeros(2, int))
+    assert asked is not None and np.allclose(asked[0], own / np.linalg.norm(own, axis=1, keepdims=True))
 
 
 def test_events_that_the_record_covers_count_once(opened: Opened, now: Any) -> None:
@@ -395,7 +407,9 @@ def test_reasons_say_what_parts_with_positive_shares_hold(opened: Opened, task: 
     assert {"history", "recent", "popularity", "rate" if task == "click" else "transitions"} <= parts
     # The drawn weights decide which counters raise scores.
     assert bool(products if task == "next" else actions) == (len(model.config.counter_keys or []) > 1)
-    assert {text.split(" the")[0] for text in texts} & {"goes with", "is unlike"}
+    more, less = "click is more likely after similar items of", "click is less likely after similar items of"
+    verbs = ("goes with", "is unlike") if model.item_space_weights is None else (more, less)
+    assert {text.split(" the")[0] for text in texts} & {*verbs}
     assert any("events than " in text for text in texts)
     reasons = next(found for found in told.reasons if found and found[0].items)
     assert f"item {reasons[0].items[0]}" in reasons[0].words(lambda ids: [f"item {one}" for one in ids])

@@ -35,7 +35,7 @@ from vista.examples.batch import (
     decay_clock,
 )
 from vista.examples.cuts import CutPlan, cut_batch
-from vista.examples.item_spaces import ItemRates, ItemSpaces
+from vista.examples.item_spaces import ItemRates, ItemSpaces, LabelResiduals
 from vista.examples.item_statistics import HistoryCounters, ItemStatistics, WholeHistories, item_frequency
 from vista.examples.rewards import EventRewards
 from vista.examples.transitions import TransitionCounts
@@ -337,6 +337,8 @@ class ModelReads:
     not negatives."""
     keys: ItemKeys | None = None
     """What the model's counters count; None without counters."""
+    residual_task: str | None = None
+    """The task whose labels its item space is made of; None for one of events."""
     encode_events: Callable[[RowFeatures, int], EncodedRows | None] = _no_features
     """From features of T events of the log to `Chunks.features`; None for a model that reads none, like the others."""
     encode_requests: Callable[[Int], EncodedRows | None] = _no_features
@@ -400,8 +402,13 @@ class BatchSource:
         """Of the model rows; None for a model without pooled vectors."""
         if dim := config.model.space_dim:
             began = time.perf_counter()
-            num_rows = 1 + largest  # those of items that histories do not know are 0
-            self.spaces = ItemSpaces(log, self._history_rows, self.counts, dim, seed=config.seed, num_rows=num_rows)
+            num_rows, residuals = 1 + largest, None  # those of items that histories do not know are 0
+            if (task := reads.residual_task) is not None:
+                residuals = label_residuals(log, self._history_rows, self.counts, config.data, task)
+                require(residuals is not None, "base", f"reads labels of {task!r}, which {log.path} does not tell")
+            self.spaces = ItemSpaces(
+                log, self._history_rows, self.counts, dim, seed=config.seed, num_rows=num_rows, residuals=residuals
+            )
             logger.debug("item vectors of %d values for pooled vectors (%.1f s)", dim, time.perf_counter() - began)
         self.rates: ItemRates | None = None
         """Of the model rows; None for a model without pooled vectors or tasks."""
@@ -604,6 +611,36 @@ def trained_tasks(log: EventLog, optim: OptimConfig) -> list[str]:
     if optim.task_weight == 0:
         return []
     return [name for name in offered if not optim.tasks or name in optim.tasks]
+
+
+TOLD = 0.5
+"""Least share of the variance of labels that actions must explain to tell them."""
+
+
+def label_residuals(log: EventLog, item_rows: Int, counts: Int, data: DataConfig, task: str) -> LabelResiduals | None:
+    """The labels of a task in the training part; None if actions do not tell them.
+
+    An impression leads to the next event of the user, if that is of the same item.
+
+    Args:
+        item_rows: int64 [log.num_items], the model row of each of the log's items.
+        counts: int64 [num_users] events of each user that training may use.
+    """
+    if (table := log.impressions) is None or task not in table.tasks:
+        return None
+    column, visible = table.tasks.index(task), visible_rows(log, table, counts, data, None)
+    shown = visible.select(np.flatnonzero(table.known(visible.row, visible.hidden)[:, column]))
+    item, label = np.asarray(table.item)[shown.row], np.asarray(table.label)[shown.row, column].astype(np.float64)
+    followed = np.flatnonzero(shown.position < counts[shown.user])
+    start = shown.position[followed]
+    events = log.gather_ranges(shown.user[followed], start, start + 1, features=False)
+    is_same = events.item == item[followed]
+    told, action, size = label[followed[is_same]], np.asarray(events.action)[is_same], len(log.actions)
+    count = np.bincount(action, minlength=size)
+    of_action = np.where(count > 0, np.bincount(action, told, size) / np.maximum(count, 1), np.nan)
+    if not len(told) or np.square(told - of_action[action]).mean() >= (1 - TOLD) * told.var():
+        return None
+    return LabelResiduals(shown.user, item_rows[item], label, of_action)
 
 
 # Builds the batches of an epoch in a thread while steps run.

@@ -5,8 +5,12 @@ items. An entry of W is 1 / (n_u^(1/2) n_i^(1/4)), with n_u the number of items 
 item i, so that neither users with long histories nor popular items dominate. Items with fewer than MIN_USERS users have
 no vector (all 0).
 
+Where labels alone are trained, and the actions of events tell them (`LabelResiduals`), W has labels instead: what the
+rates of the item and of the user leave of them. An event then has the weight of what its action tells of the label,
+minus the item's rate. So sums tell for which items the user's labels are higher than those of other users.
+
 A request has the pooled vectors `Pooled`: sums of its user's item vectors, scaled to length 1. Scores read their inner
-products with the vector of a candidate, which are cosines. Vectors are rounded to multiples of GRID, so that
+products with the vector of a candidate, which are cosines. Vectors, times their weights, are multiples of GRID, so that
 float64 sums of them are exact, and have the same bits in any order.
 
 A training question would find its own user's events in the space, labels included, and would learn to trust cosines too
@@ -15,13 +19,13 @@ for its candidates. The model gets that of all users. Only inner products within
 no alignment.
 
 Letters: V1 model rows, N users, E pairs of a user and an item, r dimensions of a space, J = len(Pooled), B requests,
-L tail length, T events of H histories, n requests on them, F spaces of a table.
+L tail length, T events of H histories, n requests on them, F spaces of a table, A actions.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +55,10 @@ RATE_PRIOR = 20.0
 UNKNOWN = 0
 GRID = 2.0**-24
 """Sums of up to 2^29 events are exact in float64."""
+COARSE = 2.0**-12
+"""Likewise of vectors and weights that are multiplied: products are multiples of GRID, and exact in float32."""
+USER_PRIOR = 5.0
+"""Labels as expected that are added to those of each user."""
 
 
 class Pooled(IntEnum):
@@ -70,11 +78,47 @@ def fold_of(user: Int) -> Int:
     return fold
 
 
+class LabelResiduals(NamedTuple):
+    """The N known labels of a task in the training part of a log, and what actions tell of them."""
+
+    user: Int
+    """int64 [N] rows of the log."""
+    row: Int
+    """int64 [N] model rows."""
+    label: Floats
+    """float64 [N]."""
+    of_action: Floats
+    """float64 [A] the mean label of impressions that lead to an event with each action; NaN without one."""
+
+    def space(self, kept: NDArray[np.bool_], num_rows: int, dim: int, seed: int) -> tuple[Float32s, Float32s]:
+        """That of some labels, bool [N]: vectors float32 [num_rows, dim], and weights of events [num_rows, A]."""
+        user, row, label = self.user[kept], self.row[kept], self.label[kept]
+        mean = label.mean() if len(label) else 0.0
+        shown = np.bincount(row, minlength=num_rows) + RATE_PRIOR
+        rate = (np.bincount(row, label, num_rows) + RATE_PRIOR * mean) / shown
+        _, owner, count = np.unique(user, return_inverse=True, return_counts=True)
+        residual = label - rate[row]
+        residual -= (np.bincount(owner, residual) / (count + USER_PRIOR))[owner]
+        pair, place = np.unique(user * num_rows + row, return_inverse=True)
+        value: Floats = np.bincount(place, residual / np.sqrt(shown[row])).astype(np.float64)
+        space = _factors(pair // num_rows, pair % num_rows, value, num_rows, dim, seed, COARSE)
+        weights = np.nan_to_num(np.round((self.of_action - rate[:, None]) / COARSE) * COARSE)
+        return space, weights.astype(np.float32)
+
+
 class ItemSpaces:
     """The item spaces of the training part of a log: without the users of each fold, and of all users."""
 
     def __init__(
-        self, log: EventLog, item_rows: Int, counts: Int, dim: int, *, seed: int, num_rows: int | None = None
+        self,
+        log: EventLog,
+        item_rows: Int,
+        counts: Int,
+        dim: int,
+        *,
+        seed: int,
+        num_rows: int | None = None,
+        residuals: LabelResiduals | None = None,
     ) -> None:
         """
         Args:
@@ -83,11 +127,20 @@ class ItemSpaces:
             dim: r.
             num_rows: V1, above all rows; None takes the least.
             seed: of the SVD, and of the choice of users if all have more than MOST_EVENTS events.
+            residuals: what the spaces are made of; None takes the events.
         """
         num_rows = int(item_rows.max(initial=0)) + 1 if num_rows is None else num_rows
-        user, row = _distinct_items(log, item_rows, counts, num_rows, seed)
-        parts = [*(np.flatnonzero(fold_of(user) != fold) for fold in range(FOLDS)), np.arange(len(user))]
-        spaces = [_space(user[kept], row[kept], num_rows, dim, seed) for kept in parts]
+        self.weights: Float32s | None = None
+        """float32 [FOLDS + 1, V1, A] of events, by their action; None weighs all events the same."""
+        if residuals is not None:
+            fold = fold_of(residuals.user)
+            made = [residuals.space(fold != left_out, num_rows, dim, seed) for left_out in range(FOLDS + 1)]
+            spaces = [space for space, _ in made]
+            self.weights = np.stack([weights for _, weights in made])
+        else:
+            user, row = _distinct_items(log, item_rows, counts, num_rows, seed)
+            parts = [*(np.flatnonzero(fold_of(user) != fold) for fold in range(FOLDS)), np.arange(len(user))]
+            spaces = [_space(user[kept], row[kept], num_rows, dim, seed) for kept in parts]
         self.of_each: Float32s = np.stack(spaces)
         """float32 [FOLDS + 1, V1, r]: those without the users of each fold, and that of all users."""
 
@@ -96,9 +149,18 @@ class ItemSpaces:
         space = self.of_each[-1]
         return np.pad(space, ((0, num_rows - len(space)), (0, 0)))
 
+    def weights_of_all(self, num_rows: int) -> Float32s:
+        """The weights of events for it, float32 [num_rows, A]."""
+        assert self.weights is not None
+        weights = self.weights[-1]
+        return np.pad(weights, ((0, num_rows - len(weights)), (0, 0)))
+
     def of_histories(self, histories: WholeHistories) -> PooledHistories:
         """Pooled vectors of some users of the log, each in the space that does not know the user."""
-        return PooledHistories(self.of_each[:FOLDS], fold_of(histories.user), histories.item, histories.offsets)
+        fold, weight = fold_of(histories.user), None
+        if self.weights is not None:
+            weight = self.weights[np.repeat(fold, np.diff(histories.offsets)), histories.item, histories.action]
+        return PooledHistories(self.of_each[:FOLDS], fold, histories.item, histories.offsets, weight)
 
     def of_rows(self, rows: Int) -> Float32s:
         """What questions of all folds read of model rows int64 [R]: float32 [R, FOLDS * r]."""
@@ -108,16 +170,18 @@ class ItemSpaces:
 class PooledHistories:
     """Pooled vectors of H histories, at any place."""
 
-    def __init__(self, spaces: Float32s, fold: Int, item: Int, offsets: Int) -> None:
+    def __init__(self, spaces: Float32s, fold: Int, item: Int, offsets: Int, weight: Float32s | None = None) -> None:
         """
         Args:
             spaces: float32 [F, V1, r].
             fold: int64 [H] which of the spaces each history reads.
             item: int64 [T] model rows, from each history's first event on.
             offsets: int64 [H + 1].
+            weight: float32 [T] of events; None weighs all the same.
         """
         self._spaces, self._fold, self._offsets = spaces, fold, offsets
-        self._sums = np.concatenate([np.zeros((1, spaces.shape[2])), spaces[np.repeat(fold, np.diff(offsets)), item]])
+        vectors = weighted(spaces[np.repeat(fold, np.diff(offsets)), item], weight)
+        self._sums = np.concatenate([np.zeros((1, spaces.shape[2])), vectors])
         np.cumsum(self._sums, axis=0, out=self._sums)  # twice as fast in place
 
     def at(self, requests: CounterRequests, tail_len: int) -> Float32s:
@@ -193,17 +257,24 @@ class ItemRates:
         return self.of_each[fold_of(user), item]
 
 
-def pooled_vectors(space: Float32s, sums: Floats, recent: Int) -> Float32s:
+def weighted(vectors: Float32s, weight: Float32s | None) -> Float32s:
+    """Vectors float32 [..., r] times weights [...] of their events, if there are any."""
+    return vectors if weight is None else vectors * weight[..., None]
+
+
+def pooled_vectors(space: Float32s, sums: Floats, recent: Int, weight: Float32s | None = None) -> Float32s:
     """The pooled vectors of requests, float32 [B, J, r], each of length 1, or 0 without events.
 
     Args:
         space: float32 [V1, r].
         sums: float64 [B, r] of the vectors of the events that the record covers, and of the newer ones in the tail.
         recent: int64 [B, L] model rows of the tail, right-aligned; 0 pads.
+        weight: float32 [B, L] of the events; None weighs all the same.
     """
     both = np.empty((len(sums), 2, space.shape[1]))
     both[:, 0] = sums
-    space[recent[:, -NUM_POOLED:]].sum(1, dtype=np.float64, out=both[:, 1])
+    newest = weighted(space[recent[:, -NUM_POOLED:]], None if weight is None else weight[:, -NUM_POOLED:])
+    newest.sum(1, dtype=np.float64, out=both[:, 1])
     return unit(both)
 
 
@@ -228,17 +299,25 @@ def _space(user: Int, row: Int, num_rows: int, dim: int, seed: int) -> Float32s:
     """float32 [num_rows, dim] from distinct pairs of a user and a model row, int64 [E], sorted."""
     num_users = np.bincount(row, minlength=num_rows)
     _, user, length = np.unique(user, return_inverse=True, return_counts=True)
-    kept = num_users[row] >= MIN_USERS
-    user, row, weight = user[kept], row[kept], length[user[kept]] ** -0.5 * num_users[row[kept]] ** -0.25
+    weight = length[user] ** -0.5 * num_users[row] ** -0.25
+    return _factors(user, row, weight, num_rows, dim, seed, GRID)
+
+
+def _factors(user: Int, row: Int, value: Floats, num_rows: int, dim: int, seed: int, grid: float) -> Float32s:
+    """Vectors of length 1 of the columns of a matrix, float32 [num_rows, dim], rounded to multiples of `grid`. Its
+    entries are [E], sorted by user and row."""
+    kept = np.bincount(row, minlength=num_rows)[row] >= MIN_USERS
+    kept[row == UNKNOWN] = False
+    row, value = row[kept], value[kept]
     out = np.zeros((num_rows, dim), np.float32)
     if not len(row):
         return out
     import torch  # Only fitting a space needs it.
 
     rows, column = np.unique(row, return_inverse=True)  # most items of a large catalog have too few users
-    shape = len(length), len(rows)
-    index, value = torch.from_numpy(np.stack([user, column])), torch.from_numpy(weight.astype(np.float32))
-    matrix = torch.sparse_coo_tensor(index, value, shape, is_coalesced=True, check_invariants=False)
+    shape = int(user.max()) + 1, len(rows)
+    index, entries = torch.from_numpy(np.stack([user[kept], column])), torch.from_numpy(value.astype(np.float32))
+    matrix = torch.sparse_coo_tensor(index, entries, shape, is_coalesced=True, check_invariants=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         left, scale, _ = torch.svd_lowrank(matrix, q=min(dim + OVERSAMPLING, *shape), niter=POWER_ITERATIONS)
@@ -247,5 +326,5 @@ def _space(user: Int, row: Int, num_rows: int, dim: int, seed: int) -> Float32s:
     size = np.linalg.norm(vectors, axis=1, keepdims=True)
     # Where an item has no part in these dimensions, only rounding errors remain.
     vectors = np.where(size > 1e-5 * size.max(), vectors / np.maximum(size, 1e-30), 0)
-    out[rows, : vectors.shape[1]] = np.round(vectors / GRID) * GRID
+    out[rows, : vectors.shape[1]] = np.round(vectors / grid) * grid
     return out

@@ -94,7 +94,10 @@ class ServingGraph(nn.Module):
         if table is None:
             table = model.item_vectors(torch.arange(count + 1))
         self._tables(candidate=table, retrieval=retrieval, empty=model.empty_summary())
-        self._tables(space=model.item_space if config.space_dim else None)
+        self._tables(
+            space=model.item_space if config.space_dim else None,
+            weight=model.item_space_weights if config.space_dim else None,
+        )
         self.heads = _heads(model, self.stage)
         encoder = model.encoder
         self._tables(
@@ -128,6 +131,8 @@ class ServingGraph(nn.Module):
     """int64 [categories, 1 + V] (`ItemKeys.categories`)."""
     space_table: Tensor | None
     """[1 + V, r] (`RankingModel.item_space`)."""
+    weight_table: Tensor | None
+    """[1 + V, A] (`RankingModel.item_space_weights`)."""
     gap_bounds: Tensor
     """int64 ms, ascending: where buckets begin."""
 
@@ -188,7 +193,11 @@ class ServingGraph(nn.Module):
             of_tasks = self.counters.with_event_counts(codes, num_events)
         pooled = None
         if self.space_table is not None:
-            pooled = self._pooled(given, found, items, aligned("tail_is_new"))
+            weight = None
+            if self.weight_table is not None:
+                of_actions = F.embedding(items, self.weight_table)
+                weight = of_actions.gather(2, aligned("tail_actions").unsqueeze(2))
+            pooled = self._pooled(given, found, items, weight, aligned("tail_is_new"))
         seen = torch.full((1,), self.tail_len)
         out = []
         if "logits" in self.outputs:
@@ -231,10 +240,14 @@ class ServingGraph(nn.Module):
         categories = dict(zip(self.categories, tables, strict=True))
         return keys_of(self.counters.spec.fields, categories, self.sizes, item, time, previous, self.actions, action)
 
-    def _pooled(self, given: dict[str, Tensor], found: Tensor, items: Tensor, is_new: Tensor) -> Tensor:
-        """Pooled vectors [B, J, r] (`request_pooled`) with the tail's items int64 [B, L]; bool [B, L]: the new ones."""
+    def _pooled(
+        self, given: dict[str, Tensor], found: Tensor, items: Tensor, weight: Tensor | None, is_new: Tensor
+    ) -> Tensor:
+        """Pooled vectors [B, J, r] (`request_pooled`) with the tail's items int64 [B, L], the weights [B, L, 1] of its
+        events, and bool [B, L]: the new ones."""
         assert self.space_table is not None
         vectors = F.embedding(items, self.space_table).double()
+        vectors = vectors if weight is None else vectors * weight
         of_record = given["summary"][:, -1, : self.space_dim].double() * given["event_count"].unsqueeze(1)
         new = (vectors * is_new.unsqueeze(-1)).sum(1)
         sums = torch.stack([of_record * found.unsqueeze(1) + new, vectors[:, -NUM_POOLED:].sum(1)], 1)

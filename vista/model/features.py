@@ -140,6 +140,8 @@ class Schema:
     """Whether summaries were trained to be decoded (`optim.reconstruction_weight`)."""
     examined_tasks: list[str] = field(default_factory=list)
     """Tasks whose scores are probabilities for items that users look at (`optim.examined_tasks`)."""
+    residual_task: str | None = None
+    """The task whose labels the item space is made of (`LabelResiduals`); None for a space of events."""
 
     def __post_init__(self) -> None:
         for key, most in (("actions", MAX_ACTIONS), ("tasks", MAX_TASKS), ("examined_tasks", MAX_TASKS)):
@@ -153,6 +155,8 @@ class Schema:
                 f"schema.{key}",
                 f"a name has at most {MAX_NAME_BYTES} bytes",
             )
+        if self.residual_task is not None:
+            require(type(self.residual_task) is str, "schema.residual_task", "must be a text or null")
         for key in FEATURE_KEYS:
             features = getattr(self, key)
             require(

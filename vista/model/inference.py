@@ -76,13 +76,14 @@ EVENTS_AT_ONCE = 1 << 16
 
 
 @torch.inference_mode()
-def pooled_sums(model: VistaModel, item: NDArray[Any], offsets: Int) -> NDArray[np.float64]:
+def pooled_sums(model: VistaModel, item: NDArray[Any], action: NDArray[Any], offsets: Int) -> NDArray[np.float64]:
     """Sums of the vectors of packed events, float64 [N, r]; r is 0 for a model without pooled vectors.
 
     They are exact, so they have the same bits whichever events are added first.
 
     Args:
         item: int [T] model rows, as histories have them.
+        action: int [T] codes.
         offsets: int64 [N + 1].
     """
     sums = torch.zeros(len(offsets) - 1, model.config.space_dim, dtype=torch.float64, device=model.device)
@@ -90,7 +91,11 @@ def pooled_sums(model: VistaModel, item: NDArray[Any], offsets: Int) -> NDArray[
         owner, row = np.repeat(np.arange(len(sums)), np.diff(offsets)), item.astype(np.int64)
         for first in range(0, len(row), EVENTS_AT_ONCE):
             part = slice(first, first + EVENTS_AT_ONCE)
-            vectors = model.item_space[torch.from_numpy(row[part]).to(model.device)]
+            index = torch.from_numpy(row[part]).to(model.device)
+            vectors = model.item_space[index]
+            if (weights := model.item_space_weights) is not None:
+                own = torch.from_numpy(action[part].astype(np.int64)).to(model.device)
+                vectors = vectors * weights[index, own, None]
             sums.index_add_(0, torch.from_numpy(owner[part]).to(model.device), vectors.double())
     return sums.cpu().numpy()
 

@@ -161,6 +161,8 @@ class RankingModel(nn.Module, Readings):
     item_space: Tensor
     """float32 [1 + V, r] of all users (`ItemSpaces`), 0 for items that stage 1 was not trained on. Only with pooled
     vectors."""
+    item_space_weights: Tensor | None
+    """float32 [1 + V, A] of events in sums over the item space, by their action; None if all weigh the same."""
     item_rates: Tensor
     """float32 [1 + V, num_tasks] of all users (`ItemRates`). Only with pooled vectors and tasks."""
     transition_items: Tensor
@@ -206,6 +208,9 @@ class RankingModel(nn.Module, Readings):
         num_pooled = len(Pooled) if config.space_dim else 0
         if num_pooled:
             self.register_buffer("item_space", torch.zeros(1 + len(items), config.space_dim))
+            has_weights = schema.residual_task is not None
+            weights = torch.zeros(1 + len(items), len(schema.actions)) if has_weights else None
+            self.register_buffer("item_space_weights", weights)
         if num_pooled and schema.tasks:
             self.register_buffer("item_rates", torch.zeros(1 + len(items), len(schema.tasks)))
             self._register_statistics()

@@ -54,7 +54,13 @@ def with_items(model: VistaModel, ids: Ids, features: Columns) -> VistaModel:
     if "item_statistics" in weights:
         least = model.item_statistics[1:].amin(0)  # those of the rarest items
         weights["item_statistics"] = torch.cat([model.item_statistics, least.expand(count, -1)])
-    of_users = {"item_space", "item_rates", "transition_items", "transition_weights"}  # no user had the new items yet
+    of_users = {
+        "item_space",
+        "item_space_weights",
+        "item_rates",
+        "transition_items",
+        "transition_weights",
+    }  # no user had the new items yet
     for name in of_users & weights.keys():
         weights[name] = F.pad(weights[name], (0, 0, 0, count))
     made.load_state_dict(weights)

@@ -133,7 +133,10 @@ class ServingModel(Readings):
     def of(cls, model: VistaModel, empty: Float32s) -> ServingModel:
         """A model in memory, whose weights are views if it is on the CPU. `empty`: as the field."""
         # On another device, the C++ library does not compute scores, and requests read some tables of items alone.
-        state, read = model.state_dict(), ("item_space", "item_statistics", "item_rates", "transition_items")
+        state, read = (
+            model.state_dict(),
+            ("item_space", "item_space_weights", "item_statistics", "item_rates", "transition_items"),
+        )
         weights = {n: w.detach().cpu().numpy() for n, w in state.items() if w.device.type == "cpu" or n in read}
         return cls(
             model.config,

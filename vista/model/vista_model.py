@@ -558,7 +558,12 @@ class VistaModel(RankingModel):
         parts: list[Any] = [settings.encode() + self.items.part(0, count).digest().encode()]
         for name, tensor in sorted(self.state_dict().items()):
             if name.startswith(STAGE1_WEIGHTS):
-                by_item = ("id_mask", "item_space", *(() if self.stage1.embedding_rows else ("item_table",)))
+                by_item = (
+                    "id_mask",
+                    "item_space",
+                    "item_space_weights",
+                    *(() if self.stage1.embedding_rows else ("item_table",)),
+                )
                 if name in by_item:
                     tensor = tensor[: 1 + count]
                 parts.append(name.encode() + str(tuple(tensor.shape)).encode())

@@ -225,7 +225,7 @@ def sums_of_histories(model: VistaModel, histories: Histories) -> HistorySums:
     if (keys := model.item_keys) is not None:
         of_fields = keys.of_events(histories.item, histories.action, histories.timestamp, histories.offsets)
         tables = tuple(CounterTable.of(keys.spec, key, histories.timestamp, histories.offsets) for key in of_fields)
-    return HistorySums(tables, inference.pooled_sums(model, histories.item, histories.offsets))
+    return HistorySums(tables, inference.pooled_sums(model, histories.item, histories.action, histories.offsets))
 
 
 def to_arrays(

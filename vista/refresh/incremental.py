@@ -482,7 +482,7 @@ def _with_new_events(model: VistaModel, states: StateArrays, new: Histories, bef
         keys_of_new = keys.of_events(new.item, new.action, new.timestamp, new.offsets, before)
         of_fields = zip(states.counters, keys_of_new, strict=True)
         tables = tuple(table.appended(key, new.timestamp, new.offsets) for table, key in of_fields)
-    return HistorySums(tables, states.pooled + inference.pooled_sums(model, new.item, new.offsets))
+    return HistorySums(tables, states.pooled + inference.pooled_sums(model, new.item, new.action, new.offsets))
 
 
 def _user_features(model: VistaModel, log: EventLog) -> Callable[[Int], RowFeatures]:

@@ -19,7 +19,7 @@ from vista.arrays import Float32s, Int, id_array, is_tensor, offsets_of
 from vista.counters.counters import CounterCodes, cells_of, decode_values
 from vista.counters.keys import ItemKeys, UserCounters, newest_items
 from vista.errors import shown
-from vista.examples.item_spaces import pooled_vectors
+from vista.examples.item_spaces import pooled_vectors, weighted
 from vista.log.histories import DAY_MS, LATEST_MS, YEAR_1971_MS, RowColumn
 from vista.model.features import EncodedRows
 from vista.model.serving_model import PaddedTail, Readings, ServingModel
@@ -246,11 +246,13 @@ def request_pooled(
     if not (width := model.config.space_dim):
         return None
     space: Float32s = model.weights["item_space"]
+    weights = model.weights.get("item_space_weights")
     sums = stored.summary[:, -1, :width].astype(np.float64) * stored.event_count[:, None]
     if np.count_nonzero(is_fresh):
         owner = np.repeat(np.arange(len(sums)), np.diff(tail.offsets))
-        np.add.at(sums, owner[is_fresh], space[tail.items[is_fresh]])
-    return pooled_vectors(space, sums, padded.item)
+        items, actions = tail.items[is_fresh], tail.actions[is_fresh]
+        np.add.at(sums, owner[is_fresh], weighted(space[items], None if weights is None else weights[items, actions]))
+    return pooled_vectors(space, sums, padded.item, None if weights is None else weights[padded.item, padded.action])
 
 
 def _rectangle(rows: Int, users: slice, columns: slice) -> Int:

@@ -356,6 +356,8 @@ class _Words:
         assert self._cosines is not None and self._mean_cosines is not None
         own, mean = float(self._cosines[place, pooled]), float(self._mean_cosines[pooled])
         verb = "goes with" if own > mean else "is unlike"
+        if (task := self._model.schema.residual_task) is not None:
+            verb = f"{task} is {'more' if own > mean else 'less'} likely after similar items of"
         return f"{verb} {what} (similarity {own:.2f}, on average {mean:.2f})"
 
     def _similar(self, rows: Int, place: int) -> list[Any]:

@@ -24,7 +24,7 @@ from vista.config.model_config import (
     parts_of,
 )
 from vista.errors import ConfigError, DataError, shown
-from vista.examples.batch_source import ModelReads, trained_tasks, visible_rows
+from vista.examples.batch_source import ModelReads, label_residuals, trained_tasks, visible_rows
 from vista.examples.item_statistics import item_counts
 from vista.log.event_log import EventLog
 from vista.log.features import Columns, row_features, selected
@@ -144,6 +144,7 @@ def model_reads(model: RankingModel, log: EventLog) -> ModelReads:
         num_known=model.num_trained_items,
         has_features=model.rows_with_features(),
         keys=model.item_keys,
+        residual_task=model.schema.residual_task,
         encode_events=log_encoder(model.event_features, log.event_features),
         encode_requests=_request_encoder(model.request_features, log),
         encode_users=LogUsers(model.user_features, log).encoded_with_unknown,
@@ -307,9 +308,21 @@ def schema_and_readers(log: EventLog, config: TrainConfig, since: int | None = N
         num_tail_features=num_tail_features,
         has_decoder=config.trains_decoder,
         examined_tasks=list(config.optim.examined_tasks),
+        residual_task=_residual_task(log, config, tasks),
         **{name: reader.columns for name, reader in readers.items()},
     )
     return schema, readers
+
+
+def _residual_task(log: EventLog, config: TrainConfig, tasks: list[str]) -> str | None:
+    """The first task whose labels actions tell, if labels alone are trained; None without one. Labels of impressions
+    that users may not have looked at say little of items."""
+    is_asked = config.model.space_dim > 0 and not config.ranks_items and not config.optim.examined_tasks
+    if not is_asked or not 1 < len(log.actions) <= MOST_ACTIONS:
+        return None
+    counts, rows = visible_counts(log, split_until(config.data, "train")), np.arange(1, 1 + log.num_items)
+    told = (task for task in tasks if label_residuals(log, rows, counts, config.data, task) is not None)
+    return next(told, None)
 
 
 def encoded_features(log: EventLog, items: Vocabulary, schema: Schema) -> ItemFeatureTable | None:

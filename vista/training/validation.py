@@ -189,7 +189,10 @@ class SummaryAnswers:
         pooled = None
         if model.stage1.pooled_dim:
             space, fold = model.item_space.cpu().numpy()[None], np.zeros(len(whole.user), np.int64)
-            pooled = PooledHistories(space, fold, whole.item, whole.offsets)
+            weight = None
+            if model.item_space_weights is not None:
+                weight = model.item_space_weights.cpu().numpy()[whole.item, whole.action]
+            pooled = PooledHistories(space, fold, whole.item, whole.offsets, weight)
         return counters, pooled, requests
 
     def _model_rows(self, histories: Histories) -> Histories:

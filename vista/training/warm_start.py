@@ -154,7 +154,7 @@ class WarmStart:
         self._items_in = "id_mask" if config.model.embedding_rows else "item_table"
         """The weight with a row per item."""
         rows = self._item_rows()
-        self._rows: dict[str, Tensor] = {self._items_in: rows, "item_space": rows}
+        self._rows: dict[str, Tensor] = {self._items_in: rows, "item_space": rows, "item_space_weights": rows}
         """By name of a weight: for each of its rows, int64, the earlier model's row, or -1. Other weights are taken
         as they are."""
 
@@ -202,7 +202,8 @@ class WarmStart:
         tasks_change = base.schema.tasks != schema.tasks
         self._match(ACTION_WEIGHTS, base.schema.actions, schema.actions)
         self._match(TASK_WEIGHTS, base.schema.tasks, schema.tasks)
-        for name in weights.keys() & earlier.keys() - set(MEASURED_WEIGHTS):
+        measured = {*MEASURED_WEIGHTS, *([] if self.freezes else ["item_space_weights"])}
+        for name in weights.keys() & earlier.keys() - measured:
             if name.startswith(HEAD_WEIGHTS) and tasks_change:
                 continue
             weights[name] = self._fitted(name, earlier[name], weights[name].clone())
@@ -409,6 +410,9 @@ def start_model(
     take_item_values(model, source)
     if source.spaces is not None and config.base is None and (warm is None or not warm.freezes):
         model.item_space.copy_(torch.from_numpy(source.spaces.of_all(1 + len(model.items))))
+        if model.item_space_weights is not None:
+            weights = torch.from_numpy(source.spaces.weights_of_all(1 + len(model.items)))
+            model.item_space_weights[:, : weights.shape[1]] = weights  # actions that only the model knows come last
     if source.transitions is not None and model.transitions is not None:
         model.transitions.copy_(source.transitions.table(1 + len(model.items)))
     if config.base is None:  # a base contains what is read here
