@@ -69,6 +69,7 @@ UNIT_OF_SUFFIX = {
     "_tb": "TB",
 }
 """Units that the end of a key's name says, the longest end first."""
+MOST_WORDS_OF_CELL = 24
 _COUNTED = re.compile(
     r"(?:\b[Nn]umber of|\bin) (?:[\w'-]+ ){0,4}?((?:actor|candidate|code|connection|core|cut|day|epoch|event|function|"
     r"head|impression|interest|item|layer|level|message|minute|negative|pair|position|question|request|row|step|text|"
@@ -147,8 +148,18 @@ def _key_tables(listed: ConfigKeys, command: str) -> Iterator[str]:
 
 
 def _key_table(keys: list[ConfigKey]) -> str:
-    rows = ((f"`{key.name}`", _type(key), unit_of(key), f"`{value_text(key.default)}`", _text(key.doc)) for key in keys)
-    return _table(("Key", "Type", "Unit", "Default", "Meaning"), rows)
+    """A table of keys, and below it what is too long for a cell."""
+    rows, notes = list[tuple[str, ...]](), list[str]()
+    for key in keys:
+        sentences, fit = re.split(r"(?<=\.)\s+", _text(key.doc)), 0
+        while fit < len(sentences) and len(" ".join(sentences[: fit + 1]).split()) <= MOST_WORDS_OF_CELL:
+            fit += 1
+        meaning = " ".join(sentences[:fit]) or "See below."
+        rows.append((f"`{key.name}`", _type(key), unit_of(key), f"`{value_text(key.default)}`", meaning))
+        if fit < len(sentences):
+            notes.append(f"- `{key.name}`: {' '.join(sentences[fit:])}")
+    table = _table(("Key", "Type", "Unit", "Default", "Meaning"), iter(rows))
+    return "\n\n".join([table, "\n".join(notes)] if notes else [table])
 
 
 def unit_of(key: ConfigKey) -> str:

@@ -119,7 +119,8 @@ def run(data: Path | None, out: Path, overrides: list[str], sizes: DemoSizes = F
     print(tested, served, sep="\n")
     with Scorer.open(model, folder / "store") as scorer:
         user = log.users.ids(np.array([0])).tolist()[0]
-        ranking = scorer.rank(user, top_k=5, exclude_tail=True)
+        _, end = log.time_range() or (0, 0)
+        ranking = scorer.rank(user, top_k=5, exclude_tail=True, now=end)
         print(
             f"user {user}: " + ", ".join(f"{i} ({s:.3f})" for i, s in zip(ranking.items, ranking.scores, strict=True))
         )

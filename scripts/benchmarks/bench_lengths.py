@@ -87,10 +87,11 @@ def request(
     refresh(model, log, folder / "store")  # type: ignore[arg-type]
     scorer = opened.enter_context(Scorer.open(folder / "model", folder / "store"))
     candidates, ids = scorer.encode(log.items.ids(items)), log.users.ids(np.arange(log.num_users))
+    _, now = log.time_range() or (0, 0)
 
     def ask() -> object:
         user = next(rows)
-        return scorer.score(ids[user : user + 1], candidates)
+        return scorer.score(ids[user : user + 1], candidates, now=now)
 
     return ask
 

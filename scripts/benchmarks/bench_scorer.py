@@ -123,6 +123,13 @@ class ScorerWorkload:
         ids = self.log.items.ids(np.arange(self.log.num_items))
         return np.asarray(np.random.default_rng(7).choice(ids, shape, replace=False))
 
+    @property
+    def now(self) -> int:
+        """The time of all requests: that of the log's newest event."""
+        times = self.log.time_range()
+        assert times is not None
+        return times[1]
+
     def request(self, num_users: int, num_candidates: int) -> tuple[list[int], Int]:
         """Users 1, 2, … and their candidates: [B, C], or [C] for one user."""
         ids = self.candidates(num_users, num_candidates)
@@ -252,13 +259,13 @@ def untrained_with_features(log: EventLog, *, dim: int, num_seeds: int) -> Vista
     return with_drawn_weights(model)
 
 
-def check(scorer: Scorer, users: Sequence[int], ids: Int, precision: Precision = Precision.float32) -> None:
+def check(scorer: Scorer, users: Sequence[int], ids: Int, now: int, precision: Precision = Precision.float32) -> None:
     """Require probabilities that differ between users and do not depend on the other candidates of the list."""
     tolerance = TOLERANCE[precision]
-    together = scorer.score(users, ids)
+    together = scorer.score(users, ids, now=now)
     rows = np.broadcast_to(ids, together.shape)
-    alone = np.concatenate([scorer.score([user], row) for user, row in zip(users, rows, strict=True)])
-    few = scorer.score(users, ids[..., :20])
+    alone = np.concatenate([scorer.score([user], row, now=now) for user, row in zip(users, rows, strict=True)])
+    few = scorer.score(users, ids[..., :20], now=now)
     assert together.shape == (len(users), ids.shape[-1]) and ((together > 0) & (together < 1)).all()
     assert np.allclose(together, alone, atol=tolerance) and np.allclose(few, together[:, :20], atol=tolerance)
     assert len(users) == 1 or not np.allclose(together[0], together[1], atol=tolerance)
@@ -274,9 +281,10 @@ def bench_history(recorder: BenchmarkRecorder, workload: ScorerWorkload, lengths
     rounds = 9 if recorder.quick else 41
     with open_scorer(workload) as scorer:
         ids = workload.candidates(NUM_CANDIDATES)
-        check(scorer, [1, 2], ids)
+        check(scorer, [1, 2], ids, workload.now)
+        ask = partial(scorer.score, now=workload.now)
         users = interleaved(
-            {"short": partial(scorer.score, [1], ids), "long": partial(scorer.score, [2], ids)},
+            {"short": partial(ask, [1], ids), "long": partial(ask, [2], ids)},
             rounds=rounds,
             warmup=5,
             min_sample_s=0.02,
@@ -290,9 +298,9 @@ def bench_history(recorder: BenchmarkRecorder, workload: ScorerWorkload, lengths
         )
         lists = {count: workload.candidates(count) for count in (50, 500, 5000)}
         contestants: dict[str, Callable[[], object]] = {
-            f"{count} candidates": partial(scorer.score, [2], some) for count, some in lists.items()
+            f"{count} candidates": partial(ask, [2], some) for count, some in lists.items()
         }
-        contestants["500 candidates, encoded beforehand"] = partial(scorer.score, [2], scorer.encode(lists[500]))
+        contestants["500 candidates, encoded beforehand"] = partial(ask, [2], scorer.encode(lists[500]))
         for case, timing in interleaved(contestants, rounds=rounds // 2 + 1, warmup=3).items():
             recorder.add_time(f"{workload}, {case}: median", timing, "ms")
             recorder.add(f"{workload}, {case}: p99", timing.p99_s * 1e3, "ms")
@@ -307,10 +315,10 @@ def bench_roofline(recorder: BenchmarkRecorder, workload: ScorerWorkload, precis
     with open_scorer(workload, precision) as scorer:
         for case, (num_users, num_candidates) in CALLS.items():
             users, ids = workload.request(num_users, num_candidates)
-            check(scorer, users, ids, precision)
+            check(scorer, users, ids, workload.now, precision)
             roofline = scorer_roofline(workload.model.config, num_users, num_candidates, precision)
-            call = partial(scorer.score, users, scorer.encode(ids))
-            assert np.allclose(call(), scorer.score(users, ids), atol=TOLERANCE[precision])
+            call = partial(scorer.score, users, scorer.encode(ids), now=workload.now)
+            assert np.allclose(call(), scorer.score(users, ids, now=workload.now), atol=TOLERANCE[precision])
             timing = interleaved(
                 {"ours": call, **roofline.calls()},
                 rounds=rounds,
@@ -342,12 +350,13 @@ def bench_recompute(recorder: BenchmarkRecorder, workload: ScorerWorkload, user:
     ids = workload.candidates(NUM_CANDIDATES)
     with open_scorer(workload, precision) as cached, open_scorer(workload, precision) as recomputing:
         pool = cached.encode(ids)
-        calls = {"cached": partial(cached.score, [user], pool), "recomputed": partial(recomputing.score, [user], pool)}
+        scorers = {"cached": cached, "recomputed": recomputing}
+        calls = {name: partial(scorer.score, [user], pool, now=workload.now) for name, scorer in scorers.items()}
         with (
             patch.object(recomputing.store, "get_many", recomputed_summaries(workload, precision)),
             patch.object(recomputing.store, "record", lambda users: None),  # so that `get_many` answers
         ):
-            check(recomputing, [user, user - 1], ids, precision)
+            check(recomputing, [user, user - 1], ids, workload.now, precision)
             stored, made = (call() for call in calls.values())
             assert np.allclose(stored, made, atol=INT8_TOLERANCE + TOLERANCE[precision])
             assert not np.array_equal(stored, made)
@@ -466,7 +475,7 @@ def bench_features(recorder: BenchmarkRecorder, workload: ScorerWorkload, featur
         Scorer.open(workload.model_dir, workload.store, task=TASK) as plain,
         Scorer.open(featured.model_dir, featured.store, task=TASK) as ours,
     ):
-        newest = max(int(workload.log[user].timestamp[-1]) for user in range(1, workload.log.num_users + 1))
+        newest = workload.now
         for case, (num_users, num_candidates) in FEATURE_CALLS.items():
             users, ids = workload.request(num_users, num_candidates)
             request: dict[str, Any] = {name: [value] * num_users for name, value in REQUEST.items()}

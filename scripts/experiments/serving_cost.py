@@ -27,10 +27,11 @@ NUM_CANDIDATES, NUM_REQUESTS, WARM_UP = 500, 60, 10
 
 
 def scorer_latency_ms(scorer: Scorer, log: EventLog) -> float:
-    """Median over requests, for the first task, or for the next item if there is no task."""
+    """Median over requests at the end of the log, for the first task, or for the next item if there is no task."""
     users, items = _workload(log)
     candidates, ids = scorer.encode(log.items.ids(items)), log.users.ids(users)
-    return _median_ms(lambda request: scorer.score(ids[request : request + 1], candidates))
+    _, now = log.time_range() or (0, 0)
+    return _median_ms(lambda request: scorer.score(ids[request : request + 1], candidates, now=now))
 
 
 def history_model_latency_ms(model: HistoryModel, log: EventLog) -> float:

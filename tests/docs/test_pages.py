@@ -11,6 +11,7 @@ import pytest
 
 from docs.build_site import PAGES_ELSEWHERE, pages_of_nav
 from docs.check_links import lines_outside_code
+from docs.generate_reference import reference_pages
 from docs.notebook_pages import notebook_pages
 from tests.docs.page import blocks_of, line_matches, steps_of
 from tests.docs.run_page import ROOT, TIME_LIMIT_S, PageFailed, check_page
@@ -112,10 +113,10 @@ SPECIFICATION = "reference/file-formats.md"
 LINK = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 
 
-def written_pages() -> dict[str, str]:
-    """The text outside of code of README.md and of the site's pages, except those that are generated, by name."""
+def written_pages(**generated: str) -> dict[str, str]:
+    """The text outside of code of README.md, of the site's pages that are written, and of `generated`, by name."""
     notebooks = notebook_pages(ROOT)
-    texts = {"README.md": README.read_text()}
+    texts = {"README.md": README.read_text(), **generated}
     for name in pages_of_nav(ROOT):
         source = next((page for page, there in PAGES_ELSEWHERE.items() if there == name), f"docs/{name}")
         if name in notebooks:
@@ -137,7 +138,7 @@ def test_the_site_and_the_readme_are_short() -> None:
 
 def test_sentences_and_cells_are_short() -> None:
     long = []
-    for name, text in written_pages().items():
+    for name, text in written_pages(**reference_pages()).items():
         paragraphs = re.split(r"\n\s*\n|\n(?=\s*(?:[-*|#]|\d+\. ))", LINK.sub(r"\1", text))
         for paragraph in map(str.strip, paragraphs):
             if paragraph.startswith("|"):

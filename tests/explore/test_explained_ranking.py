@@ -29,7 +29,7 @@ from vista.explore.workspace import Workspace, open_page_scorer, record_of
 from vista.log.event_log import EventLog
 from vista.log.histories import NO_TIMESTAMP
 from vista.refresh import refresh
-from vista.scorer import NOW, Ranking
+from vista.scorer import Ranking
 from vista.serve.scoring_service import ScoringService
 
 USER = 104
@@ -58,7 +58,7 @@ def test_shell_http_page_and_explanations_share_a_default_time(
     told = json.loads(service.explain(asked, "application/json").body)
     assert told["now"] == expected
     np.testing.assert_allclose(told["value"], scorer.explain(USER, ranked.items, now=expected).value)
-    np.testing.assert_allclose(scorer.explain(USER, ranked.items, now=NOW).value, told["value"])
+    np.testing.assert_allclose(scorer.explain(USER, ranked.items).value, told["value"])
     shell = ScoreConfig(model=str(places.model), store=str(places.store), users=[str(USER)], top_k=5)
     (line,) = run_score(shell).splitlines()[1:]
     pairs = ", ".join(f"{item} {score:.4f}" for item, score in zip(ranked.items, ranked.scores, strict=True))

@@ -177,7 +177,7 @@ def test_generations_are_listed_with_the_served_one_first(served: Served, tmp_pa
     rows, problems = generation_rows(str(tmp_path / "store"))
     assert [(row["generation"], row["state"], row["users"]) for row in rows] == [(2, "served", 16), (1, "kept", 16)]
     assert [row["events"] for row in rows] == ["all", "until=leave-last-out"]
-    assert problems == [] and rows[0]["summary"] == "3 x 16" and rows[0]["tail"] == 6 and rows[0]["bytes per user"] > 0
+    assert problems == [] and rows[0]["vectors"] == "3 x 16" and rows[0]["tail"] == 6 and rows[0]["bytes per user"] > 0
     (environment_path(tmp_path / "store", 1) / "data.mdb").write_bytes(b"damaged")
     rows, problems = generation_rows(str(tmp_path / "store"))
     assert rows[1] == {"generation": 1, "state": "damaged"} and problems[0].startswith("gen-1: ")

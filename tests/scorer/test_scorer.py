@@ -134,7 +134,7 @@ def test_all_shapes_agree(kind: str, request: pytest.FixtureRequest) -> None:
 
 def test_tensors_in_tensors_out(scorer: Scorer) -> None:
     expected = scorer.score(USERS, ITEMS)
-    scores = scorer.score(torch.tensor(USERS), torch.tensor(ITEMS), now=None)
+    scores = scorer.score(torch.tensor(USERS), torch.tensor(ITEMS))
     assert isinstance(scores, torch.Tensor) and scores.dtype == torch.float32
     np.testing.assert_array_equal(scores.numpy(), expected)
     scores += 1  # It is an ordinary, writable tensor.

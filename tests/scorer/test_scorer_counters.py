@@ -37,7 +37,7 @@ from vista.log.vocabulary import Vocabulary
 from vista.model import inference
 from vista.model.vista_model import VistaModel
 from vista.refresh import RefreshOptions, refresh
-from vista.scorer import NOW, Scorer, Tail
+from vista.scorer import Scorer, Tail
 from vista.scorer.request import Request, RequestCounters
 from vista.training.log_schema import schema_of
 
@@ -367,7 +367,7 @@ def times(number: float) -> str:
 def test_reasons_say_what_parts_with_positive_shares_hold(opened: Opened, task: str) -> None:
     user, tail = opened.users[2], opened.tail(TAIL_LEN, np.array([2]))
     model, items = opened.scorer.model, opened.scorer.item_vectors()[0].tolist()
-    told = opened.scorer.explain(user, items, task=task, tail=tail, now=NOW)
+    told = opened.scorer.explain(user, items, task=task, tail=tail)
     space, texts, parts, products = model.item_space.double(), set[str](), set[str](), set[str]()
     actions = set[str]()
     newest = [item for item in told.tail_items if item is not None]
@@ -419,7 +419,7 @@ def test_reasons_say_what_parts_with_positive_shares_hold(opened: Opened, task: 
 def test_counts_are_those_of_the_request(opened: Opened) -> None:
     user, tail = opened.users[2], opened.tail(TAIL_LEN, np.array([2]))
     items = opened.scorer.item_vectors()[0]
-    explanation = opened.scorer.explain(user, items, tail=tail)
+    explanation = opened.scorer.explain(user, items, tail=tail, now=None)
     counters = opened.counters([user], tail, None)
     fields = np.split(explanation.counts, counters.keys.spec.num_fields, axis=1)
     clock, newest = np.repeat(counters.codes.clock, len(items)), np.repeat(counters.newest, len(items))

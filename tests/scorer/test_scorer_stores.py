@@ -34,7 +34,7 @@ from vista.model.item_projections import CANDIDATE_FILE, RETRIEVAL_FILE, ItemPro
 from vista.model.saved_model import WEIGHTS_FILE
 from vista.model.vista_model import VistaModel
 from vista.refresh import erase, refresh
-from vista.scorer import NOW, Scorer
+from vista.scorer import Scorer
 from vista.scorer.request import MOST_IDLE_MS
 from vista.scorer.scorer import LATENCY_BOUNDS_MS, ScorerStats
 from vista.store.admin import compact_store
@@ -201,7 +201,7 @@ def test_the_source_of_an_answer(served: Served, tmp_path: Path) -> None:
     refresh(served.model, served.log, store)
     with Scorer.open(served.model_dir, store) as scorer:
         assert scorer.answered_from is None
-        scorer.score([*USERS, 999], ITEMS, now=NOW)
+        scorer.score([*USERS, 999], ITEMS)
         assert source_of(scorer) == (1, checksum)
         source, newest = scorer.answered_from, scorer.store.get_many(USERS).last_event_ts
         assert source is not None and source.known.tolist() == [True] * len(USERS) + [False]

@@ -31,8 +31,8 @@ from vista.log.event_log import EventLog
 from vista.log.inspection import ItemNames
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
-from vista.scorer import NOW, Scorer, Tail
-from vista.scorer.request import checked_tail, merge_tails
+from vista.scorer import Scorer, Tail
+from vista.scorer.request import NOW, checked_tail, merge_tails
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 

@@ -38,7 +38,7 @@ def test_a_corrected_model_predicts_clicks_of_items_that_are_looked_at(tmp_path:
         refresh(model, log, tmp_path / name / "store")
         users = log.users.ids(np.arange(log.num_users))
         with Scorer.open(model, tmp_path / name / "store") as scorer:
-            predicted = scorer.predict(users, log.items.ids(np.arange(log.num_items)))
+            predicted = scorer.predict(users, log.items.ids(np.arange(log.num_items)), now=None)
             with pytest.raises(ValueError, match="reads no features of requests"):
                 scorer.predict(users, [1], request={column: 1.0})
         means[name] = {task: float(values.mean()) for task, values in predicted.items()}

@@ -233,9 +233,9 @@ class SourceConfig(TimeUnit, TableFiles, SourceColumns):
     """Files of one table and the names of their columns."""
 
     kind: str = "table"
-    """Format of the files: table (Parquet, CSV, or TSV with the columns named below), a known format (npz, simulated),
-    a public data set (ml-1m, ml-latest-small, ml-100k, complete-journey, amazon-reviews-2023, kuairand, yambda,
-    assist17), or auto, which recognizes these by their file names."""
+    """Format of the files: table is Parquet, CSV, or TSV with the columns named below. npz and simulated are known
+    formats. Public data sets are ml-1m, ml-latest-small, ml-100k, complete-journey, amazon-reviews-2023, kuairand,
+    yambda, and assist17. auto recognizes all of these by their file names."""
     timestamp: str | None = None
     """Column of times. null for a table without times, whose events are in input order."""
     ids: IdType = IdType.auto
@@ -397,10 +397,10 @@ class StreamConfig:
     """File with settings of the Kafka client, one name=value per line, such as security.protocol, sasl.username,
     sasl.password, or ssl.ca.location, as librdkafka names them. Put passwords here; they are never printed."""
     start: StreamStart = StreamStart.oldest
-    """Where to start in topics that have no messages in the log: oldest (the oldest messages that the server still has)
-    or newest (messages sent after the first check). Later checks continue from the log's offsets."""
+    """Where to start in topics that have no messages in the log. oldest: at the oldest messages that the server still
+    has. newest: at those sent after the first check. Later checks continue from the log's offsets."""
     reset_offsets: bool = False
-    """Continue at the oldest message if the log's offsets do not fit the topic: the server has deleted the next
+    """Continue at the oldest message if the log's offsets do not fit the topic. Then the server has deleted the next
     messages, the topic was created again, or it is another topic. Set this for one run only, because it accepts lost
     events."""
     max_messages: int = 100_000
@@ -453,9 +453,9 @@ class SimulateConfig(Seeded):
     num_threads: int = 1
     """Number of threads. It does not change the result."""
     reference: bool = False
-    """Also report the best possible AUC and NE: those of the oracle, which knows the true probabilities, those possible
-    from the last 2,000, 200, and 32 events, and those of the best linear function of pooled vectors. Takes some
-    seconds."""
+    """Also report the best possible AUC and NE, those of the oracle, which knows the true probabilities. Others are
+    those possible from the last 2,000, 200, and 32 events, and those of the best linear function of pooled vectors.
+    Takes some seconds."""
 
     def __post_init__(self) -> None:
         Seeded.__post_init__(self)

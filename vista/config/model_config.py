@@ -75,13 +75,13 @@ class RankingConfig:
     ignore: list[str] = field(default_factory=list)
     """What of the log the model leaves out, of times, item_features, event_features, request_features, and
     user_features. Otherwise, event embeddings have the gap to the previous event in logarithmic buckets and the
-    features of events, item vectors have those of items, labeled tasks read those of requests, and candidates and user
-    vectors those of users, which summaries do not depend on."""
+    features of events. Item vectors have those of items, and labeled tasks read those of requests. Candidates and user
+    vectors read those of users, which summaries do not depend on."""
     hashed_features: list[str] = field(default_factory=list)
     """Categories whose values share a fixed number of rows by hashing, each written as name:rows, such as [url:10000].
     Values that did not occur in training then have a row too. In other categories, each value has its own row."""
     embedding_rows: int = 0
-    """Number of rows of one hashed table that item IDs, actions, and gaps share; each row is dim / 2 wide,
+    """Number of rows of one hashed table that item IDs, actions, and gaps share. Each row is dim / 2 wide,
     and two hash functions name the rows of a value. 0 uses separate tables with one row per value. Features have tables
     of their own (hashed_features)."""
     table: TableKind = TableKind.plain
@@ -227,18 +227,18 @@ class NextItemConfig(AttentionConfig):
     temperature: float | None = None
     """Temperature by which the retrieval head divides its cosines. null: 0.05, or 0.3 with counters."""
     counter_keys: list[str] | None = None
-    """What counters count, such as [item, brand, brand*month, previous*item]: how often and how recently the user had
-    each item, items of the same brand, items of the same brand in the same month of any year, and each item right after
-    the same item. The first key is item. The parts of the others are item, previous, month, weekday (both in UTC), and
-    features of items, which must be categories with at most one value per item. brand*action counts the events of each
-    action apart, and brand*action:click those of one action. If actions tell the answers, such as right and wrong, that
-    is how often the user was right. The store holds the highest counts with each summary. Items that a user had before
-    are scored by their counters. Other items are scored by how popular they are and how many users discover them, too,
-    by a learned amount per user. Labeled tasks read the counters of every candidate. [] is a model without counters.
-    null: [item] if items are ranked and users return to them (`data.exclude_seen` is false). Where labels are trained,
-    also up to two categories of items. Where these alone are trained, in a log of 2 to 16 actions, also actions, the
-    categories by action, and, if users return to items, the items by action. Else []. Over a base (`base`), null takes
-    this and the settings that follow from it from the base."""
+    """What counters count, such as [item, brand, brand*month, previous*item]. They count how often and how recently the
+    user had each item, and items of the same brand, overall and in the same month of any year. previous*item counts
+    each item right after the same item. The first key is item. The parts of the others are item, previous, month,
+    weekday (both in UTC), and features of items, which must be categories with at most one value per item. brand*action
+    counts the events of each action apart, and brand*action:click those of one action. If actions tell the answers,
+    such as right and wrong, that is how often the user was right. The store holds the highest counts with each summary.
+    Items that a user had before are scored by their counters. Other items are scored by how popular they are and how
+    many users discover them, too, by a learned amount per user. Labeled tasks read the counters of every candidate. []
+    is a model without counters. null: [item] if items are ranked and users return to them (`data.exclude_seen` is
+    false). Where labels are trained, also up to two categories of items. Where these alone are trained, in a log of 2
+    to 16 actions, also actions, the categories by action, and, if users return to items, the items by action. Else [].
+    Over a base (`base`), null takes this and the settings that follow from it from the base."""
     num_counters: int = 64
     """Number of counted values stored per user for each of counter_keys: those with the highest counts."""
     counter_days: list[float] = field(default_factory=lambda: [7.0, 30.0])
@@ -247,7 +247,7 @@ class NextItemConfig(AttentionConfig):
     """With counters, time constants, in events, of sums that decay with each newer event."""
     counted_dropout: float = 0.5
     """With counters, share of training questions, in [0, 1), in which counted items are scored without their cosine to
-    the user vector, so that training does not rely on cosines that were fitted to the same labels."""
+    the user vector. So training does not rely on cosines that were fitted to the same labels."""
     transitions: int = 50
     """With counters, number of followers per item that the model knows: the items that most often came right after it.
     Scores read sums over the followers of the user's newest events. An item takes 8 bytes per follower. 0 leaves them

@@ -43,8 +43,8 @@ class Scores(RunsOn, Keyed):
 
     __slots__ = ()
     on_missing: OnMissing = OnMissing.empty
-    """What an unknown user or item gets: the summary of an empty history (empty), a NaN or null score (nan), or an
-    error, which is a response with status 404 (raise)."""
+    """What an unknown user or item gets. empty: the summary of an empty history. nan: a NaN or null score. raise: an
+    error, which is a response with status 404."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -341,8 +341,8 @@ class ItemsEmbedConfig(RunsOn):
     """Vectors of the texts of items, from a sentence encoder that needs no network."""
 
     kind: str = "table"
-    """Format of the files: table (Parquet, CSV, or TSV with the columns named below), a public data set (ml-1m,
-    ml-latest-small, ml-100k, complete-journey, ...), or auto, which recognizes the folder of a data set."""
+    """Format of the files: table is Parquet, CSV, or TSV with the columns named below. Others are public data sets
+    (ml-1m, ml-latest-small, ml-100k, complete-journey, ...). auto recognizes the folder of a data set."""
     items: ItemTableConfig = field(default_factory=ItemTableConfig)
     """Table of items. Of a public data set only the paths are read."""
     columns: list[str] = field(default_factory=list)

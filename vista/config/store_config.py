@@ -83,10 +83,10 @@ class RefreshConfig(RunsOn, Keyed, UsesStore, UsesModel, UsesLog, RefreshOptions
     """Update only the users with new events, in the published generation. The format of the store stays as the full
     refresh set it."""
     until: str | None = None
-    """Events that summaries may cover: all (null), all but each user's last (leave-last-out), last N (leave-last-N-out)
-    or last P percent (leave-last-P-percent-out), or those before a time, which is an ISO date or time (UTC) or integer
-    milliseconds. TIME-less-N also hides the newest N of each user's events before that time, and
-    leave-last-P-percent-out-less-N those before the last P percent."""
+    """Events that summaries may cover. null: all. leave-last-out, leave-last-N-out, and leave-last-P-percent-out: all
+    but each user's last one, N, or P percent. A time, an ISO date or time (UTC) or integer milliseconds: those before
+    it. TIME-less-N also hides the newest N of each user's events before that time, and leave-last-P-percent-out-less-N
+    those before the last P percent."""
     shard: str | None = None
     """Written i/n: refresh only the users of shard i of n, into <store>/part-i-of-n, so that several machines can share
     the work. null refreshes all users."""
@@ -125,8 +125,8 @@ class WatchConfig(RunsOn, Keyed, UsesStore, UsesModel, UsesLog, ReadsRows):
     poll_s: float = 5.0
     """Number of seconds between two checks of the folder, the topics, or the log."""
     report_file: str | None = None
-    """JSON file with the report of the last successful check, for monitoring: its time, what it appended, and for
-    topics the rate and the number of waiting messages per partition."""
+    """JSON file with the report of the last successful check, for monitoring. It has its time, what it appended, and
+    for topics the rate and the number of waiting messages per partition."""
     once: bool = False
     """Check once and exit, as a scheduled job does. Topics are read to the end."""
 

@@ -58,9 +58,8 @@ class DataConfig:
     path: str = "data/log"
     """Folder of the EventLog; on the command line, `data=...` for short."""
     split: Split = Split.leave_last_out
-    """Which labels are test labels: each user's last event, with the one before for validation (leave-last-out), all
-    from a given time on (time), or the last share of each user's events, with the share before it for validation
-    (share)."""
+    """Which labels are test labels. leave-last-out: each user's last event, with the one before for validation. time:
+    all from a given time on. share: the last share of each user's events, with the share before it for validation."""
     validation_from: str | None = None
     """With split=time: labels from this time on are not used for training. ISO date or time (UTC), or integer
     milliseconds. The same time as test_from trains on all events before the test labels. null with any other split."""
@@ -69,11 +68,11 @@ class DataConfig:
     with any other split."""
     gap_minutes: float = 0.0
     """With split=time: number of minutes before the validation labels, and before the test labels, whose events are
-    left out: they are not labels, and no model or summary sees them. With impressions, it needs
+    left out. They are not labels, and no model or summary sees them. With impressions, it needs
     optim.task_weight=0."""
     refresh_days: float = 0.0
     """With split=time, for impressions: number of days between two refreshes of the store. Each impression is then
-    validated with the summaries of the last refresh before it, and so are those of `vista report`; the first refresh is
+    validated with the summaries of the last refresh before it, and so are those of `vista report`. The first refresh is
     just before the labels. Each refresh costs one pass over the histories per validation. 0 means a single refresh."""
     validation_share: float | None = None
     """With split=share: share of each user's events, in [0, 1), that are validation labels. They come just before the
@@ -84,8 +83,7 @@ class DataConfig:
     whole events. null takes 0.1 with split=share, and is the only value with any other split."""
     exclude_seen: bool | None = None
     """Whether validation and evaluation exclude items of the visible history from rankings (never the label). null
-    follows the log: false if users return to items, which is if at least 1 % of the training events repeat an item that
-    the user had before."""
+    follows the log: false if at least 1 % of the training events repeat an item that the user had before."""
     min_item_events: int = 0
     """Number of training events that an item needs to have a row of its own in the model. Other items are unknown to
     the model, both in training and in serving. With init_from, the items of the earlier model keep their rows. 0 gives
@@ -259,7 +257,7 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
     optim: OptimConfig = field(default_factory=OptimConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     base: str | None = None
-    """Folder of an exported model whose item table, event encoder, and stage 1 are used unchanged: only stage 2 and the
+    """Folder of an exported model whose item table, event encoder, and stage 1 are used unchanged. Only stage 2 and the
     heads are trained, over the summaries of `store`. null trains everything."""
     store: str | None = None
     """With base: folder of its store. Training labels begin at the `until` of its refresh."""
@@ -473,8 +471,8 @@ class AsksLabels(VerifiesLog, Keyed, Threads):
     split: str = "test"
     """Labels that are evaluated: test or validation, according to the data split of the model's training."""
     target: Target = Target.next
-    """What is asked about each user: the very next event and the impressions (next), or the distinct items of the
-    events that follow (window), separately for items that the user had before (returns) and for new ones."""
+    """What is asked about each user. next: the very next event and the impressions. window: the distinct items of the
+    events that follow, separately for items that the user had before (returns) and for new ones."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -504,8 +502,8 @@ class EvaluateConfig(RunsOn, AsksLabels, UsesStore, UsesModel, UsesLog):
     baselines: AskedBaselines = AskedBaselines.none
     """Baselines to measure too, on the same users, in a table that says whether the model is ahead. counting takes
     seconds for a million events: popularity, own frequency, transitions, item neighbors, and with features of items,
-    content neighbors; for labels of impressions, item rates, counters, and pooled vectors. trained adds those that
-    learn, which takes minutes: EASE, TIFU-KNN, pooled factors, pooled vectors, and boosted trees; for labels, item and
+    content neighbors. For labels of impressions: item rates, counters, and pooled vectors. trained adds those that
+    learn, which takes minutes: EASE, TIFU-KNN, pooled factors, pooled vectors, and boosted trees. For labels: item and
     user rates, and trees on earlier labels, without and with pooled vectors. It needs the extra `baselines`."""
     staleness: int = 0
     """Number of each user's newest visible events that the store's summaries lack; the tail has them. Refresh with
@@ -517,7 +515,7 @@ class EvaluateConfig(RunsOn, AsksLabels, UsesStore, UsesModel, UsesLog):
     model as it is."""
     out: str | None = None
     """JSON file for the metrics. An existing file is replaced. The metrics of each user are written to <out>.npz, which
-    `vista compare` reads, and those of each baseline to <out>.<name>.npz; those of labels of impressions to
+    `vista compare` reads, and those of each baseline to <out>.<name>.npz. Those of labels of impressions go to
     <out>.labels.npz and <out>.labels.<name>.npz. null only prints the metrics."""
 
     def __post_init__(self) -> None:
@@ -612,8 +610,8 @@ class SimulateOnlineConfig(Threads, Seeded, UsesModel):
     source: str = "data/simulated"
     """Folder of `vista simulate`. Its users see lists during the test part, the last 15% of the period."""
     policy: list[OnlinePolicy] = field(default_factory=lambda: [*OnlinePolicy])
-    """What chooses the lists: a trained model (the key `model`), the items with the most events in the last 28 days,
-    any items, or the items with the highest true probabilities. Each policy plays on its own copy of the world."""
+    """What chooses the lists. model: the trained model that `model` names. popular: the most events in the last 28
+    days. random: any items. oracle: the highest true probabilities. Each policy plays on its own copy of the world."""
     task: str | None = None
     """Task whose scores the model ranks by; null takes click, or the model's first task."""
     rounds: int = 8
@@ -624,8 +622,8 @@ class SimulateOnlineConfig(Threads, Seeded, UsesModel):
     """Number of events on the item's topic that a user adds after each click, which is an event, too. In most worlds,
     more events on a topic make later clicks on it more likely."""
     satiation: float = 0.0
-    """How much users tire of a topic that they are shown again and again: what the logit of a click loses if all recent
-    lists showed nothing but this topic. Each list counts half as much as the next one. 0 turns it off."""
+    """How much users tire of a topic that they are shown again and again. It is what a click's logit loses if all
+    recent lists showed nothing but this topic. Each list counts half as much as the next one. 0 turns it off."""
     new_users: float = 0.0
     """Share of the users who join in a random round, without a history."""
     out: str = "online.jsonl"

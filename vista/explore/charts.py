@@ -140,18 +140,18 @@ def benefit_chart(rows: list[dict[str, Any]], metric: str) -> Any:
         for row in rows
         for side, key in zip(sides, ("without", "with"), strict=True)
     ]
-    group = alt.Y("group:N", sort=groups, title=None, axis=_item_labels())
+    group, scale = alt.Y("group:N", sort=groups, title=None, axis=_item_labels()), alt.Scale(zero=False, padding=24)
     lines = (
         alt.Chart(pd.DataFrame(rows))
         .mark_rule(color="#c5ccd4", strokeWidth=3)
-        .encode(y=group, x=alt.X("without:Q", title=metric, scale=alt.Scale(zero=False, padding=24)), x2="with")
+        .encode(y=group, x=alt.X("without:Q", title=metric, scale=scale, axis=alt.Axis(tickCount=4)), x2="with")
     )
     points = (
         alt.Chart(pd.DataFrame(long))
         .mark_circle(size=150, opacity=1)
         .encode(
             y=group,
-            x=alt.X("value:Q", scale=alt.Scale(zero=False, padding=24)),
+            x=alt.X("value:Q", scale=scale),
             color=_color("summary", sides, [NEUTRAL, SUMMARY], None),
             tooltip=["group:N", "summary:N", alt.Tooltip("value:Q", format=".4f")],
         )

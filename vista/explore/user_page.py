@@ -319,7 +319,7 @@ def _row(stats: StoreStats, one: GenerationStats) -> dict[str, Any]:
         "bytes per user": round(one.live_bytes / one.num_records) if one.num_records else None,
         "on disk (MB)": round(size / 1e6, 1),
         "codec": manifest.codec,
-        "summary": f"{manifest.num_tokens} x {manifest.dim}",
+        "vectors": f"{manifest.num_tokens} x {manifest.dim}",
         "tail": manifest.tail_len,
         "summarizer": manifest.summarizer_id[:12],
     }

@@ -3,14 +3,12 @@
 from vista.model.serving_model import NEXT_TASK
 from vista.scorer.explanation import Explanation, Reason
 from vista.scorer.ranking import Ranking
-from vista.scorer.request import NOW
 from vista.scorer.scorer import AnswerSource, Scorer, ScorerStats
 from vista.scorer.serving_snapshot import CandidateSet
 from vista.store.record import Tail
 
 __all__ = [
     "NEXT_TASK",
-    "NOW",
     "AnswerSource",
     "CandidateSet",
     "Explanation",

@@ -28,7 +28,7 @@ from vista.machine import reuse_freed_memory
 from vista.model.serving_model import ServingModel
 from vista.scorer.explanation import Explanation
 from vista.scorer.ranking import ItemFilter, Ranking, ranked, retrieved
-from vista.scorer.request import MAX_SCORES, Request, require_max_age, require_most
+from vista.scorer.request import MAX_SCORES, NOW, Request, require_max_age, require_most
 from vista.scorer.serving_snapshot import Call, CandidateSet, ServingSnapshot
 from vista.scorer.serving_source import Follower, ServingSource, repair_after_fork
 from vista.store.manifest import Manifest
@@ -54,7 +54,7 @@ class AnswerSource:
     model_checksum: str | None
     """`checksum` of the model's config.json, 16 hex digits; None for a model that was not read from a folder."""
     now: Int | None
-    """[B] times of the requests in ms; None if none was given, or if the model reads no times."""
+    """[B] times of the requests in ms; None if unknown, or if the model reads no times."""
     known: NDArray[np.bool_]
     """[B] whether the store had a usable record of the user. The others were answered as users without history."""
 
@@ -321,7 +321,7 @@ class Scorer:
         candidates: Any,
         *,
         tail: Tail | None = None,
-        now: Any = None,
+        now: Any = NOW,
         request: Mapping[str, Any] | None = None,
         adapter: str | None = None,
     ) -> Any:
@@ -339,7 +339,7 @@ class Scorer:
         candidates: Any,
         *,
         tail: Tail | None = None,
-        now: Any = None,
+        now: Any = NOW,
         request: Mapping[str, Any] | None = None,
         adapter: str | None = None,
     ) -> dict[str, Any]:
@@ -353,8 +353,8 @@ class Scorer:
                 the order of `users`. They may include events that the record covers. They are merged with the stored
                 tail by time, item and action, and the newest tail_len events are kept. Actions are names as in the log,
                 or codes, which can differ between models. `features` has columns by name; unknown values are missing.
-            now: time of the request in ms, one or [B]; `vista.scorer.NOW` for the current time, but at most 30 days
-                after the user's newest event; None if unknown.
+            now: time of the request in ms, one or [B]. The default is the current time, but at most 30 days after the
+                user's newest event. None if unknown.
             request: features of the request by name, such as {"device": "phone"}: one value, one per user [B], or one
                 per candidate, such as its price: [B, C]; (values [N], offsets) or B lists for ragged candidates. Those
                 that are not given, and values that the model does not know, are missing. Only labeled tasks read them.
@@ -383,7 +383,7 @@ class Scorer:
         exclude: Ids = (),
         exclude_tail: bool = False,
         tail: Tail | None = None,
-        now: int | None = None,
+        now: int | None = NOW,
         request: Mapping[str, Any] | None = None,
         adapter: str | None = None,
         diversity: float = 0.0,
@@ -424,7 +424,7 @@ class Scorer:
         exclude: Ids = (),
         exclude_tail: bool = False,
         tail: Tail | None = None,
-        now: Any = None,
+        now: Any = NOW,
         request: Mapping[str, Any] | None = None,
         adapter: str | None = None,
     ) -> list[Ranking]:
@@ -462,7 +462,7 @@ class Scorer:
             return snapshot.candidates(candidates, self.on_missing)
 
     def user_vectors(
-        self, users: Ids, *, tail: Tail | None = None, now: Any = None, adapter: str | None = None
+        self, users: Ids, *, tail: Tail | None = None, now: Any = NOW, adapter: str | None = None
     ) -> NDArray[np.float32]:
         """Vectors of the retrieval head, float32 [B, M'], which rank `item_vectors`, except for `counted_items`.
 
@@ -484,7 +484,7 @@ class Scorer:
             return snapshot.served.items.ids(np.arange(len(snapshot.served.items))), vectors
 
     def counted_items(
-        self, users: Ids, *, tail: Tail | None = None, now: Any = None, adapter: str | None = None
+        self, users: Ids, *, tail: Tail | None = None, now: Any = NOW, adapter: str | None = None
     ) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.int64]]:
         """The items that the users' counters hold, followers of the users' newest items (`model.transitions`), and the
         scores of `next` of both; other items have the scores `user_vectors @ item_vectors.T / temperature`.
@@ -501,7 +501,7 @@ class Scorer:
             return call.snapshot.served.items.ids(rows - 1), scores, offsets
 
     def catalog_scores(
-        self, users: Ids, *, tail: Tail | None = None, now: Any = None, adapter: str | None = None
+        self, users: Ids, *, tail: Tail | None = None, now: Any = NOW, adapter: str | None = None
     ) -> NDArray[np.float32]:
         """Scores of `next` float32 [B, V] of the whole catalog for each user, in the order of `item_vectors`.
 
@@ -525,7 +525,7 @@ class Scorer:
         candidates: Any = None,
         task: str | None = None,
         tail: Tail | None = None,
-        now: int | None = None,
+        now: int | None = NOW,
         request: Mapping[str, Any] | None = None,
         adapter: str | None = None,
     ) -> Explanation:

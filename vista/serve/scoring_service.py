@@ -35,7 +35,8 @@ from vista.log.vocabulary import ids_of_words
 from vista.model.features import require_known
 from vista.model.saved_model import CONFIG_FILE, INDEX_MANIFEST
 from vista.model.serving_model import ServingModel
-from vista.scorer import NOW, Ranking, Scorer, Tail
+from vista.scorer import Ranking, Scorer, Tail
+from vista.scorer.request import NOW
 from vista.serve.http_protocol import Unrepeated, has_few_values
 from vista.store.reader import ShardedReader, StoreReader
 
