@@ -25,8 +25,9 @@ from vista.errors import ConfigError
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
-from vista.scorer import NOW, Scorer, Tail
+from vista.scorer import Scorer, Tail
 from vista.scorer.native_scoring import NativeScoring
+from vista.scorer.request import NOW
 from vista.training.log_schema import schema_of
 from vista_kernels.cpp_backend.library import LibraryError
 
@@ -47,7 +48,7 @@ KINDS = {
     "features, projected per request": POINTWISE | POOLED | {"counter_keys": ["item"]},
     "unified table, projected per request": POOLED | {"embedding_rows": 50, "num_heads": 4},
     "next alone": POINTWISE | POOLED | {"counter_keys": ["item"]},
-    "labels alone": POINTWISE | POOLED,
+    "labels alone, whose actions tell them": POINTWISE | POOLED,
 }
 
 
@@ -61,6 +62,8 @@ def made(kind: str, log: EventLog) -> VistaModel:
         setattr(config.model, name, value)
     if "alone" in kind:
         schema = replace(schema, **({"tasks": []} if "next" in kind else {"has_retrieval": False}))
+    if "tell" in kind:
+        schema = replace(schema, residual_task="click")
     if "category" in kind or "unified" in kind:
         columns, table = category("brand", np.arange(log.num_items) % 6 - 1)
         schema = replace(schema, item_features=columns)

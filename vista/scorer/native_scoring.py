@@ -202,6 +202,7 @@ class NativeScoring:
             reads=self._reads,
             followers=None if followers is None else (followers, weights["transition_weights"]),
             times=self._times if model.has_gap else None,
+            weights=weights.get("item_space_weights"),
             num_gaps=NUM_GAPS if model.has_gap else 0,
             num_pooled=NUM_POOLED,
             counters=self._scale,

@@ -162,6 +162,8 @@ extern "C" int32_t vista_answer(const VistaAnswering *answering, const uint8_t *
     auto outside = [&](int64_t row) { return row < 0 || row >= a.num_rows; };
     if (std::any_of(rows, rows + count, outside)) return BAD_CANDIDATE;
     if (std::any_of(record.items.begin(), record.items.end(), outside)) return BAD_EVENT;
+    auto has_no_weight = [&](int64_t action) { return action < 0 || action >= a.num_actions; };
+    if (a.weights && std::any_of(record.actions.begin(), record.actions.end(), has_no_weight)) return BAD_EVENT;
 
     std::vector<int64_t> items(s.tail), actions(s.tail), gaps(s.tail);
     std::vector<uint8_t> valid(s.tail);
@@ -186,8 +188,11 @@ extern "C" int32_t vista_answer(const VistaAnswering *answering, const uint8_t *
         const float *mean = record.summary.data() + size_t(a.layout->tokens - 1) * a.layout->dim;
         std::vector<double> all(s.space), recent(s.space);
         for (int i = 0; i < s.space; ++i) all[i] = double(mean[i]) * double(event_count);
-        for (int64_t at = std::max(s.tail - a.num_pooled, 0); at < s.tail; ++at)
-            for (int i = 0; i < s.space; ++i) recent[i] += double(request.space.values[items[at] * s.space + i]);
+        for (int64_t at = std::max(s.tail - a.num_pooled, 0); at < s.tail; ++at) {
+            const float weight = a.weights ? a.weights[items[at] * a.num_actions + actions[at]] : 1.0f;
+            const float *vector = request.space.values + items[at] * s.space;
+            for (int i = 0; i < s.space; ++i) recent[i] += double(vector[i] * weight);
+        }
         to_unit(all, pooled.data()), to_unit(recent, pooled.data() + s.space);
         request.pooled = pooled.data();
     }

@@ -13,6 +13,8 @@ struct VistaAnswering {         // what the requests of one model and one genera
     const VistaRequest *tables;  // whose tables, and those of followers, are set
     int64_t num_rows;           // V, of all tables
     const float *times;         // [num_gaps, 5M] what the time since the newest event adds; null adds nothing
+    const float *weights;       // [V, actions] of events in sums over the space, by their action; null weighs all by 1
+    int32_t num_actions;        // of weights
     int32_t num_gaps;           // buckets of the time between events; 0 if the model reads no times
     int32_t num_pooled;         // newest events of the second pooled vector
     int32_t num_fields;         // G; 0 if the model reads no counters

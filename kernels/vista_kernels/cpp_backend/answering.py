@@ -34,7 +34,11 @@ class _Answering(ctypes.Structure):
         ("tables", POINTER(_Request)),
         ("num_rows", c_int64),
         ("times", c_void_p),
-        *((name, c_int32) for name in ("num_gaps", "num_pooled", "num_fields", "columns", "num_days", "has_time")),
+        ("weights", c_void_p),
+        *(
+            (name, c_int32)
+            for name in ("num_actions", "num_gaps", "num_pooled", "num_fields", "columns", "num_days", "has_time")
+        ),
         *((name, c_void_p) for name in ("levels", "resolution", "factor", "half_lives")),
         *((name, c_double) for name in ("event_resolution", "event_factor")),
         ("keys", POINTER(c_void_p)),
@@ -75,6 +79,7 @@ class RecordScoring:
         reads: ItemReads,
         followers: tuple[NDArray[np.int32], Floats] | None,
         times: Floats | None,
+        weights: Floats | None,
         num_gaps: int,
         num_pooled: int,
         counters: CounterScale | None,
@@ -85,6 +90,7 @@ class RecordScoring:
             vectors, candidates, retrieval, reads: tables of one number of rows, as of `EventRows` and `ScoringRequest`.
             followers: items and weights, as of `RecentItems`.
             times: [num_gaps, 5M] what the time since the newest event adds to candidates.
+            weights: [V, actions] of events in sums over `reads.space`, by their action; None weighs all by 1.
             num_gaps: 0 if the model reads no times.
             num_pooled: newest events of the second pooled vector.
             counters: None if the model reads none.
@@ -110,6 +116,8 @@ class RecordScoring:
                 if len(table) != len(vectors):
                     raise ValueError(f"{name}: must have {len(vectors)} rows, got {len(table)}")
                 setattr(given, name, model._table(table, name))
+        if weights is not None and len(weights) != len(vectors):
+            raise ValueError(f"weights: must have {len(vectors)} rows, got {len(weights)}")
         if followers is not None:
             given.follower_items = _address(followers[0])
             given.follower_weights = model._table(followers[1], "followers")
@@ -124,6 +132,8 @@ class RecordScoring:
             ctypes.pointer(given),
             len(vectors),
             _address(times),
+            _address(weights),
+            0 if weights is None else weights.shape[1],
             num_gaps,
             num_pooled,
             0 if counters is None else 1 + len(keys),
@@ -134,7 +144,7 @@ class RecordScoring:
             *((1.0, 1.0) if counters is None else counters.of_events),
             _pointers(keys),
         )
-        self._held = model, decoder, tables, followers, times, scale, keys
+        self._held = model, decoder, tables, followers, times, weights, scale, keys
         self._reference = ctypes.byref(self._answering)
 
     def score(
