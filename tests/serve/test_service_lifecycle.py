@@ -7,11 +7,11 @@ import http.client
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -46,10 +46,6 @@ from vista.store.record_encoding import read_key
 from vista.store.writer import erase
 
 ATTEMPTS = 6
-
-
-NUMBERS = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
-"""Where the workers share what they count."""
 
 
 class Load:
@@ -128,7 +124,6 @@ def test_reloads_erasures_and_killed_workers(served: Served, tmp_path: Path, fre
     refresh(served.model, served.log, store)
     with Scorer.open(served.model_dir, store) as scorer:
         expected = scores_of(scorer)
-    before = set(NUMBERS.glob("vista-serve-*"))
     with running(f"model={served.model_dir}", f"store={store}", "workers=2", "reload_s=0.1", fresh=fresh) as service:
         with Load(service, expected).applied() as load:
             load.until_more(20)
@@ -149,6 +144,9 @@ def test_reloads_erasures_and_killed_workers(served: Served, tmp_path: Path, fre
         assert not load.wrong
         assert load.counts["broken"] < 4 * ATTEMPTS
         assert second in service.workers()
+        mapped = Path(f"/proc/{second}/maps").read_text()
+        (shared,) = set(re.findall(r"/\S*/vista-serve-[^/\s]+(?=/)", mapped))  # where workers share what they count
+        assert Path(shared).is_dir()
         assert f"worker {first} ended with status -9; another one starts" in service.log
         answer = service.fetch("/v1/score", {"users": [108], "candidates": ITEMS, "now": NOW})[1]
         assert answer["scores"][0] == expected[108][1]
@@ -159,7 +157,7 @@ def test_reloads_erasures_and_killed_workers(served: Served, tmp_path: Path, fre
         assert total >= load.counts["answered"] + 1 - 4  # Those of a worker that died still count.
         assert service.stop() == 0
     assert "stopped" in service.log
-    assert set(NUMBERS.glob("vista-serve-*")) <= before
+    assert not Path(shared).exists()
     with pytest.raises(OSError):
         service.connect()
 
