@@ -24,6 +24,7 @@ from vista.explore.user_page import (
     NUM_BINS,
     OTHER,
     Freshness,
+    Timeline,
     counter_rows,
     frequent_items,
     generation_rows,
@@ -242,6 +243,15 @@ def test_the_timeline_counts_every_event_once(workspace: Workspace) -> None:
     assert empty.rows == [] and empty.kinds == []
 
 
+def test_the_legend_of_the_timeline_says_what_a_kind_is() -> None:
+    pytest.importorskip("altair", reason="the extra `explore` is not installed")
+    from vista.explore.charts import timeline_chart
+
+    rows = [{"time": 0, "end": 9, "kind": "drama", "events": 2, "below": 0, "above": 2}]
+    chart = timeline_chart(Timeline(rows, ["drama"], "genre", None), has_time=False).to_dict()
+    assert chart["encoding"]["color"]["legend"]["title"] == "genre"
+
+
 def test_rare_kinds_are_counted_together(tmp_path: Path) -> None:
     count = MAX_KINDS + 3
     frame = {"user": np.ones(count, int), "item": np.arange(count), "timestamp": 10**12 + np.arange(count) * 1000}
@@ -329,6 +339,9 @@ def test_a_difference_within_its_interval_is_not_announced() -> None:
     assert text.count("no clear difference") == 2 and "more" not in text and "+0.030 ± 0.039" in text
     text = benefit_of(Estimate(-0.004, 0.001), Estimate(0.03, 0.005)).answer()
     assert "**0.030 more** (± 0.010)" in text and "**0.004 less** (± 0.002)" in text
+    benefit = benefit_of(Estimate(-0.0004, 0.01), Estimate(-0.0006, 0.01))
+    assert "(0.000 ±" in benefit.answer() and "(-0.001 ±" in benefit.answer()
+    assert [f"{row['gain']:.3f}" for row in benefit.table()] == ["0.000", "-0.001"]
 
 
 def test_a_group_of_one_class_cannot_be_measured() -> None:

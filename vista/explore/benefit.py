@@ -43,6 +43,11 @@ class EmptySummaryScorer(Scorer):
             yield replace(call, read=lambda: request)
 
 
+def _rounded(gain: float) -> float:
+    """A gain as the page shows it, with three decimals and without a negative zero."""
+    return round(gain, 3) + 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class BenefitRow:
     """Quality for one group of users."""
@@ -73,7 +78,8 @@ class BenefitRow:
         if self.gain.standing in ("ahead", "behind"):
             verdict = f"**{abs(value):.3f} {'more' if value > 0 else 'less'}** ({interval})"
         else:
-            verdict = f"no clear difference ({value:+.3f} {interval})"
+            shown = f"{value:+.3f}" if _rounded(value) else "0.000"
+            verdict = f"no clear difference ({shown} {interval})"
         return f"from {self.without:.3f} to {self.with_summary:.3f}: {verdict}"
 
 
@@ -108,7 +114,7 @@ class SummaryBenefit:
                 "users": row.users,
                 "without": row.without,
                 "with": row.with_summary,
-                "gain": row.gain.value,
+                "gain": _rounded(row.gain.value),
                 "±": row.gain.half_width,
             }
             for row in self.rows

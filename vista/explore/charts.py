@@ -40,7 +40,7 @@ def timeline_chart(line: Timeline, *, has_time: bool) -> Any:
             x2="end",
             y=alt.Y("below:Q", title="events"),
             y2="above",
-            color=_color("kind", line.kinds, colors, None),
+            color=_color("kind", line.kinds, colors, line.kind_name),
             tooltip=[
                 alt.Tooltip("time", type=kind, title="from"),
                 alt.Tooltip("kind:N", title=line.kind_name),

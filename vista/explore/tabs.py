@@ -396,8 +396,7 @@ def show_results(workspace: Workspace, user: int | str | None) -> None:
         rows = benefit.table()
         if measured := [row for row in rows if np.isfinite(row["gain"])]:
             left.altair_chart(benefit_chart(measured, benefit.metric), width="stretch")
-        formats = {name: st.column_config.NumberColumn(format="%.3f") for name in ("with", "without", "±")}
-        formats["gain"] = st.column_config.NumberColumn(format="%+.3f")
+        formats = {name: st.column_config.NumberColumn(format="%.3f") for name in ("with", "without", "gain", "±")}
         right.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=formats)
         right.caption(
             f"Store `{without_password(store)}`. The model was trained with summaries; one trained without may do "
