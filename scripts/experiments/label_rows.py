@@ -15,7 +15,7 @@ from vista.config import DataConfig
 from vista.evaluation.answers import RawHistoryAnswers, RefreshedAnswers
 from vista.evaluation.cases import ImpressionCases, impression_cases, with_tasks
 from vista.evaluation.label_baselines import LabelFeatures, grown_trees, label_baselines
-from vista.evaluation.protocol import USERS_PER_BATCH
+from vista.evaluation.protocol import USERS_PER_BATCH, impression_metrics
 from vista.files import make_folders
 from vista.log.event_log import EventLog
 from vista.log.splits import part_times, split_until
@@ -71,6 +71,11 @@ def baseline_answers(log: EventLog, data: DataConfig, task: str) -> Mapping[str,
     if key not in _ANSWERED:
         _ANSWERED[key] = label_baselines(log, data, part_cases(log, data, "test", task), trained=True)
     return _ANSWERED[key]
+
+
+def baseline_metrics(log: EventLog, data: DataConfig, task: str, name: str) -> dict[str, float]:
+    """Metrics of a baseline over the impressions of the test, as tables without errors report them."""
+    return impression_metrics(part_cases(log, data, "test", task), baseline_answers(log, data, task)[name])
 
 
 def stacked_answers(log: EventLog, data: DataConfig, task: str, files: Sequence[Mapping[str, Path]]) -> Float32s:

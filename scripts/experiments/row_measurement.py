@@ -21,6 +21,7 @@ from scripts.experiments.label_rows import (
     PARTS,
     answers_file,
     baseline_answers,
+    baseline_metrics,
     part_cases,
     save_answers,
     stacked_answers,
@@ -40,7 +41,7 @@ from scripts.experiments.table_run import (
 )
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.label_tables import SERVED, STACK
-from scripts.experiments.tables.table import Table, TableRow
+from scripts.experiments.tables.table import CLICK, Table, TableRow
 from vista.arrays import Floats, Int
 from vista.config import (
     DataConfig,
@@ -159,6 +160,10 @@ def measure(settings: argparse.Namespace, run: TableRun, log: EventLog) -> Itera
     folder, configs = row_folder(settings, run.name, run.seed), part_configs(table, row)
     if table.task:
         yield _measured_labels(settings, run, configs["test"], log, folder)
+    elif table.answers_labels(row):
+        began = time.perf_counter()
+        metrics = baseline_metrics(log, configs["test"].data, CLICK, row.untrained)
+        yield RowMeasurement(run.name, metrics, RowOrigin(time.perf_counter() - began))
     elif row.untrained == "oracle":
         yield RowMeasurement(run.name, _oracle_metrics(log, configs["test"]), RowOrigin(0.0))
     elif row.untrained in SIMULATED:

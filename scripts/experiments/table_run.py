@@ -202,7 +202,7 @@ def recorded_config(table: Table, row: TableRow) -> dict[str, Any]:
     # The log's size is part of the experiment.
     recorded = {"data": data} | ({} if table.simulation is None else {"simulation": table.simulation})
     recorded |= {"asked": dict(table.asked)} if table.asked else {}
-    if row.untrained and table.task:
+    if table.answers_labels(row):
         return recorded | {"baseline": {"name": row.untrained}}
     if row.untrained:
         target = Target.window if table.windows else Target.next

@@ -33,6 +33,7 @@ SIMULATION = Table(
         "din": TableRow(1, ("model.kind=din",)),
         "sim-hard": TableRow(1, ("model.kind=sim", "model.search_category=topic")),
         **COUNTING_BASELINES,
+        "pooled vectors": TableRow(1, untrained="pooled vectors"),
         **ORACLE,
     },
     SMALL,
@@ -62,7 +63,7 @@ def test_a_simulated_table(
     """All kinds of rows are run; existing lines are not run again."""
     monkeypatch.setitem(TABLES, "tiny", SIMULATION)
     assert reproduce.main(words) == 0
-    assert "9 of 9: oracle" in capsys.readouterr().err
+    assert "10 of 10: oracle" in capsys.readouterr().err
     lines = lines_of(tmp_path)
     trained = [
         "vista 1",
@@ -75,10 +76,15 @@ def test_a_simulated_table(
         "din 1",
         "sim-hard 1",
     ]
-    assert list(lines) == [*trained, "popularity 0", "transitions 0", "oracle 0"]
+    assert list(lines) == [*trained, "popularity 0", "transitions 0", "pooled vectors 0", "oracle 0"]
     assert lines["last-40 1"]["config"]["model"]["tail_len"] == 40
     assert all(0 < lines[name]["metrics"]["auc/click"] < 1 for name in trained)
-    assert lines["oracle 0"]["metrics"]["ne/click"] < min(lines[name]["metrics"]["ne/click"] for name in trained)
+    answered = [*trained, "pooled vectors 0"]
+    assert lines["oracle 0"]["metrics"]["ne/click"] < min(lines[name]["metrics"]["ne/click"] for name in answered)
+    assert lines["pooled vectors 0"]["metrics"].keys() == {
+        f"{name}/click" for name in ("auc", "gauc", "ne", "calibration")
+    }
+    assert lines["pooled vectors 0"]["config"]["baseline"] == {"name": "pooled vectors"}
     assert SIMULATION.rows["vista"].served("vista")["vista, summary 4 events old, tail 4"] == TableLine(
         tail_len=4, staleness=4
     )
@@ -100,7 +106,9 @@ def test_a_simulated_table(
     plots.plot_lengths(tmp_path / "results", {"tiny": 200, "length-1k": 1_000}).savefig(tmp_path / "lengths.png")
     assert (tmp_path / "lengths.png").stat().st_size > 10_000
     qualities = plots.qualities_of(read_results(tmp_path / "results" / "tiny.jsonl"))
-    assert {"oracle", "vista", "din"} <= qualities.keys() and qualities["din"] == costs["din 1"]["auc/click"]
+    assert {"oracle", "vista", "din", "pooled vectors"} <= qualities.keys() and qualities["din"] == costs["din 1"][
+        "auc/click"
+    ]
     table = tmp_path / "results" / "tiny.jsonl"
     assert table.with_suffix(".md").read_text() == markdown_table(read_results(table))
     before = table.read_bytes()

@@ -8,14 +8,10 @@ SASRec, HSTU, and DIN read the newest 200 events before each question.
 
 from __future__ import annotations
 
-from scripts.experiments.tables.table import K0, WITHOUT_COUNTERS, Table, TableRow
+from scripts.experiments.tables.table import K0, LABEL_BASELINES, WITHOUT_COUNTERS, Table, TableRow
 
-BASELINES = (
-    *("item rate", "item and user rates", "counters", "pooled vectors"),
-    *("label trees", "pooled label vectors"),
-)
 SERVED = ("vista", "tail-only")
-"""Rows whose answers the stack reads: trees over these and all that the trees of BASELINES read, fitted to the
+"""Rows whose answers the stack reads: trees over these and all that the trees of LABEL_BASELINES read, fitted to the
 validation part. It is the measured ceiling, not a model that can be served."""
 STACK = "stack"
 
@@ -30,9 +26,9 @@ def _labels(data: str, task: str, minutes: int, more: dict[str, tuple[str, ...]]
         **{name: (f"model.kind={name}",) for name in ("din", "sasrec", "hstu")},
     }
     rows = {name: TableRow(1.5 * minutes, words) for name, words in trained.items()}
-    rows |= {name: TableRow(2, untrained=name) for name in (*BASELINES, STACK)}
+    rows |= {name: TableRow(2, untrained=name) for name in (*LABEL_BASELINES, STACK)}
     all_rows = ("model.ignore=[user_features]", "optim.validation_users=5000")
-    pairs = [(row, name) for row in SERVED for name in (*BASELINES, STACK)]
+    pairs = [(row, name) for row in SERVED for name in (*LABEL_BASELINES, STACK)]
     pairs += [("vista", name) for name in trained if name != "vista"]
     return Table("", data, rows, (*all_rows, f"optim.minutes={minutes}"), task=task, pairs=tuple(pairs))
 

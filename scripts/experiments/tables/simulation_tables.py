@@ -8,7 +8,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from scripts.experiments.tables.table import AGES, BOTH, K0, ORACLE, SOFTMAX, WITHOUT_COUNTERS, Table, TableRow
+from scripts.experiments.tables.table import (
+    AGES,
+    BOTH,
+    K0,
+    LABEL_BASELINES,
+    ORACLE,
+    SOFTMAX,
+    WITHOUT_COUNTERS,
+    Table,
+    TableRow,
+)
 from vista.config.checks import Codec
 
 SIM_HARD = ("model.kind=sim", "model.search_category=topic")
@@ -68,6 +78,8 @@ def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
         f"data.chunk_len={max(16_384, 4 * events_per_user)}",  # whole histories, whose lengths spread around the mean
     )
     sizes = {"num_users": num_users, "events_per_user": events_per_user, "impressions_per_user": 360_000 // num_users}
+    # Fitted to the clicks before the validation part, and given all events up to each impression.
+    rows |= {name: TableRow(5, untrained=name) for name in LABEL_BASELINES}
     return Table("simulation", data, rows | ORACLE, words, sizes, costs=True)
 
 

@@ -71,6 +71,13 @@ COUNTING_BASELINES = {
     "popularity": TableRow(0.1, untrained="popularity"),
     "transitions": TableRow(0.1, untrained="transitions"),
 }
+LABEL_BASELINES = (
+    *("item rate", "item and user rates", "counters", "pooled vectors"),
+    *("label trees", "pooled label vectors"),
+)
+"""Baselines of `vista.evaluation.label_baselines`."""
+CLICK = "click"
+"""Label of a simulation that they answer."""
 ORACLE = {"oracle": TableRow(0.1, untrained="oracle")}
 
 
@@ -110,3 +117,9 @@ class Table:
     """Label of impressions to measure, with errors over users: vista on validation and test, others on test."""
     pairs: tuple[tuple[str, str], ...] = ()
     """With `windows` or `task`: (row, reference): the difference row − reference is reported, user by user."""
+
+    def answers_labels(self, row: TableRow) -> bool:
+        """Whether the row is a baseline that answers a label of impressions, and does not rank items."""
+        return bool(row.untrained) and (
+            bool(self.task) or (self.simulation is not None and row.untrained in LABEL_BASELINES)
+        )
