@@ -56,6 +56,7 @@ def _simulation(data: str, num_users: int, events_per_user: int) -> Table:
     rows = {
         "vista": TableRow(12, codecs=BOTH),
         "tail-only": TableRow(7, K0),
+        "epoch 0": TableRow(4, (*K0, "optim.epochs=0")),
         # Every event is a label, as in SASRec and HSTU, and the tail is twice as long.
         "vista-all-labels": TableRow(20, all_labels),
         "sasrec": TableRow(20, ("model.kind=sasrec", *four_passes)),
