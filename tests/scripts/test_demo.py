@@ -60,7 +60,8 @@ def test_on_events_of_a_file(tmp_path: Path) -> None:
     data = tmp_path / "events.csv"
     data.write_text("\n".join(["user,item,timestamp", *lines]) + "\n")
     report = demo.run(data, tmp_path / "demo", SMALL, SIZES)
-    assert report.path.parent == tmp_path / "demo" / "events" and "ndcg@10 of the next item on test 0." in report.verdict[0]
+    assert report.path.parent == tmp_path / "demo" / "events"
+    assert "ndcg@10 of the next item on test 0." in report.verdict[0]
 
 
 def test_files_of_others_are_not_removed(tmp_path: Path) -> None:

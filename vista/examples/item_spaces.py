@@ -46,8 +46,9 @@ if TYPE_CHECKING:
 FOLDS = 4
 MIN_USERS = 3
 """Items with fewer users have no vector, because it would only identify those users."""
-MOST_EVENTS = 1 << 20
-"""Events that a space is fitted to: those of random users if there are more."""
+MOST_EVENTS = 1 << 23
+"""Events that a space is fitted to: those of random users if there are more. Long histories need many of them, since
+items with fewer than MIN_USERS users have no vector."""
 NUM_POOLED = 32
 """Newest events of the tail that `Pooled.recent` sums over, at most."""
 RATE_PRIOR = 20.0
