@@ -26,7 +26,7 @@ QUALITY = "auc/click"
 MODELS = {
     "oracle": ("oracle: the true probability", ":", "black"),
     "vista": ("VISTA", "*-", "tab:red"),
-    "epoch 0": ("VISTA without attention", "P-", "tab:purple"),
+    "epoch 0": ("VISTA, epoch 0", "P--", "tab:red"),
     "tail-only": ("last 32 events (K = 0)", "v-", "tab:gray"),
     "counters": ("counters", "p-", "tab:pink"),
     "label trees": ("boosted trees on counters and earlier clicks", "h-", "goldenrod"),
