@@ -300,6 +300,7 @@ def answer_mutated_records(library: Path, count: int) -> list[bool]:
             reads=drawn.reads,
             followers=(drawn.recent.items, drawn.recent.weights),
             times=None,
+            weights=rng.random((len(drawn.events.vectors), 4), np.float32),
             num_gaps=NUM_GAPS,
             num_pooled=32,
             counters=scale,
