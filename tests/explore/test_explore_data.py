@@ -340,7 +340,7 @@ def test_a_difference_within_its_interval_is_not_announced() -> None:
     text = benefit_of(Estimate(-0.004, 0.001), Estimate(0.03, 0.005)).answer()
     assert "**0.030 more** (± 0.010)" in text and "**0.004 less** (± 0.002)" in text
     benefit = benefit_of(Estimate(-0.0004, 0.01), Estimate(-0.0006, 0.01))
-    assert "(0.000 ±" in benefit.answer() and "(-0.001 ±" in benefit.answer()
+    assert "(+0.000 ±" in benefit.answer() and "(-0.001 ±" in benefit.answer()
     assert [f"{row['gain']:.3f}" for row in benefit.table()] == ["0.000", "-0.001"]
 
 

@@ -43,11 +43,6 @@ class EmptySummaryScorer(Scorer):
             yield replace(call, read=lambda: request)
 
 
-def _rounded(gain: float) -> float:
-    """A gain as the page shows it, with three decimals and without a negative zero."""
-    return round(gain, 3) + 0.0
-
-
 @dataclass(frozen=True, slots=True)
 class BenefitRow:
     """Quality for one group of users."""
@@ -78,8 +73,7 @@ class BenefitRow:
         if self.gain.standing in ("ahead", "behind"):
             verdict = f"**{abs(value):.3f} {'more' if value > 0 else 'less'}** ({interval})"
         else:
-            shown = f"{value:+.3f}" if _rounded(value) else "0.000"
-            verdict = f"no clear difference ({shown} {interval})"
+            verdict = f"no clear difference ({value:+z.3f} {interval})"
         return f"from {self.without:.3f} to {self.with_summary:.3f}: {verdict}"
 
 
@@ -114,7 +108,7 @@ class SummaryBenefit:
                 "users": row.users,
                 "without": row.without,
                 "with": row.with_summary,
-                "gain": _rounded(row.gain.value),
+                "gain": round(row.gain.value, 3) + 0.0,  # no negative zero
                 "±": row.gain.half_width,
             }
             for row in self.rows
