@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.benchmarks.explore_visit import TABS, ExploreVisit, exploring, open_every_tab, visiting
+from scripts import demo
+from scripts.benchmarks.explore_visit import SIZE, TABS, ExploreVisit, exploring, open_every_tab, visiting
 from tests.benchmark_process import run_benchmark
 from tests.conftest import Served
 from tests.required_program import require_chromium
@@ -130,3 +131,15 @@ def test_the_benchmark_opens_every_tab(visit: ExploreVisit, tmp_path: Path) -> N
     assert [f"2,000 users: tab {name}" for name in TABS] == [case for case in cases if ": tab " in case]
     assert {"2,000 users: request to title, first visit", "2,000 users: request to tabs"} < {*cases}
     assert all(row["value"] > 0 for row in rows)
+
+
+def test_the_report_of_the_demo_is_short(visit: ExploreVisit, tmp_path: Path) -> None:
+    """The demo's report at its full sizes is 1 % higher; both have the same sections."""
+    words = ["optim.epochs=1", "optim.warmup_steps=2", "model.dim=16", "num_threads=1", "data.tokens_per_batch=400"]
+    sizes = demo.DemoSizes(num_users=24, events_per_user=200, history_lengths=(10, 100), num_candidates=20)
+    report = demo.run(None, tmp_path, words, sizes)
+    page = visit.page.context.new_page()
+    page.goto(f"file://{report.path}")
+    height = page.evaluate("document.documentElement.scrollHeight")
+    page.close()
+    assert SIZE["height"] < height <= 5_900, f"{height} pixels high"
