@@ -29,7 +29,7 @@ MODELS = {
     "epoch 0": ("VISTA, epoch 0", "P--", "tab:red"),
     "tail-only": ("last 32 events (K = 0)", "v-", "tab:gray"),
     "counters": ("counters", "p-", "tab:pink"),
-    "label trees": ("boosted trees on counters and earlier clicks", "h-", "goldenrod"),
+    "label trees": ("boosted trees", "h-", "goldenrod"),
     "pooled vectors": ("pooled vectors", "d-", "tab:orange"),
     "sasrec": ("SASRec, last 200", "o-", "tab:blue"),
     "hstu": ("HSTU, last 200", "s-", "tab:cyan"),
