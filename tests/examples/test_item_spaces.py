@@ -148,6 +148,15 @@ def test_large_logs_read_some_users(
     assert f"random users of {NUM_USERS}" in caplog.text
 
 
+def test_long_histories_of_few_users_are_all_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = drawn_log(tmp_path / "log")
+    whole = ItemSpaces(log, ROWS, visible(log), 4, seed=1).of_each
+    monkeypatch.setattr("vista.examples.item_spaces.ENOUGH_EVENTS", 100)
+    np.testing.assert_array_equal(ItemSpaces(log, ROWS, visible(log), 4, seed=1).of_each, whole)
+    monkeypatch.setattr("vista.examples.item_spaces.ENOUGH_USERS", NUM_USERS // 4)
+    assert not np.array_equal(ItemSpaces(log, ROWS, visible(log), 4, seed=1).of_each, whole)
+
+
 def test_item_vectors_start_from_the_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all users; those of items without a vector are drawn."""
     monkeypatch.setattr("vista.examples.item_spaces.MIN_USERS", 10)

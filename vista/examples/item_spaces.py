@@ -46,9 +46,11 @@ if TYPE_CHECKING:
 FOLDS = 4
 MIN_USERS = 3
 """Items with fewer users have no vector, because it would only identify those users."""
-MOST_EVENTS = 1 << 23
-"""Events that a space is fitted to: those of random users if there are more. Long histories need many of them, since
-items with fewer than MIN_USERS users have no vector."""
+ENOUGH_EVENTS, MOST_EVENTS = 1 << 20, 1 << 23
+"""Events that a space is fitted to, if there are more: those of random users."""
+ENOUGH_USERS = 1 << 11
+"""The events of so many users are read even if they have more than ENOUGH_EVENTS, up to MOST_EVENTS. Items with fewer
+than MIN_USERS users have no vector, so a few users with long histories would not do."""
 NUM_POOLED = 32
 """Newest events of the tail that `Pooled.recent` sums over, at most."""
 RATE_PRIOR = 20.0
@@ -127,7 +129,7 @@ class ItemSpaces:
             counts: int64 [num_users], visible events per user. Nothing after them is read.
             dim: r.
             num_rows: V1, above all rows; None takes the least.
-            seed: of the SVD, and of the choice of users if all have more than MOST_EVENTS events.
+            seed: of the SVD, and of the choice of users of a large log.
             residuals: what the spaces are made of; None takes the events.
         """
         num_rows = int(item_rows.max(initial=0)) + 1 if num_rows is None else num_rows
@@ -287,7 +289,8 @@ def unit(sums: Floats) -> Float32s:
 
 def _distinct_items(log: EventLog, item_rows: Int, counts: Int, num_rows: int, seed: int) -> tuple[Int, Int]:
     """Pairs of a user and a known model row of one of the user's items, each once, sorted."""
-    counts = random_users_counts(counts, MOST_EVENTS, np.random.default_rng(seed), "items are factorized by")
+    most = min(MOST_EVENTS, max(ENOUGH_EVENTS, round(ENOUGH_USERS * counts[counts > 0].mean()) if counts.any() else 0))
+    counts = random_users_counts(counts, most, np.random.default_rng(seed), "items are factorized by")
     keys, begin = [np.zeros(0, np.int64)], 0
     for histories in visible_blocks(log, counts, BLOCK_EVENTS):
         item = item_rows[histories.item]
