@@ -137,7 +137,7 @@ TINY = Table(
     "tiny",
     {
         "vista": TableRow(1),
-        "tail-only": TableRow(1, K0),
+        "tail-only": TableRow(1, (*K0, "model.counter_keys=[]")),
         "sasrec": TableRow(1, ("model.kind=sasrec",), trial=True),
         "transitions": TableRow(1, untrained="transitions"),
     },
@@ -172,6 +172,7 @@ def test_rows_are_measured_on_both_parts_and_compared_by_user(tmp_path: Path, wo
     assert paired["metrics"][name] == pytest.approx(vista["metrics"][name] - tail_only["metrics"][name])
     assert against_baseline["metrics"][name] == pytest.approx(vista["metrics"][name] - baseline["metrics"][name])
     assert against_baseline["seeds"] == [1] and baseline["seed"] == 0
+    assert 0 < paired["errors"][name] < vista["errors"][name] + tail_only["errors"][name]
     assert 0 < against_baseline["errors"][name] < vista["errors"][name] + baseline["errors"][name]
     assert vista["seconds"] > 0
     page = (tmp_path / "tiny.md").read_text()
