@@ -354,7 +354,7 @@ def bench_recompute(recorder: BenchmarkRecorder, workload: ScorerWorkload, user:
         calls = {name: partial(scorer.score, [user], pool, now=workload.now) for name, scorer in scorers.items()}
         with (
             patch.object(recomputing.store, "get_many", recomputed_summaries(workload, precision)),
-            patch.object(recomputing.store, "record", lambda users: None),  # so that `get_many` answers
+            patch.object(recomputing.store, "record", lambda *_: None),  # so that `get_many` answers
         ):
             check(recomputing, [user, user - 1], ids, workload.now, precision)
             stored, made = (call() for call in calls.values())
