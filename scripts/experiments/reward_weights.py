@@ -11,21 +11,25 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 import vista.examples.batch_source
 from vista.arrays import Float32s, Floats, Int
-from vista.config import SimulateConfig, TrainConfig
+from vista.config import OptimConfig, SimulateConfig, TrainConfig
 from vista.config.composition import compose_config
 from vista.evaluation.cases import NextItemCases
 from vista.evaluation.metrics import mean_and_error
+from vista.evaluation.reference import HOUR_MS
 from vista.examples.rewards import EventRewards
 from vista.log.event_log import EventLog
 from vista.log.splits import parse_until, visible_counts
@@ -159,7 +163,7 @@ def words(env: SimulatedTruth) -> list[str]:
     ]
 
 
-# A method that the product lacks.
+# Methods that the product lacks.
 
 
 class FilteredRewards(EventRewards):
@@ -171,18 +175,74 @@ class FilteredRewards(EventRewards):
         return weight
 
 
-@contextmanager
-def filtering() -> Iterator[None]:
-    with patch.object(vista.examples.batch_source, "EventRewards", FilteredRewards):
-        yield
+class ItemBaselines(EventRewards):
+    """The baseline is the mean reward of the item, not of the user."""
+
+    def _advantages(self, user: Int, events: Any) -> Floats:
+        columns = events.features.columns
+        advantage: Floats = (columns["clicked"] - columns["item_mean"]).astype(np.float64)
+        return advantage
 
 
-METHODS: dict[str, tuple[tuple[str, ...], Callable[[], AbstractContextManager[None]]]] = {
+class LearnedValues(EventRewards):
+    """The baseline is a ridge regression of clicks on what was known of the user before the event."""
+
+    reads_items = False
+    """Whether it also reads the item's mean and the user's earlier events of the item."""
+
+    def __init__(self, log: EventLog, counts: Int, optim: OptimConfig) -> None:
+        known = [self._known(log.slice(user, 0, int(stop))) for user, stop in enumerate(counts)]
+        rows, clicked = (np.concatenate(parts) for parts in zip(*known, strict=True))
+        self._user_starts = np.concatenate([[0], np.cumsum(counts)])
+        self._times = [np.asarray(log.slice(user, 0, int(stop)).timestamp) for user, stop in enumerate(counts)]
+        model = make_pipeline(StandardScaler(), Ridge(1.0)).fit(rows, clicked)
+        self._value: Floats = model.predict(rows)
+        print(json.dumps({"baseline": type(self).__name__, "variance explained": round(model.score(rows, clicked), 3)}))
+        super().__init__(log, counts, optim)
+
+    def _known(self, events: Any) -> tuple[Floats, Floats]:
+        """Features float64 [T, F] of one user's events, and clicks [T]."""
+        clicked, place = events.features.columns["clicked"].astype(np.float64), np.arange(len(events.item))
+        before = np.concatenate([[0.0], np.cumsum(clicked)])[:-1]
+        columns = [np.log1p(place), np.log1p(np.diff(events.timestamp, prepend=events.timestamp[:1]) / HOUR_MS)]
+        for last in (10, 50, len(place)):
+            start = np.maximum(place - last, 0)
+            columns.append((before - before[start] + 1) / (place - start + 2))
+        if self.reads_items:
+            order = np.argsort(events.item, kind="stable")
+            item, earlier = events.item[order], np.empty(len(order))
+            earlier[order] = place - np.searchsorted(item, item)
+            columns += [events.features.columns["item_mean"], np.log1p(earlier)]
+        return np.stack(columns, 1).astype(np.float64), clicked
+
+    def _advantages(self, user: Int, events: Any) -> Floats:
+        place = np.empty(len(user), np.int64)
+        for one in np.unique(user):
+            own = user == one
+            place[own] = self._user_starts[one] + np.searchsorted(self._times[one], events.timestamp[own])
+        advantage: Floats = events.features.columns["clicked"] - self._value[place]
+        return advantage
+
+
+class LearnedValuesOfItems(LearnedValues):
+    """`LearnedValues` that reads items, too."""
+
+    reads_items = True
+
+
+def with_rewards(kind: type[EventRewards]) -> Callable[[], AbstractContextManager[object]]:
+    return lambda: patch.object(vista.examples.batch_source, "EventRewards", kind)
+
+
+METHODS: dict[str, tuple[tuple[str, ...], Callable[[], AbstractContextManager[object]]]] = {
     "plain": ((), nullcontext),
     "A-SFT T=0.5": (("optim.reward=clicked", "optim.reward_temperature=0.5"), nullcontext),
     "A-SFT T=1": (("optim.reward=clicked",), nullcontext),
     "item means": (("optim.reward=item_mean",), nullcontext),
-    "filtering": (("optim.reward=clicked",), filtering),
+    "filtering": (("optim.reward=clicked",), with_rewards(FilteredRewards)),
+    "item baselines": (("optim.reward=clicked",), with_rewards(ItemBaselines)),
+    "learned values": (("optim.reward=clicked",), with_rewards(LearnedValues)),
+    "learned values of items": (("optim.reward=clicked",), with_rewards(LearnedValuesOfItems)),
 }
 
 
@@ -234,7 +294,7 @@ def _print(found: dict[str, dict[str, list[Floats]]]) -> None:
                 values = np.concatenate(parts)
                 change, error = mean_and_error(values - np.concatenate(of_reference[metric]))
                 cells.append(f"{metric} {values.mean():.4f} ({change:+.4f} ± {error:.4f})")
-            print(f"{name:16s} " + "  ".join(cells))
+            print(f"{name:24s} " + "  ".join(cells))
 
 
 if __name__ == "__main__":
