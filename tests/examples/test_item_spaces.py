@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics.pairwise import cosine_similarity
 
 from tests.conftest import small_config
 from tests.counters.counter_histories import only_items
@@ -82,41 +83,40 @@ def drawn_log(
     return EventLog.from_frame(frame, folder, time_unit="s", impressions=table, columns=columns)
 
 
-def matrix_of(log: EventLog, counts: Int, left_out: int | None) -> Floats:
-    """W by a loop, [users, 1 + NUM_ITEMS], without the users of a fold; items that too few users had are 0."""
-    had = np.zeros((log.num_users, 1 + NUM_ITEMS))
+def matrix_of(log: EventLog, counts: Int, left_out: int | None, stretch: int) -> Floats:
+    """W by a loop, [stretches, 1 + NUM_ITEMS], without the users of a fold; items that too few users had are 0."""
+    had, users = [], np.zeros(1 + NUM_ITEMS)
     for user, count in enumerate(counts.tolist()):
         if left_out is None or fold_of(np.asarray(user)) != left_out:
-            had[user, ROWS[log.slice(user, 0, count).item]] = 1
-    had[:, 0] = 0
-    weighted = had / np.sqrt(np.maximum(had.sum(1, keepdims=True), 1)) / np.maximum(had.sum(0), 1) ** 0.25
-    return np.where(had.sum(0) >= MIN_USERS, weighted, 0.0)
+            rows = ROWS[log.slice(user, 0, count).item]
+            users[np.unique(rows)] += 1
+            had += [
+                np.bincount(rows[low : low + stretch], minlength=len(users)) > 0 for low in range(0, count, stretch)
+            ]
+    matrix = np.array(had) * (users >= MIN_USERS) * (np.arange(len(users)) > 0)
+    return matrix / np.sqrt(np.maximum(matrix.sum(1, keepdims=True), 1)) / np.maximum(matrix.sum(0), 1) ** 0.25
 
 
-def cosines(vectors: Floats) -> Floats:
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: Floats = vectors / np.where(length > 0, length, 1)
-    return unit @ unit.T
-
-
-def test_spaces_are_those_of_a_dense_svd(tmp_path: Path) -> None:
-    dim = 5
-    log = drawn_log(tmp_path / "log")
+@pytest.mark.parametrize("stretch", [10, 200])
+def test_spaces_are_those_of_a_dense_svd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stretch: int) -> None:
+    monkeypatch.setattr("vista.examples.item_spaces.STRETCH_EVENTS", stretch)
+    log, dim = drawn_log(tmp_path / "log"), 5
     spaces = ItemSpaces(log, ROWS, visible(log), dim, seed=1)
     assert spaces.of_each.shape == (FOLDS + 1, 1 + NUM_ITEMS, dim) and spaces.of_each.dtype == np.float32
     for space, left_out in zip(spaces.of_each.astype(np.float64), (*range(FOLDS), None), strict=True):
-        weighted = matrix_of(log, visible(log), left_out)
+        weighted = matrix_of(log, visible(log), left_out, stretch)
         known = weighted.any(0)
         assert 0 < known.sum() < NUM_ITEMS
         np.testing.assert_allclose(np.linalg.norm(space, axis=1), known, atol=1e-6)  # rounded to float32
         right = np.linalg.svd(weighted, full_matrices=False)[2][:dim].T
         # The SVD is one of float32 entries, by a few iterations: its singular values decay slowly here.
-        np.testing.assert_allclose(cosines(space), cosines(np.where(known[:, None], right, 0)), atol=1e-3)
+        np.testing.assert_allclose(
+            cosine_similarity(space), cosine_similarity(np.where(known[:, None], right, 0)), atol=1e-3
+        )
         assert (space / GRID == np.round(space / GRID)).all()
     np.testing.assert_array_equal(spaces.of_all(NUM_ITEMS + 4)[: 1 + NUM_ITEMS], spaces.of_each[-1])
     assert not spaces.of_all(NUM_ITEMS + 4)[1 + NUM_ITEMS :].any()
-    expected = np.concatenate([space[[5, 0]] for space in spaces.of_each[:FOLDS]], 1)
-    np.testing.assert_array_equal(spaces.of_rows(np.array([5, 0])), expected)
+    np.testing.assert_array_equal(spaces.of_rows(np.array([5, 0])), np.hstack([*spaces.of_each[:FOLDS, [5, 0]]]))
 
 
 def test_events_that_training_does_not_see_change_nothing(tmp_path: Path) -> None:
@@ -258,12 +258,12 @@ def test_spaces_of_labels_are_those_of_a_dense_svd(tmp_path: Path) -> None:
             )
         matrix[:, 0] = 0
         right = np.linalg.svd(matrix, full_matrices=False)[2][:dim].T
-        np.testing.assert_allclose(cosines(spaces.of_each[number]), cosines(right), atol=2e-3)
+        np.testing.assert_allclose(cosine_similarity(spaces.of_each[number]), cosine_similarity(right), atol=2e-3)
         expected = np.where(np.isnan(of_action), 0, of_action - rate[:, None])
         np.testing.assert_allclose(spaces.weights[number], expected, atol=COARSE)
         product = spaces.of_each[number, :, None].astype(np.float64) * spaces.weights[number][..., None]
         assert (product / GRID == np.round(product / GRID)).all() and (product == product.astype(np.float32)).all()
-    alike = cosines(spaces.of_each[-1])[1:, 1:]  # users are better at either even or odd items
+    alike = cosine_similarity(spaces.of_each[-1])[1:, 1:]  # users are better at either even or odd items
     assert alike[::2, ::2].mean() > alike[::2, 1::2].mean() + 0.5
     assert not spaces.weights_of_all(20)[13:].any()
 

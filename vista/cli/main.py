@@ -56,7 +56,8 @@ def _run_command(name: str, words: Sequence[str]) -> None:
         else:
             words = [*(f"{command.positional}={word}" for word in bare), *words]
     if command.rest is not None:
-        rest = [word for word in words if not _is_own(word, command.schema)]
+        own: Any = command.schema
+        rest = [word for word in words if word.partition("=")[0] not in own.__dataclass_fields__]
         words = [word for word in words if word not in rest]
     settings: Any = compose_config(command.schema, words, config_file=arguments.config)
     if command.rest is not None:
@@ -72,11 +73,6 @@ def _run_command(name: str, words: Sequence[str]) -> None:
         report = command.run(settings)
     if report is not None and not _rank():
         print(report)
-
-
-def _is_own(word: str, schema: type) -> bool:
-    """Whether a `key=value` word sets a field of the schema."""
-    return word.partition("=")[0] in schema.__dataclass_fields__  # type: ignore[attr-defined]
 
 
 def _command_name(words: Sequence[str]) -> str | None:

@@ -1,9 +1,9 @@
 """Item spaces and pooled vectors: what a user's whole history is about, as sums of fixed item vectors.
 
-An item space has a vector of length 1 for each item, from a truncated SVD of the users x items matrix W of distinct
-items. An entry of W is 1 / (n_u^(1/2) n_i^(1/4)), with n_u the number of items of user u and n_i the number of users of
-item i, so that neither users with long histories nor popular items dominate. Items with fewer than MIN_USERS users have
-no vector (all 0).
+An item space has a vector of length 1 for each item, from a truncated SVD of the stretches x items matrix W of distinct
+items, where a stretch is STRETCH_EVENTS events of a user: a long history as a whole would have items of everything. An
+entry of W is 1 / (n_s^(1/2) n_i^(1/4)), with n_s the number of items of stretch s and n_i the number of stretches with
+item i, so that popular items do not dominate. Items with fewer than MIN_USERS users have no vector (all 0).
 
 Where labels alone are trained, and the actions of events tell them (`LabelResiduals`), W has labels instead: what the
 rates of the item and of the user leave of them. An event then has the weight of what its action tells of the label,
@@ -18,8 +18,8 @@ much. So users are divided into FOLDS, and a question reads a space of the users
 for its candidates. The model gets that of all users. Only inner products within one space are read, so the spaces need
 no alignment.
 
-Letters: V1 model rows, N users, E pairs of a user and an item, r dimensions of a space, J = len(Pooled), B requests,
-L tail length, T events of H histories, n requests on them, F spaces of a table, A actions.
+Letters: V1 model rows, N users, E pairs of a stretch or a user and an item, r dimensions of a space, J = len(Pooled), B
+requests, L tail length, T events of H histories, n requests on them, F spaces of a table, A actions.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vista.arrays import Float32s, Floats, Int
+from vista.arrays import Float32s, Floats, Int, offsets_of
 from vista.examples.item_statistics import (
     BLOCK_EVENTS,
     OVERSAMPLING,
@@ -49,8 +49,9 @@ MIN_USERS = 3
 ENOUGH_EVENTS, MOST_EVENTS = 1 << 20, 1 << 23
 """Events that a space is fitted to, if there are more: those of random users."""
 ENOUGH_USERS = 1 << 11
-"""The events of so many users are read even if they have more than ENOUGH_EVENTS, up to MOST_EVENTS. Items with fewer
-than MIN_USERS users have no vector, so a few users with long histories would not do."""
+"""The events of so many users are read even if they have more than ENOUGH_EVENTS, up to MOST_EVENTS."""
+STRETCH_EVENTS = 200
+"""Events of a row of W."""
 NUM_POOLED = 32
 """Newest events of the tail that `Pooled.recent` sums over, at most."""
 RATE_PRIOR = 20.0
@@ -130,7 +131,7 @@ class ItemSpaces:
             dim: r.
             num_rows: V1, above all rows; None takes the least.
             seed: of the SVD, and of the choice of users of a large log.
-            residuals: what the spaces are made of; None takes the events.
+            residuals: of what the spaces are; None takes the events.
         """
         num_rows = int(item_rows.max(initial=0)) + 1 if num_rows is None else num_rows
         self.weights: Float32s | None = None
@@ -141,22 +142,20 @@ class ItemSpaces:
             spaces = [space for space, _ in made]
             self.weights = np.stack([weights for _, weights in made])
         else:
-            user, row = _distinct_items(log, item_rows, counts, num_rows, seed)
-            parts = [*(np.flatnonzero(fold_of(user) != fold) for fold in range(FOLDS)), np.arange(len(user))]
-            spaces = [_space(user[kept], row[kept], num_rows, dim, seed) for kept in parts]
+            user, stretch, row = _distinct_items(log, item_rows, counts, num_rows, seed)
+            parts = (fold_of(user) != left_out for left_out in range(FOLDS + 1))
+            spaces = [_space(user[kept], stretch[kept], row[kept], num_rows, dim, seed) for kept in parts]
         self.of_each: Float32s = np.stack(spaces)
         """float32 [FOLDS + 1, V1, r]: those without the users of each fold, and that of all users."""
 
     def of_all(self, num_rows: int) -> Float32s:
         """That of all users, float32 [num_rows, r]."""
-        space = self.of_each[-1]
-        return np.pad(space, ((0, num_rows - len(space)), (0, 0)))
+        return _padded(self.of_each[-1], num_rows)
 
     def weights_of_all(self, num_rows: int) -> Float32s:
         """The weights of events for it, float32 [num_rows, A]."""
         assert self.weights is not None
-        weights = self.weights[-1]
-        return np.pad(weights, ((0, num_rows - len(weights)), (0, 0)))
+        return _padded(self.weights[-1], num_rows)
 
     def of_histories(self, histories: WholeHistories) -> PooledHistories:
         """Pooled vectors of some users of the log, each in the space that does not know the user."""
@@ -252,12 +251,15 @@ class ItemRates:
 
     def of_all(self, num_rows: int) -> Float32s:
         """Those of all users, float32 [num_rows, num_tasks]."""
-        rates = self.of_each[-1]
-        return np.pad(rates, ((0, num_rows - len(rates)), (0, 0)))
+        return _padded(self.of_each[-1], num_rows)
 
     def of_items(self, user: Int, item: Int) -> Float32s:
         """float32 [n, num_tasks] of items int64 [n] for questions of users int64 [n]."""
         return self.of_each[fold_of(user), item]
+
+
+def _padded(rows: Float32s, num_rows: int) -> Float32s:
+    return np.pad(rows, ((0, num_rows - len(rows)), (0, 0)))
 
 
 def weighted(vectors: Float32s, weight: Float32s | None) -> Float32s:
@@ -287,24 +289,29 @@ def unit(sums: Floats) -> Float32s:
     return (sums / np.where(length == 0, 1, length)).astype(np.float32)
 
 
-def _distinct_items(log: EventLog, item_rows: Int, counts: Int, num_rows: int, seed: int) -> tuple[Int, Int]:
-    """Pairs of a user and a known model row of one of the user's items, each once, sorted."""
+def _distinct_items(log: EventLog, item_rows: Int, counts: Int, num_rows: int, seed: int) -> tuple[Int, Int, Int]:
+    """The known items of stretches of users, each once, sorted: users, stretches, and model rows."""
     most = min(MOST_EVENTS, max(ENOUGH_EVENTS, round(ENOUGH_USERS * counts[counts > 0].mean()) if counts.any() else 0))
     counts = random_users_counts(counts, most, np.random.default_rng(seed), "items are factorized by")
-    keys, begin = [np.zeros(0, np.int64)], 0
+    num_stretches = -(-counts // STRETCH_EVENTS)
+    first, keys, begin = offsets_of(num_stretches), [np.zeros(0, np.int64)], 0
     for histories in visible_blocks(log, counts, BLOCK_EVENTS):
-        item = item_rows[histories.item]
-        keys.append(np.unique(((begin + histories.owner) * num_rows + item)[item > 0]))
+        item, owner = item_rows[histories.item], histories.owner
+        stretch = first[begin + owner] + (np.arange(len(owner)) - histories.offsets[owner]) // STRETCH_EVENTS
+        keys.append(np.unique((stretch * num_rows + item)[item > 0]))
         begin += histories.num_users
-    return np.divmod(np.concatenate(keys), num_rows)
+    stretch, row = np.divmod(np.concatenate(keys), num_rows)
+    return np.repeat(np.arange(len(counts)), num_stretches)[stretch], stretch, row
 
 
-def _space(user: Int, row: Int, num_rows: int, dim: int, seed: int) -> Float32s:
-    """float32 [num_rows, dim] from distinct pairs of a user and a model row, int64 [E], sorted."""
-    num_users = np.bincount(row, minlength=num_rows)
-    _, user, length = np.unique(user, return_inverse=True, return_counts=True)
-    weight = length[user] ** -0.5 * num_users[row] ** -0.25
-    return _factors(user, row, weight, num_rows, dim, seed, GRID)
+def _space(user: Int, stretch: Int, row: Int, num_rows: int, dim: int, seed: int) -> Float32s:
+    """float32 [num_rows, dim] from users, their stretches, and distinct items, int64 [E], sorted."""
+    num_users = np.bincount(np.unique(user * num_rows + row) % num_rows, minlength=num_rows)
+    kept = num_users[row] >= MIN_USERS
+    count, row = np.bincount(row, minlength=num_rows), row[kept]
+    _, stretch, length = np.unique(stretch[kept], return_inverse=True, return_counts=True)
+    weight = length[stretch] ** -0.5 * count[row] ** -0.25
+    return _factors(stretch, row, weight, num_rows, dim, seed, GRID)
 
 
 def _factors(user: Int, row: Int, value: Floats, num_rows: int, dim: int, seed: int, grid: float) -> Float32s:

@@ -533,17 +533,13 @@ def _lead(
     """Where a run is furthest ahead of the best of some others, if it is beyond the intervals anywhere."""
     found: tuple[float, str] | None = None
     for part, each in zip(parts, estimates, strict=True):
-        best = max(others, key=lambda name: _or_low(each[name].value))
+        best = max(others, key=lambda name: np.nan_to_num(each[name].value, nan=-np.inf, neginf=-np.inf))
         lead = each[own].value - each[best].value
         # The intervals of both, added in squares as if independent, are wider than that of a paired difference.
         noise = np.hypot(each[own].half_width, each[best].half_width)
         if lead > noise and (found is None or lead > found[0]):
             found = lead, f"{part.name} ({lead:+.4f}{'' if len(others) == 1 else f' ahead of {best}'})"
     return None if found is None else found[1]
-
-
-def _or_low(value: float) -> float:
-    return value if np.isfinite(value) else -np.inf
 
 
 def training_section(run: MeasuredRun, log: EventLog) -> PageSection:
