@@ -3,7 +3,7 @@
     python -m scripts.experiments.list_diversity --out /tmp/diversity --seeds 1 2 3
 
 The questions are those of the validation part, for users with at least 10 events before it: which items are in the next
-50 events? Lists of different items are looked up by item vectors and by departments, which the model reads, too.
+50 events? Vectors and departments of items, which the model reads, too, tell how different the items of a list are.
 """
 
 from __future__ import annotations

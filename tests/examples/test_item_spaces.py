@@ -23,7 +23,6 @@ from vista.examples.item_spaces import (
     COARSE,
     FOLDS,
     GRID,
-    MIN_USERS,
     NUM_POOLED,
     RATE_PRIOR,
     USER_PRIOR,
@@ -41,7 +40,7 @@ from vista.runs.tracking import MetricsWriter
 from vista.training.trainer import Trainer
 from vista.training.warm_start import START_RMS
 
-NUM_ITEMS, NUM_USERS, HIDDEN = 24, 14, 2
+NUM_ITEMS, NUM_USERS, HIDDEN, LEAST_USERS = 24, 14, 2, 6
 ROWS = np.where(np.arange(NUM_ITEMS) == 2, 0, np.arange(NUM_ITEMS) + 1)
 """The model rows of the items; one is unknown."""
 
@@ -93,20 +92,21 @@ def matrix_of(log: EventLog, counts: Int, left_out: int | None, stretch: int) ->
             had += [
                 np.bincount(rows[low : low + stretch], minlength=len(users)) > 0 for low in range(0, count, stretch)
             ]
-    matrix = np.array(had) * (users >= MIN_USERS) * (np.arange(len(users)) > 0)
+    matrix = np.array(had) * (users >= LEAST_USERS) * (np.arange(len(users)) > 0)
     return matrix / np.sqrt(np.maximum(matrix.sum(1, keepdims=True), 1)) / np.maximum(matrix.sum(0), 1) ** 0.25
 
 
 @pytest.mark.parametrize("stretch", [10, 200])
 def test_spaces_are_those_of_a_dense_svd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stretch: int) -> None:
-    monkeypatch.setattr("vista.examples.item_spaces.STRETCH_EVENTS", stretch)
+    for name, value in (("STRETCH_EVENTS", stretch), ("BLOCK_EVENTS", 100), ("MIN_USERS", LEAST_USERS)):
+        monkeypatch.setattr(f"vista.examples.item_spaces.{name}", value)
     log, dim = drawn_log(tmp_path / "log"), 5
     spaces = ItemSpaces(log, ROWS, visible(log), dim, seed=1)
     assert spaces.of_each.shape == (FOLDS + 1, 1 + NUM_ITEMS, dim) and spaces.of_each.dtype == np.float32
     for space, left_out in zip(spaces.of_each.astype(np.float64), (*range(FOLDS), None), strict=True):
         weighted = matrix_of(log, visible(log), left_out, stretch)
         known = weighted.any(0)
-        assert 0 < known.sum() < NUM_ITEMS
+        assert 0 < known.sum() < NUM_ITEMS - 1  # one is unknown
         np.testing.assert_allclose(np.linalg.norm(space, axis=1), known, atol=1e-6)  # rounded to float32
         right = np.linalg.svd(weighted, full_matrices=False)[2][:dim].T
         # The SVD is one of float32 entries, by a few iterations: its singular values decay slowly here.

@@ -355,11 +355,11 @@ class ModelConfig(NextItemConfig):
     """One decay horizon tau per head, in days for decay=time or in events for decay=position. With 0, a head does not
     decay."""
     pooled_dim: int = 32
-    """Number of dimensions of the item space, but at most dim. Training fits a fixed vector per item to which users had
-    which items. Scores read the cosines of a candidate with the sums of these vectors over all of a user's events, and
-    over the newest 32 of the tail. The store holds the first sum with each summary. Where labels alone are trained, and
-    actions tell them, vectors are fitted to labels, and events weigh their label minus the item's rate. 0 leaves them
-    out."""
+    """Number of dimensions of the item space, but at most dim. Training fits a fixed vector per item to which items
+    are near each other in histories. Scores read the cosines of a candidate with the sums of these vectors over all of
+    a user's events, and over the newest 32 of the tail. The store holds the first sum with each summary. Where labels
+    alone are trained, and actions tell them, vectors are fitted to labels, and events weigh their label minus the
+    item's rate. 0 leaves them out."""
     tail_features: list[str] | None = None
     """With features of events: those that stage 2 reads too. The store holds them for each event of a tail. null: all.
     Over a base (`base`), null takes those of the base."""

@@ -1,9 +1,9 @@
 """Item spaces and pooled vectors: what a user's whole history is about, as sums of fixed item vectors.
 
 An item space has a vector of length 1 for each item, from a truncated SVD of the stretches x items matrix W of distinct
-items, where a stretch is STRETCH_EVENTS events of a user: a long history as a whole would have items of everything. An
-entry of W is 1 / (n_s^(1/2) n_i^(1/4)), with n_s the number of items of stretch s and n_i the number of stretches with
-item i, so that popular items do not dominate. Items with fewer than MIN_USERS users have no vector (all 0).
+items, where a stretch is STRETCH_EVENTS events of a user: a whole history may contain nearly all items. An entry of W
+is 1 / (n_s^(1/2) n_i^(1/4)), with n_s the number of items of stretch s and n_i the number of stretches with item i, so
+that popular items do not dominate. Items with fewer than MIN_USERS users take no part, and have no vector (all 0).
 
 Where labels alone are trained, and the actions of events tell them (`LabelResiduals`), W has labels instead: what the
 rates of the item and of the user leave of them. An event then has the weight of what its action tells of the label,
@@ -131,7 +131,7 @@ class ItemSpaces:
             dim: r.
             num_rows: V1, above all rows; None takes the least.
             seed: of the SVD, and of the choice of users of a large log.
-            residuals: of what the spaces are; None takes the events.
+            residuals: what the spaces are fitted to; None takes the events.
         """
         num_rows = int(item_rows.max(initial=0)) + 1 if num_rows is None else num_rows
         self.weights: Float32s | None = None

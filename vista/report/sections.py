@@ -533,7 +533,7 @@ def _lead(
     """Where a run is furthest ahead of the best of some others, if it is beyond the intervals anywhere."""
     found: tuple[float, str] | None = None
     for part, each in zip(parts, estimates, strict=True):
-        best = max(others, key=lambda name: np.nan_to_num(each[name].value, nan=-np.inf, neginf=-np.inf))
+        best = max(others, key=lambda name: np.nan_to_num(each[name].value, nan=-np.inf, posinf=-np.inf))
         lead = each[own].value - each[best].value
         # The intervals of both, added in squares as if independent, are wider than that of a paired difference.
         noise = np.hypot(each[own].half_width, each[best].half_width)
