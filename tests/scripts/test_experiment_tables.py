@@ -244,7 +244,8 @@ def test_from_the_files_to_the_metrics(
     kept = list(table.rows) if title in PUBLIC_TABLES else ["vista, counters" if "window" in title else "vista"]
     rows = {row: replace(table.rows[row], codecs=(Codec.int8,), tails=()) for row in kept}
     few = {"min_seen": 5, "min_after": 1} if "window" in title else {}
-    tiny = replace(table, words=(*table.words, *TINY_MODEL), rows=rows, pairs=(), asked={**table.asked, **few})
+    early = ["data.validation_from=2017-04-01"] if title == "labels-cj" else []  # so that the sample has both labels
+    tiny = replace(table, words=(*table.words, *TINY_MODEL, *early), rows=rows, pairs=(), asked=table.asked | few)
     monkeypatch.setitem(TABLES, title, tiny)
     if name == "kuairand":
         monkeypatch.setitem(SETS, name, replace(SETS[name], prepare=(*SETS[name].prepare, *FEW)))
