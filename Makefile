@@ -30,8 +30,8 @@ RUN_BENCHMARKS := failed=0; \
 
 # Tests that `make test` leaves out; each group has a target of its own.
 SLOW_GROUPS := nightly or gpu or aot or faults or research or docs or recipes or browser or rectools or torchrec
-# Twice as many workers as cores: tests also wait, for processes and files.
-WORKERS := -n $(shell echo $$((2 * $$(nproc)))) --dist worksteal
+# Three workers for two cores: tests also wait, for processes and files.
+WORKERS := -n $(shell echo $$(((3 * $$(nproc) + 1) / 2))) --dist worksteal
 # Without compiled modules and tests on the disk, each worker would compile all of them: 15 seconds of CPU.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 REQUIRE_GPU = $(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "error: torch finds no GPU on this machine; nothing was run (see vista doctor)")'
