@@ -176,7 +176,7 @@ def show_ranking(workspace: Workspace, user: int | str | None) -> None:
     )
     now = request_time(user, scorer)
     if now is not None:
-        st.caption(f"The request comes at {shown_time(now)} (UTC): now, or 30 days after the newest event.")
+        st.caption(f"Request time: {shown_time(now)} (UTC), now or 30 days after the newest event, if that is earlier.")
     with st.spinner("Ranking the catalog …"):
         ranking = explained_ranking(workspace, scorer, user, top_k=top_k, now=now, exclude_tail=exclude_tail)
     if ranking is None:
