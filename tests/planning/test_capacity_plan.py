@@ -374,9 +374,9 @@ def test_refreshed_every_two_hours() -> None:
 
 
 def test_stored_summaries_save_what_is_published() -> None:
-    """94 % less: without a store, a request would summarize the history first. bench_scorer.jsonl measures 94 %
-    (separable mixing, float32, two threads)."""
+    """94 % less: without a store, a request would summarize the history first. bench_scorer.jsonl measures 98 %
+    (bidirectional mixing, one thread)."""
     config = PlanConfig(model=ModelConfig(dim=256, num_seeds=128))
     stored_s = request_core_s(config)
     recomputed_s = stored_s + 16_000 * token_s(config, config.model.num_layers)
-    assert 1 - stored_s / recomputed_s == pytest.approx(0.94, abs=0.04)
+    assert 0.94 <= 1 - stored_s / recomputed_s == pytest.approx(0.977, abs=0.03)
