@@ -314,9 +314,9 @@ def _space(user: Int, stretch: Int, row: Int, num_rows: int, dim: int, seed: int
     return _factors(stretch, row, weight, num_rows, dim, seed, GRID)
 
 
-def _factors(user: Int, row: Int, value: Floats, num_rows: int, dim: int, seed: int, grid: float) -> Float32s:
+def _factors(owner: Int, row: Int, value: Floats, num_rows: int, dim: int, seed: int, grid: float) -> Float32s:
     """Vectors of length 1 of the columns of a matrix, float32 [num_rows, dim], rounded to multiples of `grid`. Its
-    entries are [E], sorted by user and row."""
+    entries are [E], sorted by owner (a user or a stretch) and row."""
     kept = np.bincount(row, minlength=num_rows)[row] >= MIN_USERS
     kept[row == UNKNOWN] = False
     row, value = row[kept], value[kept]
@@ -326,8 +326,8 @@ def _factors(user: Int, row: Int, value: Floats, num_rows: int, dim: int, seed: 
     import torch  # Only fitting a space needs it.
 
     rows, column = np.unique(row, return_inverse=True)  # most items of a large catalog have too few users
-    shape = int(user.max()) + 1, len(rows)
-    index, entries = torch.from_numpy(np.stack([user[kept], column])), torch.from_numpy(value.astype(np.float32))
+    shape = int(owner.max()) + 1, len(rows)
+    index, entries = torch.from_numpy(np.stack([owner[kept], column])), torch.from_numpy(value.astype(np.float32))
     matrix = torch.sparse_coo_tensor(index, entries, shape, is_coalesced=True, check_invariants=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
