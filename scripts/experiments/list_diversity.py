@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
+from scripts.experiments.results import paired_cell
 from scripts.experiments.sets import prepare_set, set_folder
 from vista.arrays import Floats
 from vista.config import RefreshOptions, TrainConfig
 from vista.config.composition import compose_config
 from vista.evaluation.cases import window_cases
-from vista.evaluation.metrics import mean_and_error
+from vista.examples.item_spaces import unit
 from vista.log.event_log import EventLog
 from vista.log.splits import part_counts, part_times
 from vista.refresh import refresh
@@ -52,8 +53,7 @@ def measure(log: EventLog, config: TrainConfig, store: Path) -> dict[float, dict
     departments = log.item_features["department"].with_one_value().data
     found: dict[float, dict[str, Floats]] = {}
     with Scorer.open(model, store) as scorer, scorer.in_service() as snapshot:
-        vectors = snapshot.retrieval_vectors()
-        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        vectors = unit(snapshot.retrieval_vectors().astype(np.float64))
         for diversity in DIVERSITY:
             rows = []
             for case, user in enumerate(log.users.ids(cases.user)):
@@ -89,8 +89,7 @@ def main() -> None:
         cells = []
         for name in seeds[0]:
             values, plain = (np.mean([each[name] for each in rows], 0) for rows in (seeds, found[0.0]))
-            change, error = mean_and_error(values - plain)
-            cells.append(f"{name} {values.mean():.4f} ({change:+.4f} ± {error:.4f})")
+            cells.append(paired_cell(name, values, plain))
         print(f"diversity {diversity:4.2f}  " + "  ".join(cells))
 
 

@@ -19,12 +19,14 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+import polars as pl
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn.functional import softplus
 
 import vista.model.losses
+from scripts.experiments.results import paired_cell
 from vista.config import (
     EvaluateConfig,
     RefreshOptions,
@@ -35,17 +37,15 @@ from vista.config import (
 )
 from vista.config.checks import OnlinePolicy, WorldName
 from vista.config.composition import compose_config
-from vista.config.log_config import PROPENSITY
+from vista.config.log_config import POSITION, PROPENSITY
 from vista.evaluation.evaluate import evaluate
-from vista.evaluation.metrics import mean_and_error
 from vista.evaluation.online import simulate_online
 from vista.log.event_log import EventLog
 from vista.model.vista_model import VistaModel
 from vista.refresh import refresh
 from vista.scorer import Scorer
-from vista.simulation.simulate import generate, write
-from vista.simulation.streams import ACTIONS, SimulatedLog, split_times
-from vista.simulation.worlds import WORLDS
+from vista.simulation.simulate import EVENTS_FILE, IMPRESSIONS_FILE, generate, write
+from vista.simulation.streams import split_times
 from vista.training.trainer import train
 
 SHOWN_AT = "shown_at"
@@ -66,36 +66,17 @@ WORDS = (
 )
 
 
-def make_log(world: SimulatedLog, path: Path, *, has_propensity: bool) -> EventLog:
-    """A log with positions, and with or without the true propensities."""
+def make_log(source: Path, path: Path, numbers: list[str]) -> EventLog:
+    """That of a simulation's files, with some numbers of its impressions: positions, and perhaps true propensities."""
     if path.exists():
         return EventLog.open(path)
-    position = world.place + 1  # always 1 in the test part
-    events = {
-        "user": np.repeat(np.arange(1, world.config.num_users + 1), np.diff(world.offsets)),
-        "item": world.item.astype(np.int64) + 1,
-        "timestamp": world.timestamp,
-        "action": np.array(ACTIONS, dtype=object)[world.action],
-    }
-    shown = {
-        "user": world.impression_user + 1,
-        "item": world.impression_item.astype(np.int64) + 1,
-        "timestamp": world.impression_timestamp,
-        "click": world.label[:, 0].astype(np.int64),
-        "position": position.astype(np.float32),
-        SHOWN_AT: position.astype(str),
-    }
-    numbers = ["position"]
-    if has_propensity:
-        shown[PROPENSITY] = WORLDS[world.config.world].examined(world.place).astype(np.float32)
-        numbers.append(PROPENSITY)
-    columns = SourceColumns(action="action", labels=["click"])
+    shown = pl.read_parquet(source / IMPRESSIONS_FILE)
     return EventLog.from_frame(
-        events,
+        pl.read_parquet(source / EVENTS_FILE),
         path,
         time_unit="ms",
-        columns=columns,
-        impressions=shown,
+        columns=SourceColumns(action="action", labels=["click"]),
+        impressions=shown.with_columns(pl.col(POSITION).cast(pl.String).alias(SHOWN_AT)),
         request_numbers=numbers,
         request_categories=[SHOWN_AT],
     )
@@ -170,7 +151,8 @@ def main() -> None:
         )
         world = generate(config)
         write(world, folder / "world")
-        logs = [make_log(world, folder / name, has_propensity=name == "known") for name in ("log", "known")]
+        numbers = [POSITION], [POSITION, PROPENSITY]
+        logs = [make_log(folder / "world", folder / "-".join(own), own) for own in numbers]
         validation, test = split_times(config)
         is_test = world.impression_timestamp >= test
         labels, chance = world.label[is_test, 0], world.probability[is_test, 0]
@@ -220,10 +202,8 @@ def _print(found: dict[str, list[dict[str, float]]]) -> None:
         for name, rows in found.items():
             cells = []
             for key in rows[0]:
-                values = np.array([row[key] for row in rows])
-                change = values - [row.get(key, np.nan) for row in found[reference]]
-                (mean, error), (by, of) = mean_and_error(values), mean_and_error(change)
-                cells.append(f"{key} {mean:.4f} ± {error:.4f} ({by:+.4f} ± {of:.4f})")
+                values, others = (np.array([row.get(key, np.nan) for row in of]) for of in (rows, found[reference]))
+                cells.append(paired_cell(key, values, others))
             print(f"{name:24s} " + "  ".join(cells))
 
 

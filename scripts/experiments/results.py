@@ -27,9 +27,11 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from vista.arrays import Floats
 from vista.config.checks import Architecture
 from vista.config.model_config import CONFIGS, readers_of
 from vista.errors import DataError, VistaError
+from vista.evaluation.metrics import mean_and_error
 from vista.machine import cpu_name, usable_cores
 
 _TYPE_OF_KEY: dict[str, type | tuple[type, ...]] = {
@@ -53,6 +55,12 @@ _TWO_MODELS = (
     "before the labels of its part, which are also those that counting baselines count. Seconds are those of both."
 )
 _LEGEND = "; – where a metric is undefined. A command is as its commit has it."
+
+
+def paired_cell(name: str, values: Floats, others: Floats) -> str:
+    """Mean of values [N] and its standard error, and in brackets those of their differences from others [N]."""
+    (mean, error), (change, of_change) = mean_and_error(values), mean_and_error(values - others)
+    return f"{name} {mean:.4f} ± {error:.4f} ({change:+.4f} ± {of_change:.4f})"
 
 
 def append_result(path: str | os.PathLike[str], row: Mapping[str, Any]) -> None:

@@ -24,11 +24,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 import vista.examples.batch_source
+from scripts.experiments.results import paired_cell
 from vista.arrays import Float32s, Floats, Int
 from vista.config import OptimConfig, SimulateConfig, TrainConfig
 from vista.config.composition import compose_config
 from vista.evaluation.cases import NextItemCases
-from vista.evaluation.metrics import mean_and_error
 from vista.evaluation.reference import HOUR_MS
 from vista.examples.rewards import EventRewards
 from vista.log.event_log import EventLog
@@ -291,9 +291,7 @@ def _print(found: dict[str, dict[str, list[Floats]]]) -> None:
         for name, metrics in found.items():
             cells = []
             for metric, parts in metrics.items():
-                values = np.concatenate(parts)
-                change, error = mean_and_error(values - np.concatenate(of_reference[metric]))
-                cells.append(f"{metric} {values.mean():.4f} ({change:+.4f} ± {error:.4f})")
+                cells.append(paired_cell(metric, np.concatenate(parts), np.concatenate(of_reference[metric])))
             print(f"{name:24s} " + "  ".join(cells))
 
 
