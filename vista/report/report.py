@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from vista.device import cpu_settings
 from vista.errors import ConfigError
 from vista.evaluation.comparison import Measure
 from vista.files import replace_text, writable_file
-from vista.installation import __version__
+from vista.installation import __version__, install_command
 from vista.log.event_log import EventLog
 from vista.log.splits import leaves_out_seen, split_until, visible_counts
 from vista.progress_bar import progress_bar
@@ -115,7 +116,8 @@ def write_report(config: ReportConfig, *, latency: Latency | None = None, notes:
         for other, other_record in others.items():
             logger.info("measuring %s", other_record.folder)
             runs.append(MeasuredRun.of(other, other_record, log, asked, stack, scratch=out.parent))
-        data = ComparisonData.of(runs, log, asked, baselines=config.baselines)
+        has_trees = find_spec("sklearn") is not None
+        data = ComparisonData.of(runs, log, asked, baselines=config.baselines, trees=has_trees)
         if latency is None and own.scorer is not None:
             latency = _latency(own, log, config.split)
     lines = verdict(data, own, without_summary(runs), log, config.split)
@@ -135,6 +137,8 @@ def write_report(config: ReportConfig, *, latency: Latency | None = None, notes:
     missing = [part for part in parts if isinstance(part, str)]
     if not config.baselines:
         missing.append("baselines, because baselines=false")
+    elif data.impressions is not None and not has_trees:
+        missing.append(f"trees on earlier labels, which need scikit-learn: {install_command('baselines')}")
     if data.ranking:
         missing.append(TRAINED_BASELINES)
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")

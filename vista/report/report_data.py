@@ -240,12 +240,13 @@ class ComparisonData:
 
     @classmethod
     def of(
-        cls, runs: Sequence[MeasuredRun], log: EventLog, config: EvaluateConfig, *, baselines: bool
+        cls, runs: Sequence[MeasuredRun], log: EventLog, config: EvaluateConfig, *, baselines: bool, trees: bool
     ) -> ComparisonData:
         """Measure the baselines on the cases of the runs, and collect all of them.
 
         Args:
             runs: the run of the report first; all have been measured with `config`.
+            trees: whether to fit trees on earlier labels, too.
 
         Raises:
             ConfigError: a run was measured on other cases, because its data split or its tasks differ.
@@ -275,7 +276,7 @@ class ComparisonData:
         if baselines and ranking:
             ranking |= _as_baselines(_ranking_baselines(own, log, config))
         if baselines and cases is not None:
-            probabilities |= _as_baselines(label_baselines(log, own.model.data, cases, trained=False))
+            probabilities |= _as_baselines(label_baselines(log, own.model.data, cases, trained=trees))
         if cases is not None and cases.probability is not None and own.evaluation.looks is not None:
             probabilities[ORACLE] = cases.probability.astype(np.float32) * own.evaluation.looks
         names = [run.name for run in runs]

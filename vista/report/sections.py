@@ -173,9 +173,9 @@ def quality_section(data: ComparisonData, split: str) -> PageSection:
     body.append(
         paragraph(
             "± is one standard error over users. Differences are paired: both models answer the same cases of the same "
-            f"users. Ahead and behind mean by two standard errors; {LEVEL}. The baselines count events, or fit a "
-            "logistic regression to earlier labels (item rate, counter baseline, and pooled-vector baseline), and read "
-            "all events before each question."
+            f"users. Ahead and behind mean by two standard errors; {LEVEL}. The baselines count events, or fit trees "
+            "(label trees and pooled label vectors) or a logistic regression to earlier labels, and read all events "
+            "and labels before each question."
         )
     )
     return PageSection("Quality", " ".join(findings), body)
