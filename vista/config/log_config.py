@@ -28,6 +28,8 @@ from vista.config.checks import (
 )
 from vista.errors import ConfigError
 
+PASSIVE = "no_"
+"""Prefix of the action of events that were made from impressions without a label, as in no_click."""
 AGAIN = "again"
 """The label of `impressions.from_events.again_days`, which is known only so many days after the event."""
 POSITION, PROPENSITY = "position", "propensity"
@@ -303,9 +305,17 @@ class ImpressionsConfig(SourceConfig):
 
     from_events: FromEventsConfig | None = None
     """Labels of impressions that are made from the events, in place of files of impressions."""
+    as_events: str | None = None
+    """A label that is known right after the impression, such as click. Each impression with this label also becomes an
+    event of its user, with the action click or no_click. So models read the labels of earlier impressions. Events with
+    the action no_click are part of the history, but no next item to predict. Leave out events that tell the same
+    clicks. null makes no events. Later files of impressions are read as those before."""
 
     def __post_init__(self) -> None:
         SourceConfig.__post_init__(self)
+        of_files = self.as_events is None or self.from_events is None
+        require(of_files, "impressions.as_events", "makes events of impressions in files; leave from_events out")
+        require(self.as_events != AGAIN, "impressions.as_events", f"{AGAIN} is known only later; name another label")
         both = self.from_events is not None and self.paths
         require(not both, "impressions.from_events", "makes the impressions; leave impressions.paths out")
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
-
-import numpy as np
 
 from vista.arrays import Int
 from vista.config import DataConfig, EvaluateConfig
@@ -21,7 +18,7 @@ from vista.evaluation.counting_baselines import (
     TifuKnn,
     Tuned,
     counting_baselines,
-    scores_in_columns,
+    fitted_scores,
 )
 from vista.evaluation.label_baselines import label_baselines
 from vista.evaluation.protocol import measure_labels, measure_next_items, measure_windows, window_lengths, window_metric
@@ -211,8 +208,7 @@ def measure_baseline(
     Raises:
         ConfigError: as `measure_windows`, or if the part has no label.
     """
-    baseline.fit(log, visible_counts(log, split_until(data, config.split)), np.random.default_rng(0))
-    score = partial(scores_in_columns, baseline, columns)
+    score = fitted_scores(baseline, log, visible_counts(log, split_until(data, config.split)), columns)
     if config.target is Target.window:
         _, per_user = measure_windows(log, data, columns, config, score)
     else:

@@ -79,7 +79,7 @@ class ImpressionCases:
 def next_item_cases(
     log: EventLog, seen: Int, first: Int | None = None, end: Int | None = None, *, max_users: int = 0
 ) -> NextItemCases:
-    """The first label of every user that has one.
+    """The first label of every user that has one, which is an active event.
 
     Args:
         seen: int64 [num_users], events that are visible.
@@ -88,11 +88,12 @@ def next_item_cases(
             allows all events.
         max_users: draw at most so many users, the same ones at every call; 0 takes all.
     """
-    first = seen if first is None else first
-    users = np.flatnonzero(first < (log.lengths if end is None else end))
+    everyone, active = np.arange(log.num_users), log.active
+    first = log.active_counts(everyone, seen if first is None else first)
+    users = np.flatnonzero(first < (active.lengths if end is None else log.active_counts(everyone, end)))
     if max_users and len(users) > max_users:
         users = np.sort(np.random.default_rng(0).choice(users, max_users, replace=False))
-    labels = log.gather_ranges(users, first[users], first[users] + 1, features=False)
+    labels = active.gather_ranges(users, first[users], first[users] + 1, features=False)
     now = np.asarray(labels.timestamp) if log.has_time else None
     return NextItemCases(users, seen[users], np.asarray(labels.item).astype(np.int64), now)
 
@@ -249,7 +250,8 @@ def window_cases(
 ) -> WindowCases:
     """Ask every user with enough events what follows the question.
 
-    All items of the window are labels, also those that a model does not know.
+    All items of the window are labels, also those that a model does not know. Its events, and those that the least
+    numbers count, are active ones (`EventLog.active`).
 
     Args:
         seen: int64 [num_users], events that are visible before the question (`part_counts`).
@@ -271,8 +273,10 @@ def window_cases(
         raise ValueError(
             f"horizon_events={horizon_events}, horizon_days={horizon_days}: set exactly one of them above 0"
         )
-    stop = log.lengths if end is None else end
-    first = seen if first is None else first
+    everyone, asked = np.arange(log.num_users), seen
+    first = log.active_counts(everyone, seen if first is None else first)
+    seen, stop = (log.active_counts(everyone, counts) for counts in (seen, log.lengths if end is None else end))
+    log = log.active
     user = np.flatnonzero((seen >= min_seen) & (stop - first >= min_after))
     if max_users and len(user) > max_users:
         user = np.sort(np.random.default_rng(0).choice(user, max_users, replace=False))
@@ -292,7 +296,7 @@ def window_cases(
         lengths.append(np.bincount(owner, minlength=len(rows)))
     return WindowCases(
         user,
-        seen[user],
+        asked[user],
         None if now is None else np.full(len(user), now, np.int64),
         np.concatenate(item),
         np.concatenate(is_new),

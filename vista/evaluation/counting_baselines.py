@@ -5,7 +5,7 @@ Letters: n users that are asked at once, V items of the log.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -594,6 +594,22 @@ def counting_baselines(
     chosen += [ContentNeighbors()] if has_features else []
     chosen += [Tuned(TransitionsAndOwn(1.0), TRANSITION_WEIGHTS, horizon_events=horizon_events)] if returns else []
     return chosen
+
+
+def fitted_scores(
+    baseline: CountingBaseline, log: EventLog, counts: Int, columns: Int
+) -> Callable[[NextItemCases | WindowCases], Floats]:
+    """Fit a baseline to the first counts[u] events of every user u, and return what scores cases (`scores_in_columns`).
+
+    Baselines read active events alone: what users saw and left would count as what they like.
+    """
+    baseline.fit(log.active, log.active_counts(np.arange(log.num_users), counts), np.random.default_rng(0))
+
+    def score(cases: NextItemCases | WindowCases) -> Floats:
+        active = replace(cases, seen=log.active_counts(cases.user, cases.seen))
+        return scores_in_columns(baseline, columns, active)
+
+    return score
 
 
 def scores_in_columns(baseline: CountingBaseline, columns: Int, cases: NextItemCases | WindowCases) -> Floats:

@@ -83,7 +83,7 @@ class ChunkTimeline:
     holds labels only: it is never part of a chunk's own events."""
 
     item: Int
-    """int64 [N] model item rows; 0 is the unknown item."""
+    """int64 [N] model item rows; 0 is the unknown item, or that of an event that is never a label."""
     time: Int
     """int64 [N] ms, or positions in a log without times."""
     offsets: Int
@@ -135,6 +135,8 @@ class Chunks:
     """float32 [B, S, M] stored summaries; None computes them from the batch's own events."""
     weight: Float32s | None = None
     """float32 [T] of the events as next-item labels (`EventRewards`); None is 1."""
+    is_passive: NDArray[np.bool_] | None = None
+    """bool [T]: the event is never a label (`EventLog.active`); None if all are."""
     histories: ChunkHistories | None = None
     """None without counters and pooled vectors."""
     features: EncodedRows | None = None

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from vista.arrays import Int
+from vista.arrays import Int, offsets_of
 from vista.config import (
     FeatureTableConfig,
     FromEventsConfig,
@@ -23,11 +24,12 @@ from vista.config import (
     UserTableConfig,
 )
 from vista.config.checks import OnBadRows, to_dict
+from vista.config.log_config import PASSIVE
 from vista.errors import ConfigError, LogFormatError, UnknownUserError, shown
 from vista.files import checked_path
 from vista.log.event_keys import Impressions, obey_deletions, read_impressions
 from vista.log.features import Column, declared_columns, merged_features, values_of, verified_columns
-from vista.log.histories import ColumnValues, Histories, PackedTable, take_histories
+from vista.log.histories import ColumnValues, Histories, PackedTable, take_histories, token_groups
 from vista.log.segment import Segment, features_of, read_segments, read_vocabularies, with_row_features
 from vista.log.segment_files import EVENTS, IMPRESSIONS, ITEMS, USERS, sources_of_events, stream_offsets
 
@@ -45,6 +47,10 @@ class EventLog:
         """As they are on disk, with the rows that later ones delete."""
         self.users, self.items = read_vocabularies(segments)
         self.actions: list[str] = list(newest["actions"])
+        self.passive = [
+            code for code, name in enumerate(self.actions) if name in {PASSIVE + task for task in newest["tasks"]}
+        ]
+        """Codes of the actions of passive events (`active`)."""
         self.has_time: bool = newest["has_time"]
         self.has_rating: bool = newest["has_rating"]
         self.last_segment = segments[-1].last
@@ -81,6 +87,7 @@ class EventLog:
         columns: SourceColumns | None = None,
         impressions: Any = None,
         from_events: FromEventsConfig | None = None,
+        as_events: str | None = None,
         items: Any = None,
         users: Any = None,
         categories: Sequence[str] = (),
@@ -101,6 +108,7 @@ class EventLog:
                 (None) is ordered as the frame.
             impressions: a second frame with the same user, item, and timestamp columns, and the labels in `columns`.
             from_events: makes impressions from the events, in place of `impressions`, with these labels.
+            as_events: a label of the impressions, which also become events (`ImpressionsConfig`).
             items: a frame of item features with the item column of `columns` and one row per item. Text, booleans, and
                 lists of text are categories, floats are numbers, and lists of floats are vectors; integers are refused.
             users: a frame of user features with the user column of `columns`, likewise, but without lists.
@@ -142,7 +150,9 @@ class EventLog:
             of_requests = own | {"action": None, "rating": None, "sequence": None}
             of_requests |= {"categories": list(request_categories), "numbers": list(request_numbers)}
             tables["impressions"] = impressions, SourceConfig(**of_requests)
-        prepare_frames(tables, path, on_bad_rows=on_bad_rows, append=append, from_events=from_events)
+        prepare_frames(
+            tables, path, on_bad_rows=on_bad_rows, append=append, from_events=from_events, as_events=as_events
+        )
         return cls.open(path)
 
     def verify(self, *, newer_than: int = 0) -> int:
@@ -251,6 +261,38 @@ class EventLog:
     def user_features(self) -> dict[str, Column]:
         """Features of all users by name, in the order of `users`; read like `item_features`."""
         return merged_features(verified_columns(features_of(self.segments, USERS)), np.arange(self.num_users))
+
+    @cached_property
+    def active(self) -> EventLog:
+        """This log without passive events, which were made from impressions without a label (`PASSIVE`).
+
+        Labels of next items, and what counts as a sign of interest, are active events. Rows of users and items stay. It
+        does not pickle.
+        """
+        if not self.passive:
+            return self
+        view = copy(self)
+        for name in [name for name in vars(view) if isinstance(getattr(EventLog, name, None), cached_property)]:
+            del view.__dict__[name]
+        view.segments = tuple(
+            replace(segment, events=events.without(np.flatnonzero(np.isin(events.columns["action"], self.passive))))
+            for segment in self.segments
+            for events in [segment.events]
+        )
+        view.passive, view._tables = [], _filled(view.segments)
+        view.num_events = sum(segment.events.num_rows for segment in view.segments)
+        return view
+
+    def active_counts(self, user_rows: Int, counts: Int) -> Int:
+        """How many of the first counts[b] events of each user in `user_rows` [B] are active: int64 [B]."""
+        if not self.passive:
+            return counts
+        found = np.zeros(len(counts), np.int64)
+        for part in token_groups(counts, 1 << 22):
+            events = self.gather(user_rows[part], counts[part], features=False)
+            total = offsets_of(~np.isin(events.action, self.passive))
+            found[part] = total[events.offsets[1:]] - total[events.offsets[:-1]]
+        return found
 
     def gather(self, user_rows: Any, counts: Any = None, *, features: bool = True) -> Histories:
         """Histories of several users.

@@ -158,11 +158,18 @@ class PackedTable:
         return low
 
     def without(self, places: Int) -> PackedTable:
-        """This table, which has no deleted rows yet, without the rows at `places` (int64, ascending, distinct)."""
+        """This table without further rows at `places` of its columns (int64, ascending, distinct)."""
+        before = np.zeros(0, np.int64) if self.deleted_at is None else self.deleted_at + np.arange(len(self.deleted_at))
+        places = np.setdiff1d(places, before, assume_unique=True)
         if not len(places):
             return self
-        offsets = self.offsets - np.searchsorted(places, self.offsets)
-        return replace(self, offsets=offsets, deleted_at=places - np.arange(len(places)))
+        rows = places - np.searchsorted(before, places)
+        every = np.union1d(before, places)
+        return replace(
+            self,
+            offsets=self.offsets - np.searchsorted(rows, self.offsets),
+            deleted_at=every - np.arange(len(every)),
+        )
 
 
 def _widened(column: NDArray[Any]) -> RowColumn:

@@ -7,7 +7,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from vista.evaluation.cases import (
     with_tasks,
 )
 from vista.evaluation.comparison import Estimate
-from vista.evaluation.counting_baselines import counting_baselines, scores_in_columns
+from vista.evaluation.counting_baselines import counting_baselines, fitted_scores
 from vista.evaluation.protocol import (
     WindowReport,
     calibrated,
@@ -377,8 +376,7 @@ class Validation:
         )
         measured, of_users = dict[str, dict[str, float]](), dict[str, Floats]()
         for baseline in chosen:
-            baseline.fit(self._log, self._cut, np.random.default_rng(0))
-            score = partial(scores_in_columns, baseline, self._item_rows - 1)
+            score = fitted_scores(baseline, self._log, self._cut, self._item_rows - 1)
             measured[baseline.name] = self._ranking_metrics(self._ranked, score)
             of_users[baseline.name] = self.ranked_users
         numbers = ", ".join(f"{name} {metrics[self.ranking_metric]:.4f}" for name, metrics in measured.items())

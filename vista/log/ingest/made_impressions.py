@@ -1,20 +1,23 @@
-"""Impressions that are made from the events of a log: one per event, with labels from later events or from its rating.
+"""Impressions that are made from events, with labels from later events or ratings; and events made from impressions.
 
-An impression has the time of its event, so that what comes before it excludes the event itself. They are made from
-blocks of whole users, which bound the memory.
+An impression that is made from an event has its time, so that what comes before it excludes the event itself. They are
+made from blocks of whole users, which bound the memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vista.config import FromEventsConfig
+from vista.config.log_config import PASSIVE
 from vista.errors import ConfigError, DataError, shown
 from vista.installation import require_module
 from vista.log.histories import DAY_MS
 from vista.log.ingest.packer import ITEM_ROW, USER_ROW, impression_columns
+from vista.log.ingest.rows import ORDER, PROBLEM, VALUE, Part, values_file
 from vista.log.ingest.sources import Source
 from vista.log.segment_files import IMPRESSIONS
 from vista.log.segment_writer import SegmentWriter, TableWriter
@@ -160,3 +163,43 @@ class MadeImpressions:
                 f"{unknown:,} labels again {left_out}: their {self._config.again_days:g} days end after the last event"
             )
         return lines
+
+
+def events_of_impressions(shown: Sequence[Part], events: Sequence[Part], task: str) -> list[Part]:
+    """The impressions whose label `task` is known, as further parts of events, in files next to those of `shown`.
+
+    Raises:
+        ConfigError: if the impressions have no such label, or the events no actions, or ratings.
+    """
+    key, source = "impressions.as_events", events[0].source
+    if f"label:{task}" not in shown[0].source.columns:
+        offered = [name.removeprefix("label:") for name in shown[0].source.columns if name.startswith("label:")]
+        raise ConfigError(f"{key}={task}: {shown[0].source.path} has only the labels: {', '.join(offered)}")
+    if "action" not in source.columns:
+        raise ConfigError(
+            f"{key}: the events of {source.path} have no actions; name their column with events.action=..."
+        )
+    if "rating" in source.columns:
+        raise ConfigError(f"{key}: impressions have no ratings, but events do; leave these out with events.rating=null")
+    label, made = pl.col(f"label:{task}"), []
+    own = {
+        "action": pl.when(label == 1).then(pl.lit(task)).otherwise(pl.lit(PASSIVE + task)),
+        ORDER: pl.col(ORDER) + len(events) * 2**32,  # after events of the same time
+        PROBLEM: pl.lit(0, pl.UInt16),
+    }
+    schema = pl.scan_ipc(events[0].file).collect_schema()
+    columns = [
+        own.get(name, pl.col(name) if name in ("user", "item", "timestamp") else pl.lit(None, dtype)).alias(name)
+        for name, dtype in schema.items()
+    ]
+    for part in shown:
+        file = part.file.with_name(f"events-of-{part.file.name}")
+        known = part.good().filter(label.is_not_null())
+        known.select(columns).sink_ipc(file, maintain_order=False)
+        for column in source.columns:
+            if column.startswith("category:"):
+                pl.DataFrame({VALUE: pl.Series([], dtype=pl.String)}).write_ipc(values_file(file, source, column))
+        num_rows = pl.scan_ipc(file).select(pl.len()).collect(engine="streaming").item()
+        identity = {name: getattr(part.source, name) for name in ("path", "name", "digest", "size")}
+        made.append(Part(replace(source, **identity), file, num_rows, 0))
+    return made

@@ -24,6 +24,7 @@ import numpy as np
 from vista.arrays import Int
 from vista.config import EventFilterConfig, FeatureTableConfig, FromEventsConfig, PrepareConfig, SourceConfig
 from vista.config.checks import OnBadRows, choice_of
+from vista.config.log_config import PASSIVE
 from vista.errors import ConfigError, DataError, LogBusyError, TakenError
 from vista.files import checked_path
 from vista.log.event_keys import obey_deletions
@@ -32,7 +33,7 @@ from vista.log.histories import YEAR_1971_MS, rows_that_fit
 from vista.log.ingest.column_guess import settings_of, with_earlier_settings, with_guesses
 from vista.log.ingest.feature_sources import features_of_frame
 from vista.log.ingest.kafka_messages import MessageRows, write_dead_letters
-from vista.log.ingest.made_impressions import MadeImpressions, check_actions, check_labels
+from vista.log.ingest.made_impressions import MadeImpressions, check_actions, check_labels, events_of_impressions
 from vista.log.ingest.new_features import NewFeatures, NewRowFeatures, write_features
 from vista.log.ingest.packer import (
     BUCKET_EVENTS,
@@ -206,12 +207,14 @@ def prepare(
         for owner, given in (("items", config.items), ("users", config.users)):
             if given is None and (features := open_set_features(events, owner, files)):
                 run.add_features(owner, features, is_inferred=False)
-        if config.impressions is not None:
-            run.from_events = config.impressions.from_events
-            if run.from_events is None:
-                run.sources["impressions"] = open_sources(config.impressions.files(), "impressions", files)
-        elif shown := open_set_impressions(events, files):
-            run.sources["impressions"] = shown
+        asked = config.impressions
+        if asked is not None:
+            run.from_events, run.as_events = asked.from_events, asked.as_events
+        if asked is None or (asked.as_events is not None and not asked.paths):
+            if shown := open_set_impressions(events, files):
+                run.sources["impressions"] = shown
+        elif asked.from_events is None:
+            run.sources["impressions"] = open_sources(asked.files(), "impressions", files)
         return run.write()
 
 
@@ -222,6 +225,7 @@ def prepare_frames(
     on_bad_rows: OnBadRows | str = OnBadRows.error,
     append: bool = False,
     from_events: FromEventsConfig | None = None,
+    as_events: str | None = None,
     bucket_events: int = BUCKET_EVENTS,
 ) -> PrepareReport:
     """Ingest frames in memory as `prepare` ingests files.
@@ -230,6 +234,7 @@ def prepare_frames(
         tables: by table (items, users, events, impressions), a frame (pandas, Polars, or a mapping of columns), and its
             columns. Without events, features are appended to a log.
         from_events: labels of impressions that are made from the events.
+        as_events: the label whose impressions become events.
         bucket_events: see `prepare`.
     """
     run = _Ingest(
@@ -237,6 +242,7 @@ def prepare_frames(
         append=append,
         on_bad_rows=choice_of(OnBadRows, on_bad_rows, "on_bad_rows"),
         from_events=from_events,
+        as_events=as_events,
         bucket_events=bucket_events,
     )
     for table, (frame, config) in tables.items():
@@ -279,6 +285,8 @@ class _Ingest:
     event_filter: EventFilterConfig = field(default_factory=EventFilterConfig)
     from_events: FromEventsConfig | None = None
     """Labels of impressions that are made from the events."""
+    as_events: str | None = None
+    """The label whose impressions become events."""
     bucket_events: int = BUCKET_EVENTS
     messages: MessageRows | None = None
     """The messages that `sources` come from."""
@@ -356,6 +364,7 @@ class _Ingest:
                 scratch = staging / "scratch"
                 scratch.mkdir()
                 self.parts, kept = filtered(self._read_parts(scratch), self.event_filter)
+                self._make_events()
                 self.times.lap("read")
                 features = self._write_segment(SegmentWriter(folder), scratch)
                 shutil.rmtree(scratch)
@@ -434,6 +443,16 @@ class _Ingest:
                     parts[table].append(read_part(source, kinds, table, scratch, number, self.on_bad_rows))
                     bar.update(source.size)
         return parts
+
+    def _make_events(self) -> None:
+        """Add the events of impressions: of the label that is asked for, or that earlier segments were made with."""
+        shown, events = self.parts.get("impressions"), self.parts.get("events")
+        before = (task for task in self.tasks if PASSIVE + task in self.actions)
+        task = self.as_events or next(before, None)
+        if shown and events and task is not None:
+            self.parts["events"] = [*events, *events_of_impressions(shown, events, task)]
+        elif self.as_events is not None:
+            raise ConfigError(f"impressions.as_events={task}: needs files of events and of impressions; name both")
 
     def _write_segment(self, writer: SegmentWriter, scratch: Path) -> list[NewFeatures]:
         """Write vocabularies, packed tables, features, quarantined rows and manifest; returns the features."""

@@ -424,7 +424,7 @@ class Part:
         return pl.scan_ipc(self.file).filter(pl.col(PROBLEM) == 0).drop(PROBLEM)
 
 
-def _values_file(part: Path, source: Source, column: str) -> Path:
+def values_file(part: Path, source: Source, column: str) -> Path:
     """The file of the values of a category, next to the file of a part."""
     return part.with_name(f"{part.stem}-{list(source.columns).index(column)}.arrow")
 
@@ -463,7 +463,7 @@ def read_part(
         encoded = frame.with_columns(pl.col(column).cast(dtype).to_physical() for column, dtype in codes_of.items())
         encoded.with_columns(order).drop(ROW).sink_ipc(file, maintain_order=False)
         for column, values in known.items():
-            values.to_series().alias(VALUE).to_frame().write_ipc(_values_file(file, source, column))
+            values.to_series().alias(VALUE).to_frame().write_ipc(values_file(file, source, column))
         del held
         # The problem codes that occur, without reading the rows: two bytes per row.
         codes = pl.scan_ipc(file).group_by(PROBLEM).agg(pl.len(), pl.col(ORDER).min()).collect(engine="streaming")
@@ -582,7 +582,7 @@ class PartCodes:
         column, end = f"category:{name}", 0
         offsets, rows_of_parts = {}, []
         for part in parts:
-            values = pl.read_ipc(_values_file(part.file, part.source, column))[VALUE]
+            values = pl.read_ipc(values_file(part.file, part.source, column))[VALUE]
             offsets[part.file], end = end, end + len(values)
             used = pl.arange(len(values), eager=True)
             if part.num_bad or part.is_filtered:  # other rows had values too
