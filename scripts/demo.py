@@ -44,11 +44,12 @@ TRAINED_EVENTS = 1_600_000
 NOTE = (
     "This page was written by make demo. It shows a small model after a minute of training: after epoch 0, which fits "
     "counters and pooled vectors without attention; with attention to the newest events (without-summary, K = 0); and "
-    "with a summary of the whole history. Baselines need no training, and read all events before each question."
+    "with a summary of the whole history. Baselines read all events and labels before each question."
 )
 SIMULATED_NOTE = (
     "In this simulated world, half of the candidates are items that the user comes back to: how often and how recently "
-    "decides a click. The others need two old interests at once. The oracle knows the true probabilities."
+    "decides a click. The others need two old interests at once. Each impression is an event of the history, too, with "
+    "the action click or no_click. The oracle knows the true probabilities."
 )
 
 
@@ -188,7 +189,11 @@ def _prepare(data: Path | None, folder: Path, sizes: DemoSizes) -> None:
             )
             print(simulate(simulation))
         words = ["events.kind=simulated", f"events.paths=[{source}]"]
-        words += [f"items.paths=[{source / 'items.parquet'}]", "items.categories=[topic]"]
+        words += [
+            f"items.paths=[{source / 'items.parquet'}]",
+            "items.categories=[topic]",
+            "impressions.as_events=click",
+        ]
         words = [f"files=[{source}]"] if data else words
         print(prepare(compose_config(PrepareConfig, [f"out={folder / 'log'}", *words])))
 

@@ -26,6 +26,7 @@ def test_on_the_simulation(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
         "without-summary",
         "pooled-vector baseline",
         "counter baseline",
+        "pooled label vectors",
         "oracle",
         "own frequency",
         "load average",
