@@ -557,7 +557,8 @@ class ReportConfig(AsksLabels):
     top_k: int = 10
     """Cutoff k of the ranking metrics, in items."""
     baselines: bool = True
-    """Also measure simple baselines: counting baselines and pooled vectors. Takes seconds for a million events."""
+    """Also measure simple baselines: counting, pooled vectors, and, with scikit-learn, trees on earlier labels. Takes
+    seconds for a million events."""
     category: str | None = None
     """Name of a category among the log's item features. Quality is then shown by the age of the newest event with the
     label's category. null uses events with the same item, or with the most similar item if items of the history are not

@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 NUM_LATENCY_USERS = 5
 NUM_CANDIDATES = 500
 TRAINED_BASELINES = (
-    "baselines that take minutes to fit: EASE, TIFU-KNN, pooled factors, pooled vectors, and boosted trees; "
+    "baselines of rankings that take minutes to fit: EASE, TIFU-KNN, pooled factors, pooled vectors, boosted trees; "
     "vista evaluate baselines=trained measures them, and needs the extra baselines"
 )
 
