@@ -189,11 +189,8 @@ def _prepare(data: Path | None, folder: Path, sizes: DemoSizes) -> None:
             )
             print(simulate(simulation))
         words = ["events.kind=simulated", f"events.paths=[{source}]"]
-        words += [
-            f"items.paths=[{source / 'items.parquet'}]",
-            "items.categories=[topic]",
-            "impressions.as_events=click",
-        ]
+        words += [f"items.paths=[{source / 'items.parquet'}]", "items.categories=[topic]"]
+        words += ["impressions.as_events=click"]
         words = [f"files=[{source}]"] if data else words
         print(prepare(compose_config(PrepareConfig, [f"out={folder / 'log'}", *words])))
 

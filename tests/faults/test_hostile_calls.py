@@ -49,7 +49,7 @@ NOT_CALLED = {
     ),
     "takes what only vista itself makes": (
         *("RefreshOptions.require_only", "Explanation.why", "EventLog.event_sources", "EventLog.as_of"),
-        *("Manifest.spec", "Manifest.with_records", "Manifest.with_items", "EventLog.active_counts"),
+        *("Manifest.spec", "Manifest.with_records", "Manifest.with_items", "EventLog.active_counts", "EventLog.is_active"),
     ),
     "without arguments, from fields that were checked when the manifest was read (`test_crafted_fields`)": (
         *("Manifest.identity", "Manifest.counter_layout", "Manifest.tail_layout", "Manifest.user_layout"),

@@ -59,8 +59,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> tuple[EventLog, EventLog]:
         for seed in (1, 2):  # the second segment follows the first one without being told
             tables = some_tables(seed)
             log_of(tables, folder / name, as_events if seed == 1 else None, append=seed > 1)
-        gone = some_tables(1)[0][:40:4].select("user", "item", "timestamp")
-        forget_events(folder / name, gone)
+        forget_events(folder / name, some_tables(1)[0][:40:4].select("user", "item", "timestamp"))
         erase_users(folder / name, [3])
         made.append(EventLog.open(folder / name))
     return made[0], made[1]
@@ -68,10 +67,10 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> tuple[EventLog, EventLog]:
 
 def rows_of(log: EventLog) -> list[list[tuple]]:
     """(item, time, action) of each user's events."""
-    histories = [log.slice(row) for row in range(log.num_users)]
+    names = np.array(log.actions)
     return [
-        list(zip(events.item.tolist(), events.timestamp.tolist(), np.array(log.actions)[events.action], strict=True))
-        for events in histories
+        list(zip(events.item.tolist(), events.timestamp.tolist(), names[events.action], strict=True))
+        for events in map(log.slice, range(log.num_users))
     ]
 
 
@@ -114,10 +113,9 @@ def test_active_events_are_those_of_a_log_without_impressions_as_events(logs: tu
     clicked = [[row for row in rows if row[2] != "no_click"] for rows in rows_of(log)]
     assert rows_of(log.active) == clicked
     assert log.active.num_events == log.active.lengths.sum() == sum(map(len, clicked))
-    everyone = np.arange(log.num_users)
     counts = visible_counts(log, CUT)
     before = [sum(row[2] != "no_click" for row in rows[:n]) for rows, n in zip(rows_of(log), counts, strict=True)]
-    assert log.active_counts(everyone, counts).tolist() == before == visible_counts(log.active, CUT).tolist()
+    assert log.active_counts(counts).tolist() == before == visible_counts(log.active, CUT).tolist()
 
 
 def test_a_compacted_log_has_the_same_active_events(tmp_path: Path) -> None:
@@ -166,12 +164,8 @@ def test_baselines_do_not_read_passive_events(negatives: tuple[EventLog, EventLo
     for log in negatives:
         counts = visible_counts(log, CUT)
         cases, columns = next_item_cases(log, counts), np.arange(log.num_items)
-        scores.append(
-            [
-                fitted_scores(each, log, counts, columns)(cases)
-                for each in counting_baselines(has_time=True, horizon_events=1)
-            ]
-        )
+        asked = counting_baselines(has_time=True, horizon_events=1)
+        scores.append([fitted_scores(each, log, counts, columns)(cases) for each in asked])
     for with_, without in zip(*scores, strict=True):
         np.testing.assert_array_equal(with_, without)
 
@@ -204,7 +198,7 @@ def test_training_asks_for_active_events_alone(negatives: tuple[EventLog, EventL
         read.append(row[batch.events.item.numpy()])
     label, item = (log.items.ids(np.concatenate(rows) - 1) for rows in (labels, read))
     counts = visible_counts(log, CUT)
-    num_active = log.active_counts(np.arange(log.num_users), counts).sum()
+    num_active = log.active_counts(counts).sum()
     assert len(item) == counts.sum() and (item < SHOWN).sum() == num_active < len(item) - 100
     assert (label < SHOWN).all() and (len(label) == num_active if kind == "next_weight" else len(label) > 100)
 
@@ -220,8 +214,7 @@ def test_transitions_skip_what_was_only_shown(tmp_path: Path) -> None:
         {"user": [1] * 4, "item": [3, 3, 3, 3], "timestamp": [1, 3, 5, 7], "click": [0] * 4, "like": [0] * 4}
     )
     log = log_of((events, shown), tmp_path / "log", "click")
-    cases = next_item_cases(log, np.array([7]))
-    assert len(cases) == 0  # only an impression follows
+    assert len(next_item_cases(log, np.array([7]))) == 0  # only an impression follows
     cases = next_item_cases(log, np.array([5]))
     assert log.items.ids(cases.item).tolist() == [2] and cases.seen.tolist() == [5]
     scores = fitted_scores(Transitions(), log, cases.seen, np.arange(3))(cases)
@@ -264,3 +257,10 @@ def test_tables_that_lack_what_it_needs(tmp_path: Path, changes: dict[str, str |
     with pytest.raises(ConfigError, match=re.escape(message.format(tmp_path))):
         prepare(compose_config(PrepareConfig, words(tmp_path, **changes)), parser=PARSER)
     assert not (tmp_path / "log").exists()
+
+
+def test_a_filter_that_leaves_no_impression(tmp_path: Path) -> None:
+    asked = words(tmp_path, **{"filter.min_item_events": "2"})
+    some_tables(6)[1].with_columns(pl.col("item") + SHOWN).write_csv(tmp_path / "shown.csv")
+    with pytest.raises(ConfigError, match="as_events=click: the filter leaves no impression; lower"):
+        prepare(compose_config(PrepareConfig, asked), parser=PARSER)

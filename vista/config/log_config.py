@@ -29,7 +29,7 @@ from vista.config.checks import (
 from vista.errors import ConfigError
 
 PASSIVE = "no_"
-"""Prefix of the action of events that were made from impressions without a label, as in no_click."""
+"""Prefix of the action of events that were made from impressions whose label is 0, as in no_click."""
 AGAIN = "again"
 """The label of `impressions.from_events.again_days`, which is known only so many days after the event."""
 POSITION, PROPENSITY = "position", "propensity"

@@ -88,9 +88,8 @@ def next_item_cases(
             allows all events.
         max_users: draw at most so many users, the same ones at every call; 0 takes all.
     """
-    everyone, active = np.arange(log.num_users), log.active
-    first = log.active_counts(everyone, seen if first is None else first)
-    users = np.flatnonzero(first < (active.lengths if end is None else log.active_counts(everyone, end)))
+    active, first = log.active, log.active_counts(seen if first is None else first)
+    users = np.flatnonzero(first < (active.lengths if end is None else log.active_counts(end)))
     if max_users and len(users) > max_users:
         users = np.sort(np.random.default_rng(0).choice(users, max_users, replace=False))
     labels = active.gather_ranges(users, first[users], first[users] + 1, features=False)
@@ -273,19 +272,18 @@ def window_cases(
         raise ValueError(
             f"horizon_events={horizon_events}, horizon_days={horizon_days}: set exactly one of them above 0"
         )
-    everyone, asked = np.arange(log.num_users), seen
-    first = log.active_counts(everyone, seen if first is None else first)
-    seen, stop = (log.active_counts(everyone, counts) for counts in (seen, log.lengths if end is None else end))
-    log = log.active
-    user = np.flatnonzero((seen >= min_seen) & (stop - first >= min_after))
+    active, known = log.active, log.active_counts(seen)
+    first = known if first is None else log.active_counts(first)
+    stop = active.lengths if end is None else log.active_counts(end)
+    user = np.flatnonzero((known >= min_seen) & (stop - first >= min_after))
     if max_users and len(user) > max_users:
         user = np.sort(np.random.default_rng(0).choice(user, max_users, replace=False))
     high = np.minimum(first + horizon_events, stop) if horizon_events else stop
     item, is_new, lengths = [np.zeros(0, np.int64)], [np.zeros(0, np.bool_)], [np.zeros(0, np.int64)]
     for part in token_groups(high[user], EVENTS_PER_BLOCK):
         rows = user[part]
-        before = log.gather(rows, seen[rows], features=False)
-        after = log.gather_ranges(rows, first[rows], high[rows], features=False)
+        before = active.gather(rows, known[rows], features=False)
+        after = active.gather_ranges(rows, first[rows], high[rows], features=False)
         if horizon_days:
             begin = np.full(len(rows), now) if now is not None else before.timestamp[before.offsets[1:] - 1]
             after = _until(after, begin + math.ceil(horizon_days * DAY_MS))
@@ -296,7 +294,7 @@ def window_cases(
         lengths.append(np.bincount(owner, minlength=len(rows)))
     return WindowCases(
         user,
-        asked[user],
+        seen[user],
         None if now is None else np.full(len(user), now, np.int64),
         np.concatenate(item),
         np.concatenate(is_new),

@@ -603,11 +603,10 @@ def fitted_scores(
 
     Baselines read active events alone: what users saw and left would count as what they like.
     """
-    baseline.fit(log.active, log.active_counts(np.arange(log.num_users), counts), np.random.default_rng(0))
+    baseline.fit(log.active, log.active_counts(counts), np.random.default_rng(0))
 
     def score(cases: NextItemCases | WindowCases) -> Floats:
-        active = replace(cases, seen=log.active_counts(cases.user, cases.seen))
-        return scores_in_columns(baseline, columns, active)
+        return scores_in_columns(baseline, columns, replace(cases, seen=log.active_counts(cases.seen, cases.user)))
 
     return score
 

@@ -67,17 +67,15 @@ def label_baselines(log: EventLog, data: DataConfig, cases: ImpressionCases, *, 
     - pooled label vectors: the same trees, which also read products of the item's vector and the sums of the vectors of
       the user's items, weighted by residuals of their labels.
 
-    Of events, all read the active ones alone (`EventLog.active`).
-
     Args:
-        data: the split; everything is fitted to what is visible to its training.
+        data: the split; everything is fitted to what is visible to its training. Of events, active ones are read.
         cases: the questions, which may have fewer tasks than the log.
 
     Raises:
         MissingDependencyError: if scikit-learn is not installed, and `trained` is asked for.
     """
     limit = split_until(data, "train")
-    log, cases = log.active, replace(cases, seen=log.active_counts(cases.user, cases.seen))
+    log, cases = log.active, replace(cases, seen=log.active_counts(cases.seen, cases.user))
     table = log.impressions
     if table is None or limit.before is None or not table.num_impressions:
         return {}

@@ -252,7 +252,7 @@ def case_batches(
 
 def seen_columns(log: EventLog, cases: NextItemCases | WindowCases, item_columns: Int) -> tuple[Int, Int]:
     """(columns of the items of each user's active events before the question, with repeats; offsets int64 [N+1])."""
-    history = log.active.gather(cases.user, log.active_counts(cases.user, cases.seen), features=False)
+    history = log.active.gather(cases.user, log.active_counts(cases.seen, cases.user), features=False)
     columns = item_columns[history.item]
     known = columns >= 0
     # The number of known items among the first t packed events; at the histories' offsets it gives the new offsets.

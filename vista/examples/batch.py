@@ -135,8 +135,8 @@ class Chunks:
     """float32 [B, S, M] stored summaries; None computes them from the batch's own events."""
     weight: Float32s | None = None
     """float32 [T] of the events as next-item labels (`EventRewards`); None is 1."""
-    is_passive: NDArray[np.bool_] | None = None
-    """bool [T]: the event is never a label (`EventLog.active`); None if all are."""
+    is_active: NDArray[np.bool_] | None = None
+    """bool [T]: the event may be a next-item label (`EventLog.active`); None if all may."""
     histories: ChunkHistories | None = None
     """None without counters and pooled vectors."""
     features: EncodedRows | None = None

@@ -517,7 +517,7 @@ class BatchSource:
         if self._rewards is not None:
             of_timeline = self._rewards.weights(user[timeline.owner], timeline)
             weight = self._rewards.weights(user[events.owner], events)
-        item, time, passive = reads.item_rows[timeline.item], np.asarray(events.timestamp), self._log.passive
+        time = np.asarray(events.timestamp)
         has_gaps = self._log.has_time and model.reads("times")
         chunks = Chunks(
             user=user,
@@ -531,11 +531,10 @@ class BatchSource:
             features=reads.encode_events(events.features, events.num_events),
             user_features=reads.encode_users(user),
             weight=weight,
-            is_passive=np.isin(events.action, passive) if passive else None,
+            is_active=self._log.is_active(events.action),
         )
         if anchors is not None:
-            if passive:
-                item = np.where(np.isin(timeline.action, passive), 0, item)
+            item = np.where(self._log.is_active(timeline.action), reads.item_rows[timeline.item], 0)
             chunks.timeline = ChunkTimeline(item, np.asarray(timeline.timestamp), timeline.offsets, of_timeline)
         if stored is not None:
             chunks.lead, chunks.summary = lead, stored.read(user)

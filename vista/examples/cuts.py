@@ -504,8 +504,8 @@ def _labels(
     is_label = (position >= windows.begin[:, None]) & (position < np.diff(chunks.offsets)[chunk][:, None])
     event = np.where(is_label, chunks.offsets[:-1][chunk][:, None] + position, 0)
     is_known = _take(chunks.item, event) > 0  # an item that the model's vocabulary lacks cannot be a label
-    if chunks.is_passive is not None:
-        is_known &= ~_take(chunks.is_passive, event)
+    if chunks.is_active is not None:
+        is_known &= _take(chunks.is_active, event)
     # The first event that a window sees has an unknown gap, and so does a label without events before it.
     has_gap = is_label & (position > 0) & ~is_timeless[:, None]
     pooled = None

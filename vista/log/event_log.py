@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, SupportsIndex
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vista.arrays import Int, offsets_of
 from vista.config import (
@@ -264,34 +265,38 @@ class EventLog:
 
     @cached_property
     def active(self) -> EventLog:
-        """This log without passive events, which were made from impressions without a label (`PASSIVE`).
+        """This log without passive events, which were made from impressions whose label is 0 (`PASSIVE`).
 
-        Labels of next items, and what counts as a sign of interest, are active events. Rows of users and items stay. It
-        does not pickle.
+        Labels of next items, and what counts as a sign of interest, are active events. Rows of users and items stay.
+        What opens the log again, such as `as_of` and pickling, gives all events.
         """
         if not self.passive:
             return self
         view = copy(self)
-        for name in [name for name in vars(view) if isinstance(getattr(EventLog, name, None), cached_property)]:
-            del view.__dict__[name]
-        view.segments = tuple(
-            replace(segment, events=events.without(np.flatnonzero(np.isin(events.columns["action"], self.passive))))
-            for segment in self.segments
-            for events in [segment.events]
-        )
-        view.passive, view._tables = [], _filled(view.segments)
-        view.num_events = sum(segment.events.num_rows for segment in view.segments)
+        view.impressions = self.impressions  # when their labels are known depends on all events
+        view.__dict__.pop("lengths", None)
+        left = []
+        for segment in self.segments:
+            passive = np.flatnonzero(~self.is_active(segment.events.columns["action"]))
+            left.append(replace(segment, events=segment.events.without(passive)))
+        view.passive, view.segments, view._tables = [], tuple(left), _filled(left)
+        view.num_events = sum(segment.events.num_rows for segment in left)
         return view
 
-    def active_counts(self, user_rows: Int, counts: Int) -> Int:
-        """How many of the first counts[b] events of each user in `user_rows` [B] are active: int64 [B]."""
+    def is_active(self, action: NDArray[Any]) -> NDArray[np.bool_]:
+        """Whether events with the codes `action` [N] are active: bool [N]."""
+        return ~np.isin(action, self.passive)
+
+    def active_counts(self, counts: Int, user_rows: Int | None = None) -> Int:
+        """How many of the first counts[b] events of each user in `user_rows` [B], or of all, are active: int64 [B]."""
         if not self.passive:
             return counts
+        user_rows = np.arange(self.num_users) if user_rows is None else user_rows
         found = np.zeros(len(counts), np.int64)
         for part in token_groups(counts, 1 << 22):
             events = self.gather(user_rows[part], counts[part], features=False)
-            total = offsets_of(~np.isin(events.action, self.passive))
-            found[part] = total[events.offsets[1:]] - total[events.offsets[:-1]]
+            total = offsets_of(self.is_active(events.action))
+            found[part] = np.diff(total[events.offsets])
         return found
 
     def gather(self, user_rows: Any, counts: Any = None, *, features: bool = True) -> Histories:

@@ -165,11 +165,8 @@ class PackedTable:
             return self
         rows = places - np.searchsorted(before, places)
         every = np.union1d(before, places)
-        return replace(
-            self,
-            offsets=self.offsets - np.searchsorted(rows, self.offsets),
-            deleted_at=every - np.arange(len(every)),
-        )
+        offsets = self.offsets - np.searchsorted(rows, self.offsets)
+        return replace(self, offsets=offsets, deleted_at=every - np.arange(len(every)))
 
 
 def _widened(column: NDArray[Any]) -> RowColumn:

@@ -302,7 +302,7 @@ def leaves_out_seen(log: EventLog, data: DataConfig) -> bool:
     """`data.exclude_seen`, or if that is null, whether less than RETURNING of the training events are repeats."""
     if data.exclude_seen is not None:
         return data.exclude_seen
-    share = repeat_share(log.active, visible_counts(log.active, split_until(data, "train")))
+    share = repeat_share(log.active, log.active_counts(visible_counts(log, split_until(data, "train"))))
     exclude_seen = share < RETURNING
     logger.info("data.exclude_seen=%s: %.1f %% of the events are repeats", str(exclude_seen).lower(), 100 * share)
     return exclude_seen

@@ -103,8 +103,8 @@ def _plan_counters(
             if config.base is not None or not (counts_items or labels_alone):
                 model.counter_keys = []
             elif has_labels:
-                by_action = labels_alone or bool(log.passive)
-                model.counter_keys = _keys_of_labels(model, log, by_action=by_action, returns=returns)
+                told = labels_alone or bool(log.passive)
+                model.counter_keys = _keys_of_labels(model, log, by_action=told, returns=returns)
             else:
                 model.counter_keys = [ITEM]
         model.temperature = model.softmax_temperature

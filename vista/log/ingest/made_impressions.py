@@ -6,7 +6,7 @@ made from blocks of whole users, which bound the memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from vista.installation import require_module
 from vista.log.histories import DAY_MS
 from vista.log.ingest.packer import ITEM_ROW, USER_ROW, impression_columns
 from vista.log.ingest.rows import ORDER, PROBLEM, VALUE, Part, values_file
-from vista.log.ingest.sources import Source
+from vista.log.ingest.sources import Source, tasks_of
 from vista.log.segment_files import IMPRESSIONS
 from vista.log.segment_writer import SegmentWriter, TableWriter
 
@@ -57,7 +57,7 @@ def check_labels(config: FromEventsConfig, events: Sequence[Source], tasks: Sequ
         )
 
 
-def check_actions(config: FromEventsConfig, events: Source, actions: Sequence[str]) -> None:
+def _check_actions(config: FromEventsConfig, events: Source, actions: Sequence[str]) -> None:
     """Refuse actions that no event has. Raises DataError naming the key, and the actions of the events."""
     again = [] if config.again_action is None else [config.again_action]
     for key, names in (("actions", config.actions), ("again_action", again)):
@@ -107,12 +107,15 @@ class MadeImpressions:
 
     Args:
         config: which events become impressions, and their labels.
-        events: one of the sources of events.
+        events: one of the sources of events, which have the `actions`; DataError if they lack one of `config`.
         end_ms: time of the last event.
         scratch: folder for the impressions before they are counted.
     """
 
-    def __init__(self, config: FromEventsConfig, events: Source, end_ms: int, scratch: Path) -> None:
+    def __init__(
+        self, config: FromEventsConfig, events: Source, actions: Sequence[str], end_ms: int, scratch: Path
+    ) -> None:
+        _check_actions(config, events, actions)
         self._config, self._events, self._end_ms = config, events, end_ms
         self._scratch = scratch
         self._blocks: list[Path] = []
@@ -165,37 +168,37 @@ class MadeImpressions:
         return lines
 
 
-def events_of_impressions(shown: Sequence[Part], events: Sequence[Part], task: str) -> list[Part]:
-    """The impressions whose label `task` is known, as further parts of events, in files next to those of `shown`.
-
-    Raises:
-        ConfigError: if the impressions have no such label, or the events no actions, or ratings.
-    """
-    key, source = "impressions.as_events", events[0].source
-    if f"label:{task}" not in shown[0].source.columns:
-        offered = [name.removeprefix("label:") for name in shown[0].source.columns if name.startswith("label:")]
-        raise ConfigError(f"{key}={task}: {shown[0].source.path} has only the labels: {', '.join(offered)}")
-    if "action" not in source.columns:
-        raise ConfigError(
-            f"{key}: the events of {source.path} have no actions; name their column with events.action=..."
-        )
-    if "rating" in source.columns:
+def check_as_events(task: str, sources: Mapping[str, Sequence[Source]]) -> None:
+    """Refuse sources, by table, whose impressions cannot become events by the label `task`. Raises ConfigError."""
+    key = "impressions.as_events"
+    if "events" not in sources or "impressions" not in sources:
+        raise ConfigError(f"{key}={task}: needs files of events and of impressions; name both")
+    made_from = sources["impressions"][0]
+    if task not in (offered := tasks_of(made_from)):
+        raise ConfigError(f"{key}={task}: {made_from.path} has only the labels: {', '.join(offered)}")
+    path, columns = sources["events"][0].path, sources["events"][0].columns
+    if "action" not in columns:
+        raise ConfigError(f"{key}: the events of {path} have no actions; name their column with events.action=...")
+    if "rating" in columns:
         raise ConfigError(f"{key}: impressions have no ratings, but events do; leave these out with events.rating=null")
-    label, made = pl.col(f"label:{task}"), []
+
+
+def events_of_impressions(impressions: Sequence[Part], events: Sequence[Part], task: str) -> list[Part]:
+    """The impressions whose label is known, as parts of events. Raises ConfigError without impressions."""
+    if not impressions:
+        raise ConfigError(f"impressions.as_events={task}: the filter leaves no impression; lower filter.min_*")
+    source, label, made = events[0].source, pl.col(f"label:{task}"), []
     own = {
+        **{name: pl.col(name) for name in ("user", "item", "timestamp")},
         "action": pl.when(label == 1).then(pl.lit(task)).otherwise(pl.lit(PASSIVE + task)),
         ORDER: pl.col(ORDER) + len(events) * 2**32,  # after events of the same time
         PROBLEM: pl.lit(0, pl.UInt16),
     }
     schema = pl.scan_ipc(events[0].file).collect_schema()
-    columns = [
-        own.get(name, pl.col(name) if name in ("user", "item", "timestamp") else pl.lit(None, dtype)).alias(name)
-        for name, dtype in schema.items()
-    ]
-    for part in shown:
+    columns = [own.get(name, pl.lit(None, dtype)).alias(name) for name, dtype in schema.items()]
+    for part in impressions:
         file = part.file.with_name(f"events-of-{part.file.name}")
-        known = part.good().filter(label.is_not_null())
-        known.select(columns).sink_ipc(file, maintain_order=False)
+        part.good().filter(label.is_not_null()).select(columns).sink_ipc(file, maintain_order=False)
         for column in source.columns:
             if column.startswith("category:"):
                 pl.DataFrame({VALUE: pl.Series([], dtype=pl.String)}).write_ipc(values_file(file, source, column))

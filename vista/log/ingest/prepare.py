@@ -33,7 +33,7 @@ from vista.log.histories import YEAR_1971_MS, rows_that_fit
 from vista.log.ingest.column_guess import settings_of, with_earlier_settings, with_guesses
 from vista.log.ingest.feature_sources import features_of_frame
 from vista.log.ingest.kafka_messages import MessageRows, write_dead_letters
-from vista.log.ingest.made_impressions import MadeImpressions, check_actions, check_labels, events_of_impressions
+from vista.log.ingest.made_impressions import MadeImpressions, check_as_events, check_labels, events_of_impressions
 from vista.log.ingest.new_features import NewFeatures, NewRowFeatures, write_features
 from vista.log.ingest.packer import (
     BUCKET_EVENTS,
@@ -61,6 +61,7 @@ from vista.log.ingest.sources import (
     open_set_features,
     open_set_impressions,
     open_sources,
+    tasks_of,
     with_kind,
 )
 from vista.log.ingest.times import infer_form
@@ -286,7 +287,7 @@ class _Ingest:
     from_events: FromEventsConfig | None = None
     """Labels of impressions that are made from the events."""
     as_events: str | None = None
-    """The label whose impressions become events."""
+    """The label whose impressions become events; None for that of earlier ones in the log, if there are any."""
     bucket_events: int = BUCKET_EVENTS
     messages: MessageRows | None = None
     """The messages that `sources` come from."""
@@ -353,6 +354,7 @@ class _Ingest:
             _check_sources(self.sources, self.before)
             if self.from_events is not None:
                 check_labels(self.from_events, self.sources.get("events", ()), self.tasks)
+            self._fix_as_events()
             self._fix_id_kinds()
             self._fix_times()
             name = segment_name(self.number)
@@ -364,7 +366,9 @@ class _Ingest:
                 scratch = staging / "scratch"
                 scratch.mkdir()
                 self.parts, kept = filtered(self._read_parts(scratch), self.event_filter)
-                self._make_events()
+                if self.as_events is not None:
+                    shown = self.parts.get("impressions", [])
+                    self.parts["events"] += events_of_impressions(shown, self.parts["events"], self.as_events)
                 self.times.lap("read")
                 features = self._write_segment(SegmentWriter(folder), scratch)
                 shutil.rmtree(scratch)
@@ -421,6 +425,13 @@ class _Ingest:
                     f"events.ids={wanted}: the {name} ids of the log are {known.kind}; leave events.ids out"
                 )
 
+    def _fix_as_events(self) -> None:
+        """Check what impressions become events by: the given label, or that of the log's earlier impressions."""
+        if self.as_events is None and "impressions" in self.sources:
+            self.as_events = next((task for task in self.tasks if PASSIVE + task in self.actions), None)
+        if self.as_events is not None:
+            check_as_events(self.as_events, self.sources)
+
     def _fix_times(self) -> None:
         """Infer the form of times that are text and have none."""
         for table, files in self.sources.items():
@@ -444,16 +455,6 @@ class _Ingest:
                     bar.update(source.size)
         return parts
 
-    def _make_events(self) -> None:
-        """Add the events of impressions: of the label that is asked for, or that earlier segments were made with."""
-        shown, events = self.parts.get("impressions"), self.parts.get("events")
-        before = (task for task in self.tasks if PASSIVE + task in self.actions)
-        task = self.as_events or next(before, None)
-        if shown and events and task is not None:
-            self.parts["events"] = [*events, *events_of_impressions(shown, events, task)]
-        elif self.as_events is not None:
-            raise ConfigError(f"impressions.as_events={task}: needs files of events and of impressions; name both")
-
     def _write_segment(self, writer: SegmentWriter, scratch: Path) -> list[NewFeatures]:
         """Write vocabularies, packed tables, features, quarantined rows and manifest; returns the features."""
         events, users, items = self.parts.get("events"), self.users, self.items
@@ -461,7 +462,7 @@ class _Ingest:
         self.users = extended(users, [of_table["user"] for of_table, _ in ids.values()])
         self.items = extended(items, [of_table["item"] for _, of_table in ids.values()])
         if "impressions" in self.parts:
-            self.tasks = _tasks_of(self.parts["impressions"][0].source)
+            self.tasks = tasks_of(self.parts["impressions"][0].source)
         elif self.from_events is not None:
             self.tasks = self.from_events.tasks
         of_rows: list[NewFeatures] = []
@@ -517,8 +518,7 @@ class _Ingest:
         if self.from_events is not None:
             source, end = self.parts["events"][0].source, self.time_range_ms[1]
             assert end is not None  # `check_labels` has checked
-            check_actions(self.from_events, source, self.actions)
-            self.made = MadeImpressions(self.from_events, source, end, scratch)
+            self.made = MadeImpressions(self.from_events, source, self.actions, end, scratch)
         with progress_bar(total=num_rows, desc="write", unit="row", unit_scale=True) as bar:
             for table in ids:
                 parts = self.parts[table]
@@ -671,9 +671,9 @@ def _refuse_other_columns(table: str, source: Source, log: Sequence[Segment]) ->
                 f"{source.path}: the log has the actions {', '.join(newest['actions'])}; name their column with "
                 "events.action=..."
             )
-    elif newest["tasks"] and _tasks_of(source) != newest["tasks"]:
+    elif newest["tasks"] and tasks_of(source) != newest["tasks"]:
         raise DataError(
-            f"{source.path}: the labels {_tasks_of(source)} differ from the log's {newest['tasks']}; name the log's "
+            f"{source.path}: the labels {tasks_of(source)} differ from the log's {newest['tasks']}; name the log's "
             "labels in that order"
         )
     known = values_of(declared_columns(features_of(log, EVENTS if table == "events" else IMPRESSIONS)))
@@ -687,8 +687,3 @@ def _refuse_other_columns(table: str, source: Source, log: Sequence[Segment]) ->
                     f"{source.path}: column {name!r} of the {table} is a {kind}, but in the log it is a {in_log}; name "
                     f"it under {table}.{key}, or give the column another name"
                 )
-
-
-def _tasks_of(source: Source) -> list[str]:
-    """Names of the labels of an impressions source."""
-    return [name.split(":", 1)[1] for name in source.columns if name.startswith("label:")]

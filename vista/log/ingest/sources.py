@@ -246,6 +246,11 @@ def _open(
     return FileSource(**known, parser=parser, table=table)
 
 
+def tasks_of(source: Source) -> list[str]:
+    """Names of the labels of a source of impressions."""
+    return [name.split(":", 1)[1] for name in source.columns if name.startswith("label:")]
+
+
 def needed_columns(config: SourceConfig) -> dict[str, str]:
     """The columns that a config names: canonical names to those of the table."""
     single = ("user", "item", "timestamp", "rating", "action", "sequence")
