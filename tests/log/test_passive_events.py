@@ -44,10 +44,8 @@ def some_tables(seed: int, num: int = 600) -> Tables:
 
 
 def log_of(tables: Tables, path: Path, as_events: str | None, **settings: Any) -> EventLog:
-    events, shown = tables
-    return EventLog.from_frame(
-        events, path, time_unit="ms", columns=COLUMNS, impressions=shown, as_events=as_events, **settings
-    )
+    columns = {"time_unit": "ms", "columns": COLUMNS, "impressions": tables[1], "as_events": as_events}
+    return EventLog.from_frame(tables[0], path, **columns, **settings)
 
 
 @pytest.fixture(scope="module")
