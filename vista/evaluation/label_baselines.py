@@ -12,17 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Floats, Int
 from vista.config import DataConfig
 from vista.evaluation.cases import EarlierEvents, ImpressionCases, impression_cases, questions_by_user, with_tasks
-from vista.evaluation.trained_baselines import factor_vectors
+from vista.evaluation.trained_baselines import factor_vectors, grown_trees
 from vista.examples.item_statistics import item_counts
-from vista.installation import require_module
 from vista.log.event_log import EventLog
 from vista.log.splits import split_until, visible_counts
 from vista.logistic_regression import fit_probability, predict_probability
@@ -43,13 +40,8 @@ _NEVER_MS = 1e15
 _ITEM_PRIOR, _PRIOR = 20, 5
 """Impressions with the mean rate that are added to those of each item, and to those of each user, or pair of a user and
 an item or category."""
-_TREES = {
-    "max_iter": 300,
-    "learning_rate": 0.06,
-    "max_leaf_nodes": 31,
-    "min_samples_leaf": 100,
-    "early_stopping": False,
-}
+TREES = {"max_iter": 300, "learning_rate": 0.06, "max_leaf_nodes": 31, "min_samples_leaf": 100}
+TREES |= {"early_stopping": False, "random_state": 0}
 
 
 def label_baselines(log: EventLog, data: DataConfig, cases: ImpressionCases, *, trained: bool) -> dict[str, Float32s]:
@@ -290,16 +282,6 @@ class LabelFeatures:
         return self._residuals.products(cases)
 
 
-def grown_trees(inputs: Floats, label: NDArray[np.floating]) -> Callable[[Floats], Floats]:
-    """Fit boosted trees to labels [N] of inputs [N, R]; returns what predicts probabilities. Raises
-    MissingDependencyError if scikit-learn is not installed."""
-    trees: Any = require_module("sklearn.ensemble", "baselines").HistGradientBoostingClassifier(
-        **_TREES, random_state=0
-    )
-    trees.fit(inputs, label)
-    return lambda asked: trees.predict_proba(asked)[:, 1]
-
-
 def _learned(features: LabelFeatures, cases: ImpressionCases) -> dict[str, Floats]:
     """Probabilities [N] of the baselines that read earlier labels, by name."""
     fitted = features.fitted()
@@ -309,10 +291,10 @@ def _learned(features: LabelFeatures, cases: ImpressionCases) -> dict[str, Float
     with elapsed_time("label counters"):
         known, asked = (features.counters(each) for each in (fitted, cases))
     with elapsed_time(LABEL_TREES):
-        out[LABEL_TREES] = grown_trees(known, label)(asked)
+        out[LABEL_TREES] = grown_trees(known, label, **TREES)(asked)
     known, asked = (np.column_stack([own, features.products(each)]) for own, each in ((known, fitted), (asked, cases)))
     with elapsed_time(POOLED_LABELS):
-        out[POOLED_LABELS] = grown_trees(known, label)(asked)
+        out[POOLED_LABELS] = grown_trees(known, label, **TREES)(asked)
     return out
 
 

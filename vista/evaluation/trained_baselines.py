@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -129,6 +130,20 @@ def counter_features(log: EventLog, user: Int, seen: Int, now: Int | None, popul
 
 
 _USERS_PER_BLOCK = 256
+ROWS_FOR_THREADS = 1 << 19
+"""Rows from which several threads fit boosted trees. OpenMP's idle threads sleep (`vista.threads`), and waking them for
+thousands of small steps takes longer than these: two threads took 6 times as long as one with 37,000 rows, and as long
+with 600,000."""
+
+
+def grown_trees(inputs: Floats, label: NDArray[np.generic], **settings: Any) -> Callable[[Floats], Floats]:
+    """Fit boosted trees to labels [N] of inputs [N, R]; returns what predicts probabilities. Raises
+    MissingDependencyError if scikit-learn is not installed. `settings`: of its HistGradientBoostingClassifier."""
+    trees = require_module("sklearn.ensemble", "baselines").HistGradientBoostingClassifier(**settings)
+    limits = require_module("threadpoolctl", "baselines").threadpool_limits
+    with limits(1 if len(label) < ROWS_FOR_THREADS else None, user_api="openmp"):
+        trees.fit(inputs, label)
+    return lambda asked: trees.predict_proba(asked)[:, 1]
 
 
 class _WindowTrees:
@@ -145,7 +160,7 @@ class _WindowTrees:
         Raises:
             MissingDependencyError: if scikit-learn is not installed.
         """
-        self._make = require_module("sklearn.ensemble", "baselines").HistGradientBoostingClassifier
+        require_module("sklearn.ensemble", "baselines")
         self._horizon, self._at_one_time = horizon_events, at_one_time
 
     def _grow(
@@ -153,10 +168,10 @@ class _WindowTrees:
     ) -> None:
         """Fit `_trees` to all inputs; None if their labels are all equal."""
         label = np.concatenate([np.zeros(0, np.bool_), *labels])
-        self._trees: Any = None
+        self._trees: Callable[[Floats], Floats] | None = None
         if label.any() and not label.all():
-            self._trees = self._make(**settings, random_state=int(rng.integers(1 << 31)))
-            self._trees.fit(np.concatenate(inputs), label)
+            settings["random_state"] = int(rng.integers(1 << 31))
+            self._trees = grown_trees(np.concatenate(inputs), label, **settings)
 
 
 class CounterTrees(_WindowTrees):
@@ -183,7 +198,7 @@ class CounterTrees(_WindowTrees):
         out = np.tile(self._tie, (len(user), 1))
         features = counter_features(self._log, user, seen, now, self._popularity)
         if self._trees is not None and len(features.row):
-            out[features.row, features.item] += self._trees.predict_proba(features.value)[:, 1]
+            out[features.row, features.item] += self._trees(features.value)
         return out
 
 
@@ -366,7 +381,7 @@ class NewItemTrees(_WindowTrees):
             found = self._features.candidates(user, seen, now)
             row, place = found.is_new.nonzero()
             if len(row):
-                out[row, found.item[row, place]] += self._trees.predict_proba(found.value[row, place])[:, 1]
+                out[row, found.item[row, place]] += self._trees(found.value[row, place])
         had = had_items(self._log, user, seen)
         return np.where(had, 1 + self._own.scores(user, seen, now), out)
 
