@@ -318,13 +318,12 @@ def test_epoch_0_is_exported_until_attention_adds_something(event_log: EventLog,
     assert ("is the model of epoch 0" in said) != is_better
 
 
-def test_epoch_0_of_labels_alone_mixes_the_users(served_tasks: Served, tmp_path: Path) -> None:
-    """Each pass has all labels once, in another order, and ranks divide each step."""
-    data = {
-        f"data__{name}": getattr(served_tasks.config.data, name) for name in ("split", "validation_from", "test_from")
-    }
-    own = {"optim__next_weight": 0.0, "model__counter_keys": ["item"], "model__pooled_dim": 8}
-    config = small_config(served_tasks.log, tmp_path, **data, **own)
+@pytest.mark.parametrize("ranks_items", [False, True])
+def test_epoch_0_mixes_the_labels_of_all_users(served_tasks: Served, tmp_path: Path, ranks_items: bool) -> None:
+    """Each pass has all labels once, in another order, and ranks divide each step. Next items are fitted before."""
+    own = {f"data__{n}": getattr(served_tasks.config.data, n) for n in ("split", "validation_from", "test_from")}
+    own |= {"optim__next_weight": float(ranks_items), "model__counter_keys": ["item"], "model__pooled_dim": 8}
+    config = small_config(served_tasks.log, tmp_path, optim__epochs=0, **own)
 
     def rows(parts: Iterable[BatchImpressions]) -> np.ndarray:
         columns = []
@@ -339,8 +338,11 @@ def test_epoch_0_of_labels_alone_mixes_the_users(served_tasks: Served, tmp_path:
         made._ranks = ranks
         return [rows([batch.impressions]) for batch in islice(made._mixed_batches(labeled), 2)]
 
-    made = Trainer(config, served_tasks.log)
-    labeled = made._labeled([])
+    made, shown = Trainer(config, served_tasks.log), list[BatchImpressions]()
+    every = made._every_batch(shown)
+    batch = list(islice(every, made.source.num_batches(0) + ranks_items))[-1]
+    assert next(every, None) is not None if ranks_items else next(every, None) is None
+    labeled = replace(batch, impressions=BatchImpressions.of_batches(shown))
     first, second = steps(ALONE)
     source = rows(made.source.batch(0, index).impressions for index in range(made.source.num_batches(0)))
     assert 50 < len(source) < LABELS_PER_STEP
@@ -350,6 +352,9 @@ def test_epoch_0_of_labels_alone_mixes_the_users(served_tasks: Served, tmp_path:
     for rank in range(3):
         _, part = steps(ThreadRank(rank, [None] * 3, Barrier(1)))
         np.testing.assert_array_equal(part, second[rank::3])
+    model = train(config, served_tasks.log)
+    assert model.candidate_head is not None and model.candidate_head.network[-1].weight.any()
+    assert (model.counted is not None and bool(model.counted.network[-1].weight.any())) == ranks_items
 
 
 def test_a_disk_that_fills_up_leaves_no_part_of_epoch_0(

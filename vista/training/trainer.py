@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-from vista.config import TrainConfig
+from vista.config import OptimConfig, TrainConfig
 from vista.config.checks import Architecture, Precision, TableKind, planned, to_dict
 from vista.config.composition import to_yaml
 from vista.config.train_config import without_places
@@ -76,9 +76,9 @@ AVERAGED_PER_EPOCH = 32
 RESERVE = 0.03
 """Share of optim.minutes that checkpoints and the export take."""
 WIDE_STEPS, WIDE_PASSES = 200, 4
-"""Most steps of epoch 0, and most passes over the training histories."""
+"""Of epoch 0, for next items: most steps, and most passes over the training histories."""
 LABEL_STEPS, LABEL_PASSES, LABELS_PER_STEP = 3000, 16, 4096
-"""Where labels alone are trained: most steps, most passes over the labels, and impressions per step."""
+"""Of epoch 0, for labels: most steps, most passes over the labels, and impressions per step."""
 MOST_LABELED = 1 << 20
 """Most impressions, give or take a batch, that these steps draw from."""
 NAMED_USERS = 20
@@ -303,49 +303,51 @@ class Trainer:
     def _fit_wide(self, model: VistaModel, metrics: MetricsWriter, interrupted: list[bool]) -> None:
         """Epoch 0: fit what scores read without attention, then validate and export the model that has nothing else. An
         interrupted epoch 0 starts over."""
-        began, progress = time.perf_counter(), self.progress
-        optimizers = self._new_optimizers(trains_tables=False)
+        began, progress, optim = time.perf_counter(), self.progress, self.config.optim
         model.train()
-        total, batches = min(WIDE_STEPS, WIDE_PASSES * self.source.num_batches(0)), self._every_batch()
-        if not self.config.ranks_items:
-            shown = self._labeled(interrupted)
-            total = min(LABEL_STEPS, LABEL_PASSES * -(-len(shown.impressions.item) // LABELS_PER_STEP))
-            batches = self._mixed_batches(shown)
-        bar = progress_bar(total=total, desc="epoch 0", unit="batch")
-        with bar, closing(batches):
-            for step, batch in enumerate(islice(batches, total)):
-                optimizers.schedule(step, 0)
-                self._update(optimizers, batch, wide=True)
-                optimizers.average.add()
-                bar.update()
-                if self._ranks.any(bool(interrupted)):
-                    raise _stopped(progress)
-        optimizers.average.settle()
+        number, shown = self.source.num_batches(0), list[BatchImpressions]()
+        steps = min(WIDE_STEPS, WIDE_PASSES * number) if self.config.ranks_items else number
+        batch = self._fit_part(self._every_batch(shown), steps, replace(optim, task_weight=0.0), interrupted)
+        if batch is not None and model.schema.tasks and optim.task_weight > 0:
+            alone = replace(optim, next_weight=0.0, window_weight=0.0)
+            batch = replace(batch, impressions=BatchImpressions.of_batches(shown), anchors=None)
+            steps = min(LABEL_STEPS, LABEL_PASSES * -(-len(batch.impressions.item) // LABELS_PER_STEP))
+            self._fit_part(self._mixed_batches(batch), steps, alone, interrupted)
         if self.validation is not None:
             with model.wide_alone():
                 self._validate(metrics, time.perf_counter() - began)
             progress.wide = self.validation.of_users.tolist()
         self._save()
 
-    def _every_batch(self) -> Generator[Batch]:
-        """The batches of the source, epoch by epoch."""
-        for epoch in count():
-            with BatchPrefetcher(self.source, epoch, 0) as batches:
-                yield from batches
-
-    def _labeled(self, interrupted: list[bool]) -> Batch:
-        """A batch of the source with the labeled impressions of as many batches as `MOST_LABELED` asks for."""
-        shown, total, number = [], 0, self.source.num_batches(0)
-        with progress_bar(total=number, desc="labels", unit="batch") as bar, closing(self._every_batch()) as batches:
-            for batch in islice(batches, number):
-                shown.append(BatchImpressions.of_batches([batch.impressions]))
-                total += len(shown[-1].item)
+    def _fit_part(
+        self, batches: Generator[Batch], steps: int, optim: OptimConfig, interrupted: list[bool]
+    ) -> Batch | None:
+        """Fit what scores read without attention by the losses of `optim`; returns the last batch."""
+        optimizers, batch = self._new_optimizers(trains_tables=False), None
+        with progress_bar(total=steps, desc="epoch 0", unit="batch") as bar, closing(batches):
+            for step, batch in enumerate(islice(batches, steps)):
+                optimizers.schedule(step, 0)
+                self._update(optimizers, batch, wide=optim)
+                optimizers.average.add()
                 bar.update()
                 if self._ranks.any(bool(interrupted)):
                     raise _stopped(self.progress)
-                if total >= MOST_LABELED:
-                    break
-        return replace(batch, impressions=BatchImpressions.of_batches(shown))
+        optimizers.average.settle()
+        return batch
+
+    def _every_batch(self, shown: list[BatchImpressions]) -> Generator[Batch]:
+        """The batches of the source, epoch by epoch. `shown` gets the labeled impressions of the first epoch, up to
+        `MOST_LABELED`. Where labels alone are trained, it ends there."""
+        total = 0
+        for epoch in count():
+            with BatchPrefetcher(self.source, epoch, 0) as batches:
+                for batch in batches:
+                    if epoch == 0 and total < MOST_LABELED:
+                        shown.append(BatchImpressions.of_batches([batch.impressions]))
+                        total += len(shown[-1].item)
+                    elif not self.config.ranks_items:
+                        return
+                    yield batch
 
     def _mixed_batches(self, labeled: Batch) -> Generator[Batch]:
         """This rank's parts of batches of LABELS_PER_STEP random impressions. A batch of the source has the impressions
@@ -432,7 +434,7 @@ class Trainer:
         rate = self.optimizers.schedule(self.progress.step, warmup)
         return self._update(self.optimizers, batch) | {"learning_rate": rate}
 
-    def _update(self, optimizers: Optimizers, batch: Batch, *, wide: bool = False) -> dict[str, float]:
+    def _update(self, optimizers: Optimizers, batch: Batch, *, wide: OptimConfig | None = None) -> dict[str, float]:
         """An update of the whole model, or of its wide part alone; returns the losses and the norm of the gradient."""
         losses = self._losses(batch, wide=wide)
         objective = losses.total
@@ -449,21 +451,21 @@ class Trainer:
             optimizers.step()
         return row
 
-    def _losses(self, batch: Batch, *, wide: bool) -> Losses:
+    def _losses(self, batch: Batch, *, wide: OptimConfig | None) -> Losses:
         """The losses of a batch, or of this rank's part of it, which may be empty. Only the rows of the batch take
         part. A trained table's gradient is sparse, so no pass reads the whole table."""
         part: Batch | None = batch
-        if self._parallel is not None and (not wide or self.config.ranks_items):  # else from `_mixed_batches`
+        if self._parallel is not None and (wide is None or not wide.task_weight):  # else from `_mixed_batches`
             part = self._parallel.part(batch, self.progress.step)
         if part is None:
-            if self.model.sharded_table is not None and not wide:  # all ranks read together
+            if self.model.sharded_table is not None and wide is None:  # all ranks read together
                 self.model.id_vectors(torch.zeros(0, dtype=torch.int64, device=self.device))
             return weighted_losses({}, self.config.optim)
         part = part.to(self.device)
         with autocast(self.precision, self.device):
-            if wide:
+            if wide is not None:
                 assert self._wide is not None
-                return self._wide.wide_losses(part, self.config.optim)
+                return self._wide.wide_losses(part, wide)
             vectors = training_vectors(self.model, part)
             return self.model.losses(part, vectors, self.config.optim)
 
