@@ -13,8 +13,11 @@ import argparse
 import json
 import logging
 import shutil
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +32,7 @@ from vista.installation import __version__
 from vista.log.event_log import EventLog
 from vista.log.ingest.prepare import prepare
 from vista.log.splits import split_until
+from vista.machine import usable_cores
 from vista.model.vista_model import VistaModel
 from vista.progress_bar import progress_shown
 from vista.refresh import RefreshOptions, refresh
@@ -100,20 +104,19 @@ def run(data: Path | None, out: Path, overrides: list[str], sizes: DemoSizes = F
     _prepare(data, folder, sizes)
     log = EventLog.open(folder / "log")
     print(log)
-    if data:  # as many epochs as take some minutes; the user's overrides come later and win
-        epochs = int(np.clip(TRAINED_EVENTS // max(log.num_events, 1), 1, 12))
-        config = compose_config(TrainConfig, [words[0], f"optim.epochs={epochs}", *words[1:]])
+    # The user's overrides come later and win.
+    first = [f"num_threads={max(usable_cores() // 2, 1)}"]
+    if data:  # as many epochs as take some minutes
+        first.append(f"optim.epochs={int(np.clip(TRAINED_EVENTS // max(log.num_events, 1), 1, 12))}")
+    words = [words[0], *first, *words[1:]]
 
-    _say(2, "train")
-    model = train(config, log)
+    _say(2, "train; at the same time, the same model without a summary, whose attention reads the newest events alone")
+    with _alongside(
+        [*words, f"run_dir={folder / 'without-summary'}", "model.num_seeds=0"], folder / "without-summary.log"
+    ):
+        model = train(compose_config(TrainConfig, words), log)
 
-    _say(3, "train the same model without a summary, which reads only counters, pooled vectors, and the newest events")
-    without = compose_config(
-        TrainConfig, config_file=folder / "vista" / "config.yaml", overrides=_without_summary(folder)
-    )
-    train(without, log)
-
-    _say(4, "refresh the stores: one without test labels, one with all events for serving; score")
+    _say(3, "refresh the stores: one without test labels, one with all events for serving; score")
     options = RefreshOptions()
     tested = refresh(model, log, folder / "store-test", until=split_until(config.data, "test"), options=options)
     served = refresh(model, log, folder / "store", options=options)
@@ -128,7 +131,7 @@ def run(data: Path | None, out: Path, overrides: list[str], sizes: DemoSizes = F
     latency = measure_latency(model, folder / "latency", sizes)
 
     often = f"refreshed every {config.data.refresh_days:g} days" if config.data.refresh_days else "refreshed once"
-    _say(5, f"evaluate from the store ({often}), next to baselines, and write the report")
+    _say(4, f"evaluate from the store ({often}), next to baselines, and write the report")
     report = write_report(
         ReportConfig(
             run=str(folder / "vista"),
@@ -147,12 +150,20 @@ def run(data: Path | None, out: Path, overrides: list[str], sizes: DemoSizes = F
     return report
 
 
-def _without_summary(folder: Path) -> list[str]:
-    """What the comparison run changes: no summary, and nothing that only models with a summary have."""
-    return [
-        f"run_dir={folder / 'without-summary'}",
-        "model.num_seeds=0",
-    ]
+@contextmanager
+def _alongside(words: list[str], output: Path) -> Iterator[None]:
+    """Run `vista train` with these words, while the block runs, in a process of its own whose output is a file."""
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vista.cli", "train", *words], stdout=file, stderr=subprocess.STDOUT
+        )
+    try:
+        yield
+        if process.wait():
+            raise VistaError(f"vista train {' '.join(words)} failed; see {output}")
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def measure_latency(model: VistaModel, folder: Path, sizes: DemoSizes) -> Latency:
@@ -214,7 +225,7 @@ def _clear_if_other(folder: Path, data: Path | None, config: TrainConfig, sizes:
 
 
 def _say(number: int, what: str) -> None:
-    print(f"\n[{number}/5] {what}", flush=True)
+    print(f"\n[{number}/4] {what}", flush=True)
 
 
 if __name__ == "__main__":
