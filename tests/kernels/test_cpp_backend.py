@@ -288,7 +288,7 @@ def answer_mutated_records(library: Path, count: int) -> list[bool]:
         shape = {"heads": 1, "head_dim": spec.dim, "seeds": spec.num_tokens, "tail": 3, "num_layers": 2, "tasks": 1}
         plan = drawn_plan(rng, softmax=True, **shape, columns=columns, space=0, recent=2)
         model = ScoringModel(plan, library=library)
-        options = {"shared": True, "catalog": False, "projected": True, "features": False, "whole_events": False}
+        options = {"shared": True, "catalog": False, "projected": True, "features": True, "whole_events": False}
         drawn = drawn_request(rng, plan, lengths=[9], num_events=[3], **options)
         assert drawn.recent is not None and drawn.events.vectors is not None and drawn.rows is not None
         scoring = RecordScoring(
@@ -308,7 +308,8 @@ def answer_mutated_records(library: Path, count: int) -> list[bool]:
         for index in rng.integers(0, len(held), count).tolist():
             value = held[index] if rng.random() < 0.1 else mutated(held[index], rng)
             stored, now = StoredRecord(value, keys[index], spec), int(rng.choice([-(1 << 62), 0, 1 << 41]))
-            made = scoring.score(value, *stored.digests(), now, drawn.rows, None, logits=True, scores=True, threads=1)
+            given = *stored.digests(), now, drawn.rows, drawn.features, None
+            made = scoring.score(value, *given, logits=True, scores=True, threads=1)
             accepted.append(made is not None)
             if made is not None:
                 checked_records([value], [keys[index]], spec)

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +182,17 @@ def test_one_user_gets_the_bits_of_a_batch(both: Both, monkeypatch: pytest.Monke
         return answered[-1]
 
     monkeypatch.setattr(NativeScoring, "scores_of_record", counted)
-    values = np.append(both.items, 10**6)
-    for user in both.users:
+    values, hours = np.append(both.items, 10**6), np.linspace(-1, 25, len(both.items) + 1)
+    requests = [(None, None)]
+    if "features" in both.kind:
+        requests += [({"device": "tv", "hour": 3.5},) * 2, ({"hour": hours[None]}, {"hour": np.tile(hours, (2, 1))})]
+    for user, (request, of_both) in product(both.users, requests):
         newest = int(both.native.store.get_many([user]).last_event_ts[0])
         for now in (None, NOW, both.now, both.now + 400 * DAY, *([newest, newest + 1] if newest > 0 else [])):
             for adapter in (None, "de"):
-                alone = both.native.predict([user], values, now=now, adapter=adapter)
+                alone = both.native.predict([user], values, now=now, adapter=adapter, request=request)
                 source = both.native.answered_from
-                together = both.native.predict([user, user], values, now=now, adapter=adapter)
+                together = both.native.predict([user, user], values, now=now, adapter=adapter, request=of_both)
                 for task, scores in together.items():
                     np.testing.assert_array_equal(alone[task], scores[:1])
                 expected = both.native.answered_from
@@ -196,8 +200,8 @@ def test_one_user_gets_the_bits_of_a_batch(both: Both, monkeypatch: pytest.Monke
                 if now is not NOW:
                     assert (source.now is None) == (expected.now is None)
                     assert source.now is None or expected.now is None or source.now[0] == expected.now[0]
-    # Features, and keys that depend on the request, are left to Python; so are users without a record.
-    by_record = not any(part in both.kind for part in ("features", "unified", "pairs"))
+    # Vectors of other tables, and keys that depend on the request, are left to Python; so are users without a record.
+    by_record = not any(part in both.kind for part in ("unified", "pairs"))
     assert bool(answered) == by_record and None not in answered
 
 

@@ -322,7 +322,8 @@ def test_epoch_0_is_exported_until_attention_adds_something(event_log: EventLog,
 def test_epoch_0_mixes_the_labels_of_all_users(served_tasks: Served, tmp_path: Path, ranks_items: bool) -> None:
     """Each pass has all labels once, in another order, and ranks divide each step. Next items are fitted before."""
     own = {f"data__{n}": getattr(served_tasks.config.data, n) for n in ("split", "validation_from", "test_from")}
-    own |= {"optim__next_weight": float(ranks_items), "model__counter_keys": ["item"], "model__pooled_dim": 8}
+    own |= {"optim__next_weight": float(ranks_items), "optim__tasks": served_tasks.log.impressions.tasks[:1]}
+    own |= {"model__counter_keys": ["item"], "model__pooled_dim": 8}
     config = small_config(served_tasks.log, tmp_path, optim__epochs=0, **own)
 
     def rows(parts: Iterable[BatchImpressions]) -> np.ndarray:

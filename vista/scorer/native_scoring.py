@@ -154,26 +154,34 @@ class NativeScoring:
         made = self.run(request, pairs, logits=labeled, scores=NEXT_TASK in tasks, probabilities=True)
         return self._by_task(made, tasks)
 
-    def scores_of_record(self, record: UserRecord, rows: Int, tasks: list[str]) -> dict[str, Floats] | None:
-        """Scores per task, float32 [C], of model rows int64 [C]; None if the record is damaged. `record`: of a
-        generation with a `record_scoring`."""
-        scoring = self.record_scoring(record.stored.spec)
+    def scores_of_record(
+        self, record: UserRecord, rows: Int, features: PairFeatures | None, tasks: list[str]
+    ) -> dict[str, Floats] | None:
+        """Scores per task, float32 [C], of model rows int64 [C]; None if the record is damaged.
+
+        Args:
+            record: of a generation with a `record_scoring`.
+            features: of the request; None if all are missing.
+        """
+        scoring, labeled = self.record_scoring(record.stored.spec), tasks != [NEXT_TASK]
         assert scoring is not None
+        reads_features = labeled and self._model.request_features is not None
         made = scoring.score(
             record.stored.value,
             *record.stored.digests(),
             record.now,
             np.ascontiguousarray(rows),
+            self._features(features, 1) if reads_features else None,
             None if record.adapter is None else record.adapter + self._biases,
-            logits=tasks != [NEXT_TASK],
+            logits=labeled,
             scores=NEXT_TASK in tasks,
             threads=num_threads(),
         )
         return None if made is None else self._by_task(made, tasks)
 
     def record_scoring(self, spec: RecordSpec) -> RecordScoring | None:
-        """What scores from records of a generation; None if the model reads more than such a call prepares: features,
-        or counters whose keys depend on the request."""
+        """What scores from records of a generation; None if the model reads more than such a call prepares: features
+        of events or users, or counters whose keys depend on the request."""
         known = self._by_spec.get(id(spec))
         if known is None or known[0] is not spec:
             if len(self._by_spec) >= MAX_SPECS:
@@ -184,7 +192,7 @@ class NativeScoring:
     def _record_scoring(self, spec: RecordSpec) -> RecordScoring | None:
         model, weights = self._model, self._model.weights
         decoder, config, keys = record_decoder(spec), model.config, model.item_keys
-        readers = model.tail_features, model.user_features, model.request_features
+        readers = model.tail_features, model.user_features
         shape = config.num_seeds + (config.space_dim > 0), config.dim
         if decoder is None or self._vectors is None or any(one is not None for one in readers):
             return None

@@ -330,7 +330,7 @@ class Scorer:
         Raises:
             UnknownUserError, UnknownItemError, StoreError, ValueError, TypeError: as in `predict`.
         """
-        with self._call(users, tail, now, adapter, by_record=request is None) as call:
+        with self._call(users, tail, now, adapter, by_record=True) as call:
             return call.predict(candidates, request, [self.task])[self.task]
 
     def predict(
@@ -371,7 +371,7 @@ class Scorer:
             StoreError: the scorer is closed, or a record is damaged.
             ValueError, TypeError: an argument is invalid or too long; the message names it.
         """
-        with self._call(users, tail, now, adapter, by_record=request is None) as call:
+        with self._call(users, tail, now, adapter, by_record=True) as call:
             return call.predict(candidates, request, call.snapshot.tasks)
 
     def rank(

@@ -49,6 +49,7 @@ from vista.scorer.request import (
     split_ragged,
     with_fresh_events,
 )
+from vista.scorer.request_features import PairFeatures
 from vista.store.item_values import ItemValues
 from vista.store.reader import ShardedReader, StoredBatch, StoreReader
 from vista.store.record import HEADER_BYTES, Tail
@@ -364,10 +365,14 @@ class ServingSnapshot:
         flat = self._native.task_scores(request, Pairs.of(rows, len(request), count), tasks)
         return {task: of_pairs.reshape(len(request), count) for task, of_pairs in flat.items()}
 
-    def scores_of_record(self, record: UserRecord, rows: Int, tasks: list[str]) -> dict[str, Float32s] | None:
-        """`scores` of rows [C], float32 [1, C], from a record; None if it is damaged."""
+    def scores_of_record(
+        self, record: UserRecord, rows: Int, features: Any, tasks: list[str]
+    ) -> dict[str, Float32s] | None:
+        """`scores` of rows [C], float32 [1, C], from a record; None if it is damaged. `features`: as callers
+        pass them."""
         assert self._native is not None
-        flat = self._native.scores_of_record(record, rows, tasks)
+        of_request = PairFeatures.of(self.served.request_features, features, 1, len(rows))
+        flat = self._native.scores_of_record(record, rows, of_request, tasks)
         return None if flat is None else {task: scores[None] for task, scores in flat.items()}
 
     def logits(self, request: Request, rows: Int) -> Float32s:
@@ -449,7 +454,7 @@ class Call:
         rows = self.snapshot.candidates(values, self.on_missing).rows
         scores, missing = None, _NOT_MISSING
         if self.record is not None and given is None and (rows.ndim == 1 or len(rows) == 1):
-            scores = self.snapshot.scores_of_record(self.record, rows.reshape(-1), tasks)
+            scores = self.snapshot.scores_of_record(self.record, rows.reshape(-1), features, tasks)
         if scores is None:
             scores, missing = self._scores(rows, given, features, tasks)
         unknown, num_pairs = rows == UNKNOWN_ITEM, scores[tasks[0]].size

@@ -307,7 +307,8 @@ class Trainer:
         model.train()
         number, shown = self.source.num_batches(0), list[BatchImpressions]()
         steps = min(WIDE_STEPS, WIDE_PASSES * number) if self.config.ranks_items else number
-        batch = self._fit_part(self._every_batch(shown), steps, replace(optim, task_weight=0.0), interrupted)
+        ranked = replace(optim, task_weight=0.0, tasks=[])
+        batch = self._fit_part(self._every_batch(shown), steps, ranked, interrupted)
         if batch is not None and model.schema.tasks and optim.task_weight > 0:
             alone = replace(optim, next_weight=0.0, window_weight=0.0)
             batch = replace(batch, impressions=BatchImpressions.of_batches(shown), anchors=None)

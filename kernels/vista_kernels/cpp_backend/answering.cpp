@@ -149,8 +149,8 @@ class Counted {
 
 extern "C" int32_t vista_answer(const VistaAnswering *answering, const uint8_t *bytes, int64_t length,
                                 const uint8_t *checksum, const uint8_t *key_hash, int64_t now, int32_t has_now,
-                                const int64_t *rows, int64_t count, const float *adapter, int32_t probabilities,
-                                float *logits, float *scores, int32_t threads) try {
+                                const int64_t *rows, int64_t count, const VistaRequest *asked, const float *adapter,
+                                int32_t probabilities, float *logits, float *scores, int32_t threads) try {
     const VistaAnswering &a = *answering;
     const Sizes &s = a.model->sizes;
     Record record;
@@ -226,6 +226,12 @@ extern "C" int32_t vista_answer(const VistaAnswering *answering, const uint8_t *
 
     const int64_t offsets[] = {0, count};
     request.users = 1, request.offsets = offsets, request.rows = rows, request.shared = 1;
+    if (asked) {
+        request.features = asked->features, request.features_per_user = asked->features_per_user;
+        request.feature_first = asked->feature_first, request.feature_rows = asked->feature_rows;
+        request.entries = asked->entries, request.num_entries = asked->num_entries;
+        request.dense = asked->dense, request.num_dense = asked->num_dense;
+    }
     request.adapter = adapter, request.probabilities = probabilities;
     request.logits = logits, request.scores = scores;
     return vista_score(a.model, &request, threads);

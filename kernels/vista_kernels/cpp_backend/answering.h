@@ -31,9 +31,11 @@ struct VistaAnswering {         // what the requests of one model and one genera
 
 // Scores of `count` rows of items. The result is 0 or an error of scoring.h; nothing is written outside the outputs.
 //   record: as stored; checksum, key_hash: as of `vista_check_records`. now: ms, if `has_now`.
+//   asked: whose features of the request and its pairs are set; null for none.
 int32_t vista_answer(const VistaAnswering *, const uint8_t *record, int64_t length, const uint8_t *checksum,
                      const uint8_t *key_hash, int64_t now, int32_t has_now, const int64_t *rows, int64_t count,
-                     const float *adapter, int32_t probabilities, float *logits, float *scores, int32_t threads);
+                     const VistaRequest *asked, const float *adapter, int32_t probabilities, float *logits,
+                     float *scores, int32_t threads);
 int64_t vista_answering_layout(void);  // the sizes of the structures, as `vista_layout`
 }
 #pragma GCC visibility pop

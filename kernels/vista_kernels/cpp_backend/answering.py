@@ -18,6 +18,7 @@ from vista_kernels.cpp_backend.library import (
     Ints,
     ItemReads,
     LibraryError,
+    PairFeatureRows,
     ScoredPairs,
     ScoringModel,
     _address,
@@ -106,7 +107,7 @@ class RecordScoring:
         self._call, self._width = library.vista_answer, model.tasks
         self._call.argtypes = [
             *(POINTER(_Answering), c_char_p, c_int64, c_char_p, c_char_p, c_int64, c_int32, c_void_p, c_int64),
-            *(c_void_p, c_int32, c_void_p, c_void_p, c_int32),
+            *(POINTER(_Request), c_void_p, c_int32, c_void_p, c_void_p, c_int32),
         ]
         given = _Request(users=1)
         tables = {"vectors": vectors, "candidates": candidates, "retrieval": retrieval}
@@ -144,7 +145,8 @@ class RecordScoring:
             *((1.0, 1.0) if counters is None else counters.of_events),
             _pointers(keys),
         )
-        self._held = model, decoder, tables, followers, times, weights, scale, keys
+        self._model = model
+        self._held = decoder, tables, followers, times, weights, scale, keys
         self._reference = ctypes.byref(self._answering)
 
     def score(
@@ -154,6 +156,7 @@ class RecordScoring:
         key_hash: bytes,
         now: int | None,
         rows: Ints,
+        features: PairFeatureRows | None,
         adapter: Floats | None,
         *,
         logits: bool,
@@ -168,6 +171,7 @@ class RecordScoring:
             checksum: XXH3 of the record with zeros for its checksum, big-endian; key_hash: of the user's key.
             now: ms; None if unknown.
             rows: int64 [C], contiguous.
+            features: of the one user, as of `ScoringRequest`; scores do not read them.
             adapter: as of `ScoringRequest`.
         """
         count = len(rows)
@@ -176,6 +180,10 @@ class RecordScoring:
             np.empty(count, np.float32) if scores else None,
             None,
         )
+        asked = None
+        if features is not None and logits:
+            asked = _Request()
+            self._model._give_features(asked, features, 1)
         status = self._call(
             self._reference,
             record,
@@ -186,6 +194,7 @@ class RecordScoring:
             now is not None,
             _address(rows),
             count,
+            asked,
             _address(adapter),
             1,
             _address(made.logits),

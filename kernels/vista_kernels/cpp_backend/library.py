@@ -542,16 +542,8 @@ class ScoringModel:
             given.recent = _pointer(recent.rows, "recent.rows", (num_users, len(plan.decay)), np.int64)
             given.follower_weights = self._table(recent.weights, "recent.weights", plan.followers)
             given.follower_items = _pointer(recent.items, "recent.items", recent.weights.shape, np.int32)
-        if logits and (pairs := request.features) is not None:
-            given.features = self._table(pairs.table, "features")
-            count, given.num_entries = pairs.entries.shape
-            given.feature_rows, given.num_dense = count, pairs.dense.shape[1]
-            given.features_per_user = pairs.per_user
-            if given.features.width != 5 * dim or given.num_dense > given.features.rows:
-                raise ValueError(f"features: must have {5 * dim} columns, and a row for each factor")
-            given.feature_first = _pointer(pairs.first, "features.first", (num_users,), np.int64)
-            given.entries = _pointer(pairs.entries, "features.entries", (count, None), np.int64)
-            given.dense = _pointer(pairs.dense, "features.dense", (count, None))
+        if logits and request.features is not None:
+            self._give_features(given, request.features, num_users)
         if logits and (counted := request.counted) is not None:
             if plan.candidate_head is None or plan.code_vectors is None:
                 raise ValueError("counted: the model's tasks read no counters")
@@ -566,6 +558,17 @@ class ScoringModel:
             given.codes_next = _pointer(items.codes, "counted_next.codes", (count, plan.columns), np.uint8)
             given.event_counts = _pointer(items.event_counts, "counted_next.event_counts", (num_users,))
         return given
+
+    def _give_features(self, given: _Request, pairs: PairFeatureRows, num_users: int) -> None:
+        given.features = self._table(pairs.table, "features")
+        count, given.num_entries = pairs.entries.shape
+        given.feature_rows, given.num_dense = count, pairs.dense.shape[1]
+        given.features_per_user = pairs.per_user
+        if given.features.width != 5 * self.dim or given.num_dense > given.features.rows:
+            raise ValueError(f"features: must have {5 * self.dim} columns, and a row for each factor")
+        given.feature_first = _pointer(pairs.first, "features.first", (num_users,), np.int64)
+        given.entries = _pointer(pairs.entries, "features.entries", (count, None), np.int64)
+        given.dense = _pointer(pairs.dense, "features.dense", (count, None))
 
     def _table(self, table: Floats | None, name: str, width: int | None = None) -> _Table:
         if (kept := self._kept.get(id(table))) is not None and width in (None, kept[1].width):
