@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -152,17 +153,17 @@ def run(data: Path | None, out: Path, overrides: list[str], sizes: DemoSizes = F
 
 @contextmanager
 def _alongside(words: list[str], output: Path) -> Iterator[None]:
-    """Run `vista train` with these words, while the block runs, in a process of its own whose output is a file."""
+    """Run `vista train` with these words, while the block runs, in a process of its own whose output is a file. If the
+    block fails, that run stops with a checkpoint."""
+    command = [sys.executable, "-m", "vista.cli", "train", *words]
     with output.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vista.cli", "train", *words], stdout=file, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         yield
         if process.wait():
             raise VistaError(f"vista train {' '.join(words)} failed; see {output}")
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)
         process.wait()
 
 
