@@ -14,9 +14,8 @@ from vista.arrays import Float32s
 from vista.config import DataConfig
 from vista.evaluation.answers import RawHistoryAnswers, RefreshedAnswers
 from vista.evaluation.cases import ImpressionCases, impression_cases, with_tasks
-from vista.evaluation.label_baselines import TREES, LabelFeatures, label_baselines
+from vista.evaluation.label_baselines import LabelFeatures, label_baselines, label_trees
 from vista.evaluation.protocol import USERS_PER_BATCH, impression_metrics
-from vista.evaluation.trained_baselines import grown_trees
 from vista.files import make_folders
 from vista.log.event_log import EventLog
 from vista.log.splits import part_times, split_until
@@ -93,7 +92,7 @@ def stacked_answers(log: EventLog, data: DataConfig, task: str, files: Sequence[
         own = [features.counters(cases), features.products(cases)]
         inputs[part] = np.column_stack([*own, *(np.load(each[part])[:, 0] for each in files)])
         labels[part] = cases.label[:, 0]
-    trees = grown_trees(inputs["validation"], labels["validation"], **TREES)
+    trees = label_trees(inputs["validation"], labels["validation"])
     return trees(inputs["test"]).astype(np.float32)[:, None]
 
 

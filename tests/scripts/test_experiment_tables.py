@@ -269,7 +269,7 @@ def test_labels_as_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert ("vista", "tail-only") in pairs and ("vista", "stack") in pairs
     tiny = replace(table, words=(*table.words, *TINY_MODEL), rows={row: table.rows[row] for row in kept}, pairs=pairs)
     monkeypatch.setitem(TABLES, "labels-assist17", tiny)
-    monkeypatch.setattr("vista.evaluation.label_baselines.TREES", {"min_samples_leaf": 4})  # 48 answers, not 100
+    monkeypatch.setattr("vista.evaluation.label_baselines._TREES", {"min_samples_leaf": 4})  # 48 answers, not 100
     work, places = tmp_path / "work", ["--work", str(tmp_path / "work"), "--results", str(tmp_path)]
     words = ["labels-assist17", "--data", str(tmp_path / "files"), *places, "--threads", "1"]
     assert reproduce.main([*words, "--rows", "stack"]) == 1

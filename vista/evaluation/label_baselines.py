@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Floats, Int
 from vista.config import DataConfig
@@ -40,8 +41,8 @@ _NEVER_MS = 1e15
 _ITEM_PRIOR, _PRIOR = 20, 5
 """Impressions with the mean rate that are added to those of each item, and to those of each user, or pair of a user and
 an item or category."""
-TREES = {"max_iter": 300, "learning_rate": 0.06, "max_leaf_nodes": 31, "min_samples_leaf": 100}
-TREES |= {"early_stopping": False, "random_state": 0}
+_TREES = {"max_iter": 300, "learning_rate": 0.06, "max_leaf_nodes": 31, "min_samples_leaf": 100}
+_TREES |= {"early_stopping": False, "random_state": 0}
 
 
 def label_baselines(log: EventLog, data: DataConfig, cases: ImpressionCases, *, trained: bool) -> dict[str, Float32s]:
@@ -67,10 +68,10 @@ def label_baselines(log: EventLog, data: DataConfig, cases: ImpressionCases, *, 
         MissingDependencyError: if scikit-learn is not installed, and `trained` is asked for.
     """
     limit = split_until(data, "train")
-    log, cases = log.active, replace(cases, seen=log.active_counts(cases.seen, cases.user))
     table = log.impressions
     if table is None or limit.before is None or not table.num_impressions:
         return {}
+    log, cases = log.active, replace(cases, seen=log.active_counts(cases.seen, cases.user))
     begin = int(np.asarray(table.timestamp).min())
     fitted = with_tasks(impression_cases(log, begin, limit.before, max_cases=MAX_FITTED), cases.tasks)
     if not fitted.mask.any():
@@ -240,19 +241,19 @@ class LabelFeatures:
         """
         limit = split_until(data, "train")
         assert limit.before is not None
-        self._log, self.task, self.cut = log, task, limit.before
-        self._popularity = np.log1p(item_counts(log, visible_counts(log, limit)))
+        self._whole, self._log, self.task, self.cut = log, log.active, task, limit.before
+        self._popularity = np.log1p(item_counts(self._log, visible_counts(self._log, limit)))
         self.labels = _Labels.of(log, task, self.cut)
         earlier = self.labels.before(self.cut)
         self.can_learn = len(np.unique(earlier.label)) == 2
         """Whether there are labels of both kinds before the cut."""
         self.middle = int(np.median(earlier.time)) - earlier.delay if len(earlier.time) else self.cut
         """Time in ms of the first impressions whose labels are fitted to."""
-        self._residuals = _Residuals.of(log, self.labels, self.middle) if self.can_learn else None
+        self._residuals = _Residuals.of(self._log, self.labels, self.middle) if self.can_learn else None
 
     def fitted(self) -> ImpressionCases:
         """The impressions to fit trees to, with a label each."""
-        shown = impression_cases(self._log, self.middle, self.cut, max_cases=MAX_GROWN)
+        shown = impression_cases(self._whole, self.middle, self.cut, max_cases=MAX_GROWN)
         shown = with_tasks(shown, [self.task])
         return shown.part(np.flatnonzero(shown.mask[:, 0]))
 
@@ -267,6 +268,7 @@ class LabelFeatures:
 
     def counters(self, cases: ImpressionCases) -> Floats:
         """Counts and rates of earlier labels and events, and the item's popularity: float64 [N, R]."""
+        cases = replace(cases, seen=self._whole.active_counts(cases.seen, cases.user))
         labels, columns = self.labels, [*_counters(self._log, cases).T, self._popularity[cases.item]]
         for code in (np.arange(self._log.num_items), *_single_categories(self._log)):
             known, asked, size = code[labels.item], code[cases.item], int(code.max(initial=0)) + 1
@@ -282,6 +284,11 @@ class LabelFeatures:
         return self._residuals.products(cases)
 
 
+def label_trees(inputs: Floats, label: NDArray[np.floating]) -> Callable[[Floats], Floats]:
+    """`grown_trees` with the settings of the baselines."""
+    return grown_trees(inputs, label, **_TREES)
+
+
 def _learned(features: LabelFeatures, cases: ImpressionCases) -> dict[str, Floats]:
     """Probabilities [N] of the baselines that read earlier labels, by name."""
     fitted = features.fitted()
@@ -291,10 +298,10 @@ def _learned(features: LabelFeatures, cases: ImpressionCases) -> dict[str, Float
     with elapsed_time("label counters"):
         known, asked = (features.counters(each) for each in (fitted, cases))
     with elapsed_time(LABEL_TREES):
-        out[LABEL_TREES] = grown_trees(known, label, **TREES)(asked)
+        out[LABEL_TREES] = label_trees(known, label)(asked)
     known, asked = (np.column_stack([own, features.products(each)]) for own, each in ((known, fitted), (asked, cases)))
     with elapsed_time(POOLED_LABELS):
-        out[POOLED_LABELS] = grown_trees(known, label, **TREES)(asked)
+        out[POOLED_LABELS] = label_trees(known, label)(asked)
     return out
 
 
