@@ -333,12 +333,14 @@ class Trainer:
                 bar.update()
                 if self._ranks.any(bool(interrupted)):
                     raise _stopped(self.progress)
+                if self._ranks.any(self._time_is_up()):
+                    break
         optimizers.average.settle()
         return batch
 
     def _every_batch(self, shown: list[BatchImpressions]) -> Generator[Batch]:
-        """The batches of the source, epoch by epoch. `shown` gets the labeled impressions of the first epoch, up to
-        `MOST_LABELED`. Where labels alone are trained, it ends there."""
+        """The batches of the source, epoch by epoch. `shown` gets the labeled impressions of those that are taken of
+        the first epoch, up to `MOST_LABELED`. Where labels alone are trained, it ends there."""
         total = 0
         for epoch in count():
             with BatchPrefetcher(self.source, epoch, 0) as batches:
