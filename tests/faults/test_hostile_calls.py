@@ -49,6 +49,7 @@ NOT_CALLED = {
     ),
     "takes what only vista itself makes": (
         *("EventLog.event_sources", "EventLog.as_of", "EventLog.active_counts", "EventLog.is_active"),
+        "EventLog.counts_before_active",
         *("RefreshOptions.require_only", "Explanation.why"),
         *("Manifest.spec", "Manifest.with_records", "Manifest.with_items"),
     ),

@@ -168,6 +168,7 @@ def _write_events(folder: Path, step: Step, number: int, log: EventLog | None) -
         "actions": ACTIONS,
         "tasks": ["like"],
         "again_days": None,
+        "as_events": None,
         "has_time": True,
         "timestamp": "milliseconds since 1970-01-01 UTC",
         "has_rating": False,

@@ -126,7 +126,7 @@ def test_golden_bytes_of_a_segment(tmp_path: Path) -> None:
     assert {name: (array.dtype.str, array.tobytes().hex()) for name, array in arrays.items()} == GOLDEN_SEGMENT
     manifest = json.loads((segment / "manifest.json").read_text())
     assert {path.name for path in segment.iterdir()} == {*GOLDEN_SEGMENT, "manifest.json"}
-    assert (segment.name, manifest["format"], manifest["version"]) == ("segment-000001", "vista-event-log", 7)
+    assert (segment.name, manifest["format"], manifest["version"]) == ("segment-000001", "vista-event-log", 8)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def tear_manifest(folder: Path) -> None:
         (truncate, r"item\.npy: expected \d+ bytes, found \d+; the file is truncated: copy it again"),
         (delete_column, r"timestamp\.npy: missing; prepare the log again"),
         (delete_segment, r"segment-000001 is missing, but segment-000002"),
-        (manifest_says(version=2), r"format version 2, but this version of vista reads 7"),
+        (manifest_says(version=2), r"format version 2, but this version of vista reads 8"),
         (tear_manifest, r"manifest\.json: cannot be read"),
     ],
 )

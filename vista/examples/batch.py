@@ -83,13 +83,15 @@ class ChunkTimeline:
     holds labels only: it is never part of a chunk's own events."""
 
     item: Int
-    """int64 [N] model item rows; 0 is the unknown item, or that of an event that is never a label."""
+    """int64 [N] model item rows; 0 is the unknown item."""
     time: Int
     """int64 [N] ms, or positions in a log without times."""
     offsets: Int
     """int64 [B+1]."""
     weight: Float32s | None = None
     """float32 [N] of the events as labels; None is 1."""
+    active: Int | None = None
+    """int64 [n] places of the events that are labels, ascending; None if all are."""
 
 
 @dataclass(frozen=True, slots=True)

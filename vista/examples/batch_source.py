@@ -6,7 +6,6 @@ So a resumed run needs only its position in the data, and makes the same batches
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -401,7 +400,6 @@ class BatchSource:
         self.spaces: ItemSpaces | None = None
         """Of the model rows; None for a model without pooled vectors."""
         if dim := config.model.space_dim:
-            began = time.perf_counter()
             num_rows, residuals = 1 + largest, None  # those of items that histories do not know are 0
             if (task := reads.residual_task) is not None:
                 residuals = label_residuals(log, self._history_rows, self.counts, config.data, task)
@@ -409,7 +407,6 @@ class BatchSource:
             self.spaces = ItemSpaces(
                 log, self._history_rows, self.counts, dim, seed=config.seed, num_rows=num_rows, residuals=residuals
             )
-            logger.debug("item vectors of %d values for pooled vectors (%.1f s)", dim, time.perf_counter() - began)
         self.rates: ItemRates | None = None
         """Of the model rows; None for a model without pooled vectors or tasks."""
         if self.spaces is not None and tasks:
@@ -424,9 +421,7 @@ class BatchSource:
         self.transitions: TransitionCounts | None = None
         """Of the model rows; None for a model that does not read them."""
         if self._reads_counts and (size := config.model.num_transitions):
-            began = time.perf_counter()
             self.transitions = TransitionCounts(log, reads.item_rows, self.counts, size)
-            logger.debug("the %d most frequent next items of each item (%.1f s)", size, time.perf_counter() - began)
         self._rewards = EventRewards(log, self.counts, config.optim) if config.optim.reward else None
         self._chunk_len = chunk_len(config)
         self._epoch = -1
@@ -510,7 +505,10 @@ class BatchSource:
         """
         reads, model, stored, anchors = self._reads, self._config.model, self._stored, self._plan.anchors
         lead = np.minimum(start, self._lead)
-        trail = np.minimum(0 if anchors is None else anchors.horizon_events, self.counts[user] - stop)
+        end = stop
+        if anchors is not None:  # so many active events later
+            end = self._log.counts_before_active(self._log.active_counts(stop, user) + anchors.horizon_events, user)
+        trail = np.minimum(end, self.counts[user]) - stop
         timeline = self._log.gather_ranges(user, start - lead, stop + trail)
         events = timeline.select(np.zeros_like(lead), stop - start + lead)
         weight = of_timeline = None
@@ -534,8 +532,9 @@ class BatchSource:
             is_active=self._log.is_active(events.action),
         )
         if anchors is not None:
-            item = np.where(self._log.is_active(timeline.action), reads.item_rows[timeline.item], 0)
-            chunks.timeline = ChunkTimeline(item, np.asarray(timeline.timestamp), timeline.offsets, of_timeline)
+            active = np.flatnonzero(self._log.is_active(timeline.action)) if self._log.passive else None
+            item, time = reads.item_rows[timeline.item], np.asarray(timeline.timestamp)
+            chunks.timeline = ChunkTimeline(item, time, timeline.offsets, of_timeline, active)
         if stored is not None:
             chunks.lead, chunks.summary = lead, stored.read(user)
         if reads.keys is not None or self.spaces is not None:

@@ -147,17 +147,28 @@ def draw_anchors(chunks: Chunks, plan: AnchorPlan, rng: np.random.Generator) -> 
     gap = np.where(has_gap, gap_bucket(time - timeline.time[np.maximum(place - 1, 0)]), UNKNOWN_GAP)
     # As in evaluation, a window begins at the request if that has a time, else at the newest event before it.
     begin = time if plan.by_time else timeline.time[np.where(position > 0, place - 1, place)]
-    event = _anchor_labels(timeline, plan, place, timeline.offsets[1:][chunk], begin)
+    end = timeline.offsets[1:][chunk]
+    event, following = _anchor_labels(timeline, plan, place, end, begin), _places(timeline, place, end, 1)[:, 0]
     item = np.where(event >= 0, _take(timeline.item, event), 0)
     # A request at the time of a chunk's first label may have its place among the events that are context only.
     kept = np.flatnonzero(item.any(1) & (position >= lead[chunk]))
-    chunk, position, place, time = chunk[kept], position[kept], place[kept], time[kept]
+    chunk, position, following, time = chunk[kept], position[kept], following[kept], time[kept]
     weight = next_weight = None
     if timeline.weight is not None:
-        weight, next_weight = timeline.weight[event[kept]], timeline.weight[place]
-    return ChunkAnchors(
-        chunk, position, gap[kept], item[kept], timeline.item[place], time, is_timed[kept], weight, next_weight
-    )
+        weight, next_weight = timeline.weight[event[kept]], timeline.weight[following]
+    next_item = np.where(following >= 0, timeline.item[following], 0)
+    return ChunkAnchors(chunk, position, gap[kept], item[kept], next_item, time, is_timed[kept], weight, next_weight)
+
+
+def _places(timeline: ChunkTimeline, place: Int, end: Int, width: int) -> Int:
+    """int64 [NA, width]: the places of the first labels at or after places int64 [NA] and before `end`; -1 after the
+    last one."""
+    if timeline.active is None:
+        places = place[:, None] + np.arange(width)
+    else:
+        rank = np.searchsorted(timeline.active, place)[:, None] + np.arange(width)
+        places = np.append(timeline.active, len(timeline.item))[np.minimum(rank, len(timeline.active))]
+    return np.where(places < end[:, None], places, -1)
 
 
 def _first_from(timeline: ChunkTimeline, chunk: Int, time: Int) -> Int:
@@ -179,12 +190,11 @@ def _anchor_labels(timeline: ChunkTimeline, plan: AnchorPlan, place: Int, end: I
         begin: int64 [NA] times (ms) from which days are counted.
     """
     width = min(plan.horizon_events, int((end - place).max(initial=0)))
-    event = place[:, None] + np.arange(width)
-    is_inside = event < end[:, None]
-    event = np.where(is_inside, event, 0)
+    event = _places(timeline, place, end, width)
+    is_inside = event >= 0
     if plan.horizon_days > 0:
-        is_inside &= timeline.time[event] < begin[:, None] + math.ceil(plan.horizon_days * DAY_MS)
-    item = np.where(is_inside, timeline.item[event], 0)
+        is_inside &= _take(timeline.time, event) < begin[:, None] + math.ceil(plan.horizon_days * DAY_MS)
+    item = np.where(is_inside, _take(timeline.item, event), 0)
     order = item.argsort(1, kind="stable")
     item, event = np.take_along_axis(item, order, 1), np.take_along_axis(event, order, 1)
     repeats = np.pad(item[:, 1:] == item[:, :-1], ((0, 0), (1, 0)))

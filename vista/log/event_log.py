@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
@@ -291,13 +291,43 @@ class EventLog:
         """How many of the first counts[b] events of each user in `user_rows` [B], or of all, are active: int64 [B]."""
         if not self.passive:
             return counts
-        user_rows = np.arange(self.num_users) if user_rows is None else user_rows
         found = np.zeros(len(counts), np.int64)
-        for part in token_groups(counts, 1 << 22):
-            events = self.gather(user_rows[part], counts[part], features=False)
-            total = offsets_of(self.is_active(events.action))
-            found[part] = np.diff(total[events.offsets])
+        for own, begin, _, is_active in self._histories_once(user_rows, counts):
+            total = offsets_of(is_active)
+            found[own] = total[begin + counts[own]] - total[begin]
         return found
+
+    def counts_before_active(self, number: Int, user_rows: Int | None = None) -> Int:
+        """How many events of each user in `user_rows` [B], or of all, come before its active event number[b], counted
+        from 0, or before the end of its history if there is none: int64 [B]."""
+        if not self.passive:
+            return number if user_rows is None else np.minimum(number, self.lengths[user_rows])
+        found = np.zeros(len(number), np.int64)
+        for own, begin, end, is_active in self._histories_once(user_rows, None):
+            total, place = offsets_of(is_active), np.append(np.flatnonzero(is_active), 0)
+            asked = total[begin] + number[own]
+            found[own] = np.where(asked < total[end], place[np.minimum(asked, len(place) - 1)], end) - begin
+        return found
+
+    def _histories_once(
+        self, user_rows: Int | None, counts: Int | None
+    ) -> Iterator[tuple[Int, Int, Int, NDArray[np.bool_]]]:
+        """Which events of users in `user_rows` [B] are active, reading each history once, up to its largest count or as
+        a whole: places int64 [n] in `user_rows`, and where the histories of these begin and end in bool [T]."""
+        user_rows = np.arange(self.num_users) if user_rows is None else user_rows
+        users, owner = np.unique(user_rows, return_inverse=True)
+        most = self.lengths[users] if counts is None else np.zeros(len(users), np.int64)
+        if counts is not None:
+            np.maximum.at(most, owner, counts)
+        order = owner.argsort(kind="stable")
+        first = np.searchsorted(owner[order], np.arange(len(users) + 1))
+        for part in token_groups(most, 1 << 22):
+            events, own = (
+                self.gather(users[part], most[part], features=False),
+                order[first[part.start] : first[part.stop]],
+            )
+            place = owner[own] - part.start
+            yield own, events.offsets[place], events.offsets[place + 1], self.is_active(events.action)
 
     def gather(self, user_rows: Any, counts: Any = None, *, features: bool = True) -> Histories:
         """Histories of several users.

@@ -33,15 +33,15 @@ from vista.log.vocabulary import Vocabulary
 from vista.progress_bar import progress_bar
 
 FORMAT = "vista-event-log"
-VERSION = 7
+VERSION = 8
 MANIFEST_FILE = "manifest.json"
 QUARANTINE_FILE = "quarantine.csv"
 DEAD_LETTERS_FILE = "dead_letters.jsonl"
 SET_ASIDE_FILES = (QUARANTINE_FILE, DEAD_LETTERS_FILE)
 """Files of invalid rows, and of invalid messages of topics."""
 LOG_FIELDS = (
-    *("num_users", "num_items", "id_types", "actions", "tasks", "again_days", "has_time", "timestamp", "has_rating"),
-    "read_with",
+    *("num_users", "num_items", "id_types", "actions", "tasks", "again_days", "as_events", "has_time", "timestamp"),
+    *("has_rating", "read_with"),
 )
 """Entries that describe the log up to the segment; segments without new sources copy them."""
 REMEDY = "prepare the log again from its sources"
@@ -96,6 +96,7 @@ _RULES = {
     "actions": list_of(text(), most=_MAX_ACTIONS),
     "tasks": list_of(text()),
     "again_days": either(one_of(None), NUMBER),
+    "as_events": either(one_of(None), text()),
     "has_time": _FLAG,
     "timestamp": text(),
     "has_rating": _FLAG,

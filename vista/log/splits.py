@@ -122,7 +122,8 @@ def visible_counts(log: EventLog, until: Until | str | int | None) -> Int:
     """Number of leading events of each user that are visible.
 
     leave-last-out hides each user's last event, leave-last-N-out the last N, and leave-last-P-percent-out the last P
-    percent, rounded up. Users with fewer than MIN_EVENTS events are not used for validation and testing, so none of
+    percent, rounded up. Active events count (`EventLog.active`), and passive ones after the first hidden one are hidden
+    too. Users with fewer than MIN_EVENTS events are not used for validation and testing, so none of
     their events are hidden. A time hides the events at this time or later; a time less N also hides the last N events
     before it.
 
@@ -137,10 +138,13 @@ def visible_counts(log: EventLog, until: Until | str | int | None) -> Int:
         if not log.has_time:
             raise ConfigError(f"until={limit.before}: {log.path} has no times; use leave-last-out instead")
         return np.maximum(log.counts_before(limit.before) - limit.held_out, 0)
-    lengths = log.lengths
+    lengths = log.active.lengths
     # 1 - 0.9 is a little below 0.1: without rounding, one event of 10 would become none.
     kept = np.floor(np.round(lengths * (1 - limit.held_share), 6)).astype(np.int64) if limit.held_share else lengths
-    return np.where(lengths >= MIN_EVENTS, np.maximum(kept - limit.held_out, 0), lengths)
+    if not (limit.held_out or limit.held_share):
+        return log.lengths
+    kept = log.counts_before_active(np.maximum(kept - limit.held_out, 0))
+    return np.where(lengths >= MIN_EVENTS, kept, log.lengths)
 
 
 def visible_blocks(

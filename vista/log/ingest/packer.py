@@ -217,8 +217,8 @@ def _sorted(rows: pl.DataFrame) -> pl.DataFrame:
         span = int(time.max()) - first + 1
         if (int(user.max()) - first_user + 1) * span < 2**63:  # One key instead of two is twice as fast.
             key = (pl.col(USER_ROW) - first_user) * span + (pl.col("timestamp") - first)
-            return rows.with_columns(key.alias("key")).sort("key", *by[2:]).drop("key")
-    return rows.sort(by)
+            return rows.with_columns(key.alias("key")).sort("key", *by[2:], nulls_last=True).drop("key")
+    return rows.sort(by, nulls_last=True)
 
 
 Kept = Mapping[str, pl.DataFrame]

@@ -24,7 +24,6 @@ import numpy as np
 from vista.arrays import Int
 from vista.config import EventFilterConfig, FeatureTableConfig, FromEventsConfig, PrepareConfig, SourceConfig
 from vista.config.checks import OnBadRows, choice_of
-from vista.config.log_config import PASSIVE
 from vista.errors import ConfigError, DataError, LogBusyError, TakenError
 from vista.files import checked_path
 from vista.log.event_keys import obey_deletions
@@ -366,8 +365,8 @@ class _Ingest:
                 scratch = staging / "scratch"
                 scratch.mkdir()
                 self.parts, kept = filtered(self._read_parts(scratch), self.event_filter)
-                if self.as_events is not None:
-                    shown = self.parts.get("impressions", [])
+                shown = self.parts.get("impressions", [])
+                if self.as_events is not None and (shown or not self.before):
                     self.parts["events"] += events_of_impressions(shown, self.parts["events"], self.as_events)
                 self.times.lap("read")
                 features = self._write_segment(SegmentWriter(folder), scratch)
@@ -427,8 +426,15 @@ class _Ingest:
 
     def _fix_as_events(self) -> None:
         """Check what impressions become events by: the given label, or that of the log's earlier impressions."""
-        if self.as_events is None and "impressions" in self.sources:
-            self.as_events = next((task for task in self.tasks if PASSIVE + task in self.actions), None)
+        if self.before and self.before[-1].manifest["tasks"] and "impressions" in self.sources:
+            known, asked = self.before[-1].manifest["as_events"], self.as_events
+            if asked not in (None, known):
+                are = "are not events" if known is None else f"are events by {known}"
+                raise ConfigError(
+                    f"impressions.as_events={asked}: impressions that the log already has {are}; leave this out, or "
+                    "prepare a new log"
+                )
+            self.as_events = known
         if self.as_events is not None:
             check_as_events(self.as_events, self.sources)
 
@@ -564,6 +570,7 @@ class _Ingest:
             "actions": self.actions,
             "tasks": self.tasks,
             "again_days": (self.from_events and self.from_events.again_days) or before.get("again_days"),
+            "as_events": self.as_events or before.get("as_events"),
             "has_time": has_time,
             "timestamp": "milliseconds since 1970-01-01 UTC" if has_time else "ordinal of the event in its history",
             "has_rating": "rating" in self.parts["events"][0].source.columns,
