@@ -157,7 +157,9 @@ class StoreReader:
         self, user_ids: Sequence[int] | Sequence[str] | NDArray[Any], wanted: Callable[[RecordSpec], bool]
     ) -> StoredRecord | None:
         """The record of one user, unchecked; None without one, or if records of its generation are not `wanted`.
-        Errors as in `get_many`; ValueError without one id."""
+
+        Raises:
+            ValueError: there is not one id; and what `get_many` raises."""
         keys = user_keys(user_ids)
         if len(keys) != 1:
             raise ValueError(f"user_ids: needs one id, got {len(keys)}")
