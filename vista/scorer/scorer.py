@@ -396,7 +396,7 @@ class Scorer:
             top_k: return at most this many items.
             candidates: item ids, or None for the whole catalog. Of an item that is listed twice, the first one counts.
             exclude: item ids to leave out.
-            exclude_tail: leave out the items of the user's tail.
+            exclude_tail: leave out the items of the user's tail, also those that were only shown.
             tail: as in `predict`, like `now` and `adapter`.
             request: as in `predict`; features with one value per candidate, [1, C], need `candidates`.
             diversity: 0 orders by score. A value up to 1 also avoids items that resemble those above them: the list is
