@@ -51,9 +51,9 @@ def log_with(num_events: int) -> EventLog:
 
     class Sized:
         lengths = np.full(num_events // 98, 100)
-        num_items = 5000
-        has_time = False
-        impressions = None
+        num_items, has_time, impressions = 5000, False, None
+        active = property(lambda self: self)
+        counts_before_active = staticmethod(lambda number: number)
 
     return Sized()  # type: ignore[return-value]
 

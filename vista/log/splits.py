@@ -123,9 +123,8 @@ def visible_counts(log: EventLog, until: Until | str | int | None) -> Int:
 
     leave-last-out hides each user's last event, leave-last-N-out the last N, and leave-last-P-percent-out the last P
     percent, rounded up. Active events count (`EventLog.active`), and passive ones after the first hidden one are hidden
-    too. Users with fewer than MIN_EVENTS events are not used for validation and testing, so none of
-    their events are hidden. A time hides the events at this time or later; a time less N also hides the last N events
-    before it.
+    too. Users with fewer than MIN_EVENTS events are not used for validation and testing, so none of their events are
+    hidden. A time hides the events at this time or later; a time less N also hides the last N events before it.
 
     Returns:
         int64 [num_users].

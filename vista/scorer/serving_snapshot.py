@@ -370,9 +370,8 @@ class ServingSnapshot:
     ) -> dict[str, Float32s] | None:
         """`scores` of rows [C], float32 [1, C], from a record; None if it is damaged. `features`: as callers
         pass them."""
-        assert self._native is not None
-        of_request = PairFeatures.of(self.served.request_features, features, 1, len(rows))
-        flat = self._native.scores_of_record(record, rows, of_request, tasks)
+        given = PairFeatures.of(self.served.request_features, features, 1, len(rows))
+        flat = None if self._native is None else self._native.scores_of_record(record, rows, given, tasks)
         return None if flat is None else {task: scores[None] for task, scores in flat.items()}
 
     def logits(self, request: Request, rows: Int) -> Float32s:
