@@ -162,6 +162,9 @@ def _show_frequent(workspace: Workspace, history: Histories) -> None:
     st.dataframe(pd.DataFrame(shown), hide_index=True, height=TABLE_HEIGHT, width="stretch")
 
 
+NO_ATTENTION = "This model is that of epoch 0: its scores read neither the tail nor the summary by attention."
+
+
 def show_ranking(workspace: Workspace, user: int | str | None) -> None:
     """Draw the best items for the user, and why they are the best."""
     if workspace.scorer is None or user is None:
@@ -195,14 +198,17 @@ def show_ranking(workspace: Workspace, user: int | str | None) -> None:
     st.info(ranking.reason(place), icon=":material/lightbulb:")
     value_name = "the log-odds" if ranking.is_probability else "the score"
     st.markdown("#### What raises the best items above the average item")
-    st.altair_chart(parts_chart(ranking.rows(), list(ranking.explanation.shares), value_name), width="stretch")
+    parts = [part for part, shares in ranking.explanation.shares.items() if np.any(shares)]
+    st.altair_chart(parts_chart(ranking.rows(), parts, value_name), width="stretch")
     of_probability = " (0 for a probability of 50 %, +2 for 88 %, and −2 for 12 %)" if ranking.is_probability else ""
     st.caption(
         f"The shares of an item add up to {value_name}{of_probability} minus the mean over the catalog, which is "
         f"{ranking.explanation.mean:.2f}. They do not show what the score would be without a part."
     )
     st.markdown(f"#### Tail events of rank {place + 1}")
-    if events := ranking.tail_events(place):
+    if not scorer.model.reads_attention:
+        st.caption(NO_ATTENTION)
+    elif events := ranking.tail_events(place):
         st.altair_chart(tail_chart(events), width="stretch")
     else:
         st.caption("This user has no tail.")
@@ -392,6 +398,8 @@ def show_results(workspace: Workspace, user: int | str | None) -> None:
             refused.append(str(error))
             continue
         st.info(benefit.answer(), icon=":material/lightbulb:")
+        if not workspace.scorer.model.reads_attention:
+            st.caption(NO_ATTENTION)
         left, right = st.columns(2, gap="large")
         rows = benefit.table()
         if measured := [row for row in rows if np.isfinite(row["gain"])]:
