@@ -329,14 +329,17 @@ class _Words:
         spec = self._model.counter_spec
         assert spec is not None
         of_fields = np.split(self._told.counts[place], spec.num_fields)
-        counted = [(field, own) for field, own in zip(spec.fields, of_fields, strict=True) if np.isfinite(own[0])]
+        counted = list[tuple[str, NDArray[np.float32]]]()
+        for field, own in zip(spec.fields, of_fields, strict=True):  # other keys count the same for all items
+            if np.isfinite(own[0]) and any(part == ITEM or is_category(part) for part in parts_of(field)):
+                counted.append((field, own))
         if not counted:
             return "not one of the items that the user had most often", []
         # The first key, the first one that depends on the request, and the first one of which actions are known.
         plain = [(field, own) for field, own in counted if not any(map(is_action, parts_of(field)))]
         said = plain[:1] + [one for one in plain[1:] if _CIRCUMSTANCES.keys() & parts_of(one[0])][:1]
         texts = [_counter_text(spec, field, own) for field, own in said]
-        return " and ".join(texts + _action_texts({field: float(own[0]) for field, own in counted})[:1]), []
+        return ", and ".join(texts + _action_texts({field: float(own[0]) for field, own in counted})[:1]), []
 
     def _history(self, place: int) -> tuple[str, list[Any]]:
         counters = self._request.counters
