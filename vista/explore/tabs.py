@@ -139,10 +139,7 @@ def _show_counters(facts: UserFacts) -> None:
     fields = list(facts.counters)
     field = fields[0]
     if len(fields) > 1:
-        chosen = st.segmented_control(
-            "Field", fields, default=field, required=True, format_func=escaped, key="counters"
-        )
-        field = chosen or field
+        field = st.selectbox("Field", fields, key="counters") or field
     st.caption("Number of events per value: in total, and with more weight on newer events.")
     rows = [dict(row) for row in facts.counters[field][:SHOWN_ROWS]]
     for row in rows:
@@ -397,9 +394,9 @@ def show_results(workspace: Workspace, user: int | str | None) -> None:
         except VistaError as error:
             refused.append(str(error))
             continue
-        st.info(benefit.answer(), icon=":material/lightbulb:")
-        if not workspace.scorer.model.reads_attention:
-            st.caption(NO_ATTENTION)
+        reads = workspace.scorer.model.reads_attention
+        answer = benefit.answer() if reads else f"{NO_ATTENTION} So without summaries, they are the same."
+        st.info(answer, icon=":material/lightbulb:")
         left, right = st.columns(2, gap="large")
         rows = benefit.table()
         if measured := [row for row in rows if np.isfinite(row["gain"])]:
