@@ -81,7 +81,7 @@ def test_a_plan_by_hand() -> None:
     refresh_s = 3.6e6 * event_s + plan.changed_users * user_s + 0.015
     assert (plan.refresh_workers, plan.refresh_s) == (1, pytest.approx(refresh_s))
     assert plan.mean_lag_s == pytest.approx(1800 + refresh_s)
-    request_s = 0.13e-3 + 500 * 0.96e-6 + (16 + 32 + 500) * 0.099e-9 * 2 * 64**2
+    request_s = 0.086e-3 + 500 * 0.57e-6 + (16 + 32 + 500) * 0.1e-9 * 2 * 64**2
     assert plan.request_s == pytest.approx(request_s)
     assert plan.serving_cores == -(-1000 * request_s // 0.6)
     assert plan.log_bytes == 1e6 * 1000 * 17
