@@ -339,7 +339,8 @@ class _Words:
         plain = [(field, own) for field, own in counted if not any(map(is_action, parts_of(field)))]
         said = plain[:1] + [one for one in plain[1:] if _CIRCUMSTANCES.keys() & parts_of(one[0])][:1]
         texts = [_counter_text(spec, field, own) for field, own in said]
-        return ", and ".join(texts + _action_texts({field: float(own[0]) for field, own in counted})[:1]), []
+        actions = _action_texts({field: float(own[0]) for field, own in counted}, self._task)
+        return ", and ".join(texts + actions[:1]), []
 
     def _history(self, place: int) -> tuple[str, list[Any]]:
         counters = self._request.counters
@@ -428,8 +429,8 @@ def _counter_text(spec: CounterSpec, field: str, values: NDArray[np.float32]) ->
     return " ".join([*what, times, "before", *when]) + f", last {_age(spec, float(values[-1]))} ago"
 
 
-def _action_texts(counts: dict[str, float]) -> list[str]:
-    """The most frequent action of each key that is counted per action: "right in 3 of 4 events with it".
+def _action_texts(counts: dict[str, float], task: str) -> list[str]:
+    """The task's action, else the most frequent one, of each key counted per action: "right in 3 of 4 events with it".
 
     Args:
         counts: by field, of those that count the item.
@@ -442,14 +443,14 @@ def _action_texts(counts: dict[str, float]) -> list[str]:
             by_key.setdefault(key, {})[actions[0].removeprefix(f"{ACTION}:")] = number
     texts = []
     for key, of_actions in by_key.items():
-        parts, best = parts_of(key), max(of_actions, key=of_actions.__getitem__)
+        parts, told = parts_of(key), task if task in of_actions else max(of_actions, key=of_actions.__getitem__)
         total = max(sum(of_actions.values()), counts.get(key, 0.0))
         what = ["with it"] if ITEM in parts else []
         if names := [*filter(is_category, filter(None, parts))]:
             what = [f"with items of its {' and '.join(names)}"]
         when = [words for part, words in _CIRCUMSTANCES.items() if part in parts]
         about = "about " * (total >= EXACT_COUNTS)
-        texts.append(" ".join([f"{best} in {about}{of_actions[best]:,.0f} of {total:,.0f} events", *what, *when]))
+        texts.append(" ".join([f"{told} in {about}{of_actions[told]:,.0f} of {total:,.0f} events", *what, *when]))
     return texts
 
 
