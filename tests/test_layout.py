@@ -178,7 +178,7 @@ def test_make_test_leaves_out_all_groups_with_a_target_of_their_own() -> None:
     assert sorted(groups[1].split(" or ")) == sorted(line.split(":")[0] for line in markers if "; `make " in line)
 
 
-MOST = {"vista": (209, 67_767), "tests": (220, 60_381)}
+MOST = {"vista": (209, 67_766), "tests": (220, 60_381)}
 """Files and lines of each folder. Whoever removes some lowers the numbers in the same commit. Raise them only for
 something that users can do afterwards, and not for the sake of structure."""
 

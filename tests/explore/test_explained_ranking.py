@@ -171,12 +171,12 @@ def test_changes_in_words(workspace: Workspace) -> None:
     assert same.summary(2) == "The order of the best 2 items stays the same." and same.num_changed == 0
     moved = changes(workspace, ranking_of(10, 20, 30), ranking_of(30, 10, 20), 2)
     assert [(row["item"], row["change"]) for row in moved.rows] == [("30", 2), ("10", -1), ("20", -1)]
-    assert moved.summary(2) == "**1 of the best 2** items are new. Item 30 is first now and had rank 3 before."
+    assert moved.summary(2) == "**1 of the best 2** items is new. Item 30 is first now and had rank 3 before."
     fresh = changes(workspace, ranking_of(10, 20), ranking_of(40, 10), 2)
     assert fresh.rows[0]["before"] is None and fresh.rows[0]["change"] is None and fresh.num_changed == 1
     assert "Item 40 is first now and was beyond rank 1,000 before." in fresh.summary(2)
     other = changes(workspace, ranking_of(10, 20, 30, 40), ranking_of(10, 40, 20, 30), 3)
-    assert other.summary(3) == "**1 of the best 3** items are new. Item 40 moves up most, from rank 4 to 2."
+    assert other.summary(3) == "**1 of the best 3** items is new. Item 40 moves up most, from rank 4 to 2."
 
 
 def test_two_stores_of_one_model(workspace: Workspace, served: Served) -> None:

@@ -73,7 +73,7 @@ def parts_chart(rows: list[dict[str, Any]], parts: list[str], value_name: str) -
         .mark_bar(height={"band": 0.72})
         .encode(
             y=alt.Y("item:N", sort=order, title=None, axis=_item_labels()),
-            x=alt.X("share:Q", title=f"share of {value_name}", axis=alt.Axis(tickCount=10)),
+            x=alt.X("share:Q", title=f"contribution to {value_name}", axis=alt.Axis(tickCount=10)),
             color=_color("part", parts, [PART_COLORS[part] for part in parts], None),
             order=alt.Order("order:Q"),
             tooltip=["item:N", "part:N", alt.Tooltip("share:Q", format="+.3f")],

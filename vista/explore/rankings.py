@@ -121,7 +121,8 @@ class WhatIf:
         if not self.num_changed and all(row["change"] == 0 for row in moved):
             return f"The order of the best {top_k} items stays the same."
         up = max(moved, key=lambda row: row["change"], default=None)
-        first, text = self.rows[0], f"**{self.num_changed} of the best {top_k}** items are new."
+        first, are = self.rows[0], "is" if self.num_changed == 1 else "are"
+        text = f"**{self.num_changed} of the best {top_k}** items {are} new."
         if first["before"] != 1:
             was = f"was beyond rank {LISTED:,}" if first["before"] is None else f"had rank {first['before']:,}"
             text += f" Item {escaped(first['item'])} is first now and {was} before."

@@ -159,7 +159,7 @@ def _show_frequent(workspace: Workspace, history: Histories) -> None:
     st.dataframe(pd.DataFrame(shown), hide_index=True, height=TABLE_HEIGHT, width="stretch")
 
 
-NO_ATTENTION = "This model is that of epoch 0: its scores read neither the tail nor the summary by attention."
+NO_ATTENTION = "This is the model of epoch 0: its scores read neither the tail nor the summary by attention."
 
 
 def show_ranking(workspace: Workspace, user: int | str | None) -> None:
@@ -183,11 +183,8 @@ def show_ranking(workspace: Workspace, user: int | str | None) -> None:
         st.info("No item has a score: the catalog is empty, or all items were left out.")
         return
     if not record_of(scorer, user).found[0]:
-        st.warning(
-            f"User {escaped(user)} has no record, so this is the ranking for a new user: by the items alone, such as "
-            "their popularity.",
-            icon=":material/person_off:",
-        )
+        text = f"User {escaped(user)} has no record, so this is the ranking for a new user: by the items alone."
+        st.warning(text, icon=":material/person_off:")
     names = [f"{place + 1}. {name}" for place, name in enumerate(ranking.names)]
     place = st.selectbox(
         "Explain", range(len(names)), format_func=lambda place: names[place], key=f"explain-{user}-{top_k}", width=420
@@ -199,8 +196,8 @@ def show_ranking(workspace: Workspace, user: int | str | None) -> None:
     st.altair_chart(parts_chart(ranking.rows(), parts, value_name), width="stretch")
     of_probability = " (0 for a probability of 50 %, +2 for 88 %, and −2 for 12 %)" if ranking.is_probability else ""
     st.caption(
-        f"The shares of an item add up to {value_name}{of_probability} minus the mean over the catalog, which is "
-        f"{ranking.explanation.mean:.2f}. They do not show what the score would be without a part."
+        f"The contributions of an item add up to {value_name}{of_probability} minus the mean over the catalog, "
+        f"{ranking.explanation.mean:.2f}. They say what the model adds, not what it would lose without a part."
     )
     st.markdown(f"#### Tail events of rank {place + 1}")
     if not scorer.model.reads_attention:
@@ -399,14 +396,14 @@ def show_results(workspace: Workspace, user: int | str | None) -> None:
         st.info(answer, icon=":material/lightbulb:")
         left, right = st.columns(2, gap="large")
         rows = benefit.table()
-        if measured := [row for row in rows if np.isfinite(row["gain"])]:
+        if not reads:
+            rows = [{"group": row["group"], "users": row["users"], benefit.metric: row["with"]} for row in rows]
+        elif measured := [row for row in rows if np.isfinite(row["gain"])]:
             left.altair_chart(benefit_chart(measured, benefit.metric), width="stretch")
-        formats = {name: st.column_config.NumberColumn(format="%.3f") for name in ("with", "without", "gain", "±")}
+        formats = {name: st.column_config.NumberColumn(format="%.3f") for name in list(rows[0])[2:]}
         right.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=formats)
-        right.caption(
-            f"Store `{without_password(store)}`. The model was trained with summaries; one trained without may do "
-            "better. ± is half of the 95 % interval of the gain over users."
-        )
+        trained = "The model was trained with summaries; one trained without may do better. ± is half of the 95 % "
+        right.caption(f"Store `{without_password(store)}`. " + (trained + "interval of the gain.") * reads)
         return
     for message in refused:
         st.warning(escaped(message), icon=":material/warning:")
