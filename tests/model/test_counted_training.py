@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.conftest import draw_counter_weights
+from tests.conftest import NEXT_ONLY, draw_counter_weights
 from tests.counters.counter_histories import counters_of_request
 from tests.model.test_sequence_baselines import LIMIT
 from vista.arrays import Int
@@ -549,3 +549,25 @@ def test_attention_learns_to_predict_labels_by_itself(make: SimpleNamespace) -> 
     assert torch.equal(make.outputs(model, batch)[1], before)
     frozen = model.requires_grad_(False)
     assert attention_alone("click") not in frozen.losses(batch, model.item_table[batch.rows], optim).parts
+
+
+def test_where_users_never_return_attention_learns_every_next_item(make: SimpleNamespace) -> None:
+    """By the loss of the model without counters, at all positions. The loss at anchors trains what is added to it."""
+    counting, plain = make.model(counter_keys=["item"], temperature=0.05, dropout=0.0), make.model(dropout=0.0)
+    counting.data.exclude_seen = True
+    plain.load_state_dict({name: counting.state_dict()[name] for name in plain.state_dict()})
+    chunks, _ = make.chunks(make.histories([30, 9]), 1, keys=counting.item_keys)
+    batch = make.batch(chunks, make.plan(counting, anchors=make.anchor_plan()))
+    batch, optim = with_served_statistics(batch, counting), replace(NEXT_ONLY, next_weight=0.5)
+    found, alone = counting.losses(batch, counting.item_table[batch.rows], optim), attention_alone("next")
+    assert torch.equal(found.parts[alone], plain.losses(batch, plain.item_table[batch.rows], optim).parts["next"])
+    assert alone not in counting.wide_losses(batch, optim).parts
+    torch.testing.assert_close(found.total, 0.5 * (found.parts["next"] + found.parts[alone]))
+    attention, added = {"item_table", "summarizer", "request"}, {"statistics", "counted"}
+    for name, trained, frozen in ((alone, attention, added), ("next", added, attention)):
+        counting.zero_grad()
+        found.parts[name].backward(retain_graph=True)
+        names = {name.split(".")[0] for name, weight in counting.named_parameters() if weight.grad is not None}
+        assert trained <= names and not frozen & names
+    counting.data.exclude_seen = False
+    assert alone not in counting.losses(batch, counting.item_table[batch.rows], optim).parts

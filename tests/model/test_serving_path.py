@@ -216,7 +216,7 @@ def test_queries_see_the_summary_and_only_the_first_columns_of_the_tail(make: Si
     vectors = model.item_table[torch.tensor([[3], [4]])]
     with torch.inference_mode():
         for query in (
-            lambda context, columns: model.user_vectors(None, columns, context),
+            lambda context, columns: model.user_outputs(None, columns, context),
             lambda context, columns: model.candidate_logits(vectors, None, columns, context),
         ):
             assert torch.equal(query(before, columns), query(after, columns))

@@ -36,7 +36,9 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> EventLog:
 def trainer(log: EventLog, run_dir: Path, num_rows: int) -> Trainer:
     """A trainer whose table has `num_rows` rows, over which the log's items are spread."""
     config = TrainConfig(
-        model=ModelConfig(dim=DIM, num_heads=2, num_seeds=4, num_layers=1, num_target_layers=1, tail_len=8),
+        model=ModelConfig(
+            dim=DIM, num_heads=2, num_seeds=4, num_layers=1, num_target_layers=1, tail_len=8, counter_keys=[]
+        ),
         data=DataConfig(exclude_seen=True, tokens_per_batch=256, label_spacing=8, num_negatives=64),
         optim=OptimConfig(validate_every=0, warmup_steps=1),
         run_dir=str(run_dir),

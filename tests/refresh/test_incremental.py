@@ -174,14 +174,7 @@ def test_readers_see_new_records_without_a_reload(tmp_path, grow):
         assert (store.manifest.applied_segment, store.manifest.count) == (2, 3)
 
 
-@pytest.mark.parametrize(
-    ("changes", "at"),
-    [
-        *(({}, at) for at in (1, 2, 5)),
-        ({"num_seeds": 0}, 3),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("changes", "at"), [*(({}, at) for at in (1, 2, 5)), ({"num_seeds": 0}, 3)], ids=str)
 def test_an_interrupted_run_adds_and_counts_no_event_twice(tmp_path, grow, monkeypatch, changes, at):
     """Each of a batch's two transactions fails in turn, and the log grows before the run is resumed."""
     model, log, store = stored(tmp_path, {1: 7, 2: 8, 3: 9}, grow.model(**PRODUCTS, **changes))

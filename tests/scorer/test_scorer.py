@@ -26,11 +26,7 @@ from tests.conftest import (
 )
 from tests.required_program import require_library
 from vista.config.checks import OnMissing
-from vista.errors import (
-    UnknownItemError,
-    UnknownUserError,
-    UserKeyError,
-)
+from vista.errors import UnknownItemError, UnknownUserError, UserKeyError
 from vista.log.event_log import EventLog
 from vista.model import inference
 from vista.model.serving_model import pad_tail

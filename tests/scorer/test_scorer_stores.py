@@ -22,13 +22,7 @@ import torch
 from tests.conftest import ITEMS, ROUNDING, USERS, Served, sign_model, untrained
 from tests.forked_child import in_child
 from vista.config.checks import Precision
-from vista.errors import (
-    CheckpointError,
-    ConfigError,
-    RecordContentsError,
-    StoreError,
-    SummarizerMismatchError,
-)
+from vista.errors import CheckpointError, ConfigError, RecordContentsError, StoreError, SummarizerMismatchError
 from vista.log.event_log import EventLog
 from vista.model.item_projections import CANDIDATE_FILE, RETRIEVAL_FILE, ItemProjections
 from vista.model.saved_model import WEIGHTS_FILE

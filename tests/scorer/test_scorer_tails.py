@@ -22,11 +22,7 @@ from vista.cli.item_commands import run_index
 from vista.cli.serving_commands import run_score
 from vista.config import IndexConfig, ScoreConfig
 from vista.config.checks import OnMissing
-from vista.errors import (
-    ConfigError,
-    ItemIndexError,
-    UnknownUserError,
-)
+from vista.errors import ConfigError, ItemIndexError, UnknownUserError
 from vista.log.event_log import EventLog
 from vista.log.inspection import ItemNames
 from vista.model.vista_model import VistaModel
@@ -59,10 +55,7 @@ def test_a_fresh_tail_equals_a_refreshed_one(
     refresh(tail_only, event_log, tmp_path / "old", until=before)
     users = event_log.users.ids(np.arange(event_log.num_users)).tolist()
     now = START + 500 * DAY
-    with (
-        Scorer.open(tail_only, tmp_path / "now") as refreshed,
-        Scorer.open(tail_only, tmp_path / "old") as stale,
-    ):
+    with Scorer.open(tail_only, tmp_path / "now") as refreshed, Scorer.open(tail_only, tmp_path / "old") as stale:
         expected = refreshed.score(users, ITEMS, now=now)
         assert np.abs(stale.score(users, ITEMS, now=now) - expected).max() > 0.1
         # The events since the refresh, the whole tail, and the whole history give the same scores.
@@ -191,10 +184,7 @@ def test_scores_and_rankings_as_text(served: Served, scorer: Scorer) -> None:
         ({"users": ["100"], "index": "items"}, "index: needs retrieve=true"),
         ({"users": ["100"], "item_name": "title"}, "item_name: needs explain=true, or data="),
         ({"users": ["100"], "now": "noon"}, r"time 'noon': write an ISO date or time"),
-        (
-            {"users": ["100"], "now": "1706140800"},
-            r"now: 1706140800 is not a Unix time .* looks like seconds",
-        ),
+        ({"users": ["100"], "now": "1706140800"}, r"now: 1706140800 is not a Unix time .* looks like seconds"),
     ],
 )
 def test_bad_values_end_in_a_one_line_error(served: Served, changes: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import Served, small_config
+from tests.conftest import Served, model_config, small_config
 from tests.training.test_trainer import metrics
 from vista.config import DataConfig, DinConfig, ModelConfig, OptimConfig, SimConfig, SourceColumns, TrainConfig
 from vista.config.checks import Mixing, Split, TableKind, planned
@@ -66,10 +66,10 @@ def test_null_settings_follow_the_log(event_log: EventLog, caplog: pytest.LogCap
     assert all(value_of(config, key) is None for key in PLANNED)
     repeats, line = caplog.messages
     assert repeats.startswith("data.exclude_seen=false: ")
-    assert line.startswith("settings from the log: model.counter_keys=[item] (data.exclude_seen=false)")
+    assert line.startswith("settings from the log: model.counter_keys=[item] (next items)")
     weights = "optim.window_weight=1, optim.next_weight=1 (data.split=leave-last-out)"
     assert f"model.temperature=0.3, {weights}, data.tokens_per_batch=512 (" in line
-    assert line.count("=") + repeats.count("=") == len(PLANNED) + 2
+    assert line.count("=") + repeats.count("=") == len(PLANNED) + 1
     assert plan_run(resolved, event_log) == resolved and len(caplog.messages) == 2
 
 
@@ -94,19 +94,19 @@ def test_explicit_settings_win(event_log: EventLog, key: str, value: Any) -> Non
     assert value_of(plan_run(config, event_log), key) == value
 
 
-def test_counters_are_for_logs_with_returns(event_log: EventLog, served_tasks: Served) -> None:
+def test_counters_are_for_all_that_rank_items(event_log: EventLog, served_tasks: Served) -> None:
     def plan(config: TrainConfig, log: EventLog = event_log) -> tuple[Any, ...]:
         found = plan_run(config, log)
         model = found.model
         return model.counter_keys, model.temperature, found.optim.window_weight
 
-    off, on = ([], 0.05, 0.0), (["item"], 0.3, 1.0)
-    assert plan(TrainConfig(data=DataConfig(exclude_seen=True))) == off
+    off, on, once = ([], 0.05, 0.0), (["item"], 0.3, 1.0), DataConfig(exclude_seen=True)
+    assert plan(TrainConfig(data=once)) == (["item"], 0.05, 0.0)
+    assert plan(TrainConfig(data=once, model=model_config("sasrec", history_limit=9))) == off
     assert plan(TrainConfig(optim=OptimConfig(next_weight=0, window_weight=0))) == off  # ranks no items
     assert plan(TrainConfig(optim=OptimConfig(next_weight=0))) == on  # windows only
     assert not plan_run(TrainConfig(model=SimConfig()), event_log).model.counter_keys  # ranks candidates only
     assert plan(TrainConfig(model=ModelConfig(mixing=Mixing.bidirectional))) == on
-    assert plan(TrainConfig(model=ModelConfig(counter_keys=["item"]), data=DataConfig(exclude_seen=True))) == on
     assert plan(TrainConfig(model=ModelConfig(num_seeds=0))) == on
     tasks = replace(
         served_tasks.config, model=ModelConfig(), data=replace(served_tasks.config.data, exclude_seen=False)
@@ -114,8 +114,8 @@ def test_counters_are_for_logs_with_returns(event_log: EventLog, served_tasks: S
     assert plan(tasks, served_tasks.log)[:2] == on[:2]  # labeled impressions, and items
     labels_alone = replace(tasks, optim=OptimConfig(next_weight=0))
     assert plan(labels_alone, served_tasks.log) == (["item", "action", "item*action"], 0.3, 0.0)
-    once = replace(labels_alone, data=replace(tasks.data, exclude_seen=True))
-    assert plan(once, served_tasks.log) == (["item", "action"], 0.3, 0.0)
+    labels_alone.data.exclude_seen = True
+    assert plan(labels_alone, served_tasks.log) == (["item", "action"], 0.3, 0.0)
 
 
 def test_categories_and_actions_are_counted_where_labels_are_trained(tmp_path: Path) -> None:
@@ -168,27 +168,27 @@ def test_next_items_are_trained_where_validation_asks_for_them(event_log: EventL
 
     assert weight(DataConfig()) == 1  # one event per user
     assert weight(share) == 0
-    assert weight(replace(share, exclude_seen=True)) == weight(share, counter_keys=[]) == 1  # no counters
+    assert weight(replace(share, exclude_seen=True)) == weight(share, counter_keys=[]) == 1  # no windows
     assert weight(share, OptimConfig(window_weight=0)) == 1  # no windows
     assert weight(share, OptimConfig(next_weight=0.2)) == 0.2
 
 
 @pytest.mark.parametrize(
-    ("num_events", "counter_keys", "tokens", "epochs", "warmup"),
+    ("num_events", "once", "tokens", "epochs", "warmup"),
     [
-        (100_000, [], 512, 30, 49),
-        (10**6, [], 2048, 20, 100),
-        (10**7, [], 8192, 8, 100),
-        (10**8, [], 8192, 1, 100),
-        (50_000, ["item"], 512, 30, 25),
-        (10**6, ["item"], 4096, 30, 62),
+        (100_000, True, 512, 30, 49),
+        (10**6, True, 2048, 20, 100),
+        (10**7, True, 8192, 8, 100),
+        (10**8, True, 8192, 1, 100),
+        (50_000, False, 512, 30, 25),
+        (10**6, False, 4096, 30, 62),
     ],
 )
 def test_batches_and_epochs_follow_the_number_of_events(
-    num_events: int, counter_keys: list[str], tokens: int, epochs: int, warmup: int
+    num_events: int, once: bool, tokens: int, epochs: int, warmup: int
 ) -> None:
     def planned(**optim: Any) -> TrainConfig:
-        data, model = DataConfig(exclude_seen=True), ModelConfig(counter_keys=counter_keys)
+        data, model = DataConfig(exclude_seen=once), ModelConfig(counter_keys=["item"])
         return plan_run(TrainConfig(data=data, model=model, optim=OptimConfig(**optim)), log_with(num_events))
 
     config = planned()

@@ -183,7 +183,7 @@ class OptimConfig:
     null: 0 if the model has counters, windows are trained, and data.split is time or share; else 1."""
     window_weight: float | None = None
     """Weight of the softmax over the items of the window that follows a question (`data.horizon_events`). 0 does not
-    train windows. null: 1 with counters, else 0."""
+    train windows. null: 1 with counters if users return to items (`data.exclude_seen` is false), else 0."""
     logq_strength: float = 1.0
     """How much of the items' log popularity the next-item scores learn, in [0, 1]. 1 is the plain softmax; 0 removes
     popularity from the scores."""
@@ -332,11 +332,7 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
             "weights the labels of next items and windows, of which none are trained; set optim.next_weight or "
             "optim.window_weight, or leave this out",
         )
-        require(
-            not warm or self.base is None,
-            "init_from",
-            "training starts from `base`; leave out one of the two",
-        )
+        require(not warm or self.base is None, "init_from", "training starts from `base`; leave out one of the two")
         require(not freezes or warm, "init_freeze", "only applies with init_from; set that, or leave this out")
         require(
             not freezes or self.model.architecture is Architecture.vista,
@@ -394,8 +390,8 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
     @property
     def window_weight(self) -> float:
         """`optim.window_weight`, with null resolved."""
-        weight = self.optim.window_weight
-        return float(bool(self.model.counter_keys)) if weight is None else weight
+        weight, counts = self.optim.window_weight, bool(self.model.counter_keys)
+        return float(counts and not self.data.exclude_seen) if weight is None else weight
 
 
 @dataclass(kw_only=True, slots=True)

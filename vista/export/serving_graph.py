@@ -216,7 +216,8 @@ class ServingGraph(nn.Module):
             out += [logits, logits.sigmoid()]
         if "next" in self.outputs:
             of_request = None if pooled is None else pooled.unsqueeze(1)
-            users = self.heads.user_vectors(request, seen, context, of_request)[:, 0]
+            outputs = self.heads.user_outputs(request, seen, context)
+            users = self.heads.retrieval_users(outputs, of_request)[:, 0]
             score = (F.embedding(candidates, self.retrieval_table) * users.unsqueeze(1)).sum(-1) / self.temperature
             if codes is not None and self.heads.counted is not None:
                 statistics = F.embedding(candidates, self.heads.item_statistics)

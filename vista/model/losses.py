@@ -29,7 +29,7 @@ class LossPart:
 
 
 ATTENTION_WEIGHT = 3.0
-"""Weight of the losses `attention_alone`, as a multiple of the task's."""
+"""Weight of the losses `attention_alone` of tasks, as a multiple of the task's."""
 ROWS_PER_TILE = 256
 """Rows of the softmax that are held at once: 1 MiB with 1,024 negatives, which stays in a core's cache."""
 
@@ -41,8 +41,8 @@ class Losses:
     total: Tensor
     """The weighted sum that training minimizes."""
     parts: dict[str, Tensor]
-    """By name: "next", "window", "reconstruction", one per labeled task, and per task, "attention/TASK" of a model that
-    reads more than attention, and "search_unit/TASK" of SIM."""
+    """By name: "next", "window", "reconstruction", one per labeled task, "attention/next" and "attention/TASK" of a
+    model that reads more than attention, and "search_unit/TASK" of SIM."""
     counts: dict[str, Tensor | int]
     """Number of labels that each part is the mean of."""
 
@@ -53,11 +53,12 @@ def loss_names(tasks: Iterable[str]) -> list[str]:
     Args:
         tasks: of the model.
     """
-    return ["next", "window", "reconstruction", *tasks, *map(attention_alone, tasks), *map(search_unit, tasks)]
+    alone = map(attention_alone, ("next", *tasks))
+    return ["next", "window", "reconstruction", *tasks, *alone, *map(search_unit, tasks)]
 
 
 def attention_alone(task: str) -> str:
-    """Name of the loss of what attention predicts for a task without counters and pooled vectors."""
+    """Name of the loss of what attention predicts for a task, or "next", without counters and pooled vectors."""
     return f"attention/{task}"
 
 
@@ -77,6 +78,7 @@ def weighted_losses(parts: Mapping[str, LossPart], optim: OptimConfig) -> Losses
         "window": planned(optim.window_weight, "optim.window_weight"),
         "reconstruction": optim.reconstruction_weight,
     }
+    weights[attention_alone("next")] = weights["next"]
     weighted = (
         weights.get(name, optim.task_weight * (ATTENTION_WEIGHT if name.startswith(attention_alone("")) else 1))
         * part.mean
@@ -523,24 +525,10 @@ def anchor_losses(
     parts: dict[str, LossPart] = {}
 
     def loss(
-        users: Tensor,
-        label: Tensor,
-        counted: CountedSlots | None,
-        statistics: AskedStatistics | None,
-        weight: Tensor | None,
+        users: Tensor, label: Tensor, counted: CountedSlots | None, asked: AskedStatistics | None, weight: Tensor | None
     ) -> Tensor:
-        return window_loss(
-            users,
-            items,
-            label,
-            negatives.item,
-            negatives.log_weight,
-            model.temperature,
-            batch.logit_adjustment,
-            counted,
-            statistics,
-            weight,
-        )
+        of_batch = negatives.item, negatives.log_weight, model.temperature, batch.logit_adjustment
+        return window_loss(users, items, label, *of_batch, counted, asked, weight)
 
     if counted is not None and planned(optim.next_weight, "optim.next_weight"):
         known = (anchors.next_item >= 0).nonzero().squeeze(-1)

@@ -183,9 +183,12 @@ class VistaModel(RankingModel):
             item_vectors,
             optim,
             users=lambda: self.window_users(batch, context),
-            askers=lambda: self._users_at_anchors(batch, context),
+            askers=lambda: self._users_at_anchors(batch, context, trains=not self._learns_alone(optim)),
             logits=lambda: self.window_logits(batch, item_vectors, context),
         )
+        if self._learns_alone(optim):
+            users, units = self.window_outputs(batch, context), F.normalize(item_vectors, dim=-1)
+            parts[attention_alone("next")] = self._next_loss(batch, units, F.normalize(users, dim=-1))
         if self.decoder is not None and optim.reconstruction_weight > 0 and len(batch.reconstruction.cut):
             parts["reconstruction"] = self._reconstruction(batch, item_vectors, encoded, summaries)
         return weighted_losses(parts, optim)
@@ -214,6 +217,11 @@ class VistaModel(RankingModel):
             logits=logits,
         )
         return weighted_losses(parts, optim)
+
+    def _learns_alone(self, optim: OptimConfig) -> bool:
+        """Whether attention learns next items by itself, at all positions, and the losses at anchors only train what
+        is added to it, which explains so much where users never return to items that attention would learn less."""
+        return self.counted is not None and bool(self.data.exclude_seen and optim.next_weight)
 
     @property
     def has_wide(self) -> bool:
@@ -247,9 +255,10 @@ class VistaModel(RankingModel):
         at the anchors; logits: the `window_logits`."""
         shown, parts = batch.impressions, dict[str, LossPart]()
         if planned(optim.next_weight, "optim.next_weight") and self.counted is None:
-            parts["next"] = self._next_loss(batch, item_vectors, users())
+            parts["next"] = self._next_loss(batch, self.training_items(batch, item_vectors), users())
         if batch.anchors is not None:
-            parts |= anchor_losses(self, batch, askers(), item_vectors, optim)
+            vectors = item_vectors.detach() if self._learns_alone(optim) else item_vectors
+            parts |= anchor_losses(self, batch, askers(), vectors, optim)
         if self.task_head is not None and optim.task_weight > 0 and shown.item.shape[1]:
             tasks, labeled = self.schema.tasks, (shown.label, shown.mask, shown.examined)
             of_all, of_attention = logits()
@@ -317,21 +326,24 @@ class VistaModel(RankingModel):
 
     def window_users(self, batch: Batch, context: TargetContext) -> Tensor:
         """User vectors [NW, W, M'] at the positions of the windows, at the times of their labels."""
+        return self.retrieval_users(self.window_outputs(batch, context), batch.labels.pooled)
+
+    def window_outputs(self, batch: Batch, context: TargetContext) -> Tensor:
+        """Attention's outputs [NW, W, M] of request tokens at the positions of the windows."""
         labels = batch.labels
         num_positions = labels.item.shape[1]
         seen = self.config.tail_len - num_positions + 1 + torch.arange(num_positions, device=labels.item.device)
-        gap = self.encoder.gap_vectors(labels.gap)
-        return self.user_vectors(gap, seen.clamp(min=0), context, labels.pooled)
+        return self.user_outputs(self.encoder.gap_vectors(labels.gap), seen.clamp(min=0), context)
 
-    def _users_at_anchors(self, batch: Batch, context: TargetContext) -> Tensor:
-        """User vectors [NA, M'] of the anchors, at the times of their requests."""
+    def _users_at_anchors(self, batch: Batch, context: TargetContext, *, trains: bool = True) -> Tensor:
+        """User vectors [NA, M'] of the anchors, at the times of their requests. `trains`: attention."""
         anchors = batch.anchors
         assert anchors is not None
         seen = self.config.tail_len - batch.labels.item.shape[1] + 1 + anchors.position
         gap = self.encoder.gap_vectors(anchors.gap.unsqueeze(1))
         pooled = None if anchors.pooled is None else anchors.pooled.unsqueeze(1)
-        own = context.select(anchors.window)
-        return self.user_vectors(gap, seen.clamp(min=0).unsqueeze(1), own, pooled).squeeze(1)
+        outputs = self.user_outputs(gap, seen.clamp(min=0).unsqueeze(1), context.select(anchors.window))
+        return self.retrieval_users(outputs if trains else outputs.detach(), pooled).squeeze(1)
 
     def window_logits(self, batch: Batch, item_vectors: Tensor, context: TargetContext) -> tuple[Tensor, Tensor | None]:
         """Task logits [NW, I, num_tasks] of the windows' impressions, and those of `attention_head` if it is trained;
@@ -346,10 +358,9 @@ class VistaModel(RankingModel):
             return logits, None
         return logits, self.attention_head(outputs)
 
-    def _next_loss(self, batch: Batch, item_vectors: Tensor, users: Tensor) -> LossPart:
+    def _next_loss(self, batch: Batch, items: Tensor, users: Tensor) -> LossPart:
         label = batch.labels.item.flatten()
         known = (label >= 0).nonzero().squeeze(-1)
-        items = self.training_items(batch, item_vectors)
         weight = None if batch.labels.weight is None else batch.labels.weight.flatten()[known]
         mean = next_loss(batch, items, users.flatten(0, 1)[known], label[known], self.temperature, weight)
         return LossPart(mean, len(known))
@@ -368,19 +379,15 @@ class VistaModel(RankingModel):
         predicted = self.decoder(summaries[part.cut], target, offsets, age)
         return LossPart(reconstruction_loss(predicted, target), len(target))
 
-    def user_vectors(
-        self, gap: Tensor | None, seen: Tensor, context: TargetContext, pooled: Tensor | None = None
-    ) -> Tensor:
-        """Vectors [B, Q, M'] of request tokens over contexts of B rows (`retrieval_users`).
+    def user_outputs(self, gap: Tensor | None, seen: Tensor, context: TargetContext) -> Tensor:
+        """Attention's outputs [B, Q, M] of request tokens over contexts of B rows.
 
         Args:
             gap: [B, Q, M] embeddings of the requests' gaps, or None.
             seen: int64 [Q] or [B, Q] tail columns that a token sees.
-            pooled: [B, Q, J, r] pooled vectors of the requests; None for a model without.
         """
-        stage = self.target_attention
-        x = self.request_tokens(seen, context)
-        return self.retrieval_users(stage.query(x, stage.layers[0].project(x), gap, seen, context), pooled)
+        stage, x = self.target_attention, self.request_tokens(seen, context)
+        return stage.query(x, stage.layers[0].project(x), gap, seen, context)
 
     def request_tokens(self, seen: Tensor, context: TargetContext) -> Tensor:
         """The sums of `request_parts`, [B, Q, M]."""

@@ -11,9 +11,17 @@ from typing import Any
 from tqdm import tqdm
 
 from vista.config import OptimConfig, TrainConfig
-from vista.config.checks import TableKind, planned, require
+from vista.config.checks import Architecture, TableKind, planned, require
 from vista.config.composition import flat_settings, value_text
-from vista.config.model_config import ACTION, ITEM, MOST_ACTIONS, NextItemConfig, RankingConfig, is_category
+from vista.config.model_config import (
+    ACTION,
+    ITEM,
+    MOST_ACTIONS,
+    TEMPERATURES,
+    NextItemConfig,
+    RankingConfig,
+    is_category,
+)
 from vista.examples.batch_source import trained_tasks
 from vista.files import NUMBER, TABLE, FieldRule, check_fields, either, list_of, one_of, whole
 from vista.log.event_log import EventLog
@@ -49,8 +57,9 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     data, optim, model = replace(config.data), replace(config.optim), replace(config.model)
 
     data.exclude_seen = leaves_out_seen(log, data)
-    reasons += _plan_counters(config, log, model, optim, returns=not data.exclude_seen)
-    batches_per_epoch = BATCHES_WITH_COUNTERS if model.counter_keys else BATCHES_PER_EPOCH
+    reasons += _plan_counters(replace(config, data=data), log, model, optim)
+    at_positions = config.ranks_items and data.exclude_seen  # labels of next items
+    batches_per_epoch = BATCHES_PER_EPOCH if at_positions or not model.counter_keys else BATCHES_WITH_COUNTERS
     if data.tokens_per_batch is None:
         least, most = TOKENS_PER_BATCH
         nearest = 2 ** round(math.log2(max(num_events / batches_per_epoch, 1)))
@@ -82,24 +91,23 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
     return replace(config, data=data, optim=optim, model=model)
 
 
-def _plan_counters(
-    config: TrainConfig, log: EventLog, model: RankingConfig, optim: OptimConfig, *, returns: bool
-) -> list[str]:
+def _plan_counters(config: TrainConfig, log: EventLog, model: RankingConfig, optim: OptimConfig) -> list[str]:
     """Resolve what a model counts, and the settings that follow; what to log about them.
 
     Args:
-        config: as given.
+        config: as given, but with `data.exclude_seen`.
         model: a copy of its model, which is changed.
         optim: likewise.
-        returns: whether items that users may have had before are ranked.
     """
+    returns = not config.data.exclude_seen
     has_labels = bool(trained_tasks(log, optim))
     labels_alone = has_labels and optim.next_weight == 0 and not optim.window_weight
     if labels_alone:
         optim.window_weight = 0.0
+    ranks_items = optim.next_weight != 0 or optim.window_weight != 0
     if isinstance(model, NextItemConfig):
         if model.counter_keys is None:
-            counts_items = returns and (optim.next_weight != 0 or optim.window_weight != 0)
+            counts_items = ranks_items and (returns or model.architecture is Architecture.vista)
             if config.base is not None or not (counts_items or labels_alone):
                 model.counter_keys = []
             elif has_labels:
@@ -107,20 +115,18 @@ def _plan_counters(
                 model.counter_keys = _keys_of_labels(model, log, by_action=told, returns=returns)
             else:
                 model.counter_keys = [ITEM]
-        model.temperature = model.softmax_temperature
+        if model.temperature is None:
+            model.temperature = TEMPERATURES[0] if ranks_items and not returns else model.softmax_temperature
     resolved = replace(config, model=model, optim=optim)
     optim.window_weight, optim.next_weight = resolved.window_weight, resolved.next_weight
     if not model.counter_keys:
         return []
     why = {
-        "model.counter_keys": " (labels)" if has_labels else " (data.exclude_seen=false)",
+        "model.counter_keys": " (labels)" if has_labels else " (next items)",
         "optim.next_weight": f" (data.split={config.data.split.value})",
     }
     asked, chosen = flat_settings(config), flat_settings(resolved)
-    keys = (
-        *("model.counter_keys", "model.temperature"),
-        *("optim.window_weight", "optim.next_weight"),
-    )
+    keys = "model.counter_keys", "model.temperature", "optim.window_weight", "optim.next_weight"
     nulls = [key for key in keys if asked.get(key, "absent") is None]
     return [f"{key}={value_text(chosen[key]).removesuffix('.0')}{why.get(key, '')}" for key in nulls]
 
