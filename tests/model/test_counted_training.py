@@ -569,5 +569,6 @@ def test_where_users_never_return_attention_learns_every_next_item(make: SimpleN
         found.parts[name].backward(retain_graph=True)
         names = {name.split(".")[0] for name, weight in counting.named_parameters() if weight.grad is not None}
         assert trained <= names and not frozen & names
-    counting.data.exclude_seen = False
-    assert alone not in counting.losses(batch, counting.item_table[batch.rows], optim).parts
+    for other in (replace(optim, window_weight=1.0), optim):
+        assert alone not in counting.losses(batch, counting.item_table[batch.rows], other).parts
+        counting.requires_grad_(False)

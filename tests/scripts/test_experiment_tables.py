@@ -15,11 +15,7 @@ from scripts.experiments import reproduce
 from scripts.experiments.label_rows import part_cases
 from scripts.experiments.results import read_results
 from scripts.experiments.row_measurement import WINDOW_METRICS, yambda_metrics
-from scripts.experiments.sets import (
-    SETS,
-    prepare_set,
-    prepare_with_texts,
-)
+from scripts.experiments.sets import SETS, prepare_set, prepare_with_texts
 from scripts.experiments.table_run import part_configs, train_config
 from scripts.experiments.tables import TABLES
 from scripts.experiments.tables.public_tables import LAST_DAY

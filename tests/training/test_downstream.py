@@ -119,7 +119,10 @@ def test_null_settings_are_those_of_the_base(served_tasks: Served, past_store: P
         found = downstream.config.model
         assert found.counter_keys == []
         assert found.temperature == base.temperature
-        assert Trainer(downstream.config, served_tasks.log, downstream).config.optim.window_weight == 0
+        downstream.config.data.exclude_seen = None
+        made = Trainer(downstream.config, served_tasks.log, downstream)
+        assert made.config.optim.window_weight == 0
+        assert made.model.data == made.config.data and made.model.data.exclude_seen is not None
 
 
 def test_a_table_that_all_features_share_stays_too(served_tasks: Served, tmp_path: Path) -> None:

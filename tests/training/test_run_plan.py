@@ -102,6 +102,7 @@ def test_counters_are_for_all_that_rank_items(event_log: EventLog, served_tasks:
 
     off, on, once = ([], 0.05, 0.0), (["item"], 0.3, 1.0), DataConfig(exclude_seen=True)
     assert plan(TrainConfig(data=once)) == (["item"], 0.05, 0.0)
+    assert plan(TrainConfig(data=once, optim=OptimConfig(window_weight=1))) == on
     assert plan(TrainConfig(data=once, model=model_config("sasrec", history_limit=9))) == off
     assert plan(TrainConfig(optim=OptimConfig(next_weight=0, window_weight=0))) == off  # ranks no items
     assert plan(TrainConfig(optim=OptimConfig(next_weight=0))) == on  # windows only
@@ -115,6 +116,7 @@ def test_counters_are_for_all_that_rank_items(event_log: EventLog, served_tasks:
     labels_alone = replace(tasks, optim=OptimConfig(next_weight=0))
     assert plan(labels_alone, served_tasks.log) == (["item", "action", "item*action"], 0.3, 0.0)
     labels_alone.data.exclude_seen = True
+    assert plan(tasks, served_tasks.log) == off  # the same data
     assert plan(labels_alone, served_tasks.log) == (["item", "action"], 0.3, 0.0)
 
 

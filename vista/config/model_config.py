@@ -225,8 +225,8 @@ class NextItemConfig(AttentionConfig):
     num_layers: int = 2
     """Number of layers of stage 1, or of SASRec, HSTU, and FuXi-Linear."""
     temperature: float | None = None
-    """Temperature by which the retrieval head divides its cosines. null: 0.3 with counters if users return to items or
-    labels alone are trained, else 0.05."""
+    """Temperature by which the retrieval head divides its cosines. null: 0.05, or 0.3 with counters, unless vista
+    trains next items without windows where users never return to items."""
     counter_keys: list[str] | None = None
     """What counters count, such as [item, brand, brand*month, previous*item]. They count how often and how recently the
     user had each item, and items of the same brand, overall and in the same month of any year. previous*item counts
@@ -236,10 +236,11 @@ class NextItemConfig(AttentionConfig):
     such as right and wrong, that is how often the user was right. The store holds the highest counts with each summary.
     Items that a user had before are scored by their counters. Other items are scored by how popular they are and how
     many users discover them, too, by a learned amount per user. Labeled tasks read the counters of every candidate. []
-    is a model without counters. null: [item]; baselines whose users never return to items (`data.exclude_seen` is true)
-    count none. Where labels are trained, also up to two categories of items. Where these alone are trained, in a log of
-    2 to 16 actions, also actions, the categories by action, and, if users return to items, the items by action. Over a
-    base (`base`), null takes this and the settings that follow from it from the base."""
+    is a model without counters. null: [item]. Where users never return to items (`data.exclude_seen` is true), only
+    vista counts, and not if it trains next items and labels. Where labels are trained, also up to two categories of
+    items. Where these alone are trained, in a log of 2 to 16 actions, also actions, the categories by action, and, if
+    users return to items, the items by action. Over a base (`base`), null takes this and the settings that follow from
+    it from the base."""
     num_counters: int = 64
     """Number of counted values stored per user for each of counter_keys: those with the highest counts."""
     counter_days: list[float] = field(default_factory=lambda: [7.0, 30.0])
@@ -269,7 +270,7 @@ class NextItemConfig(AttentionConfig):
 
     @property
     def softmax_temperature(self) -> float:
-        """`temperature`, with null resolved."""
+        """`temperature`, with null resolved as far as the model alone decides (`vista.training.run_plan`)."""
         if self.temperature is not None:
             return self.temperature
         return TEMPERATURES[1] if self.counter_keys else TEMPERATURES[0]

@@ -93,14 +93,14 @@ class DataConfig:
     chunks."""
     tokens_per_batch: int | None = None
     """Maximum number of events in a batch. A longer chunk is a batch by itself. null: the power of two from
-    512 to 8,192 that makes about 400 batches per epoch, or 200 with counters."""
+    512 to 8,192 that makes about 400 batches per epoch, or 200 with counters if windows or labels alone are trained."""
     label_spacing: int = 32
     """Window length W: the number of label positions that share one summary and one tail. These positions see between
     tail_len - W + 1 and tail_len events of the tail. Larger is faster."""
     windows_per_chunk: int = 0
     """Number of windows of label_spacing positions that are drawn from each chunk per epoch. Those with questions
     (anchor_spacing) are added. 0 uses all windows, so every event is a label once per epoch; with counters, only
-    windows with questions are used."""
+    windows with questions are used, unless users never return to items."""
     staleness_events: float = 32.0
     """Mean extra age, in events, of the summaries that stale windows read. It is drawn from an exponential distribution
     and rounded up to whole windows."""
@@ -379,6 +379,15 @@ class TrainConfig(VerifiesLog, RunsOn, Keyed, Seeded):
     def trains_window(self) -> bool:
         """Whether the items of the window that follows are predicted."""
         return self.window_weight > 0 and not self.model.architecture.ranks_only
+
+    @property
+    def learns_alone(self) -> bool:
+        """Whether attention learns next items without counters, although scores read these: by vista, where users never
+        return to items."""
+        counts = (
+            bool(self.model.counter_keys and self.data.exclude_seen) and self.model.architecture is Architecture.vista
+        )
+        return counts and self.next_weight > 0 and not self.trains_window
 
     @property
     def next_weight(self) -> float:

@@ -51,13 +51,7 @@ def training_questions(
             now = int(np.quantile(time, share)) if len(time) else 0
             before = np.minimum(log.counts_before(now), counts)
         cases = window_cases(
-            log,
-            before,
-            counts,
-            horizon_events=horizon_events,
-            now=now,
-            min_seen=MIN_SEEN,
-            min_after=horizon_events,
+            log, before, counts, horizon_events=horizon_events, now=now, min_seen=MIN_SEEN, min_after=horizon_events
         )
         questions.append((before, cases))
     return questions

@@ -91,7 +91,7 @@ class AnchorPlan:
             use_time=has_time and config.model.reads("times"),
             # With any other split, evaluation asks without a time, and only requests in production have one.
             timeless_share=0.1 if by_time else 0.5,
-            keeps_other_windows=config.next_weight > 0 and (not at_anchors or bool(config.data.exclude_seen)),
+            keeps_other_windows=config.next_weight > 0 and (not at_anchors or config.learns_alone),
         )
 
 

@@ -31,13 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vista.arrays import Float32s, Floats, Int, offsets_of
-from vista.examples.item_statistics import (
-    BLOCK_EVENTS,
-    OVERSAMPLING,
-    POWER_ITERATIONS,
-    CounterRequests,
-    WholeHistories,
-)
+from vista.examples.item_statistics import BLOCK_EVENTS, OVERSAMPLING, POWER_ITERATIONS, CounterRequests, WholeHistories
 from vista.log.splits import random_users_counts, visible_blocks
 
 if TYPE_CHECKING:

@@ -219,9 +219,10 @@ class VistaModel(RankingModel):
         return weighted_losses(parts, optim)
 
     def _learns_alone(self, optim: OptimConfig) -> bool:
-        """Whether attention learns next items by itself, at all positions, and the losses at anchors only train what
-        is added to it, which explains so much where users never return to items that attention would learn less."""
-        return self.counted is not None and bool(self.data.exclude_seen and optim.next_weight)
+        """Whether attention learns next items by itself, at all positions, and the loss at anchors only trains what is
+        added to it (`TrainConfig.learns_alone`). Else attention would not learn what the added parts explain."""
+        asked = self.data.exclude_seen and optim.next_weight and not optim.window_weight
+        return self.counted is not None and bool(asked) and self.request.requires_grad  # not in `vista adapt`
 
     @property
     def has_wide(self) -> bool:

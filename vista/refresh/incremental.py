@@ -34,12 +34,7 @@ from vista.log.segment import features_of
 from vista.log.segment_files import EVENTS, USERS, sources_of_events
 from vista.log.splits import Until
 from vista.model import inference
-from vista.model.history_states import (
-    appended_states,
-    insert_events,
-    reach,
-    remove_events,
-)
+from vista.model.history_states import appended_states, insert_events, reach, remove_events
 from vista.model.summarizer import SummaryState
 from vista.model.vista_model import VistaModel
 from vista.refresh.full import (

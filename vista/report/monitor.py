@@ -436,13 +436,7 @@ def _page(report: MonitorReport, reference: Reference, config: MonitorConfig) ->
 
 
 def _cells(one: Reading) -> list[str]:
-    return [
-        one.name,
-        _value(one),
-        one.expected,
-        f"{one.deviation:.2f}",
-        one.action.value if one.is_alarm else "",
-    ]
+    return [one.name, _value(one), one.expected, f"{one.deviation:.2f}", one.action.value if one.is_alarm else ""]
 
 
 def _value(one: Reading) -> str:

@@ -58,8 +58,9 @@ def plan_run(config: TrainConfig, log: EventLog, since: int | None = None) -> Tr
 
     data.exclude_seen = leaves_out_seen(log, data)
     reasons += _plan_counters(replace(config, data=data), log, model, optim)
-    at_positions = config.ranks_items and data.exclude_seen  # labels of next items
-    batches_per_epoch = BATCHES_PER_EPOCH if at_positions or not model.counter_keys else BATCHES_WITH_COUNTERS
+    config = replace(config, data=data, optim=optim, model=model)
+    at_all_positions = config.learns_alone or not model.counter_keys
+    batches_per_epoch = BATCHES_PER_EPOCH if at_all_positions else BATCHES_WITH_COUNTERS
     if data.tokens_per_batch is None:
         least, most = TOKENS_PER_BATCH
         nearest = 2 ** round(math.log2(max(num_events / batches_per_epoch, 1)))
@@ -107,7 +108,7 @@ def _plan_counters(config: TrainConfig, log: EventLog, model: RankingConfig, opt
     ranks_items = optim.next_weight != 0 or optim.window_weight != 0
     if isinstance(model, NextItemConfig):
         if model.counter_keys is None:
-            counts_items = ranks_items and (returns or model.architecture is Architecture.vista)
+            counts_items = ranks_items and (returns or (model.architecture is Architecture.vista and not has_labels))
             if config.base is not None or not (counts_items or labels_alone):
                 model.counter_keys = []
             elif has_labels:
@@ -116,7 +117,8 @@ def _plan_counters(config: TrainConfig, log: EventLog, model: RankingConfig, opt
             else:
                 model.counter_keys = [ITEM]
         if model.temperature is None:
-            model.temperature = TEMPERATURES[0] if ranks_items and not returns else model.softmax_temperature
+            alone = replace(config, model=model, optim=optim).learns_alone
+            model.temperature = TEMPERATURES[0] if alone else model.softmax_temperature
     resolved = replace(config, model=model, optim=optim)
     optim.window_weight, optim.next_weight = resolved.window_weight, resolved.next_weight
     if not model.counter_keys:

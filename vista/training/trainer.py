@@ -183,6 +183,7 @@ class Trainer:
         self.model: RankingModel = (
             drawn_model(config, log, schema, readers) if origin is None else origin.model(schema, readers)
         )
+        self.model.data = config.data  # with all settings that follow from the log
         self.model.to(self.device)
         if planned(config.optim.table_rate, "optim.table_rate") == 0:
             self.model.item_table.requires_grad_(False)

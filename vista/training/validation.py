@@ -497,8 +497,8 @@ class Validation:
 
 
 WITHOUT_COUNTERS = (
-    "train longer (optim.epochs or optim.minutes), or take more and smaller steps (data.tokens_per_batch); if users "
-    "return to items, set model.counter_keys=[item]"
+    "train longer (optim.epochs or optim.minutes), or take more and smaller steps (data.tokens_per_batch), or "
+    "set model.counter_keys=[item]"
 )
 WITH_COUNTERS = "train longer (optim.epochs or optim.minutes), or count more (model.counter_keys)"
 """What to change (docs/guides/train.md)."""
