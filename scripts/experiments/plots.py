@@ -27,7 +27,7 @@ MODELS = {
     "oracle": ("oracle: the true probability", ":", "black"),
     "vista": ("VISTA", "*-", "tab:red"),
     "epoch 0": ("VISTA, epoch 0", "P--", "tab:red"),
-    "tail-only": ("last 32 events (K = 0)", "v-", "tab:gray"),
+    "tail-only": ("last 32 events, no summary", "v-", "tab:gray"),
     "counters": ("counters", "p-", "tab:pink"),
     "label trees": ("boosted trees", "h-", "goldenrod"),
     "pooled vectors": ("pooled vectors", "d-", "tab:orange"),
@@ -62,7 +62,7 @@ def plot_lengths(results: Path, lengths: Mapping[str, int] = LENGTHS) -> Figure:
         points = [(length, models[name]) for length, models in qualities.items() if name in models]
         if points:
             axis.plot(*zip(*points, strict=True), line, color=color, label=label)
-    axis.set(xscale="log", xlabel="events per user", ylabel="AUC of clicks", xticks=list(qualities))
+    axis.set(xscale="log", xlabel="events per user (simulated)", ylabel="AUC of clicks", xticks=list(qualities))
     axis.set_xticks([], minor=True)
     axis.set_xticklabels([f"{length:,}" for length in qualities])
     axis.grid(alpha=0.3)
