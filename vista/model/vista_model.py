@@ -178,15 +178,16 @@ class VistaModel(RankingModel):
 
     def losses(self, batch: Batch, item_vectors: Tensor, optim: OptimConfig) -> Losses:
         encoded, summaries, context = self._contexts(batch, item_vectors)
+        alone = self._learns_alone(optim)
         parts = self._head_losses(
             batch,
             item_vectors,
             optim,
             users=lambda: self.window_users(batch, context),
-            askers=lambda: self._users_at_anchors(batch, context, trains=not self._learns_alone(optim)),
+            askers=lambda: self._users_at_anchors(batch, context, trains=not alone),
             logits=lambda: self.window_logits(batch, item_vectors, context),
         )
-        if self._learns_alone(optim):
+        if alone:
             users, units = self.window_outputs(batch, context), F.normalize(item_vectors, dim=-1)
             parts[attention_alone("next")] = self._next_loss(batch, units, F.normalize(users, dim=-1))
         if self.decoder is not None and optim.reconstruction_weight > 0 and len(batch.reconstruction.cut):
