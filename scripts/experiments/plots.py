@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 QUALITY = "auc/click"
 MODELS = {
     "oracle": ("oracle: the true probability", ":", "black"),
-    "vista": ("VISTA", "*-", "tab:red"),
-    "epoch 0": ("VISTA, epoch 0", "P--", "tab:red"),
-    "tail-only": ("last 32 events, no summary", "v-", "tab:gray"),
+    "vista": ("vista, no pooled vectors", "*-", "tab:red"),
+    "epoch 0": ("vista, epoch 0", "P--", "tab:red"),
+    "tail-only": ("the last 32 events (K = 0)", "v-", "tab:gray"),
     "counters": ("counters", "p-", "tab:pink"),
-    "label trees": ("boosted trees", "h-", "goldenrod"),
+    "label trees": ("trees on counters and clicks", "h-", "goldenrod"),
     "pooled vectors": ("pooled vectors", "d-", "tab:orange"),
     "sasrec": ("SASRec, last 200", "o-", "tab:blue"),
     "hstu": ("HSTU, last 200", "s-", "tab:cyan"),
@@ -61,7 +61,7 @@ def plot_lengths(results: Path, lengths: Mapping[str, int] = LENGTHS) -> Figure:
     for name, (label, line, color) in MODELS.items():
         points = [(length, models[name]) for length, models in qualities.items() if name in models]
         if points:
-            axis.plot(*zip(*points, strict=True), line, color=color, label=label)
+            axis.plot(*zip(*points, strict=True), line if len(points) > 1 else line[0], color=color, label=label)
     axis.set(xscale="log", xlabel="events per user (simulated)", ylabel="AUC of clicks", xticks=list(qualities))
     axis.set_xticks([], minor=True)
     axis.set_xticklabels([f"{length:,}" for length in qualities])

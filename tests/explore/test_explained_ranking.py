@@ -128,7 +128,8 @@ def test_added_events_change_the_ranking_as_a_tail_does(workspace: Workspace) ->
     for row in changed.rows:
         assert row["before"] == before.index(int(row["item"])) + 1 and row["change"] == row["before"] - row["after"]
     assert changed.num_changed == len(set(after.items.tolist()) - set(before[:5]))
-    assert len(changed.rows) == 5 + changed.num_changed
+    listed = {*map(str, before[:5]), *map(str, after.items.tolist()), "200", "50"}  # the added items, too
+    assert len(changed.rows) == len(listed) and {row["item"] for row in changed.rows} == listed
 
 
 def test_an_event_is_added_for_a_user_without_a_record(workspace: Workspace) -> None:

@@ -72,7 +72,7 @@ def test_every_tab_draws(draw: Draw, served: Served, tab: str) -> None:
     said = texts(page)
     assert "User 104" in said and "generation 1 is served" in said and not page.error
     expected = {
-        "User": "The newest events, which the record stores unchanged",
+        "User": "events, which the record stores unchanged",
         "Ranking": "has rank 1",
         "What if": "after one more event",
         "Compare": "of 10** best items",

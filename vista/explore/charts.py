@@ -97,10 +97,11 @@ def tail_chart(rows: list[dict[str, Any]]) -> Any:
 
 
 def slope_chart(rows: list[dict[str, Any]], top_k: int) -> Any:
-    """Ranks before and after, one line with the item's name per item; items beyond the list are below."""
+    """Ranks before and after, one line with the item's name per item that is among the best before or after; items
+    beyond the list are below."""
     last = top_k + 1
     points = []
-    for row in rows:
+    for row in [row for row in rows if min(row["before"] or last, row["after"] or last) <= top_k]:
         change = row["change"]
         moved = "same" if change == 0 else "up" if change is None or change > 0 else "down"
         if row["after"] is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,14 +111,14 @@ class WhatIf:
     """The ranking before and after some added events."""
 
     rows: list[dict[str, Any]]
-    """The best items afterwards and those that they replaced: item, rank before and after (None beyond LISTED), change
-    of the rank (positive: up), and the scores."""
+    """The best items afterwards, those that they replaced, and those of the added events: item, rank before and after
+    (None beyond LISTED), change of the rank (positive: up), and the scores."""
     num_changed: int
     """Items among the best `top_k` afterwards that were not among them before."""
 
     def summary(self, top_k: int) -> str:
         """The change in words, in Markdown."""
-        moved = [row for row in self.rows if row["change"] is not None]
+        moved = [row for row in self.rows if row["change"] is not None and min(row["before"], row["after"]) <= top_k]
         if not self.num_changed and all(row["change"] == 0 for row in moved):
             return f"The order of the best {top_k} items stays the same."
         up = max(moved, key=lambda row: row["change"], default=None)
@@ -148,16 +149,14 @@ def what_if(
     added = tail_of_events(events, now, int(record_of(scorer, user).last_event_ts[0]))
     before = scorer.rank(user, top_k=most, now=now)
     after = scorer.rank(user, top_k=most, now=now, tail=added)
-    return changes(workspace, before, after, top_k)
+    return changes(workspace, before, after, top_k, [item for item, _ in events])
 
 
-def changes(workspace: Workspace, before: Ranking, after: Ranking, top_k: int) -> WhatIf:
-    """Compare two rankings of one user, of at least `top_k` items if there are so many."""
+def changes(workspace: Workspace, before: Ranking, after: Ranking, top_k: int, added: Sequence[Any] = ()) -> WhatIf:
+    """Compare two rankings of one user, of at least `top_k` items if there are so many. `added`: ids of more items."""
     old, new = places_of(before), places_of(after)
     best_before, best_after = before.items[:top_k].tolist(), after.items[:top_k].tolist()
-    left = [item for item in best_before if item not in set(best_after)]
-    rows = []
-    listed = [*best_after, *left]
+    rows, listed = [], list(dict.fromkeys([*best_after, *best_before, *added]))
     for item, name in zip(listed, workspace.names.of_ids(listed), strict=True):
         was, is_now = old.get(item), new.get(item)
         rows.append(

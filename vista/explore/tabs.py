@@ -83,7 +83,7 @@ def show_user(workspace: Workspace, user: int | str | None) -> None:
     left, right = st.columns([4, 7], gap="large")
     with left:
         st.markdown("#### Tail")
-        st.caption("The newest events, which the record stores unchanged. Newest first.")
+        st.caption(f"The newest {len(facts.tail)} events, which the record stores unchanged. Newest first.")
         _show_tail(facts, has_time=scorer.model.schema.has_time)
     with right:
         if facts.counters or history is None:
@@ -104,20 +104,17 @@ def _show_facts(facts: UserFacts) -> None:
         )
         return
     tokens, dim = facts.summary_shape
+    missing = facts.num_missing
+    lacks = f"The log has {missing:,} newer events that the record does not cover." if missing else None
     cells = [
         ("Events in the log", "–" if facts.num_events is None else f"{facts.num_events:,}", None),
-        ("Events in the record", f"{facts.num_covered:,}", _missing(facts)),
+        ("Events in the record", f"{facts.num_covered:,}", lacks),
         ("Summary", f"{tokens} x {dim}", f"{tokens} tokens of {dim} numbers"),
         ("Newest event", shown_time(facts.newest_at)[:10], None),
         ("Record written", shown_time(facts.created_at)[:10], None),
     ]
     for column, (label, value, note) in zip(st.columns(len(cells)), cells, strict=True):
         column.metric(label, value, help=note)
-
-
-def _missing(facts: UserFacts) -> str | None:
-    missing = facts.num_missing
-    return f"The log has {missing:,} newer events that the record does not cover." if missing else None
 
 
 def _show_tail(facts: UserFacts, *, has_time: bool) -> None:
@@ -140,7 +137,10 @@ def _show_counters(facts: UserFacts) -> None:
     field = fields[0]
     if len(fields) > 1:
         field = st.selectbox("Field", fields, key="counters") or field
-    st.caption("Number of events per value: in total, and with more weight on newer events.")
+    st.caption(
+        "Approximate numbers of events, and how long before the user's newest event the last one was. In columns with "
+        "~, an event counts 1/e after so many days, or so many newer events."
+    )
     rows = [dict(row) for row in facts.counters[field][:SHOWN_ROWS]]
     for row in rows:
         if "seconds since the last" in row:
@@ -199,13 +199,11 @@ def show_ranking(workspace: Workspace, user: int | str | None) -> None:
         f"The contributions of an item add up to {value_name}{of_probability} minus the mean over the catalog, "
         f"{ranking.explanation.mean:.2f}. They say what the model adds, not what it would lose without a part."
     )
-    st.markdown(f"#### Tail events of rank {place + 1}")
     if not scorer.model.reads_attention:
         st.caption(NO_ATTENTION)
     elif events := ranking.tail_events(place):
+        st.markdown(f"#### Tail events of rank {place + 1}")
         st.altair_chart(tail_chart(events), width="stretch")
-    else:
-        st.caption("This user has no tail.")
     with st.expander("All numbers"):
         formats = {part: st.column_config.NumberColumn(format="%+.3f") for part in ranking.explanation.shares}
         st.dataframe(
@@ -235,6 +233,8 @@ def show_comparison(workspace: Workspace, user: int | str | None) -> None:
         )
         return
     key, a, b = chosen
+    when = " Requests come now, or 30 days after a user's newest event in A and B, if that is earlier."
+    st.caption(f"Ranked by `{a.task}`.{when * a.model.schema.has_time}")
     left, right = st.columns([5, 4], gap="large")
     with left:
         st.markdown(f"#### User {escaped(user)}")
@@ -267,10 +267,7 @@ def show_comparison(workspace: Workspace, user: int | str | None) -> None:
         one.metric(f"Shared of the best {COMPARED_TOP_K}", f"{overlap.overlap.mean():.0%}")
         two.metric("Same first item", f"{overlap.same_first:.0%}")
         st.altair_chart(overlap_chart(overlap.overlap.tolist(), COMPARED_TOP_K), width="stretch")
-        st.caption(
-            f"{len(users)} random users. The time of each request is one hour after the user's newest event in the "
-            "records of A and B."
-        )
+        st.caption(f"{len(users)} random users.")
 
 
 def choose_other(workspace: Workspace, scorer: Scorer) -> tuple[tuple[Any, ...], Scorer, Scorer] | None:
@@ -394,16 +391,19 @@ def show_results(workspace: Workspace, user: int | str | None) -> None:
         reads = workspace.scorer.model.reads_attention
         answer = benefit.answer() if reads else f"{NO_ATTENTION} So without summaries, they are the same."
         st.info(answer, icon=":material/lightbulb:")
-        left, right = st.columns(2, gap="large")
-        rows = benefit.table()
+        rows, table = benefit.table(), st.container()
         if not reads:
             rows = [{"group": row["group"], "users": row["users"], benefit.metric: row["with"]} for row in rows]
         elif measured := [row for row in rows if np.isfinite(row["gain"])]:
-            left.altair_chart(benefit_chart(measured, benefit.metric), width="stretch")
+            chart, table = st.columns(2, gap="large")
+            chart.altair_chart(benefit_chart(measured, benefit.metric), width="stretch")
         formats = {name: st.column_config.NumberColumn(format="%.3f") for name in list(rows[0])[2:]}
-        right.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=formats)
+        table.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch", column_config=formats)
         trained = "The model was trained with summaries; one trained without may do better. ± is half of the 95 % "
-        right.caption(f"Store `{without_password(store)}`. " + (trained + "interval of the gain.") * reads)
+        of_store = (
+            f"Store `{without_password(store)}`, which ends before the test labels. Users without labels are left out. "
+        )
+        table.caption(of_store + (trained + "interval of the gain.") * reads)
         return
     for message in refused:
         st.warning(escaped(message), icon=":material/warning:")
@@ -419,6 +419,10 @@ def show_store(workspace: Workspace, user: int | str | None) -> None:
         st.error(escaped(problem), icon=":material/error:")
     st.markdown("#### Generations")
     st.dataframe(pd.DataFrame(rows), hide_index=True, width="stretch")
+    st.caption(
+        "Bytes per user are those of the database pages that records take. Files also hold free pages, and states for "
+        "incremental refreshes. Vectors are the summary's tokens, and one more in a model with pooled vectors."
+    )
     left, right = st.columns(2, gap="large")
     with left:
         st.markdown("#### Events in the records")

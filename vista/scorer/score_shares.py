@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vista.arrays import Floats, Int
+from vista.config.log_config import PASSIVE
 from vista.config.model_config import ACTION, ITEM, PREVIOUS, is_action, is_category, parts_of
 from vista.counters.counters import CounterSpec
 from vista.errors import UnknownItemError
@@ -431,6 +432,7 @@ def _counter_text(spec: CounterSpec, field: str, values: NDArray[np.float32]) ->
 
 def _action_texts(counts: dict[str, float], task: str) -> list[str]:
     """The task's action, else the most frequent one, of each key counted per action: "right in 3 of 4 events with it".
+    Where impressions are events, their number is the second one.
 
     Args:
         counts: by field, of those that count the item.
@@ -444,13 +446,15 @@ def _action_texts(counts: dict[str, float], task: str) -> list[str]:
     texts = []
     for key, of_actions in by_key.items():
         parts, told = parts_of(key), task if task in of_actions else max(of_actions, key=of_actions.__getitem__)
-        total = max(sum(of_actions.values()), counts.get(key, 0.0))
+        total, events = max(sum(of_actions.values()), counts.get(key, 0.0)), "events"
+        if PASSIVE + told in of_actions:
+            total, events = of_actions[told] + of_actions[PASSIVE + told], "impressions"
         what = ["with it"] if ITEM in parts else []
         if names := [*filter(is_category, filter(None, parts))]:
             what = [f"with items of its {' and '.join(names)}"]
         when = [words for part, words in _CIRCUMSTANCES.items() if part in parts]
         about = "about " * (total >= EXACT_COUNTS)
-        texts.append(" ".join([f"{told} in {about}{of_actions[told]:,.0f} of {total:,.0f} events", *what, *when]))
+        texts.append(" ".join([f"{told} in {about}{of_actions[told]:,.0f} of {total:,.0f} {events}", *what, *when]))
     return texts
 
 
